@@ -1,0 +1,26 @@
+"""The networks: autoencoders and the UNet, with diffusers' class names, config keys and weights."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentdiff.models.autoencoder import AutoencoderKL
+    from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
+
+_HOMES = {
+    "AutoencoderKL": "latentdiff.models.autoencoder",
+    "BottleneckOutput": "latentdiff.models.bottlenecks",
+    "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
+}
+
+__all__ = ["AutoencoderKL", "BottleneckOutput", "DiagonalGaussianDistribution"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'latentdiff.models' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

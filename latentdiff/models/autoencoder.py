@@ -1,0 +1,167 @@
+"""The autoencoders: ``AutoencoderKL`` and ``VQModel``, with diffusers' names, config keys and weights.
+
+Latent Diffusion (Rombach et al. 2022), Sec. 3.1. Both are an encoder, a bottleneck and a decoder, and both offer a
+trainer the same way through::
+
+    output = model(pixels, sample_posterior=True, generator=generator)
+    output.sample                 # (B, C, H, W), the reconstruction
+    output.bottleneck.losses      # {"kl": ...} or {"commitment": ..., "codebook": ...}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from latentdiff.models.bottlenecks import (
+    BottleneckOutput,
+    DiagonalGaussianDistribution,
+    GaussianBottleneck,
+    Generators,
+)
+from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
+from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
+
+
+@dataclass
+class AutoencoderOutput(DecoderOutput):
+    """What an autoencoder's ``forward`` returns: ``sample``, ``commit_loss`` (VQ only), ``bottleneck``."""
+
+    bottleneck: BottleneckOutput | None = None
+
+
+class Autoencoder(ModelMixin, StrictConfig):
+    """What both autoencoders share: pixels to what the bottleneck takes, latents to pixels, one image at a time or not.
+
+    Subclasses set ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention"]
+
+    def build_coders(self, encoder_channels: int) -> None:
+        config = self.config
+        check_autoencoder(type(self).__name__, config)
+        shared: dict[str, Any] = {
+            "channels": config.block_out_channels,
+            "layers": config.layers_per_block,
+            "groups": config.norm_num_groups,
+            "mid_attention": config.mid_block_add_attention,
+        }
+        self.encoder = Encoder(config.in_channels, encoder_channels, block_types=config.down_block_types, **shared)
+        self.decoder = Decoder(config.latent_channels, config.out_channels, block_types=config.up_block_types, **shared)
+        self.use_slicing = False
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), values in [-1, 1] -> (B, C', h, w), what ``bottleneck`` takes."""
+        if self.use_slicing and len(pixels) > 1:
+            return torch.cat([self.encode_moments(image) for image in pixels.split(1)])
+        h = self.encoder(pixels)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w), what ``bottleneck`` gives -> (B, C, H, W), values about [-1, 1]."""
+        if self.use_slicing and len(latents) > 1:
+            return torch.cat([self.decode_latents(image) for image in latents.split(1)])
+        return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image at a time, to save memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} cannot work tile by tile yet; enable_slicing() saves memory.")
+
+    def disable_tiling(self) -> None:
+        """Tiling is never on."""
+
+
+class AutoencoderKL(Autoencoder):
+    """Autoencoder with a Gaussian posterior over continuous latents.
+
+    The config is diffusers' ``AutoencoderKL``'s. ``scaling_factor``, ``shift_factor``, ``latents_mean`` and
+    ``latents_std`` are kept for whoever scales latents; no method here scales.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int | Sequence[int] = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        self.build_coders(encoder_channels=2 * latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.bottleneck = GaussianBottleneck()
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """(B, C, H, W), values in [-1, 1] -> the posterior over latents (B, C, h, w), as ``.latent_dist``."""
+        posterior = DiagonalGaussianDistribution(self.encode_moments(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: Generators = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1]. ``generator`` is diffusers' call's."""
+        sample = self.decode_latents(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: Generators = None,
+    ) -> AutoencoderOutput | tuple[Tensor]:
+        """(B, C, H, W) to latents and back: ``.sample``, and ``.bottleneck`` with the latents and the KL loss."""
+        bottleneck = self.bottleneck(self.encode_moments(sample), sample_posterior, generator)
+        reconstruction = self.decode_latents(bottleneck.latents)
+        return AutoencoderOutput(reconstruction, bottleneck=bottleneck) if return_dict else (reconstruction,)
+
+
+def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError with key and value for what neither autoencoder can be."""
+    channels, levels = config["block_out_channels"], len(config["block_out_channels"])
+    check_choice(name, "act_fn", config["act_fn"], ("silu", "swish"))
+    check_choice(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS)
+    check_choice(name, "up_block_types", config["up_block_types"], UP_BLOCKS)
+    for key in ("down_block_types", "up_block_types"):
+        if len(config[key]) != levels:
+            raise ValueError(f"{name}: {key}={config[key]!r} has {len(config[key])} entries for {levels} levels.")
+    per_level(name, "layers_per_block", config["layers_per_block"], 1)
+    groups = per_level(name, "norm_num_groups", config["norm_num_groups"], 1) * levels
+    check_multiple(name, "block_out_channels", channels, "norm_num_groups", groups)

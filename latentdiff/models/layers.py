@@ -1,0 +1,161 @@
+"""The layers that the autoencoders and the UNet share.
+
+Parameter names are diffusers', so weights need no mapping. Letters in shape comments: B batch, C channels, H W height
+and width (of pixels or of the latent grid), L tokens, D width, N attention heads.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Checkpointed(nn.Module):
+    """A module that can recompute its parts' activations in the backward pass instead of keeping them.
+
+    ``ModelMixin.enable_gradient_checkpointing`` finds the flag below on every module and sets it together with
+    ``_gradient_checkpointing_func``.
+    """
+
+    gradient_checkpointing: bool = False
+
+    def run(self, module: nn.Module, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)  # type: ignore[operator]
+        return module(*args)
+
+
+def timestep_features(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of a timestep: (B,) -> (B, dim), float32. Attention Is All You Need (Vaswani et al. 2017), Sec. 3.5.
+
+    Frequency i is 10000^(-i / (dim/2 - freq_shift)). The order is [sin, cos], or [cos, sin] with ``flip_sin_to_cos``.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, dim/2)
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn sinusoids into the embedding every resnet block of the UNet receives."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class ResnetBlock2D(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding enters between the two.
+
+    ADM (Dhariwal & Nichol 2021), Sec. 3: added before the second norm, or, with ``scale_shift``, as a scale and a
+    shift after it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        eps: float = 1e-6,
+        time_dim: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels * (1 + scale_shift)) if time_dim is not None else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) and (B or 1, D), the time embedding after its SiLU -> (B, C', H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is None:
+            h = self.norm2(h)
+        else:
+            shift = self.time_emb_proj(time)[:, :, None, None]  # (B, C' or 2C', 1, 1)
+            if self.scale_shift:
+                scale, shift = shift.chunk(2, dim=1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + shift)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Downsample2D(nn.Module):
+    """Half the size by a strided convolution. ``padding=0`` pads right and below only, as the autoencoders do."""
+
+    def __init__(self, channels: int, padding: int = 1) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour doubling, or growing to ``size``, and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, HW, C), contiguous; no copy if ``x`` is channels-last."""
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, HW, C) -> (B, C, H, W), a channels-last view."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) -> (B, N, L, D/N), a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, N, L, D/N) -> (B, L, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class GridAttention(nn.Module):
+    """Self-attention with one head over all positions of a feature map; the autoencoders' attention."""
+
+    _from_deprecated_attn_block = True  # diffusers' loader renames the parameters of files from before 2023
+
+    def __init__(self, channels: int, *, groups: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = to_tokens(self.group_norm(x))  # (B, HW, C)
+        q, k, v = (split_heads(layer(tokens), 1) for layer in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C)
+        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, HW, C)
+        return x + to_grid(self.to_out[0](attended), height, width)
