@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentdiff.models.autoencoder import AutoencoderKL
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
+    from latentdiff.models.text_context import TextContext
+    from latentdiff.models.unet import UNet2DConditionModel
 
 _HOMES = {
     "AutoencoderKL": "latentdiff.models.autoencoder",
     "BottleneckOutput": "latentdiff.models.bottlenecks",
     "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
+    "TextContext": "latentdiff.models.text_context",
+    "UNet2DConditionModel": "latentdiff.models.unet",
 }
 
-__all__ = ["AutoencoderKL", "BottleneckOutput", "DiagonalGaussianDistribution"]
+__all__ = ["AutoencoderKL", "BottleneckOutput", "DiagonalGaussianDistribution", "TextContext", "UNet2DConditionModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -136,7 +136,10 @@ class AutoencoderKL(Autoencoder):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Generators = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1]. ``generator`` is diffusers' call's."""
+        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1].
+
+        ``generator`` is there because diffusers' pipelines pass one; nothing is random.
+        """
         sample = self.decode_latents(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -1,0 +1,106 @@
+"""The UNet's transformer over the positions of a feature map: self-attention, cross-attention to the text, GEGLU.
+
+Latent Diffusion (Rombach et al. 2022), Sec. 3.3 and Appendix E.2.1.
+"""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdiff.models.layers import Checkpointed, merge_heads, split_heads, to_grid, to_tokens
+from latentdiff.models.text_context import KeyValue
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are made by a call of their own, so they can be made beforehand.
+
+    ``scaled_dot_product_attention`` sums and normalises the scores of half-precision inputs in float32. That is what
+    the config's ``upcast_attention`` asks for, so the flag changes nothing here.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def keys_values(self, context: Tensor) -> KeyValue:
+        """(B, L, context_dim) -> keys and values, (B, N, L, D/N) each."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(self, tokens: Tensor, keys_values: KeyValue, mask: Tensor | None = None) -> Tensor:
+        """(B, L', D) attends to L keys and values; ``mask`` (B, 1, 1, L) is added to the scores -> (B, L', D)."""
+        query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', D/N)
+        attended = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)
+        return self.to_out[0](merge_heads(attended))
+
+
+class GEGLU(nn.Module):
+    """GLU Variants Improve Transformer (Shazeer 2020), Eq. 6."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """(B, L, D) -> (B, L, 4D) -> (B, L, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # diffusers has a dropout between the two; the place is kept for the parameters' names
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, text_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, context_dim=dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim=text_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None = None) -> Tensor:
+        """(B, HW, D), the text's keys and values for this block's cross-attention -> (B, HW, D)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, self.attn1.keys_values(h))
+        x = x + self.attn2(self.norm2(x), text, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(Checkpointed):
+    """Feature map to tokens, ``depth`` transformer blocks, and back, beside a shortcut.
+
+    ``linear`` projects the tokens (Stable Diffusion 2), otherwise 1x1 convolutions project the map (1.x).
+    """
+
+    def __init__(self, channels: int, *, heads: int, depth: int, text_dim: int, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, heads, text_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, text: Iterator[KeyValue], mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); each transformer block takes the next keys and values of ``text``."""
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, C)
+        for block in self.transformer_blocks:
+            tokens = self.run(block, tokens, next(text), mask)
+        if self.linear:
+            return x + to_grid(self.proj_out(tokens), height, width)
+        return x + self.proj_out(to_grid(tokens, height, width))
