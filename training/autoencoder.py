@@ -56,12 +56,12 @@ class AutoencoderObjective(nn.Module):
 
     def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels: (B, 3, H, W) in [-1, 1]. Returns the loss, a float32 scalar."""
-        reconstruction, bottleneck = self.autoencoder.forward_train(pixels, generator=generator)
-        difference = reconstruction.float() - pixels
+        output = self.autoencoder(pixels, sample_posterior=True, generator=generator)
+        difference = output.sample.float() - pixels
         loss = self.settings.l1_weight * difference.abs().mean() + self.settings.l2_weight * difference.square().mean()
         if self.perceptual is not None:
-            loss = loss + self.settings.perceptual_weight * self.perceptual(reconstruction, pixels)
-        for name, value in bottleneck.losses.items():
+            loss = loss + self.settings.perceptual_weight * self.perceptual(output.sample, pixels)
+        for name, value in output.bottleneck.losses.items():
             loss = loss + (self.settings.kl_weight if name == "kl" else 1.0) * value.float()
         return loss
 

@@ -88,9 +88,7 @@ def cached(file: Path, make: Callable[[], Tensor], shared: bool = True) -> Tenso
     return load_file(file)["tensor"]
 
 
-def latents_key(
-    pictures: Sequence[CaptionedPicture], autoencoder: nn.Module, resolution: int, flip: bool
-) -> str:
+def latents_key(pictures: Sequence[CaptionedPicture], autoencoder: nn.Module, resolution: int, flip: bool) -> str:
     """Names what the latents depend on: the pictures' contents, the encoder's weights and the transform."""
     digest = hashlib.sha256(f"{resolution} {flip} {autoencoder.config.scaling_factor}".encode())
     _add_weights(digest, autoencoder)

@@ -81,6 +81,8 @@ def match_by_order(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> dic
     renamed = {}
     for (name, tensor), value in zip(wanted.items(), values, strict=False):
         if tensor.shape != value.shape:
-            raise ValueError(f"perceptual weights: {name} needs shape {tuple(tensor.shape)}, found {tuple(value.shape)}")
+            raise ValueError(
+                f"perceptual weights: {name} needs shape {tuple(tensor.shape)}, found {tuple(value.shape)}"
+            )
         renamed[name] = value
     return renamed

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -93,7 +94,7 @@ class TrainingRun:
                 for k in range(self.settings.gradient_accumulation_steps):
                     yield before * self.settings.gradient_accumulation_steps + k
                 bar.update(self.step - before)
-                if self.step % 10 == 0:
+                if self.losses and self.step % 10 == 0:
                     bar.set_postfix(self.progress())
 
     def learn(self, *inputs: Any, **named: Any) -> None:
@@ -119,9 +120,9 @@ class TrainingRun:
         return self.accelerator.is_main_process and self.accelerator.sync_gradients and self.step % every == 0
 
     def progress(self) -> dict[str, str]:
-        """Mean loss since the last call of `record` (last hundred passes) and pictures per second, for the bar."""
-        loss = float(torch.stack(self.losses[-100:]).mean()) if self.losses else float("nan")
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        """Mean loss of the last hundred passes (or since `record`) and pictures per second, for the bar."""
+        loss = float(torch.stack(self.losses[-100:]).mean())
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {self.step}; lower learning_rate, or use mixed_precision bf16 or no. "
                 f"The last checkpoint is kept in {self.checkpoints.folder}"
@@ -180,9 +181,7 @@ class TrainingRun:
     def _must_stop(self) -> bool:
         """Whether any process was told to stop, or ran out of time; all processes agree."""
         limit = self.settings.max_minutes
-        stop = self._stop_signal is not None or (
-            limit is not None and time.monotonic() - self.started > limit * 60
-        )
+        stop = self._stop_signal is not None or (limit is not None and time.monotonic() - self.started > limit * 60)
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(stop), device=self.device)
             stop = bool(self.accelerator.reduce(flag, "sum") > 0)

@@ -1,0 +1,134 @@
+"""Our networks and pipeline against diffusers', with the same weights, in one process and in turn.
+
+    python benchmarks/side_by_side.py            # the packaged model
+    python benchmarks/side_by_side.py --model runs/mine --repeats 9
+
+Prints the median time of each, the ratio theirs / ours (above 1: ours is faster), and the share of this machine's
+measured matrix-multiply rate that each reaches. Run it on a quiet machine: with another busy process on the same
+cores, small kernels become many times slower and the ratios mean nothing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+from latentdiff.interchange.packaged import find_packaged
+
+Work = Callable[[], Any]
+
+
+def matrix_multiply_rate(size: int = 2048, seconds: float = 2.0) -> float:
+    """Floating-point operations per second of a large float32 matrix product: the best of many."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def in_turn(ours: Work, theirs: Work, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of ours and theirs, run alternately, and the median of the ratios pair by pair."""
+    ours(), theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    mine, other = zip(*pairs, strict=True)
+    return statistics.median(mine), statistics.median(other), statistics.median(b / a for a, b in pairs)
+
+
+def seconds(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def operations(work: Work) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in `work`."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
+    """The steps to time: name -> (ours, theirs). The inputs are the same tensors."""
+    parts: dict[str, tuple[Any, Any]] = {}
+    for name, ours_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        theirs_class = getattr(diffusers, ours_class.__name__)
+        loaded = [
+            c.from_pretrained(model, subfolder=name, torch_dtype=torch.float32) for c in (ours_class, theirs_class)
+        ]
+        parts[name] = (loaded[0].eval(), loaded[1].eval())
+    unet, their_unet = parts["unet"]
+    vae, their_vae = parts["vae"]
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    latents = torch.randn(batch, channels, size, size)
+    text = torch.randn(batch, 32, unet.config.cross_attention_dim)
+    timestep = torch.tensor(500)
+    context = unet.encode_text(text)
+
+    def our_step() -> Tensor:
+        return unet.denoise(latents, unet.embed_time(timestep.expand(batch)), context)
+
+    pixels = vae.decode(latents).sample
+    return {
+        f"UNet, plain call, batch {batch}": (
+            lambda: unet(latents, timestep, text).sample,
+            lambda: their_unet(latents, timestep, text).sample,
+        ),
+        f"UNet step in the loop, batch {batch}": (our_step, lambda: their_unet(latents, timestep, text).sample),
+        f"VAE decode, batch {batch}": (lambda: vae.decode(latents).sample, lambda: their_vae.decode(latents).sample),
+        f"VAE encode, batch {batch}": (
+            lambda: vae.encode(pixels).latent_dist.mean,
+            lambda: their_vae.encode(pixels).latent_dist.mean,
+        ),
+    }
+
+
+def pipelines(model: str, steps: int) -> tuple[Work, Work]:
+    """Whole pipelines, prompt to picture: (ours, theirs)."""
+    pair = [
+        TextToImagePipeline.from_pretrained(model),
+        diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32),
+    ]
+    for pipeline in pair:
+        pipeline.set_progress_bar_config(disable=True)
+
+    def run(pipeline: Any) -> Work:
+        return lambda: pipeline(
+            "a red car", num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np"
+        )
+
+    return run(pair[0]), run(pair[1])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(find_packaged()), help="pipeline folder; default: the packaged model")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=25)
+    arguments = parser.parse_args()
+
+    rate = matrix_multiply_rate()
+    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, float32")
+    print(f"matrix multiply: {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"{'':32}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'ours':>8}{'theirs':>8}  of the matrix-multiply rate")
+    jobs = {**networks(arguments.model, batch=2), **networks(arguments.model, batch=8)}
+    jobs[f"pipeline, {arguments.steps} steps"] = pipelines(arguments.model, arguments.steps)
+    for name, (ours, theirs) in jobs.items():
+        mine, other, ratio = in_turn(ours, theirs, arguments.repeats)
+        work = operations(ours), operations(theirs)
+        shares = work[0] / mine / rate, work[1] / other / rate
+        print(f"{name:32}{mine * 1e3:>8.1f}ms{other * 1e3:>9.1f}ms{ratio:>8.2f}{shares[0]:>8.0%}{shares[1]:>8.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The two trainers end to end at tiny sizes: they learn, resume exactly, and leave what a user can load."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from latentdiff.training.autoencoder import train_autoencoder
+from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.denoiser import train_denoiser
+
+SMALL = {"resolution": 16, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "sample_every": 4}
+AUTOENCODER = {**SMALL, "block_out_channels": (8, 16), "norm_num_groups": 4}
+DENOISER = {
+    **SMALL,
+    "block_out_channels": (8, 16),
+    "attention_levels": (False, True),
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "sample_steps": 2,
+}
+
+
+def autoencoder_settings(data: Path, output: Path, **changes: object) -> AutoencoderSettings:
+    return AutoencoderSettings.load(None, {**AUTOENCODER, "data": str(data), "output": str(output), **changes})
+
+
+@pytest.fixture
+def text_encoder(tmp_path: Path) -> Path:
+    """A tiny BERT with a tokenizer that knows letters."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=12)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture
+def denoiser_settings(pictures: Path, text_encoder: Path, tmp_path: Path) -> dict[str, object]:
+    autoencoder = train_autoencoder(autoencoder_settings(pictures, tmp_path / "autoencoder", max_steps=2))
+    return {**DENOISER, "data": str(pictures), "autoencoder": str(autoencoder), "text_encoder": str(text_encoder)}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_autoencoder_learns_and_diffusers_loads_it(pictures: Path, tmp_path: Path, kind: str) -> None:
+    settings = autoencoder_settings(
+        pictures, tmp_path / "out", kind=kind, max_steps=40, batch_size=4, learning_rate=3e-3, sample_every=20
+    )
+    out = train_autoencoder(settings)
+    rows = [line for line in (out / "training" / "metrics.jsonl").read_text().splitlines() if '"psnr"' in line]
+    first, last = (float(line.split('"psnr": ')[1].rstrip("}")) for line in (rows[0], rows[-1]))
+    assert last > first + 1
+    peer_class = diffusers.AutoencoderKL if kind == "kl" else diffusers.VQModel
+    peer = peer_class.from_pretrained(out)
+    assert same(weights(out), peer.state_dict())
+    assert Image.open(out / "training" / "samples" / "step-00000040.png").width > 16 * 2
+    encoded = peer.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
+    assert (encoded.latent_dist.mean if kind == "kl" else encoded.latents).shape == (4, 4, 8, 8)
+    assert peer.config.scaling_factor != diffusers.AutoencoderKL().config.scaling_factor
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_autoencoder_resumes_exactly(pictures: Path, tmp_path: Path, accumulation: int) -> None:
+    common = {"gradient_accumulation_steps": accumulation}
+    straight = train_autoencoder(autoencoder_settings(pictures, tmp_path / "a", max_steps=6, **common))
+    train_autoencoder(autoencoder_settings(pictures, tmp_path / "b", max_steps=3, **common))
+    resumed = train_autoencoder(autoencoder_settings(pictures, tmp_path / "b", max_steps=6, **common))
+    assert same(weights(straight), weights(resumed))
+    other = train_autoencoder(autoencoder_settings(pictures, tmp_path / "c", max_steps=6, seed=1, **common))
+    assert not same(weights(straight), weights(other))
+
+
+def test_denoiser_resumes_exactly_and_leaves_a_pipeline(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    def train(name: str, steps: int) -> Path:
+        values = {**denoiser_settings, "output": str(tmp_path / name), "max_steps": steps}
+        return train_denoiser(DenoiserSettings.load(None, values))
+
+    straight = train("a", 5)
+    train("b", 2)
+    resumed = train("b", 5)
+    assert same(weights(straight / "unet"), weights(resumed / "unet"))
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(straight)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.rescale_betas_zero_snr
+    assert pipeline("a red thing", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+    assert (straight / "training" / "samples" / "step-00000005.png").is_file()
+
+
+def test_other_caption_or_picture_is_encoded_anew(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def train(output: str) -> set[str]:
+        values = {**denoiser_settings, "output": str(tmp_path / output), "max_steps": 1, "cache_dir": str(cache)}
+        train_denoiser(DenoiserSettings.load(None, values))
+        return {file.name for file in cache.iterdir()}
+
+    first = train("a")
+    assert len(first) == 2
+    assert train("b") == first
+    data = Path(str(denoiser_settings["data"]))
+    Image.new("RGB", (16, 16), "black").save(data / "0.png")
+    second = train("c")
+    assert len(second - first) == 1
+    metadata = (data / "metadata.jsonl").read_text(encoding="utf-8")
+    (data / "metadata.jsonl").write_text(metadata.replace("a red thing", "a dark thing"), encoding="utf-8")
+    assert len(train("d") - second) == 1
+
+
+def test_settings_of_another_model_do_not_resume(pictures: Path, tmp_path: Path) -> None:
+    train_autoencoder(autoencoder_settings(pictures, tmp_path / "a", max_steps=1))
+    with pytest.raises(ValueError, match="does not fit the model these settings describe"):
+        train_autoencoder(autoencoder_settings(pictures, tmp_path / "a", max_steps=2, block_out_channels=(8, 12)))
+
+
+def test_mistakes_are_explained(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    def train(**changes: object) -> None:
+        values = {**denoiser_settings, "output": str(tmp_path / "x"), "max_steps": 1, **changes}
+        train_denoiser(DenoiserSettings.load(None, values))
+
+    with pytest.raises(FileNotFoundError, match="no autoencoder found"):
+        train(autoencoder=str(tmp_path))
+    with pytest.raises(ValueError, match="resolution 17 is not divisible"):
+        train(resolution=17)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        train(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="resolution 15 is not divisible by the factor 2"):
+        train_autoencoder(
+            autoencoder_settings(Path(str(denoiser_settings["data"])), tmp_path / "y", resolution=15, max_steps=1)
+        )
+
+
+def test_a_diverging_run_stops_and_says_so(pictures: Path, tmp_path: Path) -> None:
+    settings = autoencoder_settings(
+        pictures, tmp_path / "a", max_steps=400, learning_rate=1e12, max_grad_norm=1e12, checkpoint_every=1000
+    )
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        train_autoencoder(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_goes_on_to_the_same_weights(pictures: Path, tmp_path: Path, how: signal.Signals) -> None:
+    def command(output: Path) -> list[str]:
+        settings = ["max_steps=60", "resolution=16", "batch_size=2", "block_out_channels=[8, 16]", "norm_num_groups=4"]
+        settings += ["warmup_steps=1", "checkpoint_every=5", "sample_every=1000"]
+        start = [sys.executable, "-m", "latentdiff.training", "autoencoder", "--data", str(pictures)]
+        return [*start, "--output", str(output), *settings]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tmp_path / "a"), check=True, env=environment, cwd=tmp_path)
+    process = subprocess.Popen(command(tmp_path / "b"), env=environment, cwd=tmp_path)
+    checkpoints = tmp_path / "b" / "training" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.wait(60)
+    assert sorted(checkpoints.glob("step-*"))[-1].name < "step-00000060"
+    subprocess.run(command(tmp_path / "b"), check=True, env=environment, cwd=tmp_path)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
