@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.models.autoencoder import AutoencoderKL
+    from latentdiff.models.autoencoder import AutoencoderKL, VQModel
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
@@ -15,9 +15,17 @@ _HOMES = {
     "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
+    "VQModel": "latentdiff.models.autoencoder",
 }
 
-__all__ = ["AutoencoderKL", "BottleneckOutput", "DiagonalGaussianDistribution", "TextContext", "UNet2DConditionModel"]
+__all__ = [
+    "AutoencoderKL",
+    "BottleneckOutput",
+    "DiagonalGaussianDistribution",
+    "TextContext",
+    "UNet2DConditionModel",
+    "VQModel",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from latentdiff.models.bottlenecks import (
     DiagonalGaussianDistribution,
     GaussianBottleneck,
     Generators,
+    VectorQuantizer,
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
@@ -154,6 +156,107 @@ class AutoencoderKL(Autoencoder):
         bottleneck = self.bottleneck(self.encode_moments(sample), sample_posterior, generator)
         reconstruction = self.decode_latents(bottleneck.latents)
         return AutoencoderOutput(reconstruction, bottleneck=bottleneck) if return_dict else (reconstruction,)
+
+
+class VQModel(Autoencoder):
+    """Autoencoder with a codebook: every latent vector is replaced by the nearest of ``num_vq_embeddings``.
+
+    The config is diffusers' ``VQModel``'s. ``decode`` takes, besides what diffusers' takes, the ``generator`` that the
+    Stable Diffusion pipelines pass.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["quantize"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        self.build_coders(encoder_channels=latent_channels)
+        code_dim = vq_embed_dim or latent_channels
+        self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
+        self.quantize = VectorQuantizer(num_vq_embeddings, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
+
+    @property
+    def bottleneck(self) -> VectorQuantizer:
+        return self.quantize
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+        """(B, C, H, W), values in [-1, 1] -> ``.latents`` (B, C, h, w), not yet quantized."""
+        latents = self.encode_moments(x)
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: Sequence[int] | None = None,
+        generator: Generators = None,
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1], and ``.commit_loss``.
+
+        They are quantized first, or not with ``force_not_quantize``. If so, and if the config says
+        ``lookup_from_codebook``, ``h`` holds the codes' indices and ``shape`` is (B, h, w, C). ``generator`` is there
+        because diffusers' pipelines pass one; nothing is random.
+        """
+        if not force_not_quantize:
+            bottleneck = self.quantize(h)
+            latents, loss = bottleneck.latents, commit_loss(bottleneck)
+        elif self.config.lookup_from_codebook:
+            if shape is None:
+                raise ValueError("VQModel.decode: indices need shape=(batch, height, width, channels).")
+            latents = self.quantize.lookup(h.reshape(tuple(shape)[:3]))
+            loss = latents.new_zeros(len(latents))
+        else:
+            latents, loss = h, h.new_zeros(len(h))
+        sample = self.decode_latents(latents)
+        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+
+    def forward(
+        self,
+        sample: Tensor,
+        return_dict: bool = True,
+        sample_posterior: bool = False,
+        generator: Generators = None,
+    ) -> AutoencoderOutput | tuple[Tensor, Tensor]:
+        """(B, C, H, W) to codes and back: ``.sample``, ``.commit_loss``, and ``.bottleneck``.
+
+        ``sample_posterior`` and ``generator`` are the contract's: nothing is random.
+        """
+        bottleneck = self.bottleneck(self.encode_moments(sample), sample_posterior, generator)
+        reconstruction, loss = self.decode_latents(bottleneck.latents), commit_loss(bottleneck)
+        return AutoencoderOutput(reconstruction, loss, bottleneck) if return_dict else (reconstruction, loss)
+
+
+def commit_loss(bottleneck: BottleneckOutput) -> Tensor:
+    """diffusers' name for the sum of a codebook's losses."""
+    return bottleneck.losses["commitment"] + bottleneck.losses["codebook"]
 
 
 def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:

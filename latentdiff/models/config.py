@@ -82,7 +82,7 @@ def check_multiple(name: str, key: str, values: Sequence[int], divisor_key: str,
 
 def per_level(name: str, key: str, value: int | Sequence[int], levels: int) -> tuple[int, ...]:
     """One number for all levels, or one for each: a tuple of ``levels`` whole numbers."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels:
         raise ValueError(f"{name}: {key}={value!r} has {len(values)} entries for {levels} levels.")
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
