@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -74,6 +75,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     """
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
+    set_seed(settings.seed)  # the first weights, and whatever draws without a generator of its own
     pictures = load_pictures(settings.data, settings.split, settings.image_column, settings.caption_column)
     autoencoder = build_autoencoder(settings)
     run = TrainingRun(settings, AutoencoderObjective(autoencoder, settings), autoencoder)

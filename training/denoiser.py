@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
@@ -126,6 +127,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
     """
+    set_seed(settings.seed)  # the first weights, and whatever draws without a generator of its own
     pictures = load_pictures(settings.data, settings.split, settings.image_column, settings.caption_column)
     autoencoder = load_autoencoder(settings.autoencoder)
     factor = pixels_per_latent(autoencoder)
@@ -156,6 +158,9 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     with run.averaged() as averaged:
         if run.accelerator.is_main_process:
             pipeline = TextToImagePipeline(unet=averaged, **parts)
+            pipeline.register_defaults(
+                num_inference_steps=settings.sample_steps, guidance_scale=settings.sample_guidance_scale
+            )
             draw_samples(run, settings, pictures, pipeline)
             pipeline.save_pretrained(output)
     run.accelerator.wait_for_everyone()

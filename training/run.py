@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -44,7 +43,6 @@ class TrainingRun:
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
-        set_seed(settings.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             settings.save(self.folder / "settings.yaml")
