@@ -135,7 +135,7 @@ def validation_pixels(settings: AutoencoderSettings, pictures: Sequence[Captione
     return torch.stack([read_pixels(picture, settings.resolution) for picture in pictures[:most]])
 
 
-def report(run: TrainingRun, model: nn.Module, pixels: Tensor) -> dict[str, float]:
+def report(run: TrainingRun, model: Any, pixels: Tensor) -> dict[str, float]:
     """Record the PSNR of reconstructions of `pixels` (N, 3, R, R) and draw them below the originals."""
     with torch.no_grad():
         reconstructed = torch.cat([model(chunk.to(run.device)).sample.cpu() for chunk in pixels.split(16)])
@@ -155,7 +155,7 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def measure_scaling_factor(
-    model: nn.Module, pictures: Sequence[CaptionedPicture], settings: AutoencoderSettings, most: int = 1024
+    model: Any, pictures: Sequence[CaptionedPicture], settings: AutoencoderSettings, most: int = 1024
 ) -> float:
     """Set `config.scaling_factor` so that scaled latents have unit standard deviation (Rombach et al. 2022, App. G).
 

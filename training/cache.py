@@ -5,15 +5,19 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.training.data import CaptionedPicture, read_pixels
 
 logger = logging.getLogger(__name__)
+
+Autoencoder = AutoencoderKL | VQModel
 
 
 class LatentCache:
@@ -51,7 +55,7 @@ class TextCache:
 
 @torch.no_grad()
 def encode_latents(
-    pictures: Sequence[CaptionedPicture], autoencoder: nn.Module, resolution: int, flip: bool, batch_size: int = 32
+    pictures: Sequence[CaptionedPicture], autoencoder: Autoencoder, resolution: int, flip: bool, batch_size: int = 32
 ) -> Tensor:
     """Moments of the scaled latents of every picture, (N, F, 2, C, h, w) float16; see `LatentCache`."""
     device = next(autoencoder.parameters()).device
@@ -64,31 +68,30 @@ def encode_latents(
     return torch.cat(chunks)
 
 
-def _moments(encoded: object, scale: float) -> Tensor:
+def _moments(encoded: Any, scale: float) -> Tensor:
     """Scaled mean and standard deviation of an encoder's output, (B, 2, C, h, w) float16."""
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
     else:  # a codebook's latents have no spread
-        mean = encoded.latents  # type: ignore[attr-defined]
+        mean = encoded.latents
         std = torch.zeros_like(mean)
     return (torch.stack([mean, std], dim=1) * scale).half()
 
 
-def cached(file: Path, make: Callable[[], Tensor], shared: bool = True) -> Tensor:
+def cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
     """The tensor kept in `file`, made and written (whole or not at all) where it is not there yet."""
     if not file.is_file():
         tensor = make()
-        if shared:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-            save_file({"tensor": tensor.contiguous()}, partial)
-            os.replace(partial, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+        save_file({"tensor": tensor.contiguous()}, partial)
+        os.replace(partial, file)
         return tensor
     logger.info("using %s", file)
     return load_file(file)["tensor"]
 
 
-def latents_key(pictures: Sequence[CaptionedPicture], autoencoder: nn.Module, resolution: int, flip: bool) -> str:
+def latents_key(pictures: Sequence[CaptionedPicture], autoencoder: Autoencoder, resolution: int, flip: bool) -> str:
     """Names what the latents depend on: the pictures' contents, the encoder's weights and the transform."""
     digest = hashlib.sha256(f"{resolution} {flip} {autoencoder.config.scaling_factor}".encode())
     _add_weights(digest, autoencoder)

@@ -1,19 +1,20 @@
 """Training a text-conditioned denoiser on the latents of an autoencoder."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel
+from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.text import encode_prompts, load_text_encoder
-from latentdiff.training.cache import LatentCache, TextCache, cached, encode_latents, latents_key, text_key
+from latentdiff.training.cache import Autoencoder, LatentCache, TextCache, cached, encode_latents, latents_key, text_key
 from latentdiff.training.config import DenoiserSettings
 from latentdiff.training.data import BatchOrder, CaptionedPicture, load_pictures
 from latentdiff.training.grids import image_grid, save_image
@@ -21,6 +22,7 @@ from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
+AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 DRAWS = 0  # stream of TrainingRun.generator
 
 
@@ -31,7 +33,7 @@ def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
     )
 
 
-def build_unet(settings: DenoiserSettings, autoencoder: nn.Module, text_width: int) -> UNet2DConditionModel:
+def build_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_width: int) -> UNet2DConditionModel:
     """A new UNet for the autoencoder's latents and text states of width `text_width`."""
     config = autoencoder.config
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attention_levels]
@@ -53,7 +55,7 @@ def build_unet(settings: DenoiserSettings, autoencoder: nn.Module, text_width: i
     )
 
 
-def pixels_per_latent(autoencoder: nn.Module) -> int:
+def pixels_per_latent(autoencoder: Autoencoder) -> int:
     """Pixels per latent along one side, of any autoencoder."""
     return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
 
@@ -133,7 +135,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     factor = pixels_per_latent(autoencoder)
     if settings.resolution % factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
-    tokenizer, text_encoder = load_text_encoder(settings.text_encoder)
+    tokenizer, text_encoder = cast(tuple[Any, Any], load_text_encoder(settings.text_encoder))
     process = build_process(settings)
     unet = build_unet(settings, autoencoder, text_encoder.config.hidden_size)
     run = TrainingRun(settings, DenoiserObjective(unet, process, settings.min_snr_gamma), unet)
@@ -167,15 +169,19 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     return output
 
 
-def load_autoencoder(folder: str) -> AutoencoderKL:
+def load_autoencoder(folder: str) -> Autoencoder:
     """The autoencoder in `folder`, or in the ``vae`` folder of a pipeline there.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is a model of another class.
     """
     for candidate in (Path(folder), Path(folder) / "vae"):
         if (candidate / "config.json").is_file():
-            return AutoencoderKL.from_pretrained(candidate)
+            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            if kind not in AUTOENCODERS:
+                raise ValueError(f"{candidate}: its config.json is of a {kind}, not of {' or '.join(AUTOENCODERS)}")
+            return AUTOENCODERS[kind].from_pretrained(candidate)
     raise FileNotFoundError(
         f"{folder}: no autoencoder found (no config.json there or in its vae/); train one with "
         f"'latentdiff train autoencoder --output {folder}'"
@@ -186,9 +192,9 @@ def caches(
     run: TrainingRun,
     settings: DenoiserSettings,
     pictures: Sequence[CaptionedPicture],
-    autoencoder: nn.Module,
+    autoencoder: Autoencoder,
     tokenizer: Any,
-    text_encoder: nn.Module,
+    text_encoder: Any,
 ) -> tuple[LatentCache, TextCache]:
     """Latents and text states of the data, encoded on the first run and read on the next."""
     folder = Path(settings.cache_dir) if settings.cache_dir else run.folder / "cache"
@@ -214,13 +220,13 @@ def draw_samples(
     """Draw the sample prompts (by default, captions of the first pictures) with seed 0, and record the loss."""
     prompts = list(settings.sample_prompts) or [picture.captions[0] for picture in pictures[:16]]
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
+    output: Any = pipeline(
         prompts,
         height=settings.resolution,
         width=settings.resolution,
         num_inference_steps=settings.sample_steps,
         guidance_scale=settings.sample_guidance_scale,
         seed=0,
-    ).images
-    save_image(image_grid(images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
+    )
+    save_image(image_grid(output.images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
     run.record()

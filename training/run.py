@@ -53,6 +53,8 @@ class TrainingRun:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        if settings.compile:
+            objective.compile()
         self.network = network
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.ema = EMAModel(network.parameters(), decay=settings.ema_decay, foreach=True)
@@ -86,6 +88,7 @@ class TrainingRun:
             dynamic_ncols=True,
             mininterval=2.0,
         )
+        self.started, self.first_step = time.monotonic(), self.step
         with self._signals(), bar:
             while self.step < self.settings.max_steps and not self._must_stop():
                 before = self.step
@@ -128,7 +131,7 @@ class TrainingRun:
         return {"loss": f"{loss:.4f}", "pictures/s": f"{self.rate():.1f}"}
 
     def rate(self) -> float:
-        """Pictures per second of all processes, since this process started."""
+        """Pictures per second of all processes, since the first pass of this process."""
         settings = self.settings
         per_step = settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
         return (self.step - self.first_step) * per_step / max(time.monotonic() - self.started, 1e-9)
@@ -147,7 +150,7 @@ class TrainingRun:
         self.checkpoints.save(self.step)
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> Iterator[Any]:
         """The network with its averaged weights in place; the trained ones come back afterwards."""
         parameters = list(self.network.parameters())
         self.ema.store(parameters)
