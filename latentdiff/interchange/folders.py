@@ -1,0 +1,111 @@
+"""Finding a model's folder, and telling what is wrong with it before a library stumbles over it."""
+
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packaged_models
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_model(source: str | Path | None) -> Path | None:
+    """Where a model is: the folder of a packaged name or of a path, or None for the id of a model on the hub.
+
+    None stands for the packaged default. A packaged name wins over a folder of the same name; write ``./name`` for the
+    folder. What could be both a hub id and a path is a path if its first part exists here.
+
+    Raises:
+        FileNotFoundError: no such folder, and not something the hub could have.
+    """
+    if source is None:
+        return packaged_model()
+    known = packaged_models()
+    if str(source) in known:
+        return known[str(source)]
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not folder.parent.exists():
+        return None
+    if str(source) == DEFAULT_MODEL:
+        return packaged_model()  # raises, and says that the weights are missing
+    names = ", ".join(known) or "none in this installation"
+    raise FileNotFoundError(
+        f"{source}: no such folder; give a folder that holds a model_index.json, the name of a packaged model "
+        f"({names}) or an 'owner/name' on the Hugging Face hub"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError naming `file` if it is not a JSON object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: a JSON object is expected, not a {type(value).__name__}")
+    return value
+
+
+def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, Any]:
+    """The index of a pipeline folder, after a look at everything it names but the components `given` otherwise.
+
+    Raises:
+        FileNotFoundError: not a pipeline folder, or a component or shard that its indices name is missing.
+        ValueError: a file is damaged.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a pipeline folder: it has no model_index.json (what save_pretrained writes, with the "
+            f"folders vae, text_encoder, tokenizer, unet and scheduler beside it)"
+        )
+    index = read_json(folder / "model_index.json")
+    for name, value in index.items():
+        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if is_component and name not in given:
+            check_component(folder, name, value[1])
+    return index
+
+
+def check_component(folder: Path, name: str, class_name: str) -> None:
+    part = folder / name
+    if not part.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: the folder {name} is missing; model_index.json says it holds a {class_name}"
+        )
+    for file in sorted(part.glob("*.json")):
+        names = read_json(file)
+        if file.name.endswith(".index.json"):
+            for shard in sorted(set(names.get("weight_map", {}).values())):
+                if not (part / shard).is_file():
+                    raise FileNotFoundError(f"{part / shard} is missing; {file.name} names it")
+    for file in sorted(part.glob("*.safetensors")):
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Whether a safetensors file is whole, from its header and its size; no weights are read.
+
+    Raises:
+        ValueError: it is not, and how.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            raise ValueError(f"{file} is a Git LFS pointer, not the weights themselves; fetch them with 'git lfs pull'")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{file} is damaged: {size} bytes are too few, or it is not a safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file} is damaged: its header cannot be read") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{file} is damaged: it has {size} bytes and should have {expected}; copy it again")

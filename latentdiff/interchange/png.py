@@ -1,0 +1,102 @@
+"""Pictures with their recipe: PNG files that say how they were drawn."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+KEY = "latentdiff"
+"""Text chunk that holds the settings, as JSON."""
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """`images`, all of one size, in rows of `columns` on white.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return grid
+
+
+def parameters_text(settings: Mapping[str, Any]) -> str:
+    """`settings` in the notation that Stable Diffusion's web pages write and picture viewers know."""
+    lines = ["\n".join(settings["prompts"])]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    fields = {
+        "Steps": settings["num_inference_steps"],
+        "Sampler": settings["scheduler"],
+        "CFG scale": settings["guidance_scale"],
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": settings["model"],
+        "Version": f"latentdiff {settings['version']}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with `settings` in it, whole or not at all. The folder is made if need be."""
+    info = PngInfo()
+    info.add_text("parameters", parameters_text(settings))
+    info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as stream:
+        partial = Path(stream.name)
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        partial.chmod(0o666 & ~current_umask())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def read_settings(file: Path) -> dict[str, Any] | None:
+    """The settings in a picture that `save_picture` wrote; None for any other file."""
+    try:
+        with Image.open(file) as image:
+            text = getattr(image, "text", {}).get(KEY)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return None
+    try:
+        settings = json.loads(text) if text else None
+    except json.JSONDecodeError:
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def check_output(file: Path, overwrite: bool = False) -> None:
+    """Refuse to write over a file that is not a picture of ours.
+
+    Raises:
+        ValueError: `file` is not named ``.png``.
+        FileExistsError: it is there, was not written by this program, and `overwrite` is False; or it is a folder.
+    """
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"{file}: pictures are written as PNG, which keeps the settings; name it {file.stem}.png")
+    if file.is_dir():
+        raise FileExistsError(f"{file} is a folder")
+    if file.exists() and not overwrite and read_settings(file) is None:
+        raise FileExistsError(
+            f"{file} exists and was not drawn by latentdiff; choose another name, or replace it with --overwrite"
+        )

@@ -1,0 +1,86 @@
+"""Loading a text encoder with its tokenizer, from a folder, a packaged model, the hub or open_clip."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentdiff.interchange.folders import check_safetensors, find_model
+from latentdiff.text.encode import UNLIMITED, max_tokens
+
+logger = logging.getLogger(__name__)
+
+OPEN_CLIP = "open_clip:"
+
+# The class that is only the text encoder, for models that are more than that.
+ENCODER_CLASSES = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+
+
+def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module]:
+    """A tokenizer and a text encoder, in evaluation mode.
+
+    Args:
+        source: a pipeline folder or a packaged model (its ``text_encoder`` and ``tokenizer``), a folder that
+            transformers saved, the id of either on the hub, or ``open_clip:NAME`` or ``open_clip:NAME/PRETRAINED``.
+        dtype: of the weights.
+
+    Encoders other than CLIP's that come from outside a pipeline get ``use_attention_mask`` in their config, so that
+    padding is hidden from them, here and in diffusers.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such model, or it is not in safetensors files.
+        ValueError: a file is damaged, or the encoder does not say how many tokens it takes.
+    """
+    if str(source).startswith(OPEN_CLIP):
+        from latentdiff.text.open_clip import load_open_clip_text_encoder
+
+        name, _, pretrained = str(source).removeprefix(OPEN_CLIP).partition("/")
+        tokenizer, text_encoder = load_open_clip_text_encoder(name, pretrained or None)
+        return tokenizer, text_encoder.to(dtype)
+
+    folder = find_model(source)
+    place = str(source) if folder is None else str(folder)
+    in_pipeline = on_hub_in_pipeline(place) if folder is None else (folder / "text_encoder").is_dir()
+    if folder is not None:
+        for file in sorted((folder / "text_encoder" if in_pipeline else folder).glob("*.safetensors")):
+            check_safetensors(file)
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place, subfolder="tokenizer" if in_pipeline else "")
+    text_encoder = load_encoder(place, "text_encoder" if in_pipeline else "", dtype)
+    if not in_pipeline and text_encoder.config.model_type not in ("clip", "clip_text_model"):
+        text_encoder.config.use_attention_mask = True
+    if tokenizer.model_max_length >= UNLIMITED:
+        tokenizer.model_max_length = max_tokens(tokenizer, text_encoder)
+    return tokenizer, text_encoder.eval()
+
+
+def load_encoder(place: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """The text encoder alone, of whatever kind the config in `place` says."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place, subfolder=subfolder)
+    class_name = ENCODER_CLASSES.get(config.model_type, "AutoModel")
+    encoder_class = getattr(transformers, class_name)
+    return encoder_class.from_pretrained(place, subfolder=subfolder, dtype=dtype, use_safetensors=True)
+
+
+def on_hub_in_pipeline(model_id: str) -> bool:
+    """Whether a model on the hub is a pipeline with a ``text_encoder`` folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(model_id, "text_encoder/config.json")
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return False
+    return True

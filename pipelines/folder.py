@@ -1,0 +1,124 @@
+"""Pipelines as folders: loaded with our networks, saved as diffusers' own."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+
+from latentdiff.interchange.folders import check_pipeline_folder, find_model
+from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, refuse_options
+from latentdiff.pipelines.saving import load_in_float32, move_into
+
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
+"""Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
+
+DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers passes over keys that begin with _
+
+
+class FolderPipeline(DiffusionPipeline):
+    """A ``DiffusionPipeline`` whose folder is one of diffusers'.
+
+    ``model_index.json`` names `saved_class_name` and diffusers' classes, so plain diffusers loads what this one saves,
+    and this one loads what diffusers saves.
+    """
+
+    saved_class_name: ClassVar[str]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any) -> Self:
+        """Load a pipeline: a packaged model by its name, a folder, or an ``owner/name`` on the hub.
+
+        Args:
+            pretrained_model_name_or_path: None stands for the packaged default model.
+            options: those of diffusers' ``from_pretrained``: ``dtype`` or, by its older name, ``torch_dtype`` (float32
+                by default, whatever is on disk), ``variant``, components that replace the folder's, and for the hub
+                ``revision``, ``token`` and so on.
+
+        Raises:
+            FileNotFoundError: no such folder, or a part of it is missing.
+            ValueError: a file is damaged, or an option or a component is not supported.
+            OSError: the hub cannot be asked, or has no such model.
+        """
+        refuse_options(options)
+        source = pretrained_model_name_or_path
+        folder = find_model(source)
+        if folder is None:
+            folder = Path(cls.download(str(source), **{**options, "use_safetensors": True}))
+        dtypes = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = dtypes[0] or dtypes[1] or torch.float32
+        index = check_pipeline_folder(folder, options)
+        wanted = {name: value for name, value in index.items() if name not in options}
+        networks = load_networks(folder, wanted, dtype, options.get("variant"))
+        options |= {**networks, "dtype": dtype, "use_safetensors": True}
+        pipeline = super().from_pretrained(str(folder), **options)
+        pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
+        return pipeline
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write a folder that this class and plain diffusers load; what it holds otherwise stays.
+
+        Files are written aside first and then moved into place, ``model_index.json`` last.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: must be True; weights go into safetensors files.
+            variant: such as "fp16", a part of the weight files' names.
+            max_shard_size: of one weight file, such as "15MB".
+            push_to_hub: upload too; ``options`` are then ``repo_id``, ``token``, ``private`` and so on.
+
+        Raises:
+            ValueError: ``safe_serialization=False``.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not supported: weights are saved in safetensors files")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            new = Path(temporary) / folder.name
+            super().save_pretrained(new, variant=variant, max_shard_size=max_shard_size)
+            load_in_float32(new)
+            move_into(new, folder, variant)
+        if push_to_hub:
+            self.push_to_hub(options.pop("repo_id", folder.name), variant=variant, **options)
+
+    def register_to_config(self, **values: Any) -> None:
+        """As in diffusers; our networks are entered as the classes of diffusers that they are made to be read as."""
+        for name, value in values.items():
+            ours = isinstance(value, tuple) and str(value[0]).startswith("latentdiff.")
+            if ours and value[1] in OUR_CLASSES.get(name, ()):
+                values[name] = ("diffusers", value[1])
+        super().register_to_config(**values)
+
+    def to_json_string(self) -> str:
+        """The content of ``model_index.json``, without the place where this pipeline was loaded from."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        return json.dumps({**index, "_class_name": self.saved_class_name}, indent=2, sort_keys=True) + "\n"
+
+    def register_defaults(self, **defaults: float) -> None:
+        """Set what a call of this model uses for ``num_inference_steps`` and ``guidance_scale``; saved with it.
+
+        Raises:
+            ValueError: another name.
+        """
+        for name in defaults:
+            if name not in DEFAULTS:
+                raise ValueError(f"unknown default {name!r}; a model can have {', '.join(DEFAULTS)}")
+        if defaults:
+            self.register_to_config(**{DEFAULTS_KEY: {**self.config.get(DEFAULTS_KEY, {}), **defaults}})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """``num_inference_steps`` and ``guidance_scale`` of a call that does not give them."""
+        return {**DEFAULTS, **self.config.get(DEFAULTS_KEY, {})}

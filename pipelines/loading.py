@@ -1,0 +1,62 @@
+"""Pipeline folders to components: our networks where diffusers would build its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+OUR_CLASSES = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
+"""Per component, the classes of diffusers that we have our own version of."""
+
+UNSUPPORTED_OPTIONS = {
+    "custom_pipeline": "it would run code from the folder",
+    "trust_remote_code": "it would run code from the folder",
+    "use_onnx": "there are no ONNX networks here",
+    "use_flashpack": "weights are read from safetensors files",
+    "device_map": "load the pipeline, then move it with .to(device)",
+    "quantization_config": "quantised networks cannot be loaded yet",
+}
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option of diffusers' ``from_pretrained`` that would do nothing, or harm, here."""
+    for name, why in UNSUPPORTED_OPTIONS.items():
+        if options.get(name):
+            raise ValueError(f"from_pretrained: {name} is not supported: {why}")
+    if not options.get("use_safetensors", True):
+        raise ValueError("from_pretrained: use_safetensors=False is not supported: pickled weights can run code")
+
+
+def load_networks(
+    folder: Path, index: Mapping[str, Any], dtype: torch.dtype | dict[str, torch.dtype], variant: str | None
+) -> dict[str, nn.Module]:
+    """The autoencoder and the UNet of a pipeline folder, as our classes.
+
+    Args:
+        folder: checked already.
+        index: of the folder, less what need not be loaded.
+        dtype: of all weights, or per component, with "default" for the rest.
+        variant: such as "fp16": the weight files to take where a component has them.
+
+    Raises:
+        ValueError: a component is of a class that we have no version of.
+    """
+    import latentdiff.models as models
+
+    networks = {}
+    for name, class_names in OUR_CLASSES.items():
+        if name not in index or index[name][0] is None:
+            continue
+        class_name = index[name][1]
+        if class_name not in class_names:
+            raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {' or '.join(class_names)}")
+        has_variant = variant is not None and any((folder / name).glob(f"*.{variant}*.safetensors"))
+        networks[name] = getattr(models, class_name).from_pretrained(
+            folder / name,
+            dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
+            variant=variant if has_variant else None,
+            use_safetensors=True,
+        )
+    return networks

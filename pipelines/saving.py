@@ -1,0 +1,44 @@
+"""Writing a pipeline folder whole, so that plain diffusers loads and draws from it."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+def load_in_float32(folder: Path) -> None:
+    """Let a saved text encoder be loaded in float32 where nobody asks for another precision.
+
+    diffusers loads its networks in float32 then, but transformers in the precision that the config names; a folder in
+    half precision would come out mixed, and could not draw.
+    """
+    file = folder / "text_encoder" / "config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def move_into(new: Path, folder: Path, variant: str | None) -> None:
+    """Move all files below `new` to the same places below `folder`, the index last, each whole.
+
+    Weight files of an earlier save that the new files replace are removed; nothing else of `folder` is touched.
+    """
+    files = sorted(file for file in new.rglob("*") if file.is_file())
+    files.sort(key=lambda file: file.name == "model_index.json")
+    for file in files:
+        target = folder / file.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    suffix = "" if variant is None else re.escape(f".{variant}")
+    weights = re.compile(
+        rf"(diffusion_pytorch_model|model){suffix}(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
+        rf"(diffusion_pytorch_model|model)\.safetensors\.index{suffix}\.json"
+    )
+    kept = {folder / file.relative_to(new) for file in files}
+    for part in {target.parent for target in kept if target.parent != folder}:
+        for old in part.iterdir():
+            if old not in kept and weights.fullmatch(old.name):
+                old.unlink()
+    shutil.rmtree(new)

@@ -1,0 +1,62 @@
+"""Samplers by name: diffusers' schedulers, for whoever types names."""
+
+import re
+from typing import Any
+
+SHORT_NAMES = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-single": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Every scheduler that samples from a discrete process of betas, by a name that is easy to type."""
+
+
+def find_scheduler(name: str) -> str:
+    """diffusers' class name for a short name or a class name, in whatever case.
+
+    Raises:
+        ValueError: no such scheduler; the message lists them.
+    """
+    known = {plain(key): class_name for key, class_name in SHORT_NAMES.items()}
+    known |= {plain(class_name): class_name for class_name in SHORT_NAMES.values()}
+    if plain(name) not in known:
+        raise ValueError(f"unknown scheduler {name!r}; the schedulers are {', '.join(SHORT_NAMES)}")
+    return known[plain(name)]
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("scheduler")
+
+
+def change_scheduler(scheduler: Any, name: str) -> Any:
+    """Another scheduler for the process that `scheduler` samples from.
+
+    Raises:
+        ValueError: no such scheduler, or it cannot sample from a process with zero terminal SNR and must here.
+    """
+    import diffusers
+
+    scheduler_class = getattr(diffusers, find_scheduler(name))
+    changed = scheduler_class.from_config(scheduler.config)
+    if scheduler.config.get("rescale_betas_zero_snr") and not changed.config.get("rescale_betas_zero_snr"):
+        able = [short for short, class_name in SHORT_NAMES.items() if knows_zero_snr(getattr(diffusers, class_name))]
+        raise ValueError(
+            f"the {scheduler_class.__name__} cannot draw with this model, which was trained with zero terminal "
+            f"signal-to-noise ratio; these can: {', '.join(able)}"
+        )
+    return changed
+
+
+def knows_zero_snr(scheduler_class: Any) -> bool:
+    return "rescale_betas_zero_snr" in scheduler_class._get_init_keys(scheduler_class)
