@@ -169,6 +169,12 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
 
         ``encoder_attention_mask`` (B, L) is true, or 1, where a token counts.
         """
+        width = self.config.cross_attention_dim
+        if isinstance(width, int) and encoder_hidden_states.shape[-1] != width:
+            raise ValueError(
+                f"UNet2DConditionModel: the text states are {encoder_hidden_states.shape[-1]} wide and "
+                f"cross_attention_dim={width}; the text encoder is not the one this UNet was made for."
+            )
         if encoder_attention_mask is not None:  # as diffusers, a bias of -10000 rather than none at all
             keep = encoder_attention_mask[:, None, None].to(encoder_hidden_states.dtype)
             encoder_attention_mask = (1 - keep) * -10000.0  # (B, 1, 1, L)
