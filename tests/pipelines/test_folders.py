@@ -1,0 +1,217 @@
+"""Pipelines as folders: to plain diffusers and back, and what is wrong with a folder."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+
+DRAW = {"num_inference_steps": 4, "output_type": "np"}
+
+PLAIN_DIFFUSERS = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "latentdiff":
+            raise ImportError("latentdiff is not here")
+
+sys.meta_path.insert(0, Blocker())
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+for folder, output in zip(sys.argv[1::2], sys.argv[2::2]):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert {type(part).__module__.split(".")[0] for part in pipeline.components.values() if part is not None} == {
+        "diffusers", "transformers"
+    }
+    latents = torch.from_numpy(np.load(output))
+    np.save(output, pipeline("a red car", latents=latents, num_inference_steps=4, output_type="np").images)
+assert "latentdiff" not in sys.modules
+"""
+
+
+def test_plain_diffusers_draws_the_same_without_us(pipeline: Any, latents: torch.Tensor, tmp_path: Path) -> None:
+    pipeline.register_defaults(num_inference_steps=4)
+    pipeline.save_pretrained(tmp_path / "full")
+    expected = {"full": pipeline("a red car", latents=latents[:1], **DRAW).images}
+    half = TextToImagePipeline.from_pretrained(tmp_path / "full", dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="40KB")
+    again = TextToImagePipeline.from_pretrained(tmp_path / "half")
+    expected["half"] = again("a red car", latents=latents[:1], **DRAW).images
+    arguments = []
+    for name in expected:
+        np.save(tmp_path / f"{name}.npy", latents[:1].numpy())
+        arguments += [str(tmp_path / name), str(tmp_path / f"{name}.npy")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN_DIFFUSERS, *arguments], check=True)
+    for name, picture in expected.items():
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - picture).max() < 1e-4
+
+
+def test_the_index_names_diffusers_classes_only(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    assert index["safety_checker"] == [None, None]
+    assert "_name_or_path" not in index
+    assert "latentdiff" not in (folder / "model_index.json").read_text()
+
+
+def test_a_replaced_network_is_entered_as_diffusers_too(pipeline: Any, networks: Any) -> None:
+    pipeline.unet = networks[0]["unet"]
+    assert pipeline.config["unet"] == ("diffusers", "UNet2DConditionModel")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_loads_what_diffusers_saved(pair: Callable[..., Any], tmp_path: Path, variant: str | None) -> None:
+    _, theirs = pair()
+    theirs.save_pretrained(tmp_path, variant=variant)
+    ours = TextToImagePipeline.from_pretrained(tmp_path, variant=variant)
+    assert type(ours.unet) is UNet2DConditionModel
+    assert type(ours.vae) is AutoencoderKL
+    generators = (torch.Generator().manual_seed(0) for _ in range(2))
+    pictures = [p("a red car", generator=g, **DRAW).images for p, g in zip((ours, theirs), generators, strict=True)]
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
+def test_precision(folder: Path, option: str) -> None:
+    half = TextToImagePipeline.from_pretrained(folder, **{option: torch.bfloat16})
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    assert np.isfinite(half("a red car", seed=0, **DRAW).images).all()
+
+
+def test_float32_unless_asked(pipeline: Any, folder: Path, tmp_path: Path) -> None:
+    TextToImagePipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    loaded = TextToImagePipeline.from_pretrained(tmp_path / "half")
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+
+
+def test_components_can_be_given(folder: Path, networks: Any) -> None:
+    loaded = TextToImagePipeline.from_pretrained(folder, unet=networks[0]["unet"])
+    assert loaded.unet is networks[0]["unet"]
+
+
+def test_defaults_travel_with_the_folder(pipeline: Any, tmp_path: Path) -> None:
+    assert pipeline.defaults == {"num_inference_steps": 50, "guidance_scale": 7.5}
+    pipeline.register_defaults(num_inference_steps=3, guidance_scale=1.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path)
+    assert loaded.defaults == {"num_inference_steps": 3, "guidance_scale": 1.5}
+    loaded("a red car", seed=0)
+    assert (loaded.num_timesteps, loaded.guidance_scale) == (3, 1.5)
+    with pytest.raises(ValueError, match="strength"):
+        loaded.register_defaults(strength=1)
+
+
+def test_saving_again_replaces_weights_and_keeps_other_files(pipeline: Any, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    (folder / "unet" / "notes.txt").write_text("mine")
+    pipeline.save_pretrained(folder, variant="fp16")
+    pipeline.save_pretrained(folder, max_shard_size="40KB")
+    names = {file.name for file in (folder / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors" not in names
+    assert {"diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"} <= names
+    assert (folder / "notes.txt").exists()
+    assert "notes.txt" in names
+    assert not list(folder.glob(".saving-*"))
+    shards = [file.stat().st_size for file in (folder / "unet").glob("*-of-*.safetensors")]
+    assert len(shards) > 1
+    TextToImagePipeline.from_pretrained(folder)
+
+
+def test_an_interrupted_save_leaves_the_old_folder(
+    pipeline: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.unet, "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.save_pretrained(folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_the_packaged_model_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentdiff.interchange.packaged.WEIGHTS", folder.parent)
+    folder.rename(folder.with_name("emoji"))
+    assert type(TextToImagePipeline.from_pretrained().unet) is UNet2DConditionModel
+    assert type(TextToImagePipeline.from_pretrained("emoji").unet) is UNet2DConditionModel
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give a folder that holds a model_index"):
+        TextToImagePipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="not a pipeline folder"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_hub_model_that_is_not_here_is_an_os_error() -> None:
+    with pytest.raises(OSError, match="nobody/nothing"):
+        TextToImagePipeline.from_pretrained("nobody/nothing")
+
+
+def test_missing_component_is_named(folder: Path) -> None:
+    (folder / "unet").rename(folder / "renamed")
+    with pytest.raises(FileNotFoundError, match="the folder unet is missing"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_truncated_weights_are_named(folder: Path, part: str) -> None:
+    file = folder / f"{part}.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: it has"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+def test_weights_of_another_network_are_refused(folder: Path) -> None:
+    weights = "diffusion_pytorch_model.safetensors"
+    (folder / "unet" / weights).write_bytes((folder / "vae" / weights).read_bytes())
+    with pytest.raises(ValueError, match="unet"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+def test_another_kind_of_component_is_named(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "UNet2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="unet is a UNet2DModel; this pipeline takes UNet2DConditionModel"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_safetensors": False}, {"trust_remote_code": True}, {"device_map": "balanced"}]
+)
+def test_unsupported_options_raise(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TextToImagePipeline.from_pretrained(folder, **options)
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+def test_pickles_are_not_written(pipeline: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="safetensors"):
+        pipeline.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_diffusers_class_is_the_one_we_name(folder: Path) -> None:
+    assert isinstance(diffusers.DiffusionPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline)
