@@ -41,7 +41,7 @@ def load_networks(
         variant: such as "fp16": the weight files to take where a component has them.
 
     Raises:
-        ValueError: a component is of a class that we have no version of.
+        ValueError: a component is of a class that we have no version of, or lacks weights.
     """
     import latentdiff.models as models
 
@@ -53,10 +53,16 @@ def load_networks(
         if class_name not in class_names:
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {' or '.join(class_names)}")
         has_variant = variant is not None and any((folder / name).glob(f"*.{variant}*.safetensors"))
-        networks[name] = getattr(models, class_name).from_pretrained(
+        networks[name], info = getattr(models, class_name).from_pretrained(
             folder / name,
             dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
             variant=variant if has_variant else None,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        missing = sorted(info["missing_keys"])
+        if missing:  # diffusers would leave them at random values
+            raise ValueError(
+                f"{folder / name}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
+            )
     return networks

@@ -48,14 +48,13 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
     import diffusers
 
     scheduler_class = getattr(diffusers, find_scheduler(name))
-    changed = scheduler_class.from_config(scheduler.config)
-    if scheduler.config.get("rescale_betas_zero_snr") and not changed.config.get("rescale_betas_zero_snr"):
+    if scheduler.config.get("rescale_betas_zero_snr") and not knows_zero_snr(scheduler_class):
         able = [short for short, class_name in SHORT_NAMES.items() if knows_zero_snr(getattr(diffusers, class_name))]
         raise ValueError(
             f"the {scheduler_class.__name__} cannot draw with this model, which was trained with zero terminal "
             f"signal-to-noise ratio; these can: {', '.join(able)}"
         )
-    return changed
+    return scheduler_class.from_config(scheduler.config)
 
 
 def knows_zero_snr(scheduler_class: Any) -> bool:

@@ -10,6 +10,8 @@ from latentdiff.pipelines import steps
 from latentdiff.pipelines.base import ImagesOutput, LatentPipeline, StepCallback
 from latentdiff.pipelines.prompts import PromptEncoder
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 class TextToImagePipeline(LatentPipeline):
     """Draws pictures from prompts: latent diffusion (Rombach et al. 2022) under classifier-free guidance.
@@ -83,7 +85,7 @@ class TextToImagePipeline(LatentPipeline):
             ip_adapter_image_embeds=ip_adapter_image_embeds,
             cross_attention_kwargs=cross_attention_kwargs or None,
         )
-        self._check_network()
+        self._check_call(output_type)
         self._guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
         height, width = self.picture_size(height, width)
@@ -122,7 +124,9 @@ class TextToImagePipeline(LatentPipeline):
         )
         return self.finish(latents, output_type, return_dict)
 
-    def _check_network(self) -> None:
+    def _check_call(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
         takes, gives = self.unet.config.in_channels, self.vae.config.latent_channels
         if takes != gives:
             raise ValueError(

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
-from latentdiff import TextToImagePipeline
+from latentdiff import TextToImagePipeline, UNet2DConditionModel
 
 FEW = {"num_inference_steps": 3}
 
@@ -59,6 +60,7 @@ def test_text_is_looked_at_once_per_prompt_and_not_once_per_step(pipeline: Any) 
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_is_called_whole(pipeline: Any) -> None:
     compiled_calls = []
 
@@ -105,7 +107,7 @@ def test_the_empty_prompt_draws(pipeline: Any) -> None:
 
 def test_a_long_prompt_is_cut_with_a_warning(pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
     long = draw(pipeline, "a red car and its wheels", seed=0)
-    assert "'s a n d i t s" in caplog.text.replace("and", "a n d") or "part of the prompt was cut" in caplog.text
+    assert "The text encoder takes 12 tokens; this part of the prompt was cut: 'its wheels'" in caplog.text
     assert np.isfinite(long).all()
 
 
@@ -159,20 +161,17 @@ def test_components_that_do_not_fit_are_refused(pipeline: Any) -> None:
 
 
 def test_an_inpainting_unet_is_refused(pipeline: Any) -> None:
-    config = {**pipeline.unet.config, "in_channels": 9}
-    painter = TextToImagePipeline(**{**pipeline.components, "unet": type(pipeline.unet).from_config(config)})
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    unet = UNet2DConditionModel(**{**config, "in_channels": 9})
+    painter = TextToImagePipeline(**{**pipeline.components, "unet": unet})
     with pytest.raises(ValueError, match="takes 9 channels and the autoencoder's latents have 4"):
         painter("a red car")
 
 
 def test_the_safety_checker_is_asked(pipeline: Any) -> None:
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
-    from transformers import CLIPConfig
-
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=8)).eval()
     checker.concept_embeds_weights.data.fill_(-2.0)  # every picture is over the threshold
     extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

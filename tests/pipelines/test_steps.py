@@ -44,6 +44,7 @@ def test_schedulers_are_found_by_any_usual_name(name: str) -> None:
     assert hasattr(diffusers, find_scheduler(name))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_all_short_names_are_diffusers_classes() -> None:
     for class_name in SHORT_NAMES.values():
         changed = change_scheduler(diffusers.DDIMScheduler(beta_end=0.03), class_name)
