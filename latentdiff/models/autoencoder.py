@@ -261,7 +261,8 @@ def commit_loss(bottleneck: BottleneckOutput) -> Tensor:
 
 def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:
     """Raises ValueError with key and value for what neither autoencoder can be."""
-    channels, levels = config["block_out_channels"], len(config["block_out_channels"])
+    levels = len(config["block_out_channels"])
+    channels = per_level(name, "block_out_channels", config["block_out_channels"], levels)
     check_choice(name, "act_fn", config["act_fn"], ("silu", "swish"))
     check_choice(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS)
     check_choice(name, "up_block_types", config["up_block_types"], UP_BLOCKS)

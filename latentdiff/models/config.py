@@ -30,9 +30,9 @@ class StrictConfig(ConfigMixin):
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         check_class(cls, config_dict.get("_class_name"))
-        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
-        refuse_unknown(cls.__name__, unused, cls._get_init_keys(cls))
-        return init, unused, hidden
+        public = [key for key in {**config_dict, **kwargs} if not key.startswith("_") and key != "quantization_config"]
+        refuse_unknown(cls.__name__, public, cls._get_init_keys(cls))
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def accept_neutral(self, others: Mapping[str, Any]) -> None:
         """Put the neutral keys into the config.
@@ -41,7 +41,7 @@ class StrictConfig(ConfigMixin):
             ValueError: one of them asks for something, or a key is unknown.
         """
         name = type(self).__name__
-        refuse_unknown(name, [key for key in others if key not in self.neutral], self._get_init_keys(type(self)))
+        refuse_unknown(name, others, self._get_init_keys(type(self)))
         for key, value in others.items():
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(v not in self.neutral[key] for v in values):
@@ -55,12 +55,12 @@ def check_class(cls: type, written_by: Any) -> None:
     """Refuse another diffusers class's config, whose keys ``ConfigMixin`` would drop without a word."""
     family = {base.__name__ for base in cls.__mro__}
     if isinstance(written_by, str) and written_by not in family and hasattr(diffusers, written_by):
-        raise ValueError(f"This config is a {written_by}'s; {cls.__name__} cannot be built from it.")
+        raise ValueError(f"This is the config of a {written_by}; {cls.__name__} cannot be built from it.")
 
 
 def refuse_unknown(name: str, keys: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(set(known) - {"self", "others"})
-    for key in keys:
+    for key in sorted(set(keys).difference(known)):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"the known keys are {', '.join(known)}."
         raise ValueError(f"{name}: unknown config key {key!r}; {hint}")
@@ -76,15 +76,17 @@ def check_choice(name: str, key: str, value: Any, choices: Sequence[Any]) -> Non
 def check_multiple(name: str, key: str, values: Sequence[int], divisor_key: str, divisors: Sequence[int]) -> None:
     """Every value must be a multiple of the divisor beside it."""
     for value, divisor in zip(values, divisors, strict=True):
-        if divisor < 1 or value % divisor:
+        if value % divisor:
             raise ValueError(f"{name}: {key}={value} is not a multiple of {divisor_key}={divisor}.")
 
 
-def per_level(name: str, key: str, value: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    """One number for all levels, or one for each: a tuple of ``levels`` whole numbers."""
+def per_level(name: str, key: str, value: int | Sequence[int], levels: int, least: int = 1) -> tuple[int, ...]:
+    """One number for all levels, or one for each: a tuple of ``levels`` whole numbers of ``least`` or more."""
     values: tuple[Any, ...] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels:
         raise ValueError(f"{name}: {key}={value!r} has {len(values)} entries for {levels} levels.")
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"{name}: {key}={value!r} is not supported; give a whole number, or one for each level.")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+        raise ValueError(
+            f"{name}: {key}={value!r} is not supported; give a whole number, {least} or more, or one for each level."
+        )
     return values

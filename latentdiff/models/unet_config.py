@@ -70,8 +70,8 @@ class UNetLevels(NamedTuple):
             if len(config[key]) != count:
                 raise ValueError(f"{NAME}: {key}={config[key]!r} has {len(config[key])} entries for {count} levels.")
 
-        def levels(key: str) -> tuple[int, ...]:
-            return per_level(NAME, key, config[key], count)
+        def levels(key: str, least: int = 1) -> tuple[int, ...]:
+            return per_level(NAME, key, config[key], count, least)
 
         channels = levels("block_out_channels")
         groups = per_level(NAME, "norm_num_groups", config["norm_num_groups"], 1) * count
@@ -81,7 +81,7 @@ class UNetLevels(NamedTuple):
             channels=channels,
             layers=levels("layers_per_block"),
             heads=levels("attention_head_dim"),
-            depths=levels("transformer_layers_per_block"),
+            depths=levels("transformer_layers_per_block", least=0),
             text_dims=levels("cross_attention_dim"),
             down=tuple("Attn" in kind for kind in config["down_block_types"]),
             up=tuple("Attn" in kind for kind in config["up_block_types"]),

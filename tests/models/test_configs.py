@@ -184,6 +184,12 @@ def test_neutral_values_are_taken_and_kept() -> None:
         ),
         ("UNet2DConditionModel", {"norm_num_groups": None}, "norm_num_groups=None is not supported"),
         ("UNet2DConditionModel", {"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift='ada_group'"),
+        (
+            "UNet2DConditionModel",
+            {"layers_per_block": 0},
+            "layers_per_block=0 is not supported; give a whole number, 1 or",
+        ),
+        ("AutoencoderKL", {"layers_per_block": 0}, "layers_per_block=0 is not supported"),
         ("AutoencoderKL", {"latent_channel": 4}, "'latent_channel'; did you mean 'latent_channels'"),
         ("AutoencoderKL", {"act_fn": "relu"}, "act_fn='relu' is not supported"),
         ("AutoencoderKL", {"down_block_types": ["DownBlock2D"]}, "down_block_types='DownBlock2D' is not supported"),
@@ -210,7 +216,7 @@ def test_wrong_configs_say_what_is_wrong(kind: str, config: dict[str, Any], mess
 
 
 def test_a_config_of_another_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="This config is a AutoencoderTiny's; AutoencoderKL cannot"):
+    with pytest.raises(ValueError, match="This is the config of a AutoencoderTiny; AutoencoderKL cannot"):
         models.AutoencoderKL.from_config({"_class_name": "AutoencoderTiny", "latent_magnitude": 3})
 
 

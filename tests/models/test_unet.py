@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "attention_up_only": SD1 | {"down_block_types": ("DownBlock2D",) * 2},
     "inpainting": SD1 | {"in_channels": 9},
-    "depths": THREE | {"transformer_layers_per_block": (1, 2, 3), "use_linear_projection": True},
+    "depths": THREE | {"transformer_layers_per_block": (0, 2, 3), "use_linear_projection": True},
     "layers": THREE | {"layers_per_block": (1, 2, 3), "cross_attention_dim": (12, 12, 12)},
     "no_mid": SD1 | {"mid_block_type": None},
     "time": SD1
