@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.data import BatchOrder, CaptionedPicture, PixelDataset, load_pictures, read_pixels
-from latentdiff.training.grids import image_grid, save_image, to_image
 from latentdiff.training.perceptual import PerceptualLoss
 from latentdiff.training.run import TrainingRun
 
@@ -143,8 +145,14 @@ def report(run: TrainingRun, model: Any, pixels: Tensor) -> dict[str, float]:
     run.record(**figures)
     rows = zip(pixels[:32].split(8), reconstructed[:32].split(8), strict=True)
     images = [to_image(p) for row in rows for half in row for p in half]
-    save_image(image_grid(images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
+    save_picture(image_grid(images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
     return figures
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture from (3, H, W) in [-1, 1]."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def psnr(prediction: Tensor, target: Tensor) -> float:

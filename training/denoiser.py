@@ -11,13 +11,13 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
+from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.text import encode_prompts, load_text_encoder
 from latentdiff.training.cache import Autoencoder, LatentCache, TextCache, cached, encode_latents, latents_key, text_key
 from latentdiff.training.config import DenoiserSettings
 from latentdiff.training.data import BatchOrder, CaptionedPicture, load_pictures
-from latentdiff.training.grids import image_grid, save_image
 from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -228,5 +228,5 @@ def draw_samples(
         guidance_scale=settings.sample_guidance_scale,
         seed=0,
     )
-    save_image(image_grid(output.images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
+    save_picture(image_grid(output.images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
     run.record()

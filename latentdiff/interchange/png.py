@@ -49,11 +49,12 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with `settings` in it, whole or not at all. The folder is made if need be."""
+def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG, with `settings` in it if given, whole or not at all. The folder is made if need be."""
     info = PngInfo()
-    info.add_text("parameters", parameters_text(settings))
-    info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
+    if settings is not None:
+        info.add_text("parameters", parameters_text(settings))
+        info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as stream:
         partial = Path(stream.name)

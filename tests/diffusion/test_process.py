@@ -93,7 +93,9 @@ def test_min_snr_is_finite_at_zero_terminal_snr() -> None:
     assert weights[-1] == 0
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
 def test_scheduler_has_the_betas_of_the_process(name: str) -> None:
     process = GaussianDiffusion("scaled_linear", prediction_type="v_prediction")
     scheduler = build_scheduler(process, name)

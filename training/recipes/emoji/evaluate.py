@@ -17,8 +17,8 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.training.grids import image_grid, save_image
 
 from .colour import colour_name
 
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline = TextToImagePipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
-    save_image(image_grid(draw(pipeline, read_prompts(), 0, **settings), 5), options.output / "grid.png")
+    save_picture(image_grid(draw(pipeline, read_prompts(), 0, **settings), 5), options.output / "grid.png")
 
     asked = [(colour, thing) for thing in THINGS for colour in COLOURS]
     prompts = [f"{'an' if colour == 'orange' else 'a'} {colour} {thing}" for colour, thing in asked]
     images = draw(pipeline, prompts, 0, **settings)
-    save_image(image_grid(images, len(COLOURS)), options.output / "colours.png")
+    save_picture(image_grid(images, len(COLOURS)), options.output / "colours.png")
     named = [colour_name(with_alpha(image)) for image in images]
     right = sum(name == colour for name, (colour, _) in zip(named, asked, strict=True))
     figures = {"colour_prompts": len(asked), "colour_right": right, **settings}
