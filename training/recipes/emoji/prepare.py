@@ -22,8 +22,8 @@ from .icons import Emoji, Icon, Names, read_icons, read_names
 
 SHORTCODES = ("github", "iamcal", "emojibase", "joypixels")
 LETTERS = {"alphanum", "keycap", "arrow", "av-symbol", "punctuation", "math", "currency"}
-TURNED_WEIGHT = 0.3
-COMMON = 2.0  # the least weight of the concepts in the subset `common`
+TURNED_WEIGHT = 0.12  # of the drawing's own; a drawing has up to six turned copies
+COMMON = {2.0: 1.0, 3.0: 7.5}  # the weights that make the subset `common`, and how often it shows them
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,11 @@ def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subs
         for hexcode, icon in icons.items():
             emoji = names.emoji[hexcode]
             concept = common.get(hexcode)
-            if subset == "common" and (concept is None or concept.weight < COMMON):
+            if subset == "common" and (concept is None or concept.weight not in COMMON):
                 continue
             weight = concept.weight if concept else weight_of(emoji, letters)
+            if subset == "common":
+                weight = COMMON[weight]
             if weight == 0:
                 continue
             split = "validation" if held_out(f"{set_name}-{hexcode}", share) else "train"

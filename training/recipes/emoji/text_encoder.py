@@ -3,7 +3,8 @@
     python -m latentdiff.training.recipes.emoji.text_encoder OUT
 
 The token embedding of the whole vocabulary, 30,522 rows, would be a 23 MB shard in half precision; pruned it is under
-16 MiB. English prompts give exactly the states of the whole model; what is dropped becomes pieces or `[UNK]`.
+16 MiB. Prompts of kept words give exactly the states of the whole model: every caption of the recipe, and all but 74 of
+38,798 words of an English dictionary. Names of people and places and other scripts become pieces or `[UNK]`.
 """
 
 import argparse
