@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, refuse_options
-from latentdiff.pipelines.saving import load_in_float32, move_into
+from latentdiff.pipelines.saving import tidy_configs, move_into
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
@@ -87,7 +87,7 @@ class FolderPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary) / folder.name
             super().save_pretrained(new, variant=variant, max_shard_size=max_shard_size)
-            load_in_float32(new)
+            tidy_configs(new)
             move_into(new, folder, variant)
         if push_to_hub:
             self.push_to_hub(options.pop("repo_id", folder.name), variant=variant, **options)

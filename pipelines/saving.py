@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 
 
-def load_in_float32(folder: Path) -> None:
-    """Let a saved text encoder be loaded in float32 where nobody asks for another precision.
+def tidy_configs(folder: Path) -> None:
+    """Make the saved components' configs fit to travel.
 
-    diffusers loads its networks in float32 then, but transformers in the precision that the config names; a folder in
-    half precision would come out mixed, and could not draw.
+    They forget where a component was loaded from. And the text encoder's asks for float32 where nobody asks for another
+    precision: diffusers loads its networks in float32 then, but transformers in the precision that the config names; a
+    folder in half precision would come out mixed, and could not draw.
     """
-    file = folder / "text_encoder" / "config.json"
-    if file.is_file():
+    for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["dtype"] = "float32"
+        config.pop("_name_or_path", None)
+        if file.parent.name == "text_encoder":
+            config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -68,6 +68,12 @@ def test_the_index_names_diffusers_classes_only(folder: Path) -> None:
     assert "latentdiff" not in (folder / "model_index.json").read_text()
 
 
+def test_a_saved_folder_does_not_say_where_it_came_from(folder: Path, tmp_path: Path) -> None:
+    TextToImagePipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "again").rglob("*.json"):
+        assert str(folder) not in file.read_text(encoding="utf-8")
+
+
 def test_a_replaced_network_is_entered_as_diffusers_too(pipeline: Any, networks: Any) -> None:
     pipeline.unet = networks[0]["unet"]
     assert pipeline.config["unet"] == ("diffusers", "UNet2DConditionModel")
