@@ -15,11 +15,10 @@ SHORT_NAMES = {
     "kdpm2": "KDPM2DiscreteScheduler",
     "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-"""Every scheduler that samples from a discrete process of betas, by a name that is easy to type."""
+"""The schedulers that sample from a discrete process of betas and need no further package, by names easy to type."""
 
 
 def find_scheduler(name: str) -> str:

@@ -158,4 +158,5 @@ class GridAttention(nn.Module):
         tokens = to_tokens(self.group_norm(x))  # (B, HW, C)
         q, k, v = (split_heads(layer(tokens), 1) for layer in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C)
         attended = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, HW, C)
-        return x + to_grid(self.to_out[0](attended), height, width)
+        # The first summand decides the memory format: channels-last from here on, which is faster in the decoder.
+        return to_grid(self.to_out[0](attended), height, width) + x

@@ -24,7 +24,6 @@ SCHEDULERS = {
     "heun": lambda: diffusers.HeunDiscreteScheduler(),
     "unipc": lambda: diffusers.UniPCMultistepScheduler(),
     "pndm": lambda: diffusers.PNDMScheduler(skip_prk_steps=True),
-    "lms": lambda: diffusers.LMSDiscreteScheduler(),
 }
 
 

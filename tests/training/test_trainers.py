@@ -77,7 +77,8 @@ def test_autoencoder_learns_and_diffusers_loads_it(pictures: Path, tmp_path: Pat
     peer_class = diffusers.AutoencoderKL if kind == "kl" else diffusers.VQModel
     peer = peer_class.from_pretrained(out)
     assert same(weights(out), peer.state_dict())
-    assert Image.open(out / "training" / "samples" / "step-00000080.png").width > 16 * 2
+    with Image.open(out / "training" / "samples" / "step-00000080.png") as grid:
+        assert grid.width > 16 * 2
     encoded = peer.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
     assert (encoded.latent_dist.mean if kind == "kl" else encoded.latents).shape == (4, 4, 8, 8)
     assert peer.config.scaling_factor != diffusers.AutoencoderKL().config.scaling_factor
