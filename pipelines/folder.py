@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, refuse_options
-from latentdiff.pipelines.saving import tidy_configs, move_into
+from latentdiff.pipelines.saving import move_into, tidy_configs
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
