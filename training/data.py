@@ -109,7 +109,12 @@ def _from_datasets(source: str, split: str, image_column: str, caption_column: s
                 raise ValueError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
             loaded = loaded[split]
     else:
-        loaded = datasets.load_dataset(source, split=split)
+        try:
+            loaded = datasets.load_dataset(source, split=split)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(
+                f"{source}: no such folder here, and no dataset of that name could be loaded ({error})"
+            ) from error
     return from_dataset(loaded, source, image_column, caption_column)
 
 

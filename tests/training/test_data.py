@@ -82,6 +82,8 @@ def test_bad_rows_are_named(pictures: Path, line: str, message: str) -> None:
 def test_missing_things_are_named(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not a folder"):
         load_pictures(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="no-such-folder: no such folder here, and no dataset of that name"):
+        load_pictures("no-such-folder")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no captioned pictures"):
         load_pictures(str(tmp_path / "empty"))

@@ -204,3 +204,14 @@ def test_a_stopped_process_goes_on_to_the_same_weights(pictures: Path, tmp_path:
     assert sorted(checkpoints.glob("step-*"))[-1].name < "step-00000060"
     subprocess.run(command(tmp_path / "b"), check=True, env=environment, cwd=tmp_path)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_the_same(pictures: Path, tmp_path: Path) -> None:
+    runs = [
+        train_autoencoder(autoencoder_settings(pictures, tmp_path / str(compiled), max_steps=2, compile=compiled))
+        for compiled in (False, True)
+    ]
+    eager, compiled = (weights(run) for run in runs)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], atol=1e-3, rtol=1e-2)
