@@ -121,14 +121,22 @@ class TrainingRun:
         return self.accelerator.is_main_process and self.accelerator.sync_gradients and self.step % every == 0
 
     def progress(self) -> dict[str, str]:
-        """Mean loss of the last hundred passes (or since `record`) and pictures per second, for the bar."""
+        """Loss and pictures per second, for the bar."""
+        return {"loss": f"{self.recent_loss():.4f}", "pictures/s": f"{self.rate():.1f}"}
+
+    def recent_loss(self) -> float:
+        """Mean loss of the last hundred passes, or of those since `record`.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         loss = float(torch.stack(self.losses[-100:]).mean())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {self.step}; lower learning_rate, or use mixed_precision bf16 or no. "
-                f"The last checkpoint is kept in {self.checkpoints.folder}"
+                f"The last good checkpoint is kept in {self.checkpoints.folder}"
             )
-        return {"loss": f"{loss:.4f}", "pictures/s": f"{self.rate():.1f}"}
+        return loss
 
     def rate(self) -> float:
         """Pictures per second of all processes, since the first pass of this process."""
@@ -146,7 +154,9 @@ class TrainingRun:
         logger.info("%s", row)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step, unless the loss says that the weights are spoilt."""
+        if self.losses:
+            self.recent_loss()
         self.checkpoints.save(self.step)
 
     @contextmanager

@@ -177,10 +177,13 @@ def test_mistakes_are_explained(denoiser_settings: dict[str, object], tmp_path: 
 
 def test_a_diverging_run_stops_and_says_so(pictures: Path, tmp_path: Path) -> None:
     settings = autoencoder_settings(
-        pictures, tmp_path / "a", max_steps=400, learning_rate=1e12, max_grad_norm=1e12, checkpoint_every=1000
+        pictures, tmp_path / "a", max_steps=400, learning_rate=1e12, max_grad_norm=1e12, checkpoint_every=1
     )
     with pytest.raises(FloatingPointError, match="the loss is"):
         train_autoencoder(settings)
+    good = sorted((tmp_path / "a" / "training" / "checkpoints").iterdir())
+    assert good
+    assert all(value.isfinite().all() for value in load_file(good[-1] / "model.safetensors").values())
 
 
 @pytest.mark.slow
