@@ -131,9 +131,14 @@ def batches(
 def validation_pixels(settings: AutoencoderSettings, pictures: Sequence[CaptionedPicture], most: int = 64) -> Tensor:
     """Held-out pictures (split "validation") where the data has them, else the first training pictures. (N, 3, R, R)"""
     try:
-        pictures = load_pictures(settings.data, "validation", settings.image_column, settings.caption_column)
+        held_out = load_pictures(settings.data, "validation", settings.image_column, settings.caption_column)
     except (FileNotFoundError, ValueError):
+        held_out = []
+    seen = {picture.name for picture in pictures}  # folders that know no splits give the same pictures again
+    held_out = [picture for picture in held_out if picture.name not in seen]
+    if not held_out:
         logger.warning("no held-out pictures (split 'validation'): figures are of training pictures")
+    pictures = held_out or pictures
     return torch.stack([read_pixels(picture, settings.resolution) for picture in pictures[:most]])
 
 
@@ -145,7 +150,7 @@ def report(run: TrainingRun, model: Any, pixels: Tensor) -> dict[str, float]:
     run.record(**figures)
     rows = zip(pixels[:32].split(8), reconstructed[:32].split(8), strict=True)
     images = [to_image(p) for row in rows for half in row for p in half]
-    save_picture(image_grid(images, 8), run.folder / "samples" / f"step-{run.step:08d}.png")
+    save_picture(image_grid(images, min(8, len(pixels))), run.folder / "samples" / f"step-{run.step:08d}.png")
     return figures
 
 

@@ -98,7 +98,11 @@ def latents_key(pictures: Sequence[CaptionedPicture], autoencoder: Autoencoder, 
     for picture in pictures:
         path = Path(picture.name)
         digest.update(picture.name.encode())
-        digest.update(path.read_bytes() if path.is_file() else b"")
+        if path.is_file():
+            digest.update(path.read_bytes())
+        else:
+            with picture.open() as image:
+                digest.update(image.tobytes())
     return digest.hexdigest()[:32]
 
 

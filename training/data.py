@@ -115,7 +115,7 @@ def _from_datasets(source: str, split: str, image_column: str, caption_column: s
             raise FileNotFoundError(
                 f"{source}: no such folder here, and no dataset of that name could be loaded ({error})"
             ) from error
-    return from_dataset(loaded, source, image_column, caption_column)
+    return from_dataset(loaded, f"{source} ({split})", image_column, caption_column)
 
 
 def from_dataset(

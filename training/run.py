@@ -146,7 +146,8 @@ class TrainingRun:
 
     def record(self, **figures: float) -> None:
         """Append the loss, the rate and `figures` to ``training/metrics.jsonl``."""
-        figures = {"loss": float(torch.stack(self.losses).mean()) if self.losses else float("nan"), **figures}
+        if self.losses:
+            figures = {"loss": float(torch.stack(self.losses).mean()), **figures}
         self.losses.clear()
         row = {"step": self.step, "pictures_per_second": round(self.rate(), 2), **figures}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import diffusers
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from latentdiff import TextToImagePipeline, VQModel
 from latentdiff.training.autoencoder import train_autoencoder
+from latentdiff.training.cache import latents_key
 from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.data import from_dataset
 from latentdiff.training.denoiser import train_denoiser
 
 SMALL = {"resolution": 16, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "sample_every": 4}
@@ -82,6 +85,33 @@ def test_autoencoder_learns_and_diffusers_loads_it(pictures: Path, tmp_path: Pat
     encoded = peer.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
     assert (encoded.latent_dist.mean if kind == "kl" else encoded.latents).shape == (4, 4, 8, 8)
     assert peer.config.scaling_factor != diffusers.AutoencoderKL().config.scaling_factor
+
+
+def test_training_pictures_are_not_called_held_out(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_autoencoder(autoencoder_settings(pictures, tmp_path / "a", max_steps=1))
+    assert "figures are of training pictures" not in caplog.text
+    metadata = (pictures / "metadata.jsonl").read_text(encoding="utf-8")
+    rows = metadata.replace(', "split": "train"', "").replace(', "split": "validation"', "")
+    (pictures / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    train_autoencoder(autoencoder_settings(pictures, tmp_path / "b", max_steps=1))
+    assert "figures are of training pictures" in caplog.text
+
+
+def test_latents_of_a_changed_dataset_have_another_key() -> None:
+    def key(colour: str) -> str:
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        columns = {"image": [Image.new("RGB", (8, 8), colour)], "text": ["a square"]}
+        dataset = datasets.Dataset.from_dict(columns, features=features)
+        return latents_key(from_dataset(dataset), VQModel(), resolution=8, flip=False)
+
+    torch.manual_seed(0)
+    first = key("red")
+    torch.manual_seed(0)
+    assert key("red") == first
+    torch.manual_seed(0)
+    assert key("blue") != first
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
