@@ -228,9 +228,9 @@ def run(application: typer.Typer) -> None:
 
 def main() -> None:
     """The ``latentdiff`` command."""
-    from latentdiff.training.cli import app as training_app
+    from latentdiff.training.cli import add_commands
 
-    app.add_typer(training_app, name="train")
+    add_commands(app)
     run(app)
 
 

@@ -11,8 +11,10 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 from latentdiff.pipelines import steps
+from latentdiff.pipelines.adapters import AdapterPipeline
 from latentdiff.pipelines.folder import FolderPipeline
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -30,7 +32,7 @@ class ImagesOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
 
 
-class LatentPipeline(FolderPipeline):
+class LatentPipeline(AdapterPipeline, FolderPipeline):
     """A text encoder, a UNet, a scheduler and an autoencoder.
 
     Args:
@@ -46,6 +48,8 @@ class LatentPipeline(FolderPipeline):
     Raises:
         ValueError: components that do not fit together.
     """
+
+    scheduler: Any
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
@@ -134,6 +138,28 @@ class LatentPipeline(FolderPipeline):
         steps.check_size(height, width, self.vae_scale_factor)
         return height, width
 
+    def check_variances(self) -> None:
+        """Bring UNet and scheduler together as to learned variances, after either was replaced.
+
+        Raises:
+            ValueError: the scheduler wants variances and the UNet has none, or the UNet has other outputs.
+        """
+        scheduler = without_learned_variance(self.scheduler)
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
+        channels, gives = self.vae.config.latent_channels, self.unet.config.out_channels
+        if gives not in (channels, 2 * channels):
+            raise ValueError(
+                f"the UNet gives {gives} channels; for latents with {channels} it must be {channels}, or "
+                f"{2 * channels} with learned variances"
+            )
+        if gives == channels and takes_variance(scheduler):
+            raise ValueError(
+                f"the scheduler has variance_type='learned_range' and the UNet gives {gives} channels, without "
+                f"variances; replace it by {type(scheduler).__name__}.from_config(pipeline.scheduler.config, "
+                f"variance_type='fixed_small')"
+            )
+
     def run_steps(
         self,
         denoiser: steps.GuidedDenoiser,
@@ -203,7 +229,11 @@ class LatentPipeline(FolderPipeline):
 
 
 def modern_scheduler(scheduler: Any) -> Any:
-    """A scheduler as diffusers' ``StableDiffusionPipeline`` sets it right: ``steps_offset`` 1, no ``clip_sample``."""
+    """A scheduler as diffusers' ``StableDiffusionPipeline`` sets it right: ``steps_offset`` 1, no ``clip_sample``.
+
+    And without learned variances where it does not know them.
+    """
+    scheduler = without_learned_variance(scheduler)
     config = getattr(scheduler, "config", {})
     right: dict[str, Any] = {}
     if config.get("steps_offset", 1) != 1:
@@ -211,3 +241,17 @@ def modern_scheduler(scheduler: Any) -> Any:
     if config.get("clip_sample", False) is True:
         right["clip_sample"] = False
     return type(scheduler).from_config(config, **right) if right else scheduler
+
+
+def without_learned_variance(scheduler: Any) -> Any:
+    """The scheduler, or a copy that leaves learned variances alone if it would only cut them off.
+
+    DPM-Solver takes ``variance_type`` over from a DDPM scheduler's config, and then keeps the first three channels of
+    a prediction, however many the latents have. The steps here cut at the right place.
+    """
+    learned = getattr(scheduler, "config", {}).get("variance_type") in ("learned", "learned_range")
+    if not learned or takes_variance(scheduler) or "variance_type" not in scheduler._get_init_keys(type(scheduler)):
+        return scheduler
+    if "DDPM" in type(scheduler).__name__:
+        raise ValueError("a DDPM scheduler with variance_type='learned' is not supported; 'learned_range' is")
+    return type(scheduler).from_config(scheduler.config, variance_type=None)

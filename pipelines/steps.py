@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from torch import Generator, Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.diffusion.schedulers import takes_variance
 
 Generators = Generator | list[Generator] | None
 
@@ -137,17 +138,23 @@ class GuidedDenoiser:
         self._text = self.unet.encode_text(value) if self.remembers else None
 
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's own prediction, (B, C, h, w)."""
+        """The UNet's own prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
         if self.remembers:
             return self.unet.denoise(latents, self.unet.embed_time(timestep), self._text)
         return self.unet(latents, timestep, encoder_hidden_states=self.prompt_embeds, return_dict=False)[0]
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """(B, C, h, w) -> the guided prediction, (B, C, h, w)."""
+        """(B, C, h, w) -> the guided prediction, (B, C, h, w).
+
+        After it come learned variances, if the UNet has any, as they are with the prompt: guidance shifts the mean.
+        """
         if not self.guidance.active:
             return self.predict(latents, timestep)
         without, with_prompt = self.predict(torch.cat([latents] * 2), timestep).chunk(2)
-        return self.guidance(without, with_prompt)
+        if with_prompt.shape[1] != 2 * latents.shape[1]:
+            return self.guidance(without, with_prompt)
+        (without, _), (with_prompt, variance) = without.chunk(2, dim=1), with_prompt.chunk(2, dim=1)
+        return torch.cat([self.guidance(without, with_prompt), variance], dim=1)
 
 
 @dataclass
@@ -165,17 +172,20 @@ def denoise(
     """From noise to latents, step by step; yields the same state after each, for the caller to look at or to change.
 
     Args:
-        denoiser: gives the prediction that the scheduler is made for.
+        denoiser: gives the prediction that the scheduler is made for. Learned variances after it are for a DDPM
+            scheduler with ``variance_type="learned_range"``; others do not get to see them.
         scheduler: any of diffusers', after `set_timesteps`.
         latents: (B, C, h, w), from `first_latents`.
         timesteps: (S,), those to run.
         options: for the scheduler's ``step``, from `step_options`.
     """
     state = DenoisingState(latents)
-    dtype = latents.dtype
+    dtype, channels = latents.dtype, latents.shape[1]
+    if takes_variance(scheduler):
+        channels *= 2
     for state.index, state.timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(state.latents, state.timestep)
-        prediction = denoiser(scaled, state.timestep)
+        prediction = denoiser(scaled, state.timestep)[:, :channels]
         stepped = scheduler.step(prediction, state.timestep, state.latents, **options, return_dict=False)[0]
         state.latents = stepped.to(dtype)
         yield state

@@ -133,6 +133,7 @@ class TextToImagePipeline(LatentPipeline):
                 f"the UNet takes {takes} channels and the autoencoder's latents have {gives}; a UNet for inpainting "
                 f"needs a picture and a mask, and cannot draw from text alone"
             )
+        self.check_variances()
 
 
 def refuse(**arguments: Any) -> None:

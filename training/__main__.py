@@ -1,6 +1,6 @@
 """``python -m latentdiff.training`` and ``accelerate launch -m latentdiff.training``."""
 
 from latentdiff.cli import run
-from latentdiff.training.cli import app
+from latentdiff.training.cli import launched
 
-run(app)
+run(launched)

@@ -2,28 +2,29 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.metrics import psnr
 from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.training.config import AutoencoderSettings
-from latentdiff.training.data import BatchOrder, CaptionedPicture, PixelDataset, load_pictures, read_pixels
+from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures, read_pixels
+from latentdiff.training.describe import describe
+from latentdiff.training.draws import POSTERIOR, PixelSamples, Views, loader, sample_generator, stack
+from latentdiff.training.order import PictureOrder
 from latentdiff.training.perceptual import PerceptualLoss
+from latentdiff.training.processes import processes
 from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
-
-POSTERIOR, ORDER = 0, 1  # streams of TrainingRun.generator
 
 
 def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL | VQModel:
@@ -57,8 +58,8 @@ class AutoencoderObjective(nn.Module):
         if settings.perceptual_weight > 0:
             self.perceptual = PerceptualLoss(settings.perceptual_weights)
 
-    def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """pixels: (B, 3, H, W) in [-1, 1]. Returns the loss, a float32 scalar."""
+    def forward(self, pixels: Tensor, generator: list[torch.Generator] | None = None) -> Tensor:
+        """pixels: (B, 3, H, W) in [-1, 1]; generator: one for each picture. Returns the loss, a float32 scalar."""
         output = self.autoencoder(pixels, sample_posterior=True, generator=generator)
         difference = output.sample.float() - pixels
         loss = self.settings.l1_weight * difference.abs().mean() + self.settings.l2_weight * difference.square().mean()
@@ -77,93 +78,78 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     """
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
-    set_seed(settings.seed)  # the first weights, and whatever draws without a generator of its own
-    pictures = load_pictures(settings.data, settings.split, settings.image_column, settings.caption_column)
+    with processes().main_process_first():
+        pictures = prepare_pictures(settings, captions_needed=False)
+        held_out = validation_pictures(settings)
+    set_seed(settings.seed)  # the first weights
     autoencoder = build_autoencoder(settings)
-    run = TrainingRun(settings, AutoencoderObjective(autoencoder, settings), autoencoder)
-    held_out = validation_pixels(settings, pictures)
+    if settings.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    run = TrainingRun(settings, AutoencoderObjective(autoencoder, settings))
+    pixels = validation_pixels(settings, held_out, pictures)
 
-    for number, pixels in batches(run, settings, pictures):
-        run.learn(pixels.to(run.device), generator=run.generator(POSTERIOR, number))
+    views = Views(settings, pictures, settings.factor)
+    order = PictureOrder([p.weight for p in pictures], run.update_size, settings.seed, views.buckets)
+    for _, batch in loader(run, order, PixelSamples(settings, pictures, views), stack):
+        generators = [sample_generator(settings, place, POSTERIOR) for place in batch["place"]]
+        run.learn(batch["pixels"].to(run.device), generators, names=batch["name"])
         if run.due(settings.sample_every):
-            with run.averaged() as model, torch.no_grad():
-                report(run, model, held_out)
-    run.save()
+            with run.averaged():
+                report(run, autoencoder, pixels)
+    run.save(must=True)
 
     output = Path(settings.output)
-    with run.averaged() as model:
+    with run.averaged():
         if run.accelerator.is_main_process:
-            figures = report(run, model, held_out)
-            measure_scaling_factor(model, pictures, settings)
-            model.save_pretrained(output)
-            (output / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    run.accelerator.wait_for_everyone()
+            measure_scaling_factor(autoencoder, pictures, settings)
+            autoencoder.save_pretrained(output)
+            (output / "evaluation.json").write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
+            describe(run, settings, f"{settings.kind.upper()} autoencoder", len(pictures))
+    run.finish()
     return output
 
 
-def batches(
-    run: TrainingRun, settings: AutoencoderSettings, pictures: Sequence[CaptionedPicture]
-) -> Iterator[tuple[int, Tensor]]:
-    """(pass number, pixels (B, 3, R, R)) for every pass that the run still has to do."""
-    accelerator = run.accelerator
-    order = BatchOrder(
-        [picture.weight for picture in pictures],
-        settings.batch_size,
-        settings.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    first = run.step * settings.gradient_accumulation_steps
-    last = settings.max_steps * settings.gradient_accumulation_steps
-
-    def keys() -> Iterator[list[tuple[int, bool]]]:
-        for number in range(first, last):
-            flips = torch.rand(settings.batch_size, generator=run.generator(ORDER, number)) < 0.5
-            yield [(i, settings.random_flip and bool(f)) for i, f in zip(order.batch(number), flips, strict=True)]
-
-    loader = DataLoader(
-        PixelDataset(pictures, settings.resolution), batch_sampler=keys(), num_workers=settings.num_workers
-    )
-    # passes() comes first: when it ends, no further batch is read.
-    yield from zip(run.passes(), loader, strict=False)
-
-
-def validation_pixels(settings: AutoencoderSettings, pictures: Sequence[CaptionedPicture], most: int = 64) -> Tensor:
-    """Held-out pictures (split "validation") where the data has them, else the first training pictures. (N, 3, R, R)"""
+def validation_pictures(settings: AutoencoderSettings) -> list[CaptionedPicture]:
+    """Those of the split "validation", if there is one."""
     try:
-        held_out = load_pictures(settings.data, "validation", settings.image_column, settings.caption_column)
-    except (FileNotFoundError, ValueError):
-        held_out = []
-    seen = {picture.name for picture in pictures}  # folders that know no splits give the same pictures again
-    held_out = [picture for picture in held_out if picture.name not in seen]
+        return prepare_pictures(settings, "validation", captions_needed=False)
+    except NoPicturesError:
+        return []
+
+
+def validation_pixels(
+    settings: AutoencoderSettings,
+    held_out: Sequence[CaptionedPicture],
+    pictures: Sequence[CaptionedPicture],
+    most: int = 64,
+) -> Tensor:
+    """Held-out pictures where the data has them, else the first training pictures. (N, 3, R, R)"""
+    seen = {picture.digest for picture in pictures}  # folders that know no splits give the same pictures again
+    held_out = [picture for picture in held_out if picture.digest not in seen]
     if not held_out:
         logger.warning("no held-out pictures (split 'validation'): figures are of training pictures")
-    pictures = held_out or pictures
-    return torch.stack([read_pixels(picture, settings.resolution) for picture in pictures[:most]])
+    chosen = (held_out or pictures)[:most]
+    return torch.stack([read_pixels(picture, settings.resolution, settings.resolution) for picture in chosen])
 
 
-def report(run: TrainingRun, model: Any, pixels: Tensor) -> dict[str, float]:
+def report(run: TrainingRun, model: Any, pixels: Tensor) -> None:
     """Record the PSNR of reconstructions of `pixels` (N, 3, R, R) and draw them below the originals."""
+    if not run.accelerator.is_main_process:
+        return
     with torch.no_grad():
         reconstructed = torch.cat([model(chunk.to(run.device)).sample.cpu() for chunk in pixels.split(16)])
-    figures = {"psnr": psnr(reconstructed, pixels)}
-    run.record(**figures)
+    run.measured({"psnr": psnr(reconstructed, pixels)})
     rows = zip(pixels[:32].split(8), reconstructed[:32].split(8), strict=True)
     images = [to_image(p) for row in rows for half in row for p in half]
-    save_picture(image_grid(images, min(8, len(pixels))), run.folder / "samples" / f"step-{run.step:08d}.png")
-    return figures
+    file = run.folder / "samples" / f"step-{run.step:08d}.png"
+    save_picture(image_grid(images, min(8, len(pixels))), file)
+    run.show("reconstructions", file)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """A picture from (3, H, W) in [-1, 1]."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def psnr(prediction: Tensor, target: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of (N, C, H, W) pictures in [-1, 1], clamped to it."""
-    error = F.mse_loss(prediction.clamp(-1, 1), target, reduction="none").mean(dim=(1, 2, 3))
-    return float((10 * torch.log10(4 / error.clamp(min=1e-10))).mean())
 
 
 @torch.no_grad()
@@ -179,7 +165,9 @@ def measure_scaling_factor(
     chosen = list(pictures[::stride])
     latents = []
     for start in range(0, len(chosen), 16):
-        chunk = [read_pixels(picture, settings.resolution) for picture in chosen[start : start + 16]]
+        chunk = [
+            read_pixels(picture, settings.resolution, settings.resolution) for picture in chosen[start : start + 16]
+        ]
         encoded = model.encode(torch.stack(chunk).to(device))
         latents.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
     factor = 1 / float(torch.cat(latents).float().std())

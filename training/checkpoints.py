@@ -4,57 +4,182 @@ import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+TRAINED = "trained.safetensors"
+
 
 class Checkpoints:
-    """The checkpoints of a run: folders ``step-00001000`` with what Accelerate saves and ``state.json``."""
+    """The checkpoints of a run: folders ``step-00001000``.
+
+    Each holds the trained weights (what is frozen is not repeated), the averaged ones, Accelerate's optimizer state,
+    and ``state.json``. Those of one process and of several are alike; under FSDP and DeepSpeed Accelerate saves its
+    sharded weights itself.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2) -> None:
         self.folder, self.accelerator, self.keep = folder, accelerator, keep
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not self.sharded:
+            accelerator.register_save_state_pre_hook(self._save_trained)
+            accelerator.register_load_state_pre_hook(self._load_trained)
 
-    def save(self, step: int) -> None:
-        """Save everything the accelerator has prepared or registered, as the checkpoint of `step`."""
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{step:08d}"
+    def save(self, step: int, state: dict[str, Any], averaged: list[Tensor]) -> None:
+        """Save what the accelerator has prepared, as the checkpoint of `step`, with `state` (plain values).
+
+        Raises:
+            OSError: on the main process, if it cannot be written; then nothing of it remains, and what was there stays.
+        """
+        final, partial = self.folder / f"step-{step:08d}", self.folder / f".partial-{step:08d}"
         if final.exists():
             return
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        problem: OSError | None = None
+        if main:
+            for leftover in self.folder.glob(".partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (partial / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
-            os.replace(partial, final)
-            for old in self.whole()[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            self.accelerator.save_state(str(partial))
+            if averaged and (main or self.sharded):
+                save_tensors(
+                    {str(i): local(tensor) for i, tensor in enumerate(averaged)}, partial / averaged_name(rank)
+                )
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            problem = OSError(f"{final} could not be written: {error}")
+        problem = self._agree(problem, final)
+        if main and problem is None:
+            problem = self._finish(partial, final, {"step": step, **state})
+        problem = self._agree(problem, final)
+        if problem is not None:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise problem
 
-    def load_latest(self) -> int:
-        """Load the newest whole checkpoint; returns its step, or 0 where there is none."""
+    def _agree(self, problem: OSError | None, final: Path) -> OSError | None:
+        """The problem, or that another process has one. Waits for all."""
+        if self.accelerator.num_processes == 1:
+            return problem
+        troubled = torch.tensor(float(problem is not None), device=self.accelerator.device)
+        if float(self.accelerator.reduce(troubled, "sum")) > 0 and problem is None:
+            return OSError(f"{final} could not be written by another process")
+        return problem
+
+    def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
+        """Make a checkpoint that is written the newest one, and remove those that are too old."""
+        try:
+            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            for file in partial.rglob("*"):
+                flush(file)
+            os.replace(partial, final)
+            flush(self.folder)
+        except OSError as error:
+            return OSError(f"{final} could not be written: {error}")
+        for old in self.whole()[: -self.keep]:
+            leaving = old.with_name(f".partial-{old.name}")  # so that half of it is never taken for whole
+            with suppress(OSError):
+                os.replace(old, leaving)
+                shutil.rmtree(leaving)
+        return None
+
+    def load_latest(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Load the newest whole checkpoint; returns its state and averaged weights, or ``{}, []`` if there is none.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         whole = self.whole()
         if not whole:
-            return 0
+            return {}, []
         latest = whole[-1]
         try:
             self.accelerator.load_state(str(latest))
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise ValueError(
                 f"{latest}: does not fit the model these settings describe; use the settings of that run, "
                 f"or another --output ({str(error).splitlines()[0]})"
             ) from error
-        step = int(json.loads((latest / "state.json").read_text(encoding="utf-8"))["step"])
+        rank = self.accelerator.process_index if self.sharded else 0
+        file = latest / averaged_name(rank)
+        averaged = load_file(file) if file.is_file() else {}
         logger.info("resumed from %s", latest)
-        return step
+        state = json.loads((latest / "state.json").read_text(encoding="utf-8"))
+        return state, [averaged[str(i)] for i in range(len(averaged))]
 
     def whole(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.iterdir() if p.name.startswith("step-") and (p / "state.json").is_file())
+
+    def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        """Accelerate's hook: in place of whole models, the main process writes what is trained."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            save_tensors(trained_state(self.accelerator.unwrap_model(models[0])), Path(folder) / TRAINED)
+
+    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
+        """Accelerate's hook: the counterpart of `_save_trained`."""
+        model = self.accelerator.unwrap_model(models.pop())
+        saved, own = load_file(Path(folder) / TRAINED), trained_state(model)
+        if saved.keys() != own.keys():
+            odd = sorted(saved.keys() ^ own.keys())[0]
+            raise KeyError(f"{odd} is in one of checkpoint and model only")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.shape != saved[name].shape:
+                    raise ValueError(f"{name} is {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here")
+                tensor.copy_(saved[name])
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: the parameters that ask for a gradient, and the buffers that are saved."""
+    parameters = dict(model.named_parameters())
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in dict(all_parameters(model))}
+    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    return {clean(name): tensor.detach() for name, tensor in {**trained, **buffers}.items()}
+
+
+def all_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every name of every parameter, tied ones under all their names."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what torch.compile adds."""
+    return name.replace("_orig_mod.", "")
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def averaged_name(rank: int) -> str:
+    return f"averaged-{rank}.safetensors"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP has spread, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file or folder survives a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

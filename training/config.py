@@ -1,6 +1,7 @@
 """Training settings: one typed, strict object per trainer, filled from YAML and ``key=value`` overrides."""
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -51,37 +52,61 @@ class Settings(BaseModel):
         return f"setting {key!r}: {item['msg']} (got {item['input']!r})" if key else str(item["msg"])
 
     def save(self, file: Path) -> None:
-        """Write the settings in force as YAML."""
-        file.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write the settings in force as YAML, whole or not at all."""
+        partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+        partial.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(partial, file)
 
 
-class RunSettings(Settings):
-    """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
+class DataSettings(Settings):
+    """Which pictures, and how they are brought to size."""
 
-    data: str = Field(description="folder of pictures, or a datasets folder or name")
-    output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
+    data: str = Field(description="folder of pictures, WebDataset shards (*.tar), or a datasets folder or name")
     split: str = Field("train", description="split of a datasets dataset, and value of an optional 'split' column")
     image_column: str = "image"
     caption_column: str = "text"
-    resolution: int = Field(64, ge=8, description="pictures are resized and centre-cropped to this many pixels")
+    caption: str | None = Field(None, description="caption of every picture that has none of its own")
+    streaming: bool = Field(False, description="read a datasets dataset as a stream, once, keeping a local copy")
+    max_pictures: int | None = Field(None, ge=1, description="take the first so many")
+    manifest: str | None = Field(None, description="what 'latentdiff doctor' wrote: which pictures to leave out")
+    max_bad_share: float = Field(0.1, ge=0, le=1, description="stop if a larger share of the pictures is unusable")
+    resolution: int = Field(64, ge=8, description="side of a square picture, and root of the area of any other")
+    buckets: bool = Field(False, description="keep aspect ratios: several sizes of about the same area")
+    crop: Literal["center", "random"] = "center"
     random_flip: bool = True
+
+
+class RunSettings(DataSettings):
+    """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
+
+    output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
     batch_size: int = Field(32, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_steps: int = Field(10_000, ge=1)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
     learning_rate: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(0, ge=0, description="the learning rate falls to zero over this many last steps")
+    decay_shape: Literal["linear", "cosine"] = "linear"
     weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.99, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights that are saved; 0: no average")
+    ema_warmup: bool = Field(True, description="let the average follow faster at first: (1 + step) / (10 + step)")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     compile: bool = Field(False, description="torch.compile the network that is trained")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     num_workers: int = Field(0, ge=0)
+    on_bad_loss: Literal["stop", "skip"] = Field("stop", description="when a loss is not finite, or explodes")
+    explosion: float = Field(1000.0, gt=1, description="a loss this many times the recent mean is a bad one")
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    sample_every: int = Field(500, ge=1)
+    sample_every: int = Field(500, ge=1, description="draw samples and measure on held-out pictures this often")
+    log_every: int = Field(10, ge=1)
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    push_to_hub: str | None = Field(None, description="'owner/name' on the hub that gets the finished model")
     max_minutes: float | None = Field(None, gt=0, description="stop cleanly after this long; run again to go on")
 
     @model_validator(mode="after")
@@ -91,10 +116,11 @@ class RunSettings(Settings):
         return self
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero over the last `decay_steps`. step: from 0."""
+        """Linear warm-up, constant, then a fall to zero over the last `decay_steps`. step: optimizer steps, from 0."""
         warmup = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        decay = min(1.0, (self.max_steps - step) / self.decay_steps) if self.decay_steps else 1.0
-        return self.learning_rate * warmup * max(decay, 0.0)
+        left = min(1.0, max(0.0, (self.max_steps - step) / self.decay_steps)) if self.decay_steps else 1.0
+        decay = left if self.decay_shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+        return self.learning_rate * warmup * decay
 
 
 class AutoencoderSettings(RunSettings):
@@ -118,7 +144,24 @@ class AutoencoderSettings(RunSettings):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class DenoiserSettings(RunSettings):
+class DiffusionSettings(RunSettings):
+    """What training a new denoiser and fine-tuning one share."""
+
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value for a whole channel")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
+    caption_shuffle: bool = Field(False, description="put the parts between a caption's commas in a random order")
+    caption_keep: int = Field(1, ge=0, description="so many first parts of a shuffled caption stay in place")
+    cache_latents: bool = Field(True, description="encode every picture once and keep the result on disk")
+    cache_text: bool = Field(True, description="encode every caption once and keep the result on disk")
+    cache_dir: str | None = Field(None, description="where encoded pictures and captions are kept; default: output")
+    cached_variants: int = Field(4, ge=1, description="random crops, and orders of a caption, kept in the cache")
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: int = Field(20, ge=1)
+    sample_guidance_scale: float = Field(4.0, ge=1)
+
+
+class DenoiserSettings(DiffusionSettings):
     """Settings of ``latentdiff train denoiser``."""
 
     autoencoder: str = Field(description="folder of a trained autoencoder, or a pipeline folder that has one")
@@ -133,15 +176,50 @@ class DenoiserSettings(RunSettings):
     num_train_timesteps: int = Field(1000, ge=2)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     zero_terminal_snr: bool = True
-    min_snr_gamma: float | None = Field(5.0, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
-    cache_dir: str | None = Field(None, description="where encoded pictures and captions are kept; default: output")
-    sample_prompts: tuple[str, ...] = ()
-    sample_steps: int = Field(20, ge=1)
-    sample_guidance_scale: float = Field(4.0, ge=1)
+    loss: Literal["simple", "hybrid"] = Field("simple", description="hybrid: learn the variances too (DDPM sampler)")
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         if len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
+        return self
+
+
+class FinetuneSettings(DiffusionSettings):
+    """Settings of ``latentdiff finetune``."""
+
+    model: str = Field("emoji", description="what to start from: a packaged model, a pipeline folder, a hub id")
+    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
+    resolution: int = Field(0, ge=0, description="0: the model's own")
+    batch_size: int = Field(4, ge=1)
+    max_steps: int = Field(400, ge=1)
+    learning_rate: float = Field(1e-4, gt=0, description="by default one that suits the method")
+    warmup_steps: int = Field(0, ge=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    sample_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    lora_rank: int = Field(0, ge=0, description="0: 16 for method=lora, and no LoRA with dreambooth")
+    lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    train_text_encoder: bool = Field(False, description="train the text encoder too, by the same method")
+    class_prompt: str | None = Field(None, description="dreambooth: what the subject is one of, such as 'a dog'")
+    class_pictures: int = Field(100, ge=1, description="dreambooth: how many pictures of the class to draw and keep")
+    prior_loss_weight: float = Field(1.0, ge=0, description="dreambooth: weight of the class pictures' loss")
+    placeholder_token: str | None = Field(None, description="textual inversion: the new word, such as '<my-cup>'")
+    initializer_token: str | None = Field(None, description="textual inversion: a word to start from, such as 'cup'")
+    num_vectors: int = Field(1, ge=1, description="textual inversion: tokens behind the new word")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_the_method(cls, values: Any) -> Any:
+        rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
+        rate = rates.get(values.get("method", "lora"), 1e-4)
+        return {"learning_rate": rate, **values}
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.method == "dreambooth" and not (self.caption and self.class_prompt):
+            raise ValueError("dreambooth needs caption='a photo of sks dog' and class_prompt='a photo of a dog'")
+        if self.method == "textual-inversion" and not (self.placeholder_token and self.initializer_token):
+            raise ValueError("textual-inversion needs placeholder_token='<my-cup>' and initializer_token='cup'")
         return self

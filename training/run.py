@@ -1,26 +1,34 @@
-"""What the trainers share: the optimizer, the moving average, checkpoints, progress, and stopping in good order."""
+"""What the trainers share: the loop, the moving average, checkpoints, progress, and stopping in good order."""
 
 import json
 import logging
-import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.training.checkpoints import Checkpoints
 from latentdiff.training.config import RunSettings
+from latentdiff.training.optimizers import build_optimizer
+from latentdiff.training.order import seed_of
+from latentdiff.training.processes import on_cpu
+from latentdiff.training.watch import LossWatch, name_batch
 
 logger = logging.getLogger(__name__)
+
+MOST_BAD_IN_A_ROW = 20  # with on_bad_loss=skip
 
 
 class TrainingRun:
@@ -28,59 +36,71 @@ class TrainingRun:
 
     Args:
         settings: the run's settings.
-        objective: a module whose forward returns a loss.
-        network: the part of `objective` that is trained, averaged and saved.
+        objective: a module whose forward returns a loss. Its parameters that ask for a gradient are trained, averaged
+            and kept in checkpoints.
+        unused: whether a pass may leave some of them without a gradient.
 
     The optimizer step counter `step` is what a checkpoint restores. Everything random derives from the seed and the
-    step (see `generator`), so a resumed run goes on as if it had never stopped.
+    step, so a resumed run goes on as if it had never stopped.
     """
 
-    def __init__(self, settings: RunSettings, objective: nn.Module, network: nn.Module) -> None:
+    def __init__(self, settings: RunSettings, objective: nn.Module, unused: bool = False) -> None:
         self.settings = settings
         self.folder = Path(settings.output) / "training"
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,
-        )
+        self.accelerator = accelerator_of(settings, unused)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             settings.save(self.folder / "settings.yaml")
-        optimizer = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=(0.9, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        objective.train()
+        optimizer = build_optimizer(settings, [p for p in objective.parameters() if p.requires_grad])
         if settings.compile:
             objective.compile()
-        self.network = network
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.ema = EMAModel(network.parameters(), decay=settings.ema_decay, foreach=True)
-        self.ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.ema)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        self.ema: EMAModel | None = None
+        if settings.ema_decay > 0:
+            least = 0.0 if settings.ema_warmup else settings.ema_decay
+            self.ema = EMAModel(self.parameters, decay=settings.ema_decay, min_decay=least, foreach=True)
+            self.ema.to(self.accelerator.device)
+        self.watch = LossWatch(settings.explosion)
+        self.step, self.skipped, self._bad_in_a_row = 0, 0, 0
+        self.figures: dict[str, float] = {}
+        self._pass_losses: list[Tensor] = []
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, settings.keep_checkpoints)
-        self.step = self.checkpoints.load_latest()
+        self._resume()
+        self._start_trackers()
         self.started, self.first_step = time.monotonic(), self.step
-        self.losses: list[Tensor] = []
         self._stop_signal: int | None = None
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def generator(self, stream: int, number: int) -> torch.Generator:
-        """A CPU generator for pass `number` of this process; `stream` keeps different uses apart."""
-        mixed = hash((self.settings.seed, self.accelerator.process_index, stream, number))
-        return torch.Generator().manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
+    @property
+    def update_size(self) -> int:
+        """Pictures in one update, of all processes and passes."""
+        settings = self.settings
+        return settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def slots(self, number: int) -> range:
+        """Which pictures of its update pass `number` of this process trains on."""
+        part = number % self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+        start = (part + self.accelerator.process_index) * self.settings.batch_size
+        return range(start, start + self.settings.batch_size)
+
+    def remaining(self) -> Iterator[int]:
+        """Numbers of the forward-backward passes from the present step to `max_steps`, for a loader to prepare."""
+        per_step = self.settings.gradient_accumulation_steps
+        yield from range(self.step * per_step, self.settings.max_steps * per_step)
 
     def passes(self) -> Iterator[int]:
-        """Numbers of the forward-backward passes that are left; ends at `max_steps`, at a signal or out of time.
+        """Numbers of the passes that are left; ends at `max_steps`, at a signal or out of time.
 
         The trainer's loop body makes one call of `learn` per number.
         """
-        bar = tqdm(
+        per_step = self.settings.gradient_accumulation_steps
+        self.started, self.first_step = time.monotonic(), self.step
+        self._bar = tqdm(
             total=self.settings.max_steps,
             initial=self.step,
             unit="step",
@@ -88,91 +108,187 @@ class TrainingRun:
             dynamic_ncols=True,
             mininterval=2.0,
         )
-        self.started, self.first_step = time.monotonic(), self.step
-        with self._signals(), bar:
+        with self._signals(), self._bar:
             while self.step < self.settings.max_steps and not self._must_stop():
-                before = self.step
-                for k in range(self.settings.gradient_accumulation_steps):
-                    yield before * self.settings.gradient_accumulation_steps + k
-                bar.update(self.step - before)
-                if self.losses and self.step % 10 == 0:
-                    bar.set_postfix(self.progress())
+                first, self.accelerator.step = self.step * per_step, 0  # it counts the passes of an accumulation
+                yield from range(first, first + per_step)
+                # Only now, so that what the trainer did after the update is done when a checkpoint says so.
+                if self.step % self.settings.checkpoint_every == 0:
+                    self.save()
 
-    def learn(self, *inputs: Any, **named: Any) -> None:
-        """One pass: loss of the objective on `inputs`, gradients, and at the end of an accumulation one update."""
-        with self.accelerator.accumulate(self.objective):
-            loss = self.objective(*inputs, **named)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.max_grad_norm)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.settings.learning_rate_at(self.step)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.losses.append(loss.detach())
-        if self.accelerator.sync_gradients:
-            self.ema.step(self.network.parameters())
-            self.step += 1
-            if self.step % self.settings.checkpoint_every == 0:
-                self.save()
+    def learn(self, *inputs: Any, names: Sequence[str] = (), **named: Any) -> None:
+        """One pass: loss of the objective on `inputs`, gradients, and at the end of an accumulation one update.
 
-    def due(self, every: int) -> bool:
-        """Whether an update has just ended a stretch of `every` steps, on the process that reports."""
-        return self.accelerator.is_main_process and self.accelerator.sync_gradients and self.step % every == 0
-
-    def progress(self) -> dict[str, str]:
-        """Loss and pictures per second, for the bar."""
-        return {"loss": f"{self.recent_loss():.4f}", "pictures/s": f"{self.rate():.1f}"}
-
-    def recent_loss(self) -> float:
-        """Mean loss of the last hundred passes, or of those since `record`.
+        names: of the pictures, for a message.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the loss is bad and ``on_bad_loss`` is "stop", or too many in a row were.
         """
-        loss = float(torch.stack(self.losses[-100:]).mean())
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}; lower learning_rate, or use mixed_precision bf16 or no. "
-                f"The last good checkpoint is kept in {self.checkpoints.folder}"
-            )
-        return loss
+        accelerator = self.accelerator
+        # Dropout, if the network has any, is drawn from the step too.
+        torch.manual_seed(seed_of(self.settings.seed, self.step, len(self._pass_losses), accelerator.process_index))
+        with accelerator.accumulate(self.objective):
+            loss = self.objective(*inputs, **named)
+            accelerator.backward(loss)
+            self._pass_losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                self._update(names)
+        if accelerator.sync_gradients:
+            self.step += 1
+            self._bar.update()
+            self._after_update()
+
+    def _update(self, names: Sequence[str]) -> None:
+        """Clip, look whether loss and gradient are sound, and change the weights if so."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        own = torch.stack(self._pass_losses).mean().float()
+        self._pass_losses.clear()
+        loss = float(self.accelerator.reduce(own, "mean"))
+        # In float16 the scaler expects gradients that overflow now and then, and passes over them.
+        gradient_norm = 0.0 if norm is None or self.accelerator.scaler is not None else float(norm)
+        fault = self.watch.fault(loss, gradient_norm)
+        if fault is not None:
+            self._report_fault(fault, float(own), names)
+            if self.accelerator.scaler is not None:  # it must hear of every update whose gradients it has seen
+                self.accelerator.scaler.update()
+        else:
+            self._bad_in_a_row = 0
+            self.watch.add(loss)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate_at(self.step)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if fault is None and self.ema is not None:
+            self.ema.step(self.parameters)
+
+    def _report_fault(self, fault: str, own_loss: float, names: Sequence[str]) -> None:
+        self.skipped += 1
+        self._bad_in_a_row += 1
+        batch = f"; the last batch of process {self.accelerator.process_index} was {name_batch(names)}" if names else ""
+        message = f"{fault} at step {self.step} (of this process alone: {own_loss:.4g}){batch}"
+        if self.settings.on_bad_loss == "skip" and self._bad_in_a_row < MOST_BAD_IN_A_ROW:
+            logger.warning("%s. The update was left out.", message)
+            return
+        raise FloatingPointError(
+            f"{message}. The weights were not changed by it. Lower learning_rate, use mixed_precision=bf16 or no, look "
+            f"at these pictures, or leave such updates out with on_bad_loss=skip. The last good checkpoint is in "
+            f"{self.checkpoints.folder}"
+        )
+
+    def _after_update(self) -> None:
+        settings = self.settings
+        if self.due(settings.log_every):
+            if self.accelerator.is_main_process:
+                self._bar.set_postfix(self.progress())
+            self.record(**self.watch.report(), learning_rate=settings.learning_rate_at(self.step - 1))
+
+    def due(self, every: int) -> bool:
+        """Whether an update has just ended a stretch of `every` steps, or was the last."""
+        return self.accelerator.sync_gradients and (self.step % every == 0 or self.step == self.settings.max_steps)
+
+    def progress(self) -> dict[str, str]:
+        """Loss, pictures per second and memory, for the bar, which adds the time left."""
+        return {
+            "loss": f"{self.watch.mean:.4f}",
+            "pictures/s": f"{self.rate():.1f}",
+            "memory": f"{memory(self.device) / 2**30:.1f} GiB",
+        }
 
     def rate(self) -> float:
         """Pictures per second of all processes, since the first pass of this process."""
-        settings = self.settings
-        per_step = settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
-        return (self.step - self.first_step) * per_step / max(time.monotonic() - self.started, 1e-9)
+        return (self.step - self.first_step) * self.update_size / max(time.monotonic() - self.started, 1e-9)
+
+    def measured(self, figures: dict[str, float]) -> None:
+        """Record figures of the model, and keep them for its card."""
+        self.figures = figures
+        self.record(**figures)
 
     def record(self, **figures: float) -> None:
-        """Append the loss, the rate and `figures` to ``training/metrics.jsonl``."""
-        if self.losses:
-            figures = {"loss": float(torch.stack(self.losses).mean()), **figures}
-        self.losses.clear()
-        row = {"step": self.step, "pictures_per_second": round(self.rate(), 2), **figures}
+        """Append `figures` to ``training/metrics.jsonl`` and give them to the trackers."""
+        if not self.accelerator.is_main_process or not figures:
+            return
+        row = {"step": self.step, **figures, "pictures_per_second": round(self.rate(), 2), "skipped": self.skipped}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        logger.info("%s", row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step, unless the loss says that the weights are spoilt."""
-        if self.losses:
-            self.recent_loss()
-        self.checkpoints.save(self.step)
+    def show(self, name: str, file: Path) -> None:
+        """Give a picture that was written to the trackers that take pictures."""
+        import numpy as np
+        from PIL import Image
+
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({name: [Image.open(file)]}, step=self.step)
+            elif tracker.name == "tensorboard":
+                array = np.asarray(Image.open(file).convert("RGB"))[None]  # (1, H, W, 3)
+                tracker.log_images({name: array}, step=self.step, dataformats="NHWC")
+
+    def save(self, must: bool = False) -> None:
+        """Write a checkpoint of the present step.
+
+        A disk that is full does not end a run that goes on: it warns, keeps the older checkpoints and tries again at
+        the next one.
+
+        Raises:
+            OSError: it cannot be written, and `must` is True.
+        """
+        ema = self.ema
+        state = {
+            "watch": self.watch.state(),
+            "skipped": self.skipped,
+            "figures": self.figures,
+            "optimization_step": ema.optimization_step if ema else 0,
+        }
+        try:
+            self.checkpoints.save(self.step, state, ema.shadow_params if ema else [])
+        except OSError as error:
+            if must:
+                raise
+            logger.warning("%s. The run goes on; the older checkpoints are kept.", error)
+
+    def _resume(self) -> None:
+        """Take over the newest checkpoint, and forget what was recorded after it."""
+        state, averaged = self.checkpoints.load_latest()
+        if state:
+            self.step, self.skipped = int(state["step"]), int(state["skipped"])
+            self.watch.restore(state["watch"])
+            self.figures = state["figures"]
+            if self.ema is not None and averaged:
+                self.ema.optimization_step = int(state["optimization_step"])
+                for mine, saved in zip(self.ema.shadow_params, averaged, strict=True):
+                    (mine.to_local() if hasattr(mine, "to_local") else mine).copy_(saved)
+        file = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and file.is_file():
+            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            partial = file.with_name(f".partial-{file.name}")
+            partial.write_text("".join(row for row in rows if recorded_step(row) <= self.step), encoding="utf-8")
+            os.replace(partial, file)
+
+    def _start_trackers(self) -> None:
+        if self.settings.report_to:
+            config = {key: str(value) for key, value in self.settings.model_dump().items()}
+            self.accelerator.init_trackers("latentdiff", config=config)
 
     @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """The network with its averaged weights in place; the trained ones come back afterwards."""
-        parameters = list(self.network.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        was_training = self.network.training
-        self.network.eval()
+    def averaged(self) -> Iterator[None]:
+        """The objective in evaluation mode with its averaged weights; the trained ones come back afterwards."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.objective.eval()
         try:
-            yield self.network
+            yield
         finally:
-            self.ema.restore(parameters)
-            self.network.train(was_training)
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+            self.objective.train()
+
+    def finish(self) -> None:
+        """Wait for the other processes and close the trackers."""
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -190,11 +306,48 @@ class TrainingRun:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._stop_signal is not None
+
     def _must_stop(self) -> bool:
         """Whether any process was told to stop, or ran out of time; all processes agree."""
         limit = self.settings.max_minutes
-        stop = self._stop_signal is not None or (limit is not None and time.monotonic() - self.started > limit * 60)
+        stop = self.told_to_stop or (limit is not None and time.monotonic() - self.started > limit * 60)
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(stop), device=self.device)
             stop = bool(self.accelerator.reduce(flag, "sum") > 0)
         return stop
+
+
+def accelerator_of(settings: RunSettings, unused: bool) -> Accelerator:
+    """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
+    output = Path(settings.output) / "training"
+    accelerator = Accelerator(
+        cpu=on_cpu(),
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=list(settings.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+    if accelerator.state.deepspeed_plugin is not None:  # it asks, since it is shown no data loader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+    return accelerator
+
+
+def recorded_step(row: str) -> float:
+    """The step of a row of metrics; infinite for one that a stop has torn."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that this process holds: of the GPU (the most so far) if there is one, else of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -28,26 +28,55 @@ def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, max_beta: flo
     return torch.tensor(betas, dtype=torch.float64)
 
 
+def sigmoid_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """The schedule of GeoDiff (Xu et al. 2022): beta rises along a sigmoid. Returns (T,) float64."""
+    rise = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    return beta_start + (beta_end - beta_start) * rise
+
+
 # The names are those of diffusers' schedulers, plus the paper's own name for the cosine schedule.
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": linear_betas,
     "scaled_linear": scaled_linear_betas,
     "squaredcos_cap_v2": cosine_betas,
     "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
 }
 
+ENDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "sigmoid": (1e-4, 0.02)}
+"""The first and last beta of the schedules that have a choice, where nothing else is said."""
 
-def make_betas(schedule: str, num_timesteps: int = 1000, zero_terminal_snr: bool = False) -> Tensor:
-    """The betas of a named schedule, (T,) float64.
 
-    Raises ValueError for an unknown name or fewer than two steps.
+def make_betas(
+    schedule: str,
+    num_timesteps: int = 1000,
+    zero_terminal_snr: bool = False,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+) -> Tensor:
+    """The betas of a named schedule, (T,) float64; `beta_start` and `beta_end` replace its own ends.
+
+    Raises:
+        ValueError: an unknown name, fewer than two steps, or ends that cannot be, or of a schedule that has none.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
-    betas = SCHEDULES[schedule](num_timesteps)
+    ends = {name: end for name, end in (("beta_start", beta_start), ("beta_end", beta_end)) if end is not None}
+    if ends and schedule not in ENDS:
+        raise ValueError(f"the {schedule} schedule has no beta_start and beta_end")
+    betas = check_betas(SCHEDULES[schedule](num_timesteps, **ends))
     return rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas
+
+
+def check_betas(betas: Tensor) -> Tensor:
+    """The same betas. Raises ValueError if they are not two or more numbers above 0 and up to 1."""
+    if betas.ndim != 1 or len(betas) < 2:
+        raise ValueError(f"betas must be a row of at least 2 numbers, not of shape {tuple(betas.shape)}")
+    if not bool(((betas > 0) & (betas <= 1)).all()):
+        raise ValueError(f"betas must lie above 0 and not above 1; these go from {betas.min():g} to {betas.max():g}")
+    return betas
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

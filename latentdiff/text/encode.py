@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.text.words import expand_words
+
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1_000_000  # transformers writes 1e30 for "the tokenizer does not know"
@@ -54,6 +56,7 @@ def encode_prompts(
     max_length: int | None = None,
     clip_skip: int | None = None,
     device: torch.device | None = None,
+    warn: bool = True,
 ) -> Tensor:
     """The text encoder's states for each prompt, padded to one length: (B, L, D) in the encoder's dtype.
 
@@ -66,15 +69,17 @@ def encode_prompts(
         max_length: L; by default as many tokens as the encoder takes.
         clip_skip: take the states this many layers before the last one (CLIP only).
         device: where the encoder runs; by default where it is.
+        warn: say what is cut of prompts that are too long.
 
     Raises:
         TypeError: a prompt is not a string.
         ValueError: L is unknown, or clip_skip is not possible with this encoder.
     """
-    prompts = as_prompts(prompts)
+    prompts = expand_words(as_prompts(prompts), tokenizer)
     max_length = max_length or max_tokens(tokenizer, text_encoder)
     tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    warn_of_cuts(prompts, tokenizer, max_length)
+    if warn:
+        warn_of_cuts(prompts, tokenizer, max_length)
     device = device or text_encoder.device
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
     output = text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=clip_skip is not None)

@@ -1,4 +1,4 @@
-"""A folder of small captioned pictures."""
+"""A folder of small captioned pictures, and what is trained on it."""
 
 import json
 from pathlib import Path
@@ -24,3 +24,25 @@ def pictures(tmp_path: Path) -> Path:
         rows.append({"file_name": f"{i}.png", "text": [f"a {colour} thing", colour], "split": split})
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def text_encoder(tmp_path: Path) -> Path:
+    """A folder with a tiny BERT and a tokenizer that knows letters."""
+    from tiny import bert_parts  # heavy, and not every test needs it
+
+    folder = tmp_path / "text"
+    for name, part in bert_parts().items():
+        part.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def denoiser_settings(pictures: Path, text_encoder: Path, tmp_path: Path) -> dict[str, object]:
+    """For a denoiser of a few weights, with an autoencoder of its own."""
+    from tiny import DENOISER, autoencoder_settings
+
+    from latentdiff.training.autoencoder import train_autoencoder
+
+    autoencoder = train_autoencoder(autoencoder_settings(pictures, tmp_path / "autoencoder", max_steps=2))
+    return {**DENOISER, "data": str(pictures), "autoencoder": str(autoencoder), "text_encoder": str(text_encoder)}

@@ -1,0 +1,237 @@
+"""Fine-tuning beside diffusers' ``train_text_to_image.py``: steps per second, peak memory and loss, in one run.
+
+    python benchmarks/training_side_by_side.py --script train_text_to_image.py
+
+The script is ``examples/text_to_image/train_text_to_image.py`` of diffusers' repository, unchanged. Both train the same
+UNet from the same weights on the same pictures with the same settings, each in a process of its own, in turn: ours with
+the cache, theirs, ours without the cache. Run it on a quiet machine.
+
+Models (``--model``), made here with random weights (the time does not depend on them):
+  sd     Stable Diffusion 1's own autoencoder and text encoder with a UNet of 29M parameters, at 128x128
+  emoji  the packaged model's UNet and autoencoder with a small CLIP text encoder, at 64x64
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WRAPPER = """
+import json, os, runpy, sys, time
+from accelerate import Accelerator
+log = Accelerator.log
+def timed(self, values, step=None, **options):
+    loss = values.get("train_loss", values.get("loss"))
+    if loss is not None:
+        with open(os.environ["STEPS_FILE"], "a") as file:
+            file.write(json.dumps([time.perf_counter(), step, loss]) + chr(10))
+    return log(self, values, step, **options)
+Accelerator.log = timed
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def make_pictures(folder: Path, count: int, side: int) -> None:
+    """Discs and boxes in several colours, with captions that diffusers' script and ours both read."""
+    import random
+
+    from PIL import Image, ImageDraw
+
+    folder.mkdir()
+    draw = random.Random(0)
+    colours = ["red", "green", "blue", "yellow", "purple", "orange", "black", "brown"]
+    rows = []
+    for i in range(count):
+        colour, shape = draw.choice(colours), draw.choice(["disc", "box"])
+        image = Image.new("RGB", (side, side), "white")
+        corner, size = (draw.randrange(side // 2), draw.randrange(side // 2)), draw.randrange(side // 6, side // 2)
+        box = (*corner, corner[0] + size, corner[1] + size)
+        (ImageDraw.Draw(image).ellipse if shape == "disc" else ImageDraw.Draw(image).rectangle)(box, fill=colour)
+        image.save(folder / f"{i:04d}.png")
+        rows.append({"file_name": f"{i:04d}.png", "text": f"a {colour} {shape}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def make_model(folder: Path, name: str) -> int:
+    """A pipeline folder in diffusers' layout; returns the side of its pictures."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    if name == "emoji":
+        from latentdiff import TextToImagePipeline
+
+        packaged = TextToImagePipeline.from_pretrained("emoji")
+        unet, vae, side = packaged.unet, packaged.vae, 64
+        text = CLIPTextConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6)
+    else:
+        side, text = 128, CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("CrossAttnDownBlock2D",) * 3,
+            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            block_out_channels=(128, 256, 256),
+            layers_per_block=1,
+            cross_attention_dim=768,
+            attention_head_dim=4,
+        )
+        with torch.no_grad():
+            latents = vae.encode(torch.rand(4, 3, side, side) * 2 - 1).latent_dist.mean
+        vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    text_encoder = CLIPTextModel(text)
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    diffusers.StableDiffusionPipeline(
+        vae, text_encoder, clip_tokenizer(folder.parent), unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return side
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer that spells words out by letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+    merges.write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=77)
+
+
+def measure(command: list[str], folder: Path) -> dict[str, float]:
+    """Run a training; steps per second after the first fifth, peak memory in MiB, mean loss of the last half."""
+    steps_file = folder / "steps.jsonl"
+    environment = {
+        **os.environ,
+        "STEPS_FILE": str(steps_file),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    started = time.perf_counter()
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRAPPER, *command], env=environment, stdout=log, stderr=log, cwd=folder
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command[:3])} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
+    rows = [json.loads(line) for line in steps_file.read_text().splitlines()]
+    kept = rows[len(rows) // 5 :]
+    losses = [row[2] for row in rows[len(rows) // 2 :]]
+    return {
+        "steps_per_second": (len(kept) - 1) / (kept[-1][0] - kept[0][0]),
+        "peak_memory_mib": usage.ru_maxrss / 1024,
+        "seconds_in_all": time.perf_counter() - started,
+        "loss": statistics.fmean(losses),
+        "loss_error": statistics.stdev(losses) / len(losses) ** 0.5,
+    }
+
+
+def ours(model: Path, data: Path, out: Path, side: int, options: argparse.Namespace, cache: bool) -> list[str]:
+    settings = {
+        "resolution": side,
+        "batch_size": options.batch,
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.999,
+        "ema_decay": 0.9999,
+        "min_snr_gamma": "null",
+        "caption_dropout": 0,
+        "log_every": 1,
+        "cache_latents": cache,
+        "cache_text": cache,
+        "checkpoint_every": options.steps,
+        "sample_every": options.steps * 10,
+        "sample_steps": 1,
+        "sample_prompts": "[a red disc]",
+        "seed": 1,
+    }
+    start = ["-m", "latentdiff.training", "finetune", "--model", str(model), "--data", str(data), "--output", str(out)]
+    return [*start, "--method", "full", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def theirs(model: Path, data: Path, out: Path, side: int, options: argparse.Namespace) -> list[str]:
+    settings = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": data,
+        "output_dir": out,
+        "cache_dir": out.parent / "datasets",
+        "image_column": "image",
+        "caption_column": "text",
+        "resolution": side,
+        "train_batch_size": options.batch,
+        "max_train_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "checkpointing_steps": options.steps,
+        "seed": 1,
+        "report_to": "tensorboard",
+    }
+    flags = ["--center_crop", "--random_flip", "--use_ema", "--foreach_ema"]
+    return [
+        str(options.script),
+        *(part for key, value in settings.items() for part in (f"--{key}", str(value))),
+        *flags,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", type=Path, required=True, help="diffusers' train_text_to_image.py")
+    parser.add_argument("--model", choices=["sd", "emoji"], default="sd")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    options.script = options.script.resolve()
+    results: dict[str, list[dict[str, float]]] = {"ours, cached": [], "diffusers": [], "ours, no cache": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        side = make_model(root / "model", options.model)
+        make_pictures(root / "pictures", options.pictures, side * 2)
+        for i in range(options.repeats):
+            for name, rows in results.items():
+                place = root / f"{name} {i}"
+                place.mkdir()
+                shared = (root / "model", root / "pictures", place / "out", side, options)
+                command = theirs(*shared) if name == "diffusers" else ours(*shared, cache="no cache" not in name)
+                rows.append(measure(command, place))
+                print(name, {key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
+    print(f"\n{options.model}, batch {options.batch}, {options.steps} steps; median of {options.repeats}")
+    print("| | steps/s | ratio | peak memory | loss, last half |")
+    print("|---|---|---|---|---|")
+    base = statistics.median(row["steps_per_second"] for row in results["diffusers"])
+    for name, rows in results.items():
+        rate = statistics.median(row["steps_per_second"] for row in rows)
+        memory = statistics.median(row["peak_memory_mib"] for row in rows)
+        loss, error = rows[0]["loss"], rows[0]["loss_error"]
+        print(f"| {name} | {rate:.2f} | {rate / base:.2f} | {memory:.0f} MiB | {loss:.4f} ± {error:.4f} |")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""How good pictures are: likeness of two, likeness of two sets, and of pictures to their captions."""
+
+from latentdiff.metrics.pixels import psnr, ssim
+from latentdiff.metrics.sets import frechet_distance, kernel_distance, precision_recall
+
+__all__ = ["frechet_distance", "kernel_distance", "precision_recall", "psnr", "ssim"]

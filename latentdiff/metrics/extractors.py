@@ -1,0 +1,277 @@
+"""Networks that turn pictures into features, for the metrics of sets of pictures.
+
+An extractor is told by a short text:
+
+- ``autoencoder``: the encoder of the model that ships in the package; needs no file and no network, and is no FID;
+- ``inception`` or ``inception:FILE``: the network of FID and KID, from torch hub's cache or from a file;
+- ``timm:NAME=FILE``: any timm model, its weights from a file;
+- a folder, or ``owner/name`` on the hub: any vision model of transformers, or CLIP.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from latentdiff.metrics.resize import RESIZE, resize_pictures
+
+AUTO = "auto"
+CHOICES = "auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5,) * 3, (0.5,) * 3)
+
+
+@dataclass
+class Extractor:
+    """Pictures to features.
+
+    Args:
+        name: what to call it in a report.
+        network: (B, 3, size, size) to features (B, D).
+        size: side of the square that pictures are resized to.
+        mean, std: of each channel, of pixels in [0, 1]; what the network takes is (pixel - mean) / std.
+        is_fid: whether a Fréchet distance of these features is FID.
+    """
+
+    name: str
+    network: nn.Module
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    is_fid: bool = False
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+        self.digest = weights_digest(self.network.state_dict())
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> "Extractor":
+        self.network.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(B, D) float32, on the CPU."""
+        pixels = resize_pictures(pictures, self.size).to(self.device) / 255
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return self.network((pixels - mean) / std).float().cpu()
+
+    def features(self, pictures: Iterable[Image.Image], batch_size: int = 16) -> Tensor:
+        """(N, D) float32 of any number of pictures, a batch in memory at a time.
+
+        Raises:
+            ValueError: there are no pictures.
+        """
+        found: list[Tensor] = []
+        batch: list[Image.Image] = []
+        for picture in pictures:
+            batch.append(picture)
+            if len(batch) == batch_size:
+                found.append(self(batch))
+                batch = []
+        if batch:
+            found.append(self(batch))
+        if not found:
+            raise ValueError("there are no pictures to take features of")
+        return torch.cat(found)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says about it."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.digest,
+            "resize": f"{RESIZE}, to {self.size}x{self.size}",
+        }
+
+
+def load_extractor(source: str = AUTO) -> Extractor:
+    """The extractor that `source` names; see this module. "auto" is ``inception`` if it lies in torch hub's cache.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing, and where to get it.
+        ValueError: weights do not fit, or there is no such model.
+    """
+    kind, _, rest = source.partition(":")
+    if source == AUTO:
+        from latentdiff.metrics.inception import find_weights
+
+        kind, rest = ("inception", "") if find_weights() is not None else ("autoencoder", "")
+    if kind == "autoencoder" and not rest:
+        return autoencoder_extractor()
+    if kind == "inception":
+        return inception_extractor(Path(rest).expanduser() if rest else None)
+    if kind == "timm":
+        return timm_extractor(rest)
+    return transformers_extractor(source)
+
+
+def autoencoder_extractor() -> Extractor:
+    """Means over each level of the packaged autoencoder's encoder; what works everywhere."""
+    from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model
+    from latentdiff.models import AutoencoderKL
+
+    autoencoder = AutoencoderKL.from_pretrained(packaged_model() / "vae", use_safetensors=True)
+    name = f"encoder of the autoencoder of the packaged model {DEFAULT_MODEL!r}, mean over places at each level"
+    return Extractor(name, EncoderLevels(autoencoder.encoder), autoencoder.config.sample_size, *HALVES)
+
+
+class EncoderLevels(nn.Module):
+    """(B, 3, H, W) in [-1, 1] to the activations of every level of an encoder, mean over its places, side by side.
+
+    Each place's activations are first scaled to unit mean square, as LPIPS scales them (Zhang et al. 2018, Eq. 1): the
+    residual sums of the levels differ a hundredfold in size, and the largest would be all that a distance sees.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.encoder.conv_in(pixels)
+        levels = []
+        for block in (*self.encoder.down_blocks, self.encoder.mid_block):
+            x = block(x)
+            levels.append(F.rms_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).mean((1, 2)))  # (B, C)
+        return torch.cat(levels, dim=1)
+
+
+def inception_extractor(file: Path | None) -> Extractor:
+    from latentdiff.metrics.inception import SIZE, load_inception
+
+    network = load_inception(file)
+    same = (128 / 255,) * 3  # (pixel - 128) / 128, as the graph does
+    return Extractor("FID Inception (2015-12-05)", network, SIZE, same, same, is_fid=True)
+
+
+def timm_extractor(source: str) -> Extractor:
+    """``NAME=FILE``: the pooled features of a timm model."""
+    import timm
+
+    from latentdiff.metrics.inception import read_weights
+
+    name, equals, file = source.partition("=")
+    if not equals or not file:
+        raise ValueError(f"timm:{source}: a timm model and a file of its weights are written timm:NAME=FILE")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model named {name!r}; timm.list_models() lists them")
+    weights = read_weights(Path(file).expanduser())
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in weights or weights[key].shape != wanted[key].shape]
+    if missing:
+        raise ValueError(
+            f"{file} does not hold weights of {name}: {len(missing)} tensors are missing or of another shape, such as "
+            f"{missing[0]}"
+        )
+    network.load_state_dict({key: weights[key] for key in wanted})
+    config = timm.data.resolve_model_data_config(network)
+    return Extractor(f"timm {name}", network, config["input_size"][-1], config["mean"], config["std"])
+
+
+def transformers_extractor(source: str) -> Extractor:
+    """The pooled features of a transformers model: a folder, or ``owner/name`` on the hub."""
+    from transformers import AutoModel
+
+    folder = find_transformers_model(
+        source, "--extractor takes auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
+    )
+    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if any(not key.startswith("pooler.") for key in missing):  # they would have random values
+        raise ValueError(
+            f"{source}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
+        )
+    config = getattr(model.config, "vision_config", model.config)
+    size, mean, std = preprocessing(folder, config)
+    network = PooledVision(model, use_pooler=not missing)
+    return Extractor(f"transformers {type(model).__name__} {shown_source(source)}", network, size, mean, std)
+
+
+def shown_source(source: str) -> str:
+    """A hub id, or the last part of a folder."""
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.is_dir() else source
+
+
+def find_transformers_model(source: str, others: str) -> str:
+    """`source` as transformers takes it. Raises FileNotFoundError if it is neither a model's folder nor a hub id."""
+    from latentdiff.interchange.folders import HUB_ID
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
+        return str(folder)
+    if HUB_ID.fullmatch(source) and not folder.parent.exists():
+        return source
+    raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
+
+
+def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Sequence[float]]:
+    """Side, mean and standard deviation of what a transformers model was trained on."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} has no preprocessor_config.json, so how its pictures look is not known") from error
+    size = getattr(config, "image_size", None)
+    if not isinstance(size, int):
+        sizes = dict(getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {})
+        size = next((sizes[key] for key in ("height", "shortest_edge") if sizes.get(key)), 224)
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    return size, mean or IMAGENET[0], std or IMAGENET[1]
+
+
+class PooledVision(nn.Module):
+    """A transformers vision model's pooled output; of CLIP and its like, the projected features of a picture.
+
+    use_pooler: False for weights without the pooler, as classifiers have them; the mean over places is taken instead.
+    """
+
+    def __init__(self, model: Any, use_pooler: bool = True) -> None:
+        super().__init__()
+        self.model, self.use_pooler = model, use_pooler
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if hasattr(self.model, "get_image_features"):
+            found = self.model.get_image_features(pixel_values=pixels)
+        else:
+            found = self.model(pixel_values=pixels)
+        return pooled(found, self.use_pooler)
+
+
+def pooled(output: Any, use_pooler: bool = True) -> Tensor:
+    """(B, D) from what a model returned.
+
+    Raises:
+        ValueError: it has no features of whole pictures.
+    """
+    if isinstance(output, Tensor):
+        return output.flatten(1)
+    found = getattr(output, "pooler_output", None) if use_pooler else None
+    if found is not None:
+        return found.flatten(1)
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        raise ValueError(f"this model gives no features of a whole picture, but a {type(output).__name__}")
+    return states.mean(1) if states.ndim == 3 else states.mean((2, 3))  # tokens, or a grid
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values, in hexadecimal; the same whatever file they came from."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.endswith("num_batches_tracked"):  # means nothing in evaluation mode, and some files lack it
+            continue
+        tensor = tensors[name].detach().cpu().contiguous()
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()

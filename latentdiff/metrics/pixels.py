@@ -1,0 +1,70 @@
+"""Likeness of two pictures, pixel by pixel: PSNR and SSIM."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window; Wang et al. 2004, section III-B
+K1, K2 = 0.01, 0.03
+RANGE = 2.0  # from -1 to 1
+
+
+def psnr(prediction: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over pictures; 106 dB where two pictures are the same.
+
+    Args:
+        prediction: (N, C, H, W), clamped to [-1, 1].
+        target: (N, C, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: the shapes differ, or there are no pictures.
+    """
+    prediction, target = same_shape(prediction, target)
+    error = (prediction.clamp(-1, 1) - target).square().flatten(1).mean(1)  # (N,)
+    return float((10 * torch.log10(RANGE**2 / error.clamp(min=1e-10))).mean())
+
+
+def ssim(prediction: Tensor, target: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004), the mean over pictures, channels and window places; 1 is the same.
+
+    Each channel by itself, under an 11x11 Gaussian window (sigma 1.5) that stays inside the picture.
+
+    Args:
+        prediction: (N, C, H, W), clamped to [-1, 1]; H and W at least 11.
+        target: (N, C, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: the shapes differ, there are no pictures, or they are smaller than the window.
+    """
+    prediction, target = same_shape(prediction, target)
+    if min(prediction.shape[-2:]) < WINDOW:
+        height, width = prediction.shape[-2:]
+        raise ValueError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, not {width}x{height}")
+    x, y = prediction.clamp(-1, 1).double(), target.double()
+    c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
+    mean_x, mean_y = blur(x), blur(y)
+    var_x = blur(x * x) - mean_x**2
+    var_y = blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return float((luminance * structure).mean())  # Eq. 13
+
+
+def blur(pictures: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, C, H-10, W-10): local means under the Gaussian window."""
+    channels = pictures.shape[1]
+    offsets = torch.arange(WINDOW, dtype=pictures.dtype, device=pictures.device) - WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = (weights / weights.sum()).expand(channels, 1, 1, WINDOW)
+    rows = F.conv2d(pictures, weights, groups=channels)
+    return F.conv2d(rows, weights.transpose(2, 3), groups=channels)
+
+
+def same_shape(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if prediction.shape != target.shape or prediction.ndim != 4 or not prediction.numel():
+        raise ValueError(
+            f"two batches (N, C, H, W) of one shape are compared, not {tuple(prediction.shape)} "
+            f"with {tuple(target.shape)}"
+        )
+    return prediction, target

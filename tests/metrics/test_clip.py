@@ -1,0 +1,100 @@
+"""CLIP score with small random models of transformers and open_clip."""
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import clip_parts
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from latentdiff.metrics.clip import load_clip
+from latentdiff.metrics.extractors import load_extractor
+from latentdiff.metrics.resize import resize_pictures
+
+PICTURES = [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (30, 20), "blue")]
+CAPTIONS = ["a red thing", "blue"]
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    parts = clip_parts()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 8})
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    folder = tmp_path / "clip"
+    CLIPModel(config).save_pretrained(folder)
+    parts["tokenizer"].save_pretrained(folder)
+    CLIPImageProcessor(image_mean=MEAN, image_std=STD, size=16, crop_size=16).save_pretrained(folder)
+    return folder
+
+
+def test_transformers_clip(folder: Path) -> None:
+    clip = load_clip(str(folder))
+    scores = clip.scores(PICTURES, CAPTIONS)
+    model, tokenizer = CLIPModel.from_pretrained(folder), clip_parts()["tokenizer"]
+    pixels = (resize_pictures(PICTURES, 16) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    for i, caption in enumerate(CAPTIONS):
+        tokens = tokenizer([caption], return_tensors="pt")
+        with torch.no_grad():
+            output = model(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels[i : i + 1]
+            )
+        cosine = F.cosine_similarity(output.image_embeds, output.text_embeds)
+        torch.testing.assert_close(scores[i], 100 * cosine[0].clamp(min=0), atol=1e-3, rtol=1e-3)
+    pairs = list(zip(PICTURES, CAPTIONS, strict=True))
+    assert clip.mean(pairs, batch_size=1) == pytest.approx(float(scores.double().mean()), abs=1e-3)
+    assert clip.name == "transformers CLIPModel clip"
+
+
+def test_long_captions_are_cut(folder: Path) -> None:
+    clip = load_clip(str(folder))
+    assert clip.scores(PICTURES[:1], ["a very long caption " * 50]).isfinite().all()
+
+
+def test_its_picture_tower_is_an_extractor_too(folder: Path) -> None:
+    assert load_extractor(str(folder))(PICTURES).shape == (2, 8)
+
+
+def test_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "tiny-for-a-test"
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+    model = open_clip.create_model(name).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    clip = load_clip(f"open_clip:{name}/{tmp_path / 'weights.safetensors'}")
+    scores = clip.scores(PICTURES, CAPTIONS)
+    look = open_clip.get_model_preprocess_cfg(model)
+    pixels = resize_pictures(PICTURES, 16) / 255
+    pixels = (pixels - torch.tensor(look["mean"]).view(3, 1, 1)) / torch.tensor(look["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        seen, read = model.encode_image(pixels), model.encode_text(open_clip.get_tokenizer(name)(CAPTIONS))
+    torch.testing.assert_close(scores, 100 * F.cosine_similarity(seen, read).clamp(min=0), atol=1e-3, rtol=1e-3)
+    assert clip.name == f"open_clip {name} weights.safetensors"
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickled weights can run code"):
+        load_clip(f"open_clip:{name}/{tmp_path / 'weights.pt'}")
+    with pytest.raises(FileNotFoundError, match="no such weights"):
+        load_clip(f"open_clip:{name}/nobody")
+
+
+def test_what_is_no_clip(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match="write open_clip:NAME/PRETRAINED"):
+        load_clip("open_clip:ViT-B-32")
+    with pytest.raises(ValueError, match="no model named 'no-such'"):
+        load_clip("open_clip:no-such/laion2b")
+    with pytest.raises(FileNotFoundError, match="--clip takes open_clip"):
+        load_clip(str(tmp_path / "none"))
+    clip_parts()["text_encoder"].save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="a CLIP score needs a model of pictures and text"):
+        load_clip(str(tmp_path / "text"))
+    with pytest.raises(ValueError, match="1 pictures and 2 captions"):
+        load_clip(str(folder)).scores(PICTURES[:1], CAPTIONS)

@@ -1,0 +1,105 @@
+"""Trainings in processes that can be killed: forked from this one, which has imported everything; a life is cheap."""
+
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(work: Callable[[], object], log: Path, processes: int = 1) -> list[int]:
+    """Fork `processes` children that do `work`, as ranks of one training if there are several; returns their ids."""
+    port = free_port()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            _live(work, log, rank, processes, port)
+        children.append(child)
+    return children
+
+
+def _live(work: Callable[[], object], log: Path, rank: int, processes: int, port: int) -> None:
+    code = 1
+    try:
+        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+        logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
+        if processes > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "ACCELERATE_USE_CPU": "true",
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+        import torch
+        from accelerate.state import AcceleratorState, GradientState
+
+        torch.set_num_threads(1)  # the parent's threads are not here
+        AcceleratorState._reset_state(reset_partial_state=True)  # nor is its place among processes
+        GradientState._reset_state()
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(children: Sequence[int], seconds: float = 300) -> list[int]:
+    """Exit codes of all children; negative for a signal. They are killed, and an error raised, after `seconds`."""
+    end, codes = time.monotonic() + seconds, dict[int, int]()
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            kill([child for child in children if child not in codes])
+            raise TimeoutError(f"still running after {seconds} s")
+        time.sleep(0.005)
+    return [codes[child] for child in children]
+
+
+def kill(children: Sequence[int]) -> None:
+    for child in children:
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def live_and_die(
+    work: Callable[[], object], log: Path, kills: int, longest: float, seed: int, processes: int = 1
+) -> int:
+    """Start `work` again and again, killing it after a random time of up to `longest` seconds; then let it end.
+
+    Returns how many lives were really cut short.
+    """
+    chance, cut = random.Random(seed), 0
+    for _ in range(kills * 3):
+        children = start(work, log, processes)
+        time.sleep(chance.uniform(0, longest))
+        kill(children)
+        codes = wait(children)
+        cut += any(code == -signal.SIGKILL for code in codes)
+        if cut >= kills or all(code == 0 for code in codes):
+            break
+    assert all(code == 0 for code in wait(start(work, log, processes))), log.read_text(encoding="utf-8")[-3000:]
+    return cut

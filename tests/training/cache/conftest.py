@@ -1,0 +1,52 @@
+"""Pictures with their digests, and an autoencoder of random weights."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from latentdiff import AutoencoderKL
+from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.data.pictures import FileReader
+from latentdiff.training.data.view import View
+
+Wanted = list[tuple[CaptionedPicture, View]]
+
+
+def picture_of(file: Path) -> CaptionedPicture:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return CaptionedPicture(file.name, FileReader(str(file)), ("a thing",), digest=digest)
+
+
+@pytest.fixture
+def wanted(tmp_path: Path) -> Wanted:
+    """Twelve pictures of noise, each in a view; two sizes."""
+    (tmp_path / "noise").mkdir()
+    views = [View(16, 16), View(24, 8, (0.0, 0.5)), View(16, 16, flip=True)]
+    chosen = []
+    for i in range(12):
+        pixels = torch.randint(0, 256, (24, 28, 3), dtype=torch.uint8)
+        file = tmp_path / "noise" / f"{i}.png"
+        Image.fromarray(pixels.numpy()).save(file)
+        chosen.append((picture_of(file), views[i % 3]))
+    return chosen
+
+
+@pytest.fixture
+def autoencoder() -> AutoencoderKL:
+    model = AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    )
+    return model.eval()
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)

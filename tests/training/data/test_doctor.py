@@ -1,0 +1,121 @@
+"""``latentdiff doctor``: the report, the manifest, the exit status."""
+
+import json
+from pathlib import Path
+
+import hostile
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from latentdiff.training.commands.doctor import doctor
+from latentdiff.training.config import AutoencoderSettings
+from latentdiff.training.data import prepare_pictures
+
+app = typer.Typer()
+app.command()(doctor)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02}.png").write_bytes(hostile.encode(hostile.noise(i, 80 + 40 * (i % 3), 80)))
+        (folder / f"{i:02}.txt").write_text(f"picture number {i % 20}", encoding="utf-8")
+    (folder / "30.png").write_bytes((folder / "00.png").read_bytes())
+    (folder / "30.txt").write_text("again " * 100, encoding="utf-8")
+    return folder
+
+
+def test_a_good_folder(album: Path) -> None:
+    before = hostile.state(album.parent)
+    result = run(album)
+    assert result.exit_code == 0, result.output
+    assert "31 pictures: 31 can be used, 0 cannot." in result.output
+    assert "byte for byte: 1 group, 2 pictures\n  00.png, 30.png" in result.output
+    assert "31 captions of 31 pictures: 3 to 100 words, median 3" in result.output
+    assert '10 captions stand with more than one picture: "picture number 0" (2)' in result.output
+    assert "1 caption of more than 77 words; text encoders mostly cut them:\n    30.png (100 words)" in result.output
+    assert "Sizes: from 80 x 80 to 160 x 80, median 120 x 80" in result.output
+    assert "64 x 64       11  ####" in result.output
+    assert "More than a third is cropped away of 10 as squares, and of 0 with buckets." in result.output
+    assert "Everything can be used." in result.output
+    assert hostile.state(album.parent) == before
+
+
+def test_the_exit_status_is_whether_training_would_go_on(album: Path) -> None:
+    (album / "01.png").write_bytes(b"")
+    (album / "02.txt").unlink()
+    result = run(album)
+    assert result.exit_code == 0
+    assert "Cannot be used (2):\n  02.png: no caption; write one" in result.output
+    assert "  01.png: cannot be read as a picture (the file is empty)" in result.output
+    result = run(album, "max_bad_share=0.05")
+    assert result.exit_code == 1
+    assert "6.45 % of the pictures cannot be used; training stops above 5 %" in result.output
+    for file in album.glob("*.txt"):
+        file.unlink()
+    result = run(album)
+    assert result.exit_code == 1
+    assert "and 11 more" in result.output
+    assert "There is nothing to train on." in result.output
+
+
+def test_the_manifest_is_honoured_and_remembers_choices(album: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "album.jsonl"
+    (album / "01.png").write_bytes(b"")
+    assert "nowhere" not in run(album, "--manifest", manifest).output
+    header, *rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert header["format"] == "latentdiff manifest 1"
+    assert [row["name"] for row in rows] == [f"{i:02}.png" for i in range(31)]
+    assert [row["name"] for row in rows if not row["use"]] == ["01.png"]
+    rows[5]["use"] = False
+    manifest.write_text("\n".join(map(json.dumps, [header, *rows])), encoding="utf-8")
+    assert run(album, "--manifest", manifest, "--drop-duplicates").exit_code == 0
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()][1:]
+    assert [row["name"] for row in rows if not row["use"]] == ["01.png", "05.png", "30.png"]
+    assert rows[30]["warnings"] == ["the same as 00.png"]
+    settings = AutoencoderSettings(
+        data=str(album), output=str(tmp_path / "out"), manifest=str(manifest), max_bad_share=0
+    )
+    assert len(prepare_pictures(settings)) == 28
+
+
+def test_other_files_are_not_overwritten(album: Path) -> None:
+    before = hostile.state(album)
+    for name in ("00.txt", "00.png"):
+        result = run(album, "--manifest", album / name)
+        assert isinstance(result.exception, ValueError)
+        assert "it is not overwritten" in str(result.exception)
+    assert "is a folder" in str(run(album, "--manifest", album).exception)
+    assert "name one with --manifest" in str(run(album, "--drop-duplicates").exception)
+    assert hostile.state(album) == before
+
+
+def test_both_splits_and_what_no_table_lists(pictures: Path) -> None:
+    (pictures / "unlisted.png").write_bytes(hostile.encode(hostile.noise(0)))
+    result = run(pictures)
+    assert result.exit_code == 0
+    assert "12 pictures: 12 can be used" in result.output
+    assert "unlisted.png: is in the folder, but not in metadata.jsonl" in result.output
+    assert "12 with a side below resolution=64 will be enlarged" in result.output
+    assert "2 pictures: 2 can be used" in run(pictures, "split=validation").output
+
+
+def test_tokens_are_counted_as_a_model_does(album: Path) -> None:
+    result = run(album, "--model", "emoji")
+    assert result.exit_code == 0, result.output
+    assert "1 caption will be cut:\n    30.png (" in result.output
+    assert "Shapes, with buckets=true at resolution=64" in result.output
+    assert isinstance(run(album, "--model", "no-such-model").exception, FileNotFoundError)
+
+
+def test_mistakes_are_explained(album: Path, tmp_path: Path) -> None:
+    assert "unknown setting 'resolutoin'; did you mean 'resolution'" in str(run(album, "resolutoin=3").exception)
+    assert isinstance(run(tmp_path / "nowhere").exception, FileNotFoundError)

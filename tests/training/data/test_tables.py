@@ -1,0 +1,111 @@
+"""Datasets of the `datasets` library."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import hostile
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff.training.data import NoPicturesError, Wanted, from_dataset, load_pictures, read_pixels, read_source
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def dataset() -> datasets.Dataset:
+    columns = {
+        "photo": [Image.new("RGB", (8, 8), colour) for colour in ("blue", "red", "green", "white")],
+        "words": ["a blue square", None, "green", "white"],
+        "weight": [2.0, 1.0, -1.0, None],
+    }
+    kinds = {"photo": datasets.Image(), "words": datasets.Value("string"), "weight": datasets.Value("float32")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+COLUMNS: dict[str, Any] = {"image_column": "photo", "caption_column": "words"}
+
+
+def test_in_memory(dataset: datasets.Dataset) -> None:
+    pictures = from_dataset(dataset, **COLUMNS)
+    assert [(p.name, p.captions, p.weight) for p in pictures] == [
+        ("dataset[0]", ("a blue square",), 2.0),
+        ("dataset[3]", ("white",), 1.0),
+    ]
+    torch.testing.assert_close(read_pixels(pictures[0], 8, 8)[:, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
+    again = pickle.loads(pickle.dumps(pictures))
+    assert [p.read() for p in again] == [p.read() for p in pictures]
+    assert len(from_dataset(dataset.with_format("torch"), **COLUMNS)) == 2
+    with pytest.raises(ValueError, match="no column 'image'; it has photo, words"):
+        from_dataset(dataset)
+
+
+def test_saved_to_disk(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    dataset.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=dataset, validation=dataset.select([0])).save_to_disk(str(tmp_path / "both"))
+    for folder in ("one", "both"):
+        (picture, _) = load_pictures(str(tmp_path / folder), **COLUMNS)
+        assert picture.captions == ("a blue square",)
+        assert pickle.loads(pickle.dumps(picture)).read() == picture.read()
+    assert len(load_pictures(str(tmp_path / "both"), "validation", **COLUMNS)) == 1
+    with pytest.raises(NoPicturesError, match="no split 'test'; it has train, validation"):
+        load_pictures(str(tmp_path / "both"), "test", **COLUMNS)
+    with pytest.raises(NoPicturesError, match="no split 'validation'; it has train"):
+        load_pictures(str(tmp_path / "one"), "validation", **COLUMNS)
+
+
+def test_bytes_and_paths_in_columns(tmp_path: Path) -> None:
+    content = hostile.encode(hostile.noise(0))
+    (tmp_path / "a.png").write_bytes(content)
+    paths = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png"), "gone.png"], "text": [["a", "b"], ["c"]]})
+    pictures = from_dataset(paths)
+    assert pictures[0].read() == content
+    assert pictures[0].captions == ("a", "b")
+    with pytest.raises(ValueError, match=r"dataset\[1\]: cannot be read"):
+        read_pixels(pictures[1], 8, 8)
+    encoded = datasets.Dataset.from_dict({"image": [content, None], "text": ["a", "b"]})
+    pictures = from_dataset(encoded)
+    assert pictures[0].read() == content
+    with pytest.raises(ValueError, match="there is no picture in this row"):
+        read_pixels(pictures[1], 8, 8)
+
+
+def test_a_stream_is_read_once(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(str(tmp_path / "data" / "train-0.parquet"))
+    assert len(load_pictures(str(tmp_path / "data"), **COLUMNS)) == 2  # a folder that load_dataset understands
+    wanted = Wanted(streaming=True, cache_dir=tmp_path / "copy", **COLUMNS)
+    found = [read_source(str(tmp_path / "data"), wanted) for _ in range(2)]
+    for source in found:
+        assert [(p.captions, p.weight) for p in source.pictures] == [(("a blue square",), 2.0), (("white",), 1.0)]
+        assert [source.key(f.name) for f in source.refused] == ["(train)[1]", "(train)[2]"]
+        torch.testing.assert_close(read_pixels(source.pictures[0], 8, 8)[:, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
+    assert len(list((tmp_path / "copy").rglob("*.arrow"))) == 1
+    first = Wanted(streaming=True, cache_dir=tmp_path / "copy", max_pictures=1, **COLUMNS)
+    assert len(read_source(str(tmp_path / "data"), first).pictures) == 1
+    dataset.select([3]).to_parquet(str(tmp_path / "data" / "train-0.parquet"))  # other files, another copy
+    assert [p.captions for p in read_source(str(tmp_path / "data"), wanted).pictures] == [("white",)]
+
+
+def rows(fail: bool) -> Iterator[dict[str, Any]]:
+    yield {"image": {"bytes": hostile.encode(hostile.noise(0)), "path": None}, "text": ["one", "two"]}
+    if fail:
+        raise ConnectionError("the line was cut")
+
+
+def test_an_iterable_dataset_is_copied_whole_or_not_at_all() -> None:
+    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    stream = datasets.IterableDataset.from_generator(rows, features=kinds, gen_kwargs={"fail": False})
+    (picture,) = from_dataset(stream)
+    assert picture.captions == ("one", "two")
+    assert picture.read() == hostile.encode(hostile.noise(0))
+    stream = datasets.IterableDataset.from_generator(rows, features=kinds, gen_kwargs={"fail": True})
+    with pytest.raises(ValueError, match="could not be read to its end"):
+        from_dataset(stream)

@@ -1,0 +1,88 @@
+"""Two processes (gloo, on the CPU) train what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lives import free_port, start, wait
+from safetensors.torch import load_file
+
+from latentdiff.training.autoencoder import train_autoencoder
+from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.denoiser import train_denoiser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+def trained(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((output / "training" / "checkpoints").glob("step-*"))[-1] / "trained.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "training" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def assert_alike(a: Path, b: Path) -> None:
+    """Equal but for the order in which floating-point numbers are added."""
+    one, other = trained(a), trained(b)
+    assert one.keys() == other.keys()
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)
+
+
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+    def train(name: str, size: int, accumulation: int = 1) -> None:
+        values = {"max_steps": 6, "log_every": 1, "batch_size": size, "gradient_accumulation_steps": accumulation}
+        train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(tmp_path / name)}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    assert_alike(tmp_path / "one", tmp_path / "accumulated")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert not torch.equal(trained(tmp_path / "one")["unet.conv_in.weight"], torch.zeros(1))
+
+
+def test_autoencoder_goes_on_with_another_number_of_processes(pictures: Path, tmp_path: Path) -> None:
+    def train(name: str, size: int, steps: int) -> None:
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1}
+        values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 3), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("b", 4, 6), log)) == [0], log.read_text()
+    assert_alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_torchrun(pictures: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command += ["-m", "latentdiff.training", "autoencoder", "--data", str(pictures), "--output", str(tmp_path / "a")]
+    command += ["resolution=16", "batch_size=2", "max_steps=3", "warmup_steps=1"]
+    command += ["block_out_channels=[8, 16]", "norm_num_groups=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The autoencoder is in") == 1, "only the main process reports"
+    assert (tmp_path / "a" / "config.json").is_file()

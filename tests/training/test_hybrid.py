@@ -1,0 +1,35 @@
+"""Training with learned variances, from the settings to a picture."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+
+from latentdiff import TextToImagePipeline
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.training.config import DenoiserSettings
+from latentdiff.training.denoiser import train_denoiser
+
+
+def test_a_model_with_learned_variances_is_trained_saved_and_draws(
+    denoiser_settings: dict[str, object], tmp_path: Path
+) -> None:
+    changes = {"loss": "hybrid", "max_steps": 4, "sample_every": 4, "gradient_checkpointing": True, "sample_steps": 3}
+    out = train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **changes, "output": str(tmp_path / "out")}))
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    held_out = next(row for row in rows if "val_loss" in row)
+    assert {"val_loss_0_249", "val_loss_250_499", "val_loss_500_749", "val_loss_750_999"} <= held_out.keys()
+
+    pipeline = TextToImagePipeline.from_pretrained(out)
+    assert pipeline.unet.config.out_channels == 2 * pipeline.vae.config.latent_channels
+    assert isinstance(pipeline.scheduler, diffusers.DDPMScheduler)
+    process = GaussianDiffusion.from_scheduler_config(pipeline.scheduler.config)
+    assert process.learns_variance
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "latent", "seed": 0, "return_dict": False}
+    latents, _ = pipeline("a red thing", **call)
+    assert latents.isfinite().all()
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[4:] += 0.5
+    assert not torch.equal(pipeline("a red thing", **call)[0], latents)

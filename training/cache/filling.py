@@ -1,0 +1,151 @@
+"""Making what a store does not have: divided among processes, written bit by bit."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from latentdiff.training.cache.store import TensorStore
+
+logger = logging.getLogger(__name__)
+
+SHARD_TENSORS, SHARD_SECONDS, SHARD_BYTES = 4096, 30.0, 2**27  # a shard is written after so much
+
+Batches = list[list[str]]  # of keys
+
+
+def fill(
+    store: TensorStore,
+    keys: Sequence[str],
+    encode: Callable[[Batches], Iterator[Mapping[str, Tensor]]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    kind: Callable[[str], Any] = lambda key: None,
+    things: str,
+) -> None:
+    """Encode what is missing, each process its share, and wait for the others.
+
+    Args:
+        keys: distinct.
+        encode: gives the tensors of one batch after the other.
+        kind: what the keys of a batch must have in common.
+        things: what the keys stand for, in messages.
+
+    Raises:
+        OSError: the disk is full, or the processes do not see the same folder.
+    """
+    store.refresh()
+    missing = set(store.missing(keys))
+    if missing and accelerator.is_main_process:
+        logger.info("%d %s to encode, %d are there already", len(missing), things, len(keys) - len(missing))
+    batches = plan(share(keys, accelerator.process_index, accelerator.num_processes), missing, batch_size, kind)
+    total = sum(map(len, batches))
+    hidden = True if not accelerator.is_main_process or not total else None  # None: unless there is no terminal
+    with writing(store) as add, tqdm(total=total, desc=f"encoding {things}", disable=hidden) as bar:
+        for tensors in encode(batches):
+            add(tensors)
+            bar.update(len(tensors))
+    accelerator.wait_for_everyone()
+    store.refresh()
+    if lost := store.missing(keys):
+        raise OSError(
+            f"{store.folder}: {len(lost)} of {len(keys)} {things} are not there after all were encoded; let cache_dir "
+            f"be a folder that all processes see, and delete nothing in it meanwhile"
+        )
+
+
+def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
+    """What one of several processes does of the work.
+
+    It depends on the keys alone: processes that look at different moments do not see the same ones as missing.
+    """
+    return [key for key in keys if int(key[:8], 16) % processes == rank]
+
+
+def plan(keys: Sequence[str], missing: set[str], size: int, kind: Callable[[str], Any]) -> Batches:
+    """The missing keys in batches.
+
+    What a network makes of one input depends, in its last digits, on the others in the batch. So a batch that an
+    interruption cost is made again as it would have been.
+    """
+    batches = in_batches(keys, size, kind)
+    whole = [batch for batch in batches if missing.issuperset(batch)]
+    rest = [key for batch in batches if not missing.issuperset(batch) for key in batch if key in missing]
+    return whole + in_batches(rest, size, kind)
+
+
+def in_batches(keys: Iterable[str], size: int, kind: Callable[[str], Any]) -> Batches:
+    """Keys in batches of at most `size`, all of a batch of one kind."""
+    alike: dict[Any, list[str]] = {}
+    for key in keys:
+        alike.setdefault(kind(key), []).append(key)
+    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+
+
+class Writer:
+    """Gathers tensors into shards."""
+
+    def __init__(self, store: TensorStore) -> None:
+        self.store = store
+        self._waiting: dict[str, Tensor] = {}
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self._waiting |= tensors
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        due = len(self._waiting) >= SHARD_TENSORS or self._bytes >= SHARD_BYTES
+        if due or time.monotonic() - self._since > SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        self.store.write(waiting)
+        self._since = time.monotonic()
+
+
+@contextmanager
+def writing(store: TensorStore) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """Takes tensors for `store`. What it took is kept even where an error ends the work."""
+    writer = Writer(store)
+    try:
+        yield writer.add
+    except BaseException:
+        try:
+            writer.flush()
+        except OSError as error:  # the first error is the one to be told
+            logger.warning("what was encoded last is lost: %s", error)
+        raise
+    writer.flush()
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def finite_half(values: Tensor, names: Sequence[str], advice: str) -> Tensor:
+    """`values`, one for each of `names` along the first dimension, in float16 on the CPU.
+
+    Raises:
+        ValueError: some are no numbers that float16 has; the message names whose and gives `advice`.
+    """
+    half = values.half().cpu()
+    for name, own in zip(names, half, strict=True):
+        if not bool(own.isfinite().all()):
+            raise ValueError(f"{name}: what the encoder makes of it are not all numbers below 65504; {advice}")
+    return half

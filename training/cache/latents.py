@@ -1,0 +1,151 @@
+"""The latents of pictures: mean and width of the encoder's posterior, so that training can draw from it anew."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentdiff.training.cache.digests import digest, digest_of_weights, plain_config
+from latentdiff.training.cache.filling import Batches, evaluating, fill, finite_half
+from latentdiff.training.cache.store import TensorStore
+from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.data.view import View
+
+Wanted = tuple[CaptionedPicture, View]
+
+PIXELS = 1  # to be raised when `read_pixels` gives other pixels for the same view
+OF_THE_DECODER = (
+    *("up_block_types", "out_channels", "use_post_quant_conv", "num_vq_embeddings", "lookup_from_codebook"),
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"),
+)
+
+
+class LatentCache:
+    """Latents by picture and view, in a folder named after what encodes.
+
+    Args:
+        folder: may be shared by any number of encoders, runs and processes.
+        autoencoder: ours or diffusers' ``AutoencoderKL`` or ``VQModel``. It is not kept.
+    """
+
+    def __init__(self, folder: Path, autoencoder: Any) -> None:
+        self.store = TensorStore(Path(folder) / encoder_digest(autoencoder))
+
+    def __getitem__(self, key: Wanted) -> Tensor:
+        """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
+
+        Raises:
+            KeyError: they were not encoded.
+        """
+        picture, view = key
+        try:
+            return self.store[key_of(picture, view)]
+        except KeyError:
+            raise KeyError(f"{picture.name} was not encoded as {view}") from None
+
+    def fill(
+        self,
+        wanted: Sequence[Wanted],
+        autoencoder: Any,
+        accelerator: Accelerator,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        """Encode what is missing, each process its share; goes on where an interrupted one stopped.
+
+        Args:
+            wanted: the same in each process. Pictures need their digest.
+            autoencoder: the one that the cache was made for, where it is to run.
+
+        Raises:
+            ValueError: a picture cannot be read, or its latents are not finite; it is named.
+            OSError: the disk is full.
+        """
+        by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
+
+        def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+            for keys, pixels in load(by_key, batches, num_workers):
+                names = [by_key[key][0].name for key in keys]
+                moments = finite_half(
+                    encode(autoencoder, pixels),  # (B, 2, C, h, w)
+                    names,
+                    "is the autoencoder sound, and in float32? Without cache_latents it need not be below",
+                )
+                yield dict(zip(keys, moments, strict=True))
+
+        def size(key: str) -> tuple[int, int]:
+            return by_key[key][1].width, by_key[key][1].height
+
+        with evaluating(autoencoder):
+            fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
+
+
+def load(by_key: Mapping[str, Wanted], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and pixels (B, 3, H, W) of each batch."""
+    if batches:
+        own = torch.Generator()  # so that the run's random state does not depend on what was cached
+        yield from DataLoader(
+            Pixels(by_key), batch_sampler=batches, num_workers=num_workers, collate_fn=stack, generator=own
+        )
+
+
+class Pixels(Dataset[tuple[str, Tensor]]):
+    """Key and pixels of what is to be encoded."""
+
+    def __init__(self, by_key: Mapping[str, Wanted]) -> None:
+        self.by_key = by_key
+
+    def __getitem__(self, key: str) -> tuple[str, Tensor]:
+        picture, view = self.by_key[key]
+        return key, read_pixels(unchanged(picture), view.width, view.height, view.crop, view.flip)
+
+
+def unchanged(picture: CaptionedPicture) -> CaptionedPicture:
+    """`picture` with its bytes in memory, which are those of its digest.
+
+    Raises:
+        ValueError: they are not. Under this digest, another run would take them for what they are not.
+    """
+    try:
+        content = picture.read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture.name}: cannot be read ({error})") from error
+    if hashlib.sha256(content).hexdigest() != picture.digest:
+        raise ValueError(f"{picture.name}: has changed since the pictures were looked through; start again")
+    return replace(picture, read=lambda: content)
+
+
+def stack(items: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
+    return [key for key, _ in items], torch.stack([pixels for _, pixels in items])
+
+
+def encode(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w)."""
+    weight = next(autoencoder.parameters())
+    encoded = autoencoder.encode(pixels.to(weight.device, weight.dtype))
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:  # a codebook's latents have no spread
+        mean = encoded.latents
+        std = torch.zeros_like(mean)
+    return torch.stack([mean, std], dim=1)
+
+
+def key_of(picture: CaptionedPicture, view: View) -> str:
+    if not picture.digest:
+        raise ValueError(f"{picture.name}: has no digest; take pictures from prepare_pictures, or set its SHA-256")
+    return digest(PIXELS, picture.digest, view.width, view.height, view.crop, view.flip)
+
+
+def encoder_digest(autoencoder: Any) -> str:
+    """Names what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale."""
+    state = autoencoder.state_dict()
+    weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
+    kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
+    return digest(kind, digest_of_weights(weights or state), plain_config(autoencoder.config, *OF_THE_DECODER))

@@ -1,0 +1,116 @@
+"""``latentdiff doctor``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentdiff.training.commands.options import Config, Overrides, parse_overrides
+
+if TYPE_CHECKING:
+    from latentdiff.training.data.report import Report
+
+
+def doctor(
+    data: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of pictures, *.tar shards, or a dataset's folder or name.")
+    ],
+    overrides: Overrides = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="File to write about each picture; training reads it with manifest=FILE.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count tokens as this model's text encoder does, and take its resolution.")
+    ] = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Say in the manifest to leave out exact duplicates.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Look at pictures and captions before training on them.
+
+    latentdiff doctor pictures --manifest pictures.jsonl resolution=512
+
+    No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
+    max_bad_share cannot be used.
+    """
+    from latentdiff.training.config import DataSettings
+
+    given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
+    if drop_duplicates and manifest is None:
+        raise ValueError("--drop-duplicates says something in the manifest; name one with --manifest FILE")
+    check_manifest(manifest)
+    resolution, step = model_shape(model) if model is not None else (None, None)
+    if resolution is not None and "resolution" not in given and config is None:
+        given["resolution"] = resolution
+    settings = DataSettings.load(config, given)
+    from latentdiff.training.data.doctor import examine_source, token_counter
+
+    tokens = token_counter(model) if model is not None else None
+    step = step if step is not None and settings.resolution % step == 0 else step_of(settings.resolution)
+    report = examine_source(settings, manifest, step, tokens, drop_duplicates)
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo("")
+    for line in verdict(report, settings.max_bad_share, manifest):
+        typer.echo(line)
+    if not report.entries or report.bad_share > settings.max_bad_share:
+        raise typer.Exit(1)
+
+
+def verdict(report: "Report", max_bad_share: float, manifest: Path | None) -> list[str]:
+    """What to do now."""
+    lines = []
+    share = f"{100 * report.bad_share:.3g} % of the pictures cannot be used"
+    if not report.entries:
+        lines.append("There is nothing to train on.")
+    elif report.bad_share > max_bad_share:
+        lines.append(f"{share}; training stops above {100 * max_bad_share:g} % (max_bad_share={max_bad_share:g}).")
+    elif report.refused:
+        lines.append(f"Training goes on without what cannot be used ({share}).")
+    else:
+        lines.append("Everything can be used.")
+    if manifest is not None:
+        lines.append(
+            f'{manifest} tells of each picture. Set "use" to false for what to leave out, and train with '
+            f"manifest={manifest}"
+        )
+    else:
+        lines.append("--manifest FILE writes what was found of each picture, for training to honour.")
+    return lines
+
+
+def check_manifest(manifest: Path | None) -> None:
+    """Raises ValueError if `manifest` is there and is something else, or cannot be there."""
+    if manifest is None:
+        return
+    if manifest.is_dir():
+        raise ValueError(f"{manifest} is a folder; name a file")
+    if manifest.exists():
+        from latentdiff.training.data.manifest import read_manifest
+
+        try:
+            read_manifest(manifest)
+        except ValueError as error:
+            raise ValueError(f"{error}; it is not overwritten. Name another file") from None
+
+
+def step_of(resolution: int) -> int:
+    """The largest power of two, 8 at most, that divides `resolution`."""
+    return next(step for step in (8, 4, 2, 1) if resolution % step == 0)
+
+
+def model_shape(model: str) -> tuple[int | None, int | None]:
+    """A pipeline's resolution and the pixels per latent, as far as its folder says; None for what it does not.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    from latentdiff.interchange.folders import find_model, read_json
+
+    folder = find_model(model)
+    if folder is None or not (folder / "vae" / "config.json").is_file():
+        return None, None
+    factor = 2 ** (len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0])) - 1)
+    size = read_json(folder / "unet" / "config.json").get("sample_size")
+    return (size * factor if isinstance(size, int) else None), factor

@@ -1,0 +1,64 @@
+"""Aspect-ratio buckets: a few sizes of about the same area, so that pictures keep their shape."""
+
+import math
+from collections.abc import Sequence
+
+from latentdiff.training.data.decode import size_of
+from latentdiff.training.data.pictures import CaptionedPicture
+
+Size = tuple[int, int]  # (width, height)
+
+
+def bucket_sizes(resolution: int, step: int, max_ratio: float = 2.0) -> list[Size]:
+    """Sizes (width, height), tallest first: sides are multiples of `step`, the area is about ``resolution**2``.
+
+    Args:
+        resolution: side of the square one, in pixels, a multiple of `step`.
+        max_ratio: the longer side over the shorter one, at most.
+
+    Raises:
+        ValueError: `resolution` is not a multiple of `step`.
+    """
+    if step < 1 or resolution < step or resolution % step:
+        raise ValueError(f"resolution {resolution} must be a multiple of {step}")
+    if max_ratio < 1:
+        raise ValueError(f"max_ratio must be at least 1, not {max_ratio}")
+    sizes = {(resolution, resolution)}
+    for short in range(step, resolution, step):
+        long = round(resolution**2 / short / step) * step
+        if short < long <= max_ratio * short:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> Size:
+    """Which of `sizes` has the aspect ratio that is nearest to that of `size`, by its logarithm."""
+    ratio = math.log(size[0] / size[1])
+    return min(sizes, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), bucket))
+
+
+def assign_buckets(
+    pictures: Sequence[CaptionedPicture], resolution: int, step: int, enabled: bool, max_ratio: float = 2.0
+) -> list[Size]:
+    """(width, height) that each picture is trained at: a square where not `enabled`, else the bucket nearest in shape.
+
+    Args:
+        step: what sides must be a multiple of, in pixels.
+
+    Raises:
+        ValueError: `resolution` is not a multiple of `step`, or a picture without a size cannot be read.
+    """
+    if not enabled:
+        return [(resolution, resolution)] * len(pictures)
+    sizes = bucket_sizes(resolution, step, max_ratio)
+    known: dict[Size, Size] = {}
+    for size in {picture.size or _size(picture) for picture in pictures}:
+        known[size] = nearest(size, sizes)
+    return [known[picture.size or _size(picture)] for picture in pictures]
+
+
+def _size(picture: CaptionedPicture) -> Size:
+    try:
+        return size_of(picture.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture.name}: cannot be read as a picture ({error})") from error

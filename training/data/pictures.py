@@ -1,0 +1,127 @@
+"""A captioned picture, where its bytes come from, and its pixels."""
+
+import io
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.training.data.decode import decode
+
+MOST_BYTES = 2**30  # of one encoded picture
+
+Read = Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedPicture:
+    """One picture and what is said about it.
+
+    Args:
+        name: a path, ``dataset[17]`` or ``shard.tar/0001.jpg``; for messages.
+        read: gives the encoded file. It must be picklable, for the workers of a data loader.
+        captions: at least one.
+        weight: share in an epoch.
+        loss_weight: factor of this picture's loss.
+        digest: SHA-256 of the encoded bytes in hexadecimal; the survey fills it in.
+        size: (width, height) as seen, after EXIF rotation; the survey fills it in.
+    """
+
+    name: str
+    read: Read = field(repr=False)
+    captions: tuple[str, ...]
+    weight: float = 1.0
+    loss_weight: float = 1.0
+    digest: str = ""
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileReader:
+    """The bytes of a file."""
+
+    path: str
+
+    def __call__(self) -> bytes:
+        found = os.stat(self.path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever
+            raise ValueError("not a file")
+        if found.st_size > MOST_BYTES:
+            raise ValueError(f"{found.st_size:,} bytes are more than a picture has")
+        return Path(self.path).read_bytes()
+
+    def stamp(self) -> str:
+        """Changes when the file does."""
+        return _stamp(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class PartReader:
+    """Bytes `start` to `start + length` of a file, such as one picture in a tar."""
+
+    path: str
+    start: int
+    length: int
+
+    def __call__(self) -> bytes:
+        if self.length > MOST_BYTES:
+            raise ValueError(f"{self.length:,} bytes are more than a picture has")
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            content = file.read(self.length)
+        if len(content) < self.length:
+            raise ValueError(f"{self.path} is cut off")
+        return content
+
+    def stamp(self) -> str:
+        """Changes when the file does."""
+        return f"{_stamp(self.path)} {self.start} {self.length}"
+
+
+def _stamp(path: str) -> str:
+    found = os.stat(path)
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def read_pixels(
+    picture: CaptionedPicture,
+    width: int,
+    height: int,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+) -> Tensor:
+    """The picture upright, on white where transparent, resized to cover and cropped. (3, H, W) float32 in [-1, 1].
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+        crop: where to crop, from (0, 0), left and top, to (1, 1), right and bottom.
+        flip: mirror it, left to right, after cropping.
+
+    Raises:
+        ValueError: the picture cannot be read; the message names it.
+    """
+    try:
+        image = decode(picture.read()).image
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture.name}: cannot be read as a picture ({error}); repair or remove it") from error
+    scale = min(image.width / width, image.height / height)
+    covered = (width * scale, height * scale)  # the part of the picture that is kept, in its own pixels
+    left, top = (crop[0] * (image.width - covered[0]), crop[1] * (image.height - covered[1]))
+    box = (left, top, min(left + covered[0], image.width), min(top + covered[1], image.height))
+    pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box)))  # (H, W, 3)
+    pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
+    return pixels.flip(-1) if flip else pixels
+
+
+def encode_image(image: Image.Image) -> bytes:
+    """A picture in memory as an encoded file, without loss."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

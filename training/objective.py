@@ -1,0 +1,122 @@
+"""What a denoiser is trained for: the losses of the diffusion process, as a module whose forward returns a number."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.diffusion.losses import hybrid_bound, simple_loss
+
+
+class DenoiserObjective(nn.Module):
+    """The squared error of what the network predicts, and with learned variances the bound that teaches them.
+
+    A process with ``variance_type="learned_range"`` makes it the hybrid loss of Improved DDPM (Nichol & Dhariwal 2021,
+    Eq. 16), for a network that gives 2C channels; otherwise it is DDPM's simple loss (Ho et al. 2020, Eq. 14) of
+    whatever the process says is predicted.
+
+    Args:
+        unet: called with (latents, timesteps, encoder_hidden_states); ``.sample`` is the prediction.
+        process: says what is predicted.
+        min_snr_gamma: weigh the squared error by min-SNR-gamma (Hang et al. 2023); None: not at all. The bound of the
+            hybrid loss is not weighted.
+        text_encoder: of transformers, where the text is trained; `forward` then takes tokens. It is part of this
+            module so that what wraps the module, for several processes, sees its parameters.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        process: GaussianDiffusion,
+        min_snr_gamma: float | None = None,
+        text_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.process = process
+        self.min_snr_gamma = min_snr_gamma
+        self.text_encoder = text_encoder
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        held_out: bool = False,
+    ) -> Tensor:
+        """The loss of a batch, a float32 scalar: the mean over B of loss_weight times each picture's loss.
+
+        Args:
+            latents, noise: (B, C, h, w); clean scaled latents, and what is mixed into them.
+            timesteps: (B,) long, in [0, T - 1].
+            encoder_hidden_states: (B, L, D), where the text is not trained.
+            loss_weight: (B,); by default 1.
+            input_ids, attention_mask: (B, L), where it is.
+            held_out: return (B,) squared errors instead, without any weight and without the bound, which can be
+                compared between runs. (An argument, because only ``forward`` passes through what wraps a module for
+                several processes.)
+        """
+        inputs = (latents, noise, timesteps, encoder_hidden_states, loss_weight, input_ids, attention_mask)
+        losses = self.per_sample(*inputs, held_out=held_out)
+        return losses if held_out else losses.mean()
+
+    def per_sample(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        held_out: bool = False,
+    ) -> Tensor:
+        """Each picture's loss, with its weights or, if `held_out`, without any: (B,) float32. Arguments as above."""
+        states = self.text_states(encoder_hidden_states, input_ids, attention_mask)
+        prediction = self.predict(latents, noise, timesteps, states)
+        losses = simple_loss(self.process, prediction, latents, timesteps, noise)  # (B,)
+        if held_out:
+            return losses
+        if self.min_snr_gamma is not None:
+            losses = losses * self.process.min_snr_weight(timesteps, self.min_snr_gamma)
+        if self.process.learns_variance:
+            losses = losses + hybrid_bound(self.process, prediction, latents, timesteps, noise)
+        return losses if loss_weight is None else losses * loss_weight
+
+    def text_states(
+        self, encoder_hidden_states: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """(B, L, D): those given, or those of the tokens.
+
+        Raises:
+            ValueError: there are neither, or both.
+        """
+        if (encoder_hidden_states is None) == (input_ids is None):
+            raise ValueError("the objective needs either encoder_hidden_states or input_ids")
+        if encoder_hidden_states is not None:
+            return encoder_hidden_states
+        if self.text_encoder is None:
+            raise ValueError("input_ids were given to an objective that has no text_encoder")
+        return self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """What the network makes of the noisy latents: (B, C, h, w) float32, or 2C channels with the variances.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        output: Any = self.unet(self.process.q_sample(latents, timesteps, noise), timesteps, states)
+        prediction = output.sample.float()
+        wanted = latents.shape[1] * (2 if self.process.learns_variance else 1)
+        if prediction.shape[1] != wanted:
+            raise ValueError(
+                f"the network gives {prediction.shape[1]} channels for latents with {latents.shape[1]}; the process "
+                f"has variance_type={self.process.variance_type!r}, which needs out_channels={wanted}"
+            )
+        return prediction
