@@ -96,7 +96,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
         if run.due(settings.sample_every):
             with run.averaged():
                 report(run, autoencoder, pixels)
-    run.save(must=True)
+    run.end_training()
 
     output = Path(settings.output)
     with run.averaged():

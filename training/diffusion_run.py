@@ -120,7 +120,7 @@ def train_diffusion(
         run.learn(**inputs(batch))
         if run.due(settings.sample_every):
             check()
-    run.save(must=True)
+    run.end_training()
     with run.averaged():
         if run.accelerator.is_main_process:
             finish(run)

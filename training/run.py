@@ -273,16 +273,25 @@ class TrainingRun:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The objective in evaluation mode with its averaged weights; the trained ones come back afterwards."""
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
+        self._exchange_weights()
         self.objective.eval()
         try:
             yield
         finally:
-            if self.ema is not None:
-                self.ema.restore(self.parameters)
+            self._exchange_weights()
             self.objective.train()
+
+    def _exchange_weights(self) -> None:
+        """Trained weights for averaged ones, or back, in place: no copy is made."""
+        if self.ema is not None:
+            for trained, averaged in zip(self.parameters, self.ema.shadow_params, strict=True):
+                trained.data, averaged.data = averaged.data, trained.data
+
+    def end_training(self) -> None:
+        """Write the last checkpoint, and let go of what only training needs."""
+        self.save(must=True)
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
 
     def finish(self) -> None:
         """Wait for the other processes and close the trackers."""
