@@ -100,6 +100,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
 
     output = Path(settings.output)
     with run.averaged():
+        autoencoder = run.whole(autoencoder)
         if run.accelerator.is_main_process:
             measure_scaling_factor(autoencoder, pictures, settings)
             autoencoder.save_pretrained(output)
@@ -134,13 +135,15 @@ def validation_pixels(
 
 def report(run: TrainingRun, model: Any, pixels: Tensor) -> None:
     """Record the PSNR of reconstructions of `pixels` (N, 3, R, R) and draw them below the originals."""
-    if not run.accelerator.is_main_process:
+    if not run.takes_part:
         return
     with torch.no_grad():
         reconstructed = torch.cat([model(chunk.to(run.device)).sample.cpu() for chunk in pixels.split(16)])
     run.measured({"psnr": psnr(reconstructed, pixels)})
     rows = zip(pixels[:32].split(8), reconstructed[:32].split(8), strict=True)
     images = [to_image(p) for row in rows for half in row for p in half]
+    if not run.accelerator.is_main_process:
+        return
     file = run.folder / "samples" / f"step-{run.step:08d}.png"
     save_picture(image_grid(images, min(8, len(pixels))), file)
     run.show("reconstructions", file)

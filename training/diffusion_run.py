@@ -122,6 +122,7 @@ def train_diffusion(
             check()
     run.end_training()
     with run.averaged():
+        parts.unet = run.whole(parts.unet)
         if run.accelerator.is_main_process:
             finish(run)
     run.finish()
@@ -150,7 +151,7 @@ class Check:
         run = self.run
         with run.averaged():
             figures = self.loss(run.objective, self.batches, run.accelerator)
-            if run.accelerator.is_main_process:
+            if run.takes_part:
                 self.draw()
         run.measured(figures)
         run.accelerator.wait_for_everyone()
@@ -168,6 +169,8 @@ class Check:
             guidance_scale=settings.sample_guidance_scale,
             seed=0,
         )
+        if not run.accelerator.is_main_process:
+            return
         file = run.folder / "samples" / f"step-{run.step:08d}.png"
         save_picture(image_grid(output.images, 8), file)
         run.show("samples", file)

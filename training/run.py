@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from latentdiff.training.checkpoints import Checkpoints
@@ -276,22 +278,48 @@ class TrainingRun:
         self._exchange_weights()
         self.objective.eval()
         try:
-            yield
+            with whole_parameters(self.objective):
+                yield
         finally:
             self._exchange_weights()
             self.objective.train()
 
     def _exchange_weights(self) -> None:
-        """Trained weights for averaged ones, or back, in place: no copy is made."""
+        """Trained weights for averaged ones, or back."""
         if self.ema is not None:
             for trained, averaged in zip(self.parameters, self.ema.shadow_params, strict=True):
-                trained.data, averaged.data = averaged.data, trained.data
+                if isinstance(trained, DTensor):  # FSDP keeps references to the parts
+                    exchange(trained.to_local().detach(), averaged.to_local())
+                else:
+                    trained.data, averaged.data = averaged.data, trained.data
+        for module in spread_modules(self.objective):
+            module.reshard()  # or it would go on with the weights that it had gathered
 
     def end_training(self) -> None:
         """Write the last checkpoint, and let go of what only training needs."""
         self.save(must=True)
         self.optimizer.zero_grad()
         self.optimizer.state.clear()
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process computes what only one reports: the main one, and under FSDP all together."""
+        return self.accelerator.is_main_process or bool(spread_modules(self.objective))
+
+    def whole(self, network: Any) -> Any:
+        """A network of the objective, to be saved; under FSDP a copy with all of its weights. All must call it.
+
+        network: a model of ours or diffusers'.
+        """
+        if not spread_modules(self.objective):
+            return network
+        state = network.state_dict()
+        weights = {
+            name: part.full_tensor().cpu() if isinstance(part, DTensor) else part for name, part in state.items()
+        }
+        copy = type(network).from_config(network.config)
+        copy.load_state_dict(weights)
+        return copy.eval()
 
     def finish(self) -> None:
         """Wait for the other processes and close the trackers."""
@@ -342,9 +370,39 @@ def accelerator_of(settings: RunSettings, unused: bool) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
-    if accelerator.state.deepspeed_plugin is not None:  # it asks, since it is shown no data loader
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")
+    if accelerator.state.deepspeed_plugin is not None:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed's ZeRO stage 3 is not supported; set zero_stage to 2, or use FSDP version 2")
+        # It asks, since it is shown no data loader.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
     return accelerator
+
+
+def spread_modules(objective: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP has spread over the processes."""
+    return [module for module in objective.modules() if isinstance(module, FSDPModule)]
+
+
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Exchange the contents of two tensors."""
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
+
+
+@contextmanager
+def whole_parameters(objective: nn.Module) -> Iterator[None]:
+    """With spread weights: every process has all of them, so that parts of the objective can be called alone."""
+    spread = spread_modules(objective)
+    for module in spread:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in spread:
+            module.reshard()
 
 
 def recorded_step(row: str) -> float:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lives import free_port, start, wait
 from safetensors.torch import load_file
 
+from latentdiff.training import run
 from latentdiff.training.autoencoder import train_autoencoder
 from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
 from latentdiff.training.denoiser import train_denoiser
@@ -66,6 +69,39 @@ def test_autoencoder_goes_on_with_another_number_of_processes(pictures: Path, tm
     assert wait(start(lambda: train("b", 2, 3), log, processes=2)) == [0, 0], log.read_text()
     assert wait(start(lambda: train("b", 4, 6), log)) == [0], log.read_text()
     assert_alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate offers FSDP on GPUs only, while torch has it on CPUs too: the child says that it has been chosen."""
+
+    def train(name: str, size: int, steps: int, spread: bool = False) -> None:
+        if spread:
+            monkeypatch.setattr(run, "accelerator_of", spreading_accelerator)
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1}
+        values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1, "sample_every": 3}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 3, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 6, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+    figures = [json.loads((tmp_path / name / "evaluation.json").read_text())["psnr"] for name in "ab"]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4), "measured with the averaged weights"
+    one, other = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in "ab")
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
+
+
+def spreading_accelerator(settings: Any, unused: bool, make: Any = run.accelerator_of) -> Any:
+    accelerator = make(settings, unused)
+    state, processes = AcceleratorState(), PartialState()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+    state.__dict__ |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    processes.__dict__["distributed_type"] = DistributedType.FSDP
+    return accelerator
 
 
 def test_torchrun(pictures: Path, tmp_path: Path) -> None:
