@@ -69,10 +69,10 @@ def make_model(folder: Path, name: str) -> int:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from latentdiff import TextToImagePipeline
+
     torch.manual_seed(0)
     if name == "emoji":
-        from latentdiff import TextToImagePipeline
-
         packaged = TextToImagePipeline.from_pretrained("emoji")
         unet, vae, side = packaged.unet, packaged.vae, 64
         text = CLIPTextConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6)
@@ -97,10 +97,10 @@ def make_model(folder: Path, name: str) -> int:
             latents = vae.encode(torch.rand(4, 3, side, side) * 2 - 1).latent_dist.mean
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
     text_encoder = CLIPTextModel(text)
-    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    diffusers.StableDiffusionPipeline(
-        vae, text_encoder, clip_tokenizer(folder.parent), unet, scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+    )
+    TextToImagePipeline(vae, text_encoder, clip_tokenizer(folder.parent), unet, scheduler).save_pretrained(folder)
     return side
 
 
@@ -199,11 +199,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, required=True, help="diffusers' train_text_to_image.py")
     parser.add_argument("--model", choices=["sd", "emoji"], default="sd")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     options.script = options.script.resolve()

@@ -16,7 +16,7 @@ from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_
 from latentdiff.training.draws import DiffusionSamples, Views, chunks_alike, held_out_samples, loader, stack
 from latentdiff.training.inputs import Inputs, all_views, centred_views, open_sources, pixels_per_latent
 from latentdiff.training.order import PictureOrder
-from latentdiff.training.processes import processes
+from latentdiff.training.processes import processes, spread_modules
 from latentdiff.training.run import TrainingRun
 from latentdiff.training.validation import HeldOutLoss
 
@@ -93,6 +93,8 @@ def train_diffusion(
     factor = pixels_per_latent(parts.vae)
     step = factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)  # halved at every level but the last
     run = TrainingRun(settings, objective, unused)
+    if spread_modules(run.objective) and (text_is_trained or hasattr(parts.unet, "peft_config")):
+        raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
     variants = settings.cached_variants if settings.cache_latents else 0
     views = Views(settings, data.pictures, step if settings.buckets else factor, variants)
     other_views = Views(settings, data.held_out, step if settings.buckets else factor)

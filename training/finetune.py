@@ -73,6 +73,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     objective = DenoiserObjective(parts.unet, parts.process, settings.min_snr_gamma, text_encoder)
 
     def finish(run: TrainingRun) -> None:
+        pipeline.unet = parts.unet  # the same, but where FSDP has spread its weights
         save()
         pipeline.save_pretrained(settings.output)
         describe(

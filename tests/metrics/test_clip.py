@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import clip_parts
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from tiny_clip import MEAN, STD, save_clip
+from transformers import CLIPModel
 
 from latentdiff.metrics.clip import load_clip
 from latentdiff.metrics.extractors import load_extractor
@@ -17,22 +18,11 @@ from latentdiff.metrics.resize import resize_pictures
 
 PICTURES = [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (30, 20), "blue")]
 CAPTIONS = ["a red thing", "blue"]
-MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    parts = clip_parts()
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    text = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 8})
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    folder = tmp_path / "clip"
-    CLIPModel(config).save_pretrained(folder)
-    parts["tokenizer"].save_pretrained(folder)
-    CLIPImageProcessor(image_mean=MEAN, image_std=STD, size=16, crop_size=16).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path / "clip")
 
 
 def test_transformers_clip(folder: Path) -> None:

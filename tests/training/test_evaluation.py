@@ -11,14 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_pipeline
+from tiny_clip import save_clip
 from typer.testing import CliRunner
 
 from latentdiff.interchange.png import read_settings
+from latentdiff.metrics.clip import load_clip
 from latentdiff.metrics.extractors import load_extractor
 from latentdiff.metrics.sets import frechet_distance
 from latentdiff.training.data import load_pictures
-from latentdiff.training.evaluation import EvaluationSettings, Measured, evaluate_pipeline
-from latentdiff.training.evaluation_drawings import plan
+from latentdiff.training.evaluation import EvaluationSettings, Measured, evaluate_pipeline, set_metrics
+from latentdiff.training.evaluation_drawings import Drawing, plan
+from latentdiff.training.evaluation_report import markdown
 from latentdiff.training.model_card import write_model_card
 
 
@@ -170,6 +173,56 @@ def test_very_few_pictures(model: Path, pictures: Path) -> None:
     report = evaluate(model, pictures, split="validation")
     assert "precision" not in report["metrics"]
     assert any("no precision and recall" in note for note in report["notes"])
+
+
+def test_clip_score_and_another_extractor(model: Path, pictures: Path, tmp_path: Path) -> None:
+    clip = str(save_clip(tmp_path / "clip"))
+    report = evaluate(model, pictures, clip=clip, extractor=clip)
+    assert report["extractor"]["dimensions"] == 8
+    assert report["clip"]["name"] == report["extractor"]["name"] == "transformers CLIPModel clip"
+    assert not any("too few" in note or "CLIP score" in note for note in report["notes"])
+    scorer = load_clip(clip)
+    files = sorted((model / "evaluation" / "samples").glob("*.png"))
+    captions = [(read_settings(file) or {})["prompts"][0] for file in files]
+    expected = scorer.scores([Image.open(file) for file in files], captions).mean()
+    assert report["metrics"]["clip_score"] == pytest.approx(float(expected), abs=1e-3)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "| CLIP score |" in card
+    assert "CLIP: transformers CLIPModel clip" in card
+
+
+def test_only_inception_gives_fid(pictures: Path, tmp_path: Path) -> None:
+    found = load_pictures(str(pictures))
+    drawings = []
+    for i, image in enumerate(Measured(found, [], 16, 16).real()):
+        image.rotate(90).save(tmp_path / f"{i}.png")
+        drawings.append(Drawing(tmp_path / f"{i}.png", "", i))
+    extractor = load_extractor("autoencoder")
+    extractor.is_fid = True
+    notes: list[str] = []
+    metrics = set_metrics(Measured(found, drawings, 16, 16), extractor, 4, notes)
+    assert set(metrics) == {"fid", "kid", "precision", "recall"}
+    assert not any("not FID" in note for note in notes)
+    assert "| FID |" in markdown(
+        {
+            "metrics": metrics,
+            "data": {"pictures": 10, "name": "x", "split": "train"},
+            "drawn": {
+                "pictures": 10,
+                "width": 16,
+                "height": 16,
+                "seed": 0,
+                "num_inference_steps": 2,
+                "scheduler": "DDIMScheduler",
+                "guidance_scale": 3.0,
+                "precision": "float32",
+            },
+            "extractor": {**extractor.describe(), "dimensions": 352},
+            "clip": None,
+            "notes": notes,
+            "made_by": "latentdiff",
+        }
+    )
 
 
 def test_the_command(pictures: Path, tmp_path: Path) -> None:

@@ -88,7 +88,27 @@ def test_denoiser_resumes_exactly_and_leaves_a_pipeline(denoiser_settings: dict[
     assert (straight / "training" / "samples" / "step-00000005.png").is_file()
 
 
-def test_denoiser_on_the_latents_of_a_codebook(
+def test_half_precision_recomputation_and_buckets(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    changes = {"mixed_precision": "bf16", "gradient_checkpointing": True, "buckets": True, "crop": "random"}
+    changes |= {"caption_shuffle": True, "noise_offset": 0.1, "decay_steps": 2, "decay_shape": "cosine"}
+    values = {**denoiser_settings, **changes, "output": str(tmp_path / "a"), "max_steps": 4, "num_workers": 1}
+    out = train_denoiser(DenoiserSettings.load(None, values))
+    assert all(value.isfinite().all() for value in weights(out / "unet").values())
+    assert weights(out / "unet")["conv_in.weight"].dtype == torch.float32
+
+
+def test_without_the_caches_it_learns_the_same(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    def losses(name: str, **changes: object) -> list[float]:
+        values = {**denoiser_settings, "output": str(tmp_path / name), "max_steps": 4, "log_every": 1, **changes}
+        rows = (train_denoiser(DenoiserSettings.load(None, values)) / "training" / "metrics.jsonl").read_text()
+        return [row["loss"] for row in map(json.loads, rows.splitlines()) if "loss" in row]
+
+    cached = losses("cached")
+    assert losses("plain", cache_latents=False, cache_text=False) == pytest.approx(cached, rel=5e-3)
+    assert not (tmp_path / "plain" / "training" / "cache").exists()
+
+
+def test_a_denoiser_on_the_latents_of_a_codebook(
     denoiser_settings: dict[str, object], pictures: Path, tmp_path: Path
 ) -> None:
     codebook = train_autoencoder(autoencoder_settings(pictures, tmp_path / "vq", kind="vq", max_steps=2))
