@@ -200,7 +200,10 @@ class FinetuneSettings(DiffusionSettings):
     checkpoint_every: int = Field(100, ge=1)
     lora_rank: int = Field(0, ge=0, description="0: 16 for method=lora, and no LoRA with dreambooth")
     lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+        description="layers of the UNet's blocks; the first four alone, as is usual, learn colours better than shapes",
+    )
     train_text_encoder: bool = Field(False, description="train the text encoder too, by the same method")
     class_prompt: str | None = Field(None, description="dreambooth: what the subject is one of, such as 'a dog'")
     class_pictures: int = Field(100, ge=1, description="dreambooth: how many pictures of the class to draw and keep")
@@ -213,8 +216,8 @@ class FinetuneSettings(DiffusionSettings):
     @classmethod
     def _suit_the_method(cls, values: Any) -> Any:
         rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
-        rate = rates.get(values.get("method", "lora"), 1e-4)
-        return {"learning_rate": rate, **values}
+        method = "lora" if values.get("lora_rank") else values.get("method", "lora")
+        return {"learning_rate": rates.get(method, 1e-4), **values}
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:

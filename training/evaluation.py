@@ -250,4 +250,4 @@ def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
     if update_evaluation(folder, markdown(report)):
         logger.info("the evaluation is in %s", folder / "README.md")
     else:
-        logger.info("%s has no card that latentdiff wrote, so no card was changed", folder)
+        logger.info("%s has no card that latentdiff wrote and can read, so none was changed", folder)

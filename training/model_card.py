@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILE, GRID = "README.md", "samples.png"
 BEGIN, END = "<!-- latentdiff: {} (written anew; put your own text outside) -->", "<!-- latentdiff: end of {} -->"
+MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
 MODEL, EVALUATION = "model", "evaluation"
 NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
 
@@ -80,12 +81,11 @@ def update_evaluation(folder: Path, text: str) -> bool:
     """Put `text` (Markdown) in place of the evaluation in the card that latentdiff wrote in `folder`.
 
     Returns:
-        Whether there is such a card.
+        Whether there is such a card, with a front matter that can be read.
     """
-    if not is_ours(folder / FILE):
+    card = open_card(folder) if is_ours(folder / FILE) else None
+    if card is None:
         return False
-    card = open_card(folder)
-    assert card is not None
     put_section(card, EVALUATION, text)
     write_card(folder, card)
     return True
@@ -100,8 +100,9 @@ def is_ours(file: Path) -> bool:
 
 
 def open_card(folder: Path) -> "ModelCard | None":
-    """The card in `folder`, a new one, or None where somebody else's is there."""
+    """The card in `folder`, a new one, or None where somebody else's is there or one that cannot be read."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     file = folder / FILE
     if not (file.exists() or file.is_symlink()):
@@ -109,13 +110,19 @@ def open_card(folder: Path) -> "ModelCard | None":
     if not is_ours(file):
         logger.warning("%s was not written by latentdiff, so it is left as it is", file)
         return None
-    return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    try:
+        return ModelCard(file.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
+    except (ValueError, TypeError, YAMLError) as error:  # somebody's edit, which a finished training must not fail on
+        reason = " ".join(str(error).split())
+        logger.warning("the front matter of %s cannot be read (%s), so the card is left as it is", file, reason)
+        return None
 
 
 def put_section(card: "ModelCard", name: str, text: str) -> None:
     """`text` between the marks of `name`, in their place or at the end."""
     begin, end = BEGIN.format(name), END.format(name)
-    section = f"{begin}\n{text.strip()}\n{end}"
+    # A setting may hold anything, but a mark in it would end the section too early.
+    section = f"{begin}\n{text.strip().replace(MARK, NO_MARK)}\n{end}"
     before, found, after = card.text.partition(begin)
     _, closed, rest = after.partition(end)
     if found and closed:

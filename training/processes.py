@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -31,6 +32,8 @@ def processes() -> PartialState:
 
 def accelerator_of(settings: RunSettings, unused: bool) -> Accelerator:
     """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
+    if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
+        AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
     output = Path(settings.output) / "training"
     accelerator = Accelerator(
         cpu=on_cpu(),

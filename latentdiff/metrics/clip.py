@@ -130,6 +130,7 @@ def transformers_score(source: str) -> ClipScore:
 
 
 def open_clip_score(source: str) -> ClipScore:
+    """See `load_clip`; `source` is NAME/PRETRAINED."""
     import open_clip
 
     name, slash, pretrained = source.partition("/")
@@ -143,7 +144,11 @@ def open_clip_score(source: str) -> ClipScore:
             raise FileNotFoundError(f"{pretrained}: open_clip has no such weights of {name}, and it is no file")
         if file.suffix != ".safetensors":
             raise ValueError(f"{pretrained}: pickled weights can run code and are not read; give a safetensors file")
-    model = open_clip.create_model(name, pretrained=str(file) if file.is_file() else pretrained, weights_only=True)
+    try:
+        model = open_clip.create_model(name, pretrained=str(file) if file.is_file() else pretrained, weights_only=True)
+    except RuntimeError as error:  # no network, or weights of another model
+        reason = " ".join(str(error).split())
+        raise ValueError(f"open_clip:{source}: the weights could not be loaded: {reason[:300]}") from error
     tokenizer = open_clip.get_tokenizer(name)
     look = open_clip.get_model_preprocess_cfg(model)
     size = look["size"] if isinstance(look["size"], int) else look["size"][0]

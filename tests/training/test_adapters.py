@@ -19,6 +19,8 @@ def settings(**changes: object) -> FinetuneSettings:
         None, {"data": "unused", "output": "unused", "lora_rank": 3, "lora_alpha": 6, **changes}
     )
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
 
 def disturb(*networks: torch.nn.Module) -> None:
     """What training would do to the LoRA."""
@@ -36,14 +38,14 @@ def trained(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def test_only_the_lora_is_trained_and_at_first_it_changes_nothing(text: str) -> None:
     pipeline = tiny_pipeline(text)
     plain = draw(pipeline)
-    add_lora(settings(), pipeline.unet, pipeline.text_encoder)
+    add_lora(settings(lora_targets=ATTENTION), pipeline.unet, pipeline.text_encoder)
     for network in (pipeline.unet, pipeline.text_encoder):
         names = trained(network)
         assert names
         assert all(".lora_A." in name or ".lora_B." in name for name in names)
     torch.testing.assert_close(draw(pipeline), plain, atol=1e-6, rtol=0)
     assert {name.rsplit(".lora_", 1)[0].split("transformer_blocks.0.")[1] for name in trained(pipeline.unet)} == {
-        f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ATTENTION
     }
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.training.cli import parse_overrides
+from latentdiff.training.commands.options import parse_overrides
 from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
 
 NEEDED = {"data": "pictures", "output": "model"}

@@ -107,8 +107,9 @@ def test_lora_merged_and_beside(pictures: Path, tmp_path: Path, text: str) -> No
 
 
 def is_adapted(name: str) -> bool:
-    layers = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value")
-    return any(name.endswith(f"{layer}.weight") for layer in (*layers, "attention.output.dense"))
+    layers = ("q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value", "attention.output.dense")
+    targets = FinetuneSettings.model_fields["lora_targets"].default
+    return any(name.endswith(f".{layer}.weight") for layer in (*layers, *targets))
 
 
 @pytest.mark.parametrize("method", METHODS)

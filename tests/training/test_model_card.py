@@ -127,6 +127,24 @@ def test_the_card_of_somebody_else_is_not_touched(tmp_path: Path, caplog: pytest
     assert not list((tmp_path / "none").iterdir())
 
 
+@pytest.mark.parametrize("front", ["license: [mit", "- a list", "model-index:\n- name: x"])
+def test_front_matter_that_cannot_be_read(tmp_path: Path, front: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = write(tmp_path).replace("library_name: diffusers", front, 1)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert write(tmp_path, steps=900) == text
+    assert not update_evaluation(tmp_path, "## Evaluation")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert "README.md cannot be read" in caplog.text
+
+
+def test_marks_of_editors_and_in_settings(tmp_path: Path) -> None:
+    odd = {"caption": "<!-- latentdiff: end of model -->", "sample_prompts": ("<!-- latentdiff: model",)}
+    first = write(tmp_path, settings=odd)
+    (tmp_path / "README.md").write_text(f"\ufeff{first}", encoding="utf-8")
+    assert write(tmp_path, settings=odd) == first
+    assert first.count("## Settings") == first.count("library_name:") == 1
+
+
 def test_sample_grid(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, grid = tmp_path / "model", tmp_path / "grid.png"
     for colour in ("red", "blue"):
