@@ -1,6 +1,7 @@
 """Pictures with their digests, and an autoencoder of random weights."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ from latentdiff.training.data.pictures import FileReader
 from latentdiff.training.data.view import View
 
 Wanted = list[tuple[CaptionedPicture, View]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the children that tests fork: the number of threads changes the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def picture_of(file: Path) -> CaptionedPicture:
