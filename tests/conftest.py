@@ -12,3 +12,13 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules whose tests fork come first: once something was compiled here, autograd no longer works in a fork."""
+    items.sort(key=lambda item: not forks(item))
+
+
+def forks(item: pytest.Item) -> bool:
+    module = getattr(item, "module", None)
+    return any(getattr(value, "__module__", None) == "lives" for value in vars(module).values()) if module else False

@@ -1,12 +1,9 @@
-"""A diffusion process as diffusers' schedulers write it in their configs, and back."""
+"""What the configs of diffusers' schedulers say of the diffusion process they sample from."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentdiff.diffusion.schedules import ENDS
-
-if TYPE_CHECKING:
-    from latentdiff.diffusion.gaussian import GaussianDiffusion
 
 SCHEDULE_NAMES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
@@ -20,28 +17,6 @@ VARIANCE_NAMES = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
-
-
-def scheduler_config(process: "GaussianDiffusion") -> dict[str, Any]:
-    """The settings that a diffusers scheduler needs to sample from `process`."""
-    schedule = {"cosine": "squaredcos_cap_v2"}.get(process.schedule, process.schedule)
-    config: dict[str, Any] = {
-        "num_train_timesteps": process.num_timesteps,
-        "beta_schedule": schedule,
-        "prediction_type": process.prediction_type,
-        "variance_type": process.variance_type,
-        "rescale_betas_zero_snr": process.zero_terminal_snr,
-        # The last training step is where sampling starts; with zero terminal SNR nothing else is right
-        # (Lin et al. 2024, Sec. 3.3).
-        "timestep_spacing": "trailing",
-    }
-    if process.given_betas is not None:
-        config["trained_betas"] = process.given_betas.tolist()
-    elif schedule in ENDS:
-        first, last = ENDS[schedule]
-        config["beta_start"] = first if process.beta_start is None else process.beta_start
-        config["beta_end"] = last if process.beta_end is None else process.beta_end
-    return config
 
 
 def process_settings(config: Mapping[str, Any]) -> dict[str, Any]:

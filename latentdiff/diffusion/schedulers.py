@@ -3,7 +3,7 @@
 from typing import Any
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
-from latentdiff.diffusion.scheduler_configs import scheduler_config
+from latentdiff.diffusion.schedules import ENDS
 
 LEARNED_VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")
 """Those that take a network's learned variances; others draw with the predicted mean alone."""
@@ -13,6 +13,28 @@ def takes_variance(scheduler: Any) -> bool:
     """Whether `scheduler` wants the C variance channels after the C channels of the prediction."""
     learned = getattr(scheduler, "config", {}).get("variance_type") == "learned_range"
     return learned and type(scheduler).__name__ in LEARNED_VARIANCE_SCHEDULERS
+
+
+def scheduler_config(process: GaussianDiffusion) -> dict[str, Any]:
+    """The settings that a diffusers scheduler needs to sample from `process`."""
+    schedule = {"cosine": "squaredcos_cap_v2"}.get(process.schedule, process.schedule)
+    config: dict[str, Any] = {
+        "num_train_timesteps": process.num_timesteps,
+        "beta_schedule": schedule,
+        "prediction_type": process.prediction_type,
+        "variance_type": process.variance_type,
+        "rescale_betas_zero_snr": process.zero_terminal_snr,
+        # The last training step is where sampling starts; with zero terminal SNR nothing else is right
+        # (Lin et al. 2024, Sec. 3.3).
+        "timestep_spacing": "trailing",
+    }
+    if process.given_betas is not None:
+        config["trained_betas"] = process.given_betas.tolist()
+    elif schedule in ENDS:
+        first, last = ENDS[schedule]
+        config["beta_start"] = first if process.beta_start is None else process.beta_start
+        config["beta_end"] = last if process.beta_end is None else process.beta_end
+    return config
 
 
 def build_scheduler(process: GaussianDiffusion, name: str = "DDIMScheduler") -> Any:

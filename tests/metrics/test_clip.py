@@ -70,7 +70,7 @@ def test_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(scores, 100 * F.cosine_similarity(seen, read).clamp(min=0), atol=1e-3, rtol=1e-3)
     assert clip.name == f"open_clip {name} weights.safetensors"
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="the weights could not be loaded: .*Missing key"):
+    with pytest.raises(ValueError, match=r"the weights could not be loaded: .*Missing key"):
         load_clip(f"open_clip:{name}/{tmp_path / 'other.safetensors'}")
     (tmp_path / "weights.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="pickled weights can run code"):

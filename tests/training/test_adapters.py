@@ -19,6 +19,7 @@ def settings(**changes: object) -> FinetuneSettings:
         None, {"data": "unused", "output": "unused", "lora_rank": 3, "lora_alpha": 6, **changes}
     )
 
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 

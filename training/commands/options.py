@@ -34,7 +34,12 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def show_progress() -> None:
-    """Let the package's messages be seen, those of one process if there are several."""
+    """Let the package's messages be seen, those of one process if there are several, and our progress bars only."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if is_first_process():
         logging.getLogger("latentdiff").setLevel(logging.INFO)
