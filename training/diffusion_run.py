@@ -146,6 +146,8 @@ class Check:
         self.run, self.settings, self.parts = run, settings, parts
         self.prompts = list(settings.sample_prompts) or [picture.captions[0] for picture in pictures[:16]]
         self.loss = HeldOutLoss(parts.process, BANDS)
+        idle = ((parts.vae, inputs.autoencoder), (parts.text_encoder, inputs.text_encoder))
+        self.resting = [network for network, used in idle if used is None and not is_trained(network)]
         self.batches = [inputs(stack(chunk)) for chunk in chunks_alike(held_out_samples(held_out, BANDS))]
 
     def __call__(self) -> None:
@@ -171,8 +173,14 @@ class Check:
             guidance_scale=settings.sample_guidance_scale,
             seed=0,
         )
+        for network in self.resting:  # a GPU's memory is the denoiser's
+            network.to("cpu")
         if not run.accelerator.is_main_process:
             return
         file = run.folder / "samples" / f"step-{run.step:08d}.png"
         save_picture(image_grid(output.images, 8), file)
         run.show("samples", file)
+
+
+def is_trained(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
