@@ -1,5 +1,6 @@
 """Cached text states are the encoder's own, under a key that changes with whatever they depend on."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def test_long_captions_are_warned_of_once(
     parts: tuple[Any, Any], accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fits, long, symbols = "q w e r t y u i o p", "q w e r t y u i o p a", "🙂 " * 11  # two more mark the ends
+    caplog.set_level(logging.WARNING, logger="latentdiff")
     filled(tmp_path / "a", [fits], parts, accelerator)
     assert not caplog.records
     filled(tmp_path / "a", [fits, long, symbols, "z " * 50_000, *"abc"], parts, accelerator)
