@@ -70,7 +70,6 @@ def train_diffusion(
     finish: Callable[[TrainingRun], None],
     *,
     text_is_trained: bool = False,
-    unused: bool = False,
     prepare_caption: Callable[[str], str] | None = None,
 ) -> Path:
     """Train what in `objective` asks for a gradient, or go on with the run that ``settings.output`` holds.
@@ -80,7 +79,6 @@ def train_diffusion(
         objective: called with what `DenoiserObjective` takes.
         finish: called once at the end, on the main process, with the averaged weights in place; saves the result.
         text_is_trained: the objective has the text encoder, and takes tokens in place of text states.
-        unused: a pass may leave parameters that are trained without a gradient.
         prepare_caption: what is done to a caption before it becomes tokens.
 
     Returns:
@@ -92,7 +90,7 @@ def train_diffusion(
     """
     factor = pixels_per_latent(parts.vae)
     step = factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)  # halved at every level but the last
-    run = TrainingRun(settings, objective, unused)
+    run = TrainingRun(settings, objective)
     if spread_modules(run.objective) and (text_is_trained or hasattr(parts.unet, "peft_config")):
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
     variants = settings.cached_variants if settings.cache_latents else 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,7 +30,7 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu())
 
 
-def accelerator_of(settings: RunSettings, unused: bool) -> Accelerator:
+def accelerator_of(settings: RunSettings) -> Accelerator:
     """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
     if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
         AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
@@ -42,7 +42,6 @@ def accelerator_of(settings: RunSettings, unused: bool) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")

@@ -37,16 +37,15 @@ class TrainingRun:
         settings: the run's settings.
         objective: a module whose forward returns a loss. Its parameters that ask for a gradient are trained, averaged
             and kept in checkpoints.
-        unused: whether a pass may leave some of them without a gradient.
 
     The optimizer step counter `step` is what a checkpoint restores. Everything random derives from the seed and the
     step, so a resumed run goes on as if it had never stopped.
     """
 
-    def __init__(self, settings: RunSettings, objective: nn.Module, unused: bool = False) -> None:
+    def __init__(self, settings: RunSettings, objective: nn.Module) -> None:
         self.settings = settings
         self.folder = Path(settings.output) / "training"
-        self.accelerator = accelerator_of(settings, unused)
+        self.accelerator = accelerator_of(settings)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             settings.save(self.folder / "settings.yaml")

@@ -93,8 +93,8 @@ def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pyt
         torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
 
 
-def spreading_accelerator(settings: Any, unused: bool, make: Any = run.accelerator_of) -> Any:
-    accelerator = make(settings, unused)
+def spreading_accelerator(settings: Any, make: Any = run.accelerator_of) -> Any:
+    accelerator = make(settings)
     state, processes = AcceleratorState(), PartialState()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
