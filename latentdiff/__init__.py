@@ -10,16 +10,36 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
-    from latentdiff.pipelines import TextToImagePipeline
+    from latentdiff.pipelines import (
+        ImageToImagePipeline,
+        ImageVariationPipeline,
+        InpaintPipeline,
+        SuperResolutionPipeline,
+        TextToImagePipeline,
+    )
 
 _HOMES = {
     "AutoencoderKL": "latentdiff.models",
     "UNet2DConditionModel": "latentdiff.models",
     "VQModel": "latentdiff.models",
+    "ImageToImagePipeline": "latentdiff.pipelines",
+    "ImageVariationPipeline": "latentdiff.pipelines",
+    "InpaintPipeline": "latentdiff.pipelines",
+    "SuperResolutionPipeline": "latentdiff.pipelines",
     "TextToImagePipeline": "latentdiff.pipelines",
 }
 
-__all__ = ["AutoencoderKL", "TextToImagePipeline", "UNet2DConditionModel", "VQModel", "__version__"]
+__all__ = [
+    "AutoencoderKL",
+    "ImageToImagePipeline",
+    "ImageVariationPipeline",
+    "InpaintPipeline",
+    "SuperResolutionPipeline",
+    "TextToImagePipeline",
+    "UNet2DConditionModel",
+    "VQModel",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

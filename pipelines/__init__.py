@@ -5,17 +5,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.base import LatentPipeline
+    from latentdiff.pipelines.drawing import ImagesOutput, Progress
+    from latentdiff.pipelines.image_to_image import ImageToImagePipeline
+    from latentdiff.pipelines.inpaint import InpaintPipeline
+    from latentdiff.pipelines.previews import filmstrip
+    from latentdiff.pipelines.super_resolution import SuperResolutionPipeline
     from latentdiff.pipelines.text_to_image import TextToImagePipeline
+    from latentdiff.pipelines.variations import ImageVariationPipeline
 
 _HOMES = {
-    "LatentPipeline": "latentdiff.pipelines.base",
-    "TextToImagePipeline": "latentdiff.pipelines.text_to_image",
+    "ImageToImagePipeline": "image_to_image",
+    "ImageVariationPipeline": "variations",
+    "ImagesOutput": "drawing",
+    "InpaintPipeline": "inpaint",
+    "LatentPipeline": "base",
+    "Progress": "drawing",
+    "SuperResolutionPipeline": "super_resolution",
+    "TextToImagePipeline": "text_to_image",
+    "filmstrip": "previews",
 }
 
-__all__ = ["LatentPipeline", "TextToImagePipeline"]
+__all__ = [
+    "ImageToImagePipeline",
+    "ImageVariationPipeline",
+    "ImagesOutput",
+    "InpaintPipeline",
+    "LatentPipeline",
+    "Progress",
+    "SuperResolutionPipeline",
+    "TextToImagePipeline",
+    "filmstrip",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentdiff.pipelines' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"latentdiff.pipelines.{_HOMES[name]}"), name)

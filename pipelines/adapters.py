@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,6 +198,22 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         if wanted & set(ordinary) and not wanted >= set(ordinary) and max(special, default=-1) + 1 != first:
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(tokens, tokenizer, text_encoder or self.text_encoder)
+
+
+@contextmanager
+def lora_scaled(networks: Iterable[nn.Module], scale: float) -> Iterator[None]:
+    """Within, the LoRAs of `networks` act `scale` times as strongly as they were set to."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for network in networks for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: scale * strength for name, strength in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, strengths in zip(layers, before, strict=True):
+            layer.scaling.update(strengths)
 
 
 def in_peft_names(state: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -1,99 +1,66 @@
 """What all latent pipelines share: their components, the run of the steps, the pictures."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 from latentdiff.pipelines import steps
-from latentdiff.pipelines.adapters import AdapterPipeline
+from latentdiff.pipelines.drawing import Drawing, Extras, ImagesOutput, Progress, Steps
 from latentdiff.pipelines.folder import FolderPipeline
+from latentdiff.pipelines.noise import Generators, NoiseSource, image_generators, image_seeds
+from latentdiff.pipelines.previews import LatentPreview
+from latentdiff.pipelines.schedulers import without_learned_variance
+
+logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass
-class ImagesOutput(BaseOutput):
-    """Pictures, as diffusers' ``StableDiffusionPipelineOutput`` has them.
+class LatentPipeline(FolderPipeline):
+    """A UNet, a scheduler, an autoencoder, and whatever conditions the UNet; subclasses add that and the call.
 
-    ``images``: B PIL images, an array (B, H, W, 3) with values in [0, 1], or a tensor (B, 3, H, W) in [0, 1] or of
-    latents (B, C, h, w), by ``output_type``. ``nsfw_content_detected``: B truth values if there is a safety checker.
+    A call is a generator behind `drawing.whole`: called, it runs to the end; `stream` goes through it step by step.
     """
 
-    images: Any
-    nsfw_content_detected: list[bool] | None = None
-
-
-class LatentPipeline(AdapterPipeline, FolderPipeline):
-    """A text encoder, a UNet, a scheduler and an autoencoder.
-
-    Args:
-        vae: (B, 3, H, W) to latents and back; ``config.scaling_factor`` brings the latents to unit variance.
-        text_encoder, tokenizer: of transformers.
-        unet: the denoiser.
-        scheduler: any of diffusers' with ``step``. As in diffusers' pipeline, an old config with ``steps_offset``
-            other than 1 or with ``clip_sample`` is brought up to date (in a copy).
-        safety_checker, feature_extractor: of Stable Diffusion 1; both or none.
-        image_encoder: must be None (no IP-Adapter).
-        requires_safety_checker: kept for diffusers.
-
-    Raises:
-        ValueError: components that do not fit together.
-    """
-
+    vae: Any
+    unet: Any
     scheduler: Any
+    safety_checker: Any
+    feature_extractor: Any
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
-    def __init__(
-        self,
-        vae: AutoencoderKL | VQModel | diffusers.AutoencoderKL | diffusers.VQModel,
-        text_encoder: torch.nn.Module,
-        tokenizer: Any,
-        unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,
-        scheduler: Any,
-        safety_checker: torch.nn.Module | None = None,
-        feature_extractor: Any = None,
-        image_encoder: torch.nn.Module | None = None,
-        requires_safety_checker: bool = False,
-    ) -> None:
-        super().__init__()
-        if (safety_checker is None) != (feature_extractor is None) and safety_checker is not None:
+    def register_parts(self, scheduler: Any, **parts: Any) -> None:
+        """To be called by every ``__init__``: registers the components and sets up what a call needs.
+
+        Raises:
+            ValueError: components that do not fit together.
+        """
+        if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
             raise ValueError("a safety_checker needs its feature_extractor")
-        if image_encoder is not None:
-            raise ValueError("an image_encoder (IP-Adapter) is not supported")
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=modern_scheduler(scheduler),
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
+        self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
+        self.vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=parts["vae"].config.latent_channels
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale, self._guidance_rescale = 1.0, 0.0
+        self._guidance_scale: float | tuple[float, ...] = 1.0
+        self._guidance_rescale, self._guidance_interval = 0.0, None
         self._clip_skip: int | None = None
         self._num_timesteps, self._interrupt = 0, False
 
     # The state of a call, under the names that callbacks made for diffusers look for
 
     @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self) -> float | tuple[float, ...]:
         return self._guidance_scale
 
     @property
@@ -114,13 +81,37 @@ class LatentPipeline(AdapterPipeline, FolderPipeline):
 
     @property
     def guidance(self) -> ClassifierFreeGuidance:
-        return ClassifierFreeGuidance(self._guidance_scale, self._guidance_rescale)
+        return ClassifierFreeGuidance(self._guidance_scale, self._guidance_rescale, self._guidance_interval)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance.active
 
     # Steps that need a pipeline
+
+    def stream(self, *args: Any, **call: Any) -> Iterator[Progress]:
+        """Draw step by step: takes what a call takes, and yields after every step.
+
+        ::
+
+            for progress in pipeline.stream("a red car", seed=0):
+                progress.preview()[0].resize((256, 256)).show()
+            progress.output.images[0].save("car.png")
+
+        When the pictures are decoded the last ``Progress`` comes once more, with them as ``output``. Whoever stops
+        early stops the drawing.
+        """
+        drawing = type(self).__call__.__wrapped__(self, *args, **call)  # type: ignore[attr-defined]
+        progress = None
+        while True:
+            try:
+                progress = next(drawing)
+            except StopIteration as end:
+                output = end.value if isinstance(end.value, ImagesOutput) else ImagesOutput(*end.value)
+                if progress is not None:
+                    yield replace(progress, output=output)
+                return
+            yield progress
 
     def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width to draw; by default what the UNet was trained on.
@@ -138,27 +129,102 @@ class LatentPipeline(AdapterPipeline, FolderPipeline):
         steps.check_size(height, width, self.vae_scale_factor)
         return height, width
 
-    def check_variances(self) -> None:
-        """Bring UNet and scheduler together as to learned variances, after either was replaced.
+    def latents_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (count, self.vae.config.latent_channels, height // factor, width // factor)
+
+    def plan_steps(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None, sigmas: Any = None
+    ) -> tuple[Tensor, int]:
+        """The scheduler's timesteps (S,), and how many steps that is as the caller counts them."""
+        if num_inference_steps is None:
+            num_inference_steps = self.defaults["num_inference_steps"]
+        schedule = steps.set_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, sigmas)
+        own = timesteps is not None or sigmas is not None
+        return schedule, len(schedule) if own else num_inference_steps
+
+    def check_channels(self, condition: int, lacking: str) -> None:
+        """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.
+
+        Learned variances are brought in line, after UNet or scheduler were replaced.
 
         Raises:
-            ValueError: the scheduler wants variances and the UNet has none, or the UNet has other outputs.
+            ValueError: they do not; `lacking` tells what a UNet with other channels is for.
         """
+        takes, has = self.unet.config.in_channels, self.vae.config.latent_channels
+        if takes != has + condition:
+            further = f" and {condition} further ones are given" if condition else ""
+            raise ValueError(
+                f"the UNet takes {takes} channels and the autoencoder's latents have {has}{further}; {lacking}"
+            )
         scheduler = without_learned_variance(self.scheduler)
         if scheduler is not self.scheduler:
             self.scheduler = scheduler
-        channels, gives = self.vae.config.latent_channels, self.unet.config.out_channels
-        if gives not in (channels, 2 * channels):
+        gives = self.unet.config.out_channels
+        if gives not in (has, 2 * has):
             raise ValueError(
-                f"the UNet gives {gives} channels; for latents with {channels} it must be {channels}, or "
-                f"{2 * channels} with learned variances"
+                f"the UNet gives {gives} channels; for latents with {has} it must be {has}, or "
+                f"{2 * has} with learned variances"
             )
-        if gives == channels and takes_variance(scheduler):
+        if gives == has and takes_variance(scheduler):
             raise ValueError(
                 f"the scheduler has variance_type='learned_range' and the UNet gives {gives} channels, without "
                 f"variances; replace it by {type(scheduler).__name__}.from_config(pipeline.scheduler.config, "
                 f"variance_type='fixed_small')"
             )
+
+    def set_guidance(
+        self,
+        guidance_scale: float | Sequence[float] | None,
+        guidance_rescale: float,
+        interval: tuple[float, float] | None,
+        prompts: int,
+        images_per_prompt: int,
+    ) -> None:
+        """Set how a call is guided. Several scales are one for each prompt, or one for each image.
+
+        Raises:
+            ValueError: not as many scales as prompts or images; see ``ClassifierFreeGuidance`` for the rest.
+        """
+        scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        if not isinstance(scale, (int, float)):
+            scale = tuple(float(one) for one in scale)
+            if len(scale) == prompts:
+                scale = tuple(one for one in scale for _ in range(images_per_prompt))
+            if len(scale) != prompts * images_per_prompt:
+                raise ValueError(
+                    f"{len(scale)} guidance scales were given for {prompts * images_per_prompt} images; give one for "
+                    f"each, or a single one"
+                )
+        self._guidance_scale, self._guidance_rescale = scale, guidance_rescale
+        self._guidance_interval = None if interval is None else (float(interval[0]), float(interval[1]))
+        _ = self.guidance  # checks the values
+
+    def noise_source(
+        self, count: int, seed: int | Sequence[int] | None, generator: Generators, extras: Extras
+    ) -> tuple[NoiseSource, list[int] | None]:
+        """Where the noise of a call's `count` images comes from, and their seeds.
+
+        Raises:
+            TypeError, ValueError: seeds or generators do not fit the images, or each other.
+        """
+        seeds = None if seed is None else image_seeds(seed, count)
+        other, strength = extras.get("variation_seed"), extras.get("variation_strength", 0.0)
+        if (other is None) != (strength == 0):
+            raise ValueError("a variation needs both variation_seed and a variation_strength above 0")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"variation_strength must lie in [0, 1], not {strength}")
+        variation = None
+        if other is not None:
+            variation = image_generators(image_seeds(other, count, "variation_seed"), None, count)
+        source = NoiseSource(
+            image_generators(seeds, generator, count),
+            self._execution_device,
+            self.unet.dtype if seeds is None else torch.float32,  # so that a seed means the same in all precisions
+            variation if isinstance(variation, list) else None,
+            strength,
+        )
+        return source, seeds
 
     def run_steps(
         self,
@@ -167,9 +233,18 @@ class LatentPipeline(AdapterPipeline, FolderPipeline):
         timesteps: Tensor,
         callback: StepCallback | None = None,
         callback_tensors: Sequence[str] = ("latents",),
+        after_step: Callable[[steps.DenoisingState], Tensor] | None = None,
         **options: Any,
-    ) -> Tensor:
-        """The denoising loop with progress bar and callback; setting ``_interrupt`` in the callback ends it."""
+    ) -> Steps[Tensor]:
+        """The denoising loop, with progress bar and callback; setting ``_interrupt`` in the callback ends it.
+
+        Args:
+            after_step: makes the latents to go on with of what a step gives.
+            options: for the scheduler's ``step``.
+
+        Returns:
+            The latents after the last step.
+        """
         callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)
         for name in callback_tensors:
             if name not in self._callback_tensor_inputs:
@@ -178,80 +253,104 @@ class LatentPipeline(AdapterPipeline, FolderPipeline):
                     f"choose from {', '.join(self._callback_tensor_inputs)}"
                 )
         self._interrupt, self._num_timesteps = False, len(timesteps)
+        colours = LatentPreview(self.vae)
         with self.progress_bar(total=len(timesteps)) as bar:
             for state in steps.denoise(denoiser, self.scheduler, latents, timesteps, **options):
-                latents = state.latents
+                if after_step is not None:
+                    state.latents = after_step(state)
                 if callback is not None:
-                    latents = state.latents = self._call_back(callback, callback_tensors, denoiser, state)
+                    state.latents = self._call_back(callback, callback_tensors, denoiser, state)
+                latents = state.latents
                 bar.update()
+                yield Progress(
+                    state.index,
+                    len(timesteps),
+                    state.timestep,
+                    latents,
+                    scheduler=self.scheduler,
+                    scaled=state.scaled,
+                    prediction=state.prediction,
+                    colours=colours,
+                )
                 if self._interrupt:
                     break
         return latents
+
+    def callback_tensors(self, denoiser: steps.GuidedDenoiser, state: steps.DenoisingState) -> dict[str, Any]:
+        """All tensors that a callback may ask for."""
+        embeds = denoiser.prompt_embeds
+        negative = embeds.chunk(2)[0] if self.guidance.active else None
+        return {"latents": state.latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    def take_over(self, denoiser: steps.GuidedDenoiser, changed: dict[str, Any]) -> None:
+        """Go on with what a callback changed, but for the latents."""
+        embeds = changed.get("prompt_embeds")
+        if embeds is not None and embeds is not denoiser.prompt_embeds:
+            denoiser.prompt_embeds = embeds
+        denoiser.guidance = self.guidance
 
     def _call_back(
         self, callback: StepCallback, names: Sequence[str], denoiser: steps.GuidedDenoiser, state: steps.DenoisingState
     ) -> Tensor:
         """Show the callback the tensors it asked for, and take over what it changed. Returns the latents."""
-        embeds = denoiser.prompt_embeds
-        tensors = {
-            "latents": state.latents,
-            "prompt_embeds": embeds,
-            "negative_prompt_embeds": embeds.chunk(2)[0] if self.guidance.active else None,
-        }
+        tensors = self.callback_tensors(denoiser, state)
         changed = callback(self, state.index, state.timestep, {name: tensors[name] for name in names}) or {}
-        new_embeds = changed.get("prompt_embeds", embeds)
-        if new_embeds is not embeds:
-            denoiser.prompt_embeds = new_embeds
-        denoiser.guidance = self.guidance
+        self.take_over(denoiser, changed)
         return changed.get("latents", state.latents)
 
-    def finish(self, latents: Tensor, output_type: str, return_dict: bool) -> ImagesOutput | tuple[Any, Any]:
+    def finish(self, drawing: Drawing, latents: Tensor) -> ImagesOutput | tuple[Any, Any]:
         """Latents (B, C, h, w) to what the caller asked for."""
-        flags = None
-        if output_type == "latent":
+        flags, scores, seeds = None, None, drawing.seeds
+        if drawing.output_type == "latent":
             images = latents
         else:
-            pixels = steps.decode(self.vae, latents)  # (B, 3, H, W)
-            pixels, flags = self._check_safety(pixels)
+            pixels, flags = self._check_safety(steps.decode(self.vae, latents))  # (B, 3, H, W)
+            if drawing.reranker is not None:
+                best, scores = self._best(drawing, pixels)
+                pixels = pixels[best]
+                flags = None if flags is None else [flags[i] for i in best]
+                seeds = None if seeds is None else [seeds[i] for i in best]
             images = self.image_processor.postprocess(
-                pixels, output_type=output_type, do_denormalize=[not flag for flag in flags or [False] * len(pixels)]
+                pixels,
+                output_type=drawing.output_type,
+                do_denormalize=[not flag for flag in flags or [False] * len(pixels)],
             )
         self.maybe_free_model_hooks()
-        return ImagesOutput(images=images, nsfw_content_detected=flags) if return_dict else (images, flags)
+        if not drawing.return_dict:
+            return images, flags
+        return ImagesOutput(images=images, nsfw_content_detected=flags, seeds=seeds, scores=scores)
 
     def _check_safety(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
-        """Blacken what the safety checker objects to, if there is one."""
+        """Blacken what the safety checker objects to, if there is one, and say so."""
         if self.safety_checker is None:
             return pixels, None
         pictures = self.image_processor.postprocess(pixels, output_type="pil")
         seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(pixels)
-        return self.safety_checker(images=pixels, clip_input=seen)
+        pixels, flags = self.safety_checker(images=pixels, clip_input=seen)
+        withheld = [i for i, flag in enumerate(flags) if flag]
+        if withheld:
+            logger.warning(
+                "The model's safety checker withheld %d of %d images, black now: number %s, counted from 0",
+                *(len(withheld), len(flags), ", ".join(map(str, withheld))),
+            )
+        return pixels, flags
+
+    def _best(self, drawing: Drawing, pixels: Tensor) -> tuple[list[int], list[float]]:
+        """Which of a call's candidates to keep, and their scores."""
+        from latentdiff.pipelines.reranking import best_of
+
+        pictures = self.image_processor.postprocess(pixels, output_type="pil")
+        prompts = drawing.prompts or []
+        return best_of(pictures, prompts, drawing.count // len(prompts), drawing.kept, drawing.reranker)
 
 
-def modern_scheduler(scheduler: Any) -> Any:
-    """A scheduler as diffusers' ``StableDiffusionPipeline`` sets it right: ``steps_offset`` 1, no ``clip_sample``.
-
-    And without learned variances where it does not know them.
-    """
-    scheduler = without_learned_variance(scheduler)
-    config = getattr(scheduler, "config", {})
-    right: dict[str, Any] = {}
-    if config.get("steps_offset", 1) != 1:
-        right["steps_offset"] = 1
-    if config.get("clip_sample", False) is True:
-        right["clip_sample"] = False
-    return type(scheduler).from_config(config, **right) if right else scheduler
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
 
 
-def without_learned_variance(scheduler: Any) -> Any:
-    """The scheduler, or a copy that leaves learned variances alone if it would only cut them off.
-
-    DPM-Solver takes ``variance_type`` over from a DDPM scheduler's config, and then keeps the first three channels of
-    a prediction, however many the latents have. The steps here cut at the right place.
-    """
-    learned = getattr(scheduler, "config", {}).get("variance_type") in ("learned", "learned_range")
-    if not learned or takes_variance(scheduler) or "variance_type" not in scheduler._get_init_keys(type(scheduler)):
-        return scheduler
-    if "DDPM" in type(scheduler).__name__:
-        raise ValueError("a DDPM scheduler with variance_type='learned' is not supported; 'learned_range' is")
-    return type(scheduler).from_config(scheduler.config, variance_type=None)
+def check_count(num_images_per_prompt: int | None) -> int:
+    count = 1 if num_images_per_prompt is None else num_images_per_prompt
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_images_per_prompt must be a whole number from 1, not {num_images_per_prompt!r}")
+    return count

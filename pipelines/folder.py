@@ -26,6 +26,7 @@ class FolderPipeline(DiffusionPipeline):
     """
 
     saved_class_name: ClassVar[str]
+    usual_defaults: ClassVar[dict[str, Any]] = DEFAULTS
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any) -> Self:
@@ -121,4 +122,4 @@ class FolderPipeline(DiffusionPipeline):
     @property
     def defaults(self) -> dict[str, Any]:
         """``num_inference_steps`` and ``guidance_scale`` of a call that does not give them."""
-        return {**DEFAULTS, **self.config.get(DEFAULTS_KEY, {})}
+        return {**self.usual_defaults, **self.config.get(DEFAULTS_KEY, {})}

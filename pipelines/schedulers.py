@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from latentdiff.diffusion.schedulers import takes_variance
+
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -58,3 +60,32 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
 
 def knows_zero_snr(scheduler_class: Any) -> bool:
     return "rescale_betas_zero_snr" in scheduler_class._get_init_keys(scheduler_class)
+
+
+def modern_scheduler(scheduler: Any) -> Any:
+    """A scheduler as diffusers' ``StableDiffusionPipeline`` sets it right: ``steps_offset`` 1, no ``clip_sample``.
+
+    And without learned variances where it does not know them.
+    """
+    scheduler = without_learned_variance(scheduler)
+    config = getattr(scheduler, "config", {})
+    right: dict[str, Any] = {}
+    if config.get("steps_offset", 1) != 1:
+        right["steps_offset"] = 1
+    if config.get("clip_sample", False) is True:
+        right["clip_sample"] = False
+    return type(scheduler).from_config(config, **right) if right else scheduler
+
+
+def without_learned_variance(scheduler: Any) -> Any:
+    """The scheduler, or a copy that leaves learned variances alone if it would only cut them off.
+
+    DPM-Solver takes ``variance_type`` over from a DDPM scheduler's config, and then keeps the first three channels of
+    a prediction, however many the latents have. The steps here cut at the right place.
+    """
+    learned = getattr(scheduler, "config", {}).get("variance_type") in ("learned", "learned_range")
+    if not learned or takes_variance(scheduler) or "variance_type" not in scheduler._get_init_keys(type(scheduler)):
+        return scheduler
+    if "DDPM" in type(scheduler).__name__:
+        raise ValueError("a DDPM scheduler with variance_type='learned' is not supported; 'learned_range' is")
+    return type(scheduler).from_config(scheduler.config, variance_type=None)

@@ -1,4 +1,4 @@
-"""The steps that pipelines are made of: prompts, timesteps, first latents, the denoising loop, pictures.
+"""The steps that pipelines are made of: timesteps, noise added, the denoising loop, pictures to latents and back.
 
 They know tensors, networks and schedulers, and no pipeline. Letters: B images (prompts times images per prompt),
 L tokens, D width, C latent channels, h w the latent grid, H W pixels.
@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
-from torch import Generator, Tensor
+from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
-
-Generators = Generator | list[Generator] | None
+from latentdiff.pipelines.noise import Generators
 
 
 def check_size(height: int, width: int, factor: int) -> None:
@@ -26,32 +25,6 @@ def check_size(height: int, width: int, factor: int) -> None:
             below = int(value) // factor * factor
             near = " or ".join(str(size) for size in (below, below + factor) if size > 0)
             raise ValueError(f"{name}={value} is not a multiple of {factor}; the nearest that this model draws: {near}")
-
-
-def image_generators(seed: int | Sequence[int] | None, generator: Generators, count: int) -> Generators:
-    """The random generators of `count` images.
-
-    With one seed, image i has a generator of its own with seed + i, on the CPU, so its picture depends neither on the
-    batch around it nor on the device. With several there must be one for each image. Without, `generator` is used.
-
-    Raises:
-        TypeError, ValueError: seeds that are no whole numbers from 0, or not as many as images; seed and generator.
-    """
-    if seed is None:
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} images; give one for each")
-        return generator
-    if generator is not None:
-        raise ValueError("give either seed or generator, not both")
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds were given for {count} images; give one for each, or a single one")
-    for one in seeds:
-        if isinstance(one, bool) or not isinstance(one, int):
-            raise TypeError(f"a seed must be a whole number, not {one!r}")
-        if not 0 <= one < 2**63:
-            raise ValueError(f"a seed must lie in [0, 2**63 - 1], not {one}")
-    return [Generator().manual_seed(one) for one in seeds]
 
 
 def set_timesteps(
@@ -84,30 +57,90 @@ def set_timesteps(
     return scheduler.timesteps
 
 
+def last_timesteps(scheduler: Any, timesteps: Tensor, planned: int, strength: float) -> Tensor:
+    """Of the planned `timesteps`, the share `strength` that comes last, for a picture to start from.
+
+    Args:
+        timesteps: from `set_timesteps`; with some schedulers more than the steps that were asked for.
+        planned: how many steps were asked for.
+
+    Raises:
+        ValueError: strength is outside [0, 1], or leaves no step.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], not {strength}")
+    start = planned - min(int(planned * strength), planned)
+    if start == planned:
+        raise ValueError(f"strength={strength} of {planned} steps leaves none to run; give more of either")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * scheduler.order)
+    return timesteps[start * scheduler.order :]
+
+
 def step_options(scheduler: Any, generator: Generators, eta: float) -> dict[str, Any]:
     """What of `generator` and `eta` (DDIM, Song et al. 2021, Eq. 16) this scheduler's ``step`` takes."""
     taken = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in taken}
 
 
-def first_latents(
-    shape: tuple[int, int, int, int],
-    scheduler: Any,
-    generator: Generators,
-    device: torch.device,
-    noise_dtype: torch.dtype,
-    latents: Tensor | None = None,
-) -> Tensor:
-    """Where sampling starts: standard normal noise, or `latents`, times the scheduler's first sigma. (B, C, h, w)
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Raises ValueError if given `latents` have another shape."""
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
+    return latents
+
+
+def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as they are at `timestep` on the way, in the scheduler's own scale."""
+    return scheduler.add_noise(latents, noise, timestep.reshape(1).repeat(len(latents)))
+
+
+def alpha_bar(scheduler: Any, timestep: Any) -> Tensor:
+    """What is left of the picture's variance at `timestep`: DDPM's alpha-bar (Ho et al. 2020, Eq. 4), a float64 scalar.
+
+    Between the training's whole timesteps the noise level is interpolated, as Euler's schedulers do it.
 
     Raises:
-        ValueError: `latents` have another shape.
+        ValueError: the scheduler has no such process.
     """
-    if latents is None:
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=noise_dtype)
-    elif tuple(latents.shape) != shape:
-        raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
-    return latents.to(device) * scheduler.init_noise_sigma
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(f"the {type(scheduler).__name__} has no noise levels of a diffusion process")
+    table = table.double().cpu()
+    where = float(timestep)
+    below = min(max(int(where), 0), len(table) - 1)
+    share = where - below
+    if share <= 0 or below + 1 == len(table):
+        return table[below]
+    sigmas = ((1 - table[below : below + 2]) / table[below : below + 2]).sqrt()
+    return 1 / (1 + torch.lerp(sigmas[0], sigmas[1], share) ** 2)
+
+
+def noise_level(scheduler: Any, timestep: Any) -> float:
+    """sigma, the noise's standard deviation where the picture's is 1, from 0 to infinity."""
+    kept = alpha_bar(scheduler, timestep)
+    return float(((1 - kept) / kept).sqrt())
+
+
+def clean_latents(scheduler: Any, scaled: Tensor, prediction: Tensor, timestep: Any) -> Tensor:
+    """The latents without noise that a prediction stands for.
+
+    Args:
+        scheduler: says what is predicted: the noise (DDPM, Ho et al. 2020, Eq. 15), v (Salimans & Ho 2022, App. D) or
+            the latents themselves.
+        scaled: what the network saw, (B, C, h, w), noise and picture of variance 1 together.
+        prediction: (B, C, h, w); learned variances after it are passed over.
+    """
+    kept = alpha_bar(scheduler, timestep).clamp(min=1e-8).to(scaled.device, torch.float32)
+    x, prediction = scaled.float(), prediction[:, : scaled.shape[1]].float()
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        x = (x - (1 - kept).sqrt() * prediction) / kept.sqrt()
+    elif kind == "v_prediction":
+        x = kept.sqrt() * x - (1 - kept).sqrt() * prediction
+    else:
+        x = prediction
+    return x.to(scaled.dtype)
 
 
 class GuidedDenoiser:
@@ -120,11 +153,21 @@ class GuidedDenoiser:
         unet: ours or diffusers' ``UNet2DConditionModel``.
         prompt_embeds: (B, L, D); with active guidance (2B, L, D), those without the prompt first.
         guidance: may be replaced between steps.
+        condition: (B, C', h, w), further channels that the UNet takes after the latents', such as a mask.
+        class_labels: (B,), for a UNet with class embeddings.
     """
 
-    def __init__(self, unet: Any, prompt_embeds: Tensor, guidance: ClassifierFreeGuidance) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        prompt_embeds: Tensor,
+        guidance: ClassifierFreeGuidance,
+        condition: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> None:
         self.unet = unet
         self.guidance = guidance
+        self.condition, self.class_labels = condition, class_labels
         self.remembers = hasattr(unet, "encode_text") and not is_compiled_module(unet) and not unet._compiled_call_impl
         self.prompt_embeds = prompt_embeds
 
@@ -137,19 +180,34 @@ class GuidedDenoiser:
         self._prompt_embeds = value
         self._text = self.unet.encode_text(value) if self.remembers else None
 
-    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's own prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
-        if self.remembers:
-            return self.unet.denoise(latents, self.unet.embed_time(timestep), self._text)
-        return self.unet(latents, timestep, encoder_hidden_states=self.prompt_embeds, return_dict=False)[0]
+    def predict(self, latents: Tensor, timestep: Tensor, text: slice = slice(None)) -> Tensor:
+        """The UNet's own prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances.
 
-    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        text: which of the text's entries belong to `latents`; by default all.
+        """
+        rows = len(latents)
+        if self.condition is not None:
+            condition = self.condition.repeat(rows // len(self.condition), 1, 1, 1)
+            latents = torch.cat([latents, condition], dim=1)
+        labels = {}
+        if self.class_labels is not None:
+            labels["class_labels"] = self.class_labels.repeat(rows // len(self.class_labels))
+        if self._text is not None:
+            context = self._text if text == slice(None) else self._text.select(text)
+            return self.unet.denoise(latents, self.unet.embed_time(timestep, **labels), context)
+        states = self.prompt_embeds[text]
+        return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False, **labels)[0]
+
+    def __call__(self, latents: Tensor, timestep: Tensor, guided: bool = True) -> Tensor:
         """(B, C, h, w) -> the guided prediction, (B, C, h, w).
 
         After it come learned variances, if the UNet has any, as they are with the prompt: guidance shifts the mean.
+        With ``guided=False`` it is the plain prediction with the prompt.
         """
         if not self.guidance.active:
             return self.predict(latents, timestep)
+        if not guided:
+            return self.predict(latents, timestep, slice(len(latents), None))
         without, with_prompt = self.predict(torch.cat([latents] * 2), timestep).chunk(2)
         if with_prompt.shape[1] != 2 * latents.shape[1]:
             return self.guidance(without, with_prompt)
@@ -161,9 +219,25 @@ class GuidedDenoiser:
 class DenoisingState:
     """Where a denoising loop stands after a step; `latents` may be replaced before the next."""
 
+    scheduler: Any
     latents: Tensor
     index: int = -1
     timestep: Any = None
+    scaled: Tensor | None = None
+    """What the network saw, (B, C, h, w)."""
+    prediction: Tensor | None = None
+    """What it said, (B, C, h, w), or twice the channels with learned variances."""
+
+    @property
+    def clean(self) -> Tensor:
+        """The latents that this step takes for the picture, without noise: (B, C, h, w).
+
+        Raises:
+            ValueError: there was no step yet.
+        """
+        if self.scaled is None or self.prediction is None:
+            raise ValueError("there was no step yet")
+        return clean_latents(self.scheduler, self.scaled, self.prediction, self.timestep)
 
 
 def denoise(
@@ -175,18 +249,20 @@ def denoise(
         denoiser: gives the prediction that the scheduler is made for. Learned variances after it are for a DDPM
             scheduler with ``variance_type="learned_range"``; others do not get to see them.
         scheduler: any of diffusers', after `set_timesteps`.
-        latents: (B, C, h, w), from `first_latents`.
+        latents: (B, C, h, w), noise in the scheduler's scale.
         timesteps: (S,), those to run.
         options: for the scheduler's ``step``, from `step_options`.
     """
-    state = DenoisingState(latents)
+    state = DenoisingState(scheduler, latents)
     dtype, channels = latents.dtype, latents.shape[1]
     if takes_variance(scheduler):
         channels *= 2
     for state.index, state.timestep in enumerate(timesteps):
-        scaled = scheduler.scale_model_input(state.latents, state.timestep)
-        prediction = denoiser(scaled, state.timestep)[:, :channels]
-        stepped = scheduler.step(prediction, state.timestep, state.latents, **options, return_dict=False)[0]
+        state.scaled = scheduler.scale_model_input(state.latents, state.timestep)
+        guidance = denoiser.guidance
+        guided = guidance.interval is None or guidance.acts_at(noise_level(scheduler, state.timestep))
+        state.prediction = denoiser(state.scaled, state.timestep, guided)[:, :channels]
+        stepped = scheduler.step(state.prediction, state.timestep, state.latents, **options, return_dict=False)[0]
         state.latents = stepped.to(dtype)
         yield state
 
@@ -194,3 +270,21 @@ def denoise(
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), values about [-1, 1]."""
     return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+
+def encode(vae: Any, pixels: Tensor, generator: Generators, count: int) -> Tensor:
+    """Pixels (P, 3, H, W), values in [-1, 1] -> scaled latents (count, C, h, w), each picture's in a row.
+
+    A Gaussian posterior is sampled: with one generator for each of the `count` images separately, otherwise once for
+    each picture.
+    """
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    repeats = count // len(pixels)
+    if not hasattr(encoded, "latent_dist"):  # a codebook's
+        return encoded.latents.repeat_interleave(repeats, dim=0) * vae.config.scaling_factor
+    posterior = encoded.latent_dist
+    mean, std = posterior.mean, posterior.std
+    if isinstance(generator, list):
+        mean, std, repeats = mean.repeat_interleave(repeats, dim=0), std.repeat_interleave(repeats, dim=0), 1
+    latents = mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return latents.repeat_interleave(repeats, dim=0) * vae.config.scaling_factor

@@ -63,19 +63,29 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    def __init__(self, dim: int, heads: int, text_dim: int) -> None:
+    """``only_cross``: the first attention looks at the text too, with keys and values of its own."""
+
+    def __init__(self, dim: int, heads: int, text_dim: int, only_cross: bool = False) -> None:
         super().__init__()
+        self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, context_dim=dim)
+        self.attn1 = Attention(dim, heads, context_dim=text_dim if only_cross else dim)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context_dim=text_dim)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """(B, HW, D), the text's keys and values for this block's cross-attention -> (B, HW, D)."""
+    @property
+    def cross_attentions(self) -> list[Attention]:
+        """Those that look at the text, in the order in which they run."""
+        return [self.attn1, self.attn2] if self.only_cross else [self.attn2]
+
+    def forward(
+        self, x: Tensor, text: KeyValue, mask: Tensor | None = None, first_text: KeyValue | None = None
+    ) -> Tensor:
+        """(B, HW, D), the text's keys and values for this block's cross-attentions -> (B, HW, D)."""
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h))
+        x = x + self.attn1(h, self.attn1.keys_values(h) if first_text is None else first_text)
         x = x + self.attn2(self.norm2(x), text, mask)
         return x + self.ff(self.norm3(x))
 
@@ -86,21 +96,26 @@ class SpatialTransformer(Checkpointed):
     ``linear`` projects the tokens (Stable Diffusion 2), otherwise 1x1 convolutions project the map (1.x).
     """
 
-    def __init__(self, channels: int, *, heads: int, depth: int, text_dim: int, groups: int, linear: bool) -> None:
+    def __init__(
+        self, channels: int, *, heads: int, depth: int, text_dim: int, groups: int, linear: bool, only_cross: bool
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, heads, text_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, heads, text_dim, only_cross) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: Iterator[KeyValue], mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); each transformer block takes the next keys and values of ``text``."""
+        """(B, C, H, W) -> (B, C, H, W); each transformer block takes the next of ``text``'s keys and values."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, C)
         for block in self.transformer_blocks:
-            tokens = self.run(block, tokens, next(text), mask)
+            first = next(text) if block.only_cross else None
+            tokens = self.run(block, tokens, next(text), mask, first)
         if self.linear:
             return x + to_grid(self.proj_out(tokens), height, width)
         return x + self.proj_out(to_grid(tokens, height, width))

@@ -80,6 +80,9 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         attention_head_dim: int | Sequence[int] = 8,
         use_linear_projection: bool = False,
         upcast_attention: bool = False,
+        only_cross_attention: bool | Sequence[bool] = False,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
         resnet_time_scale_shift: str = "default",
         time_embedding_dim: int | None = None,
         **others: Any,
@@ -91,6 +94,13 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
 
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(block_out_channels[0], time_dim)
+        self.class_embedding: nn.Module | None = None
+        if class_embed_type == "timestep":
+            self.class_embedding = TimestepEmbedding(block_out_channels[0], time_dim)
+        elif class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        elif num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(num_class_embeds, time_dim)
         self.build_blocks(levels, time_dim)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
@@ -107,8 +117,11 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             dropout=config.dropout,
         )
 
-        def transformer(level: int, wanted: bool) -> partial[SpatialTransformer] | None:
-            spatial = partial(SpatialTransformer, groups=groups, linear=config.use_linear_projection)
+        def transformer(level: int, wanted: bool, only_cross: bool | None = None) -> partial[SpatialTransformer] | None:
+            only_cross = levels.only_cross[level] if only_cross is None else only_cross
+            spatial = partial(
+                SpatialTransformer, groups=groups, linear=config.use_linear_projection, only_cross=only_cross
+            )
             return partial(spatial, levels.channels[level], **levels.transformer(level)) if wanted else None
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -125,7 +138,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         self.mid_block = None
         if config.mid_block_type is not None:
             attend = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-            self.mid_block = MidBlock(width, resnet=resnet, transformer=transformer(last, attend))
+            self.mid_block = MidBlock(width, resnet=resnet, transformer=transformer(last, attend, False))
 
         for i, attend in zip(range(last, -1, -1), levels.up, strict=True):
             taken = [skips.pop() for _ in range(levels.layers[i] + 1)]
@@ -145,7 +158,13 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
     def cross_attentions(self) -> list[Attention]:
         """All cross-attentions, in the order in which they run."""
         blocks = [*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks]
-        return [block.attn2 for b in blocks for spatial in b.attentions for block in spatial.transformer_blocks]
+        return [
+            attention
+            for block in blocks
+            for spatial in block.attentions
+            for transformer in spatial.transformer_blocks
+            for attention in transformer.cross_attentions
+        ]
 
     @apply_forward_hook
     def embed_time(
@@ -153,15 +172,39 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         timesteps: Tensor | float,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
-        """Timesteps, one number or (B,) -> (1 or B, D). Device and dtype of the result are the weights', or given."""
+        """Timesteps, one number or (B,) -> (1 or B, D). Device and dtype of the result are the weights', or given.
+
+        ``class_labels``, for a UNet with class embeddings: (B,) whole numbers below ``num_class_embeds``, (B,) numbers
+        like timesteps, or (B, D), by ``class_embed_type``; Stable Diffusion's upscaler is told a noise level so.
+
+        Raises:
+            ValueError: labels are given and the UNet has no class embeddings, or the other way round.
+        """
         weight = self.time_embedding.linear_1.weight
         timesteps = torch.as_tensor(timesteps, device=device or weight.device).reshape(-1)
         config = self.config
         features = timestep_features(
             timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )  # (B, channels)
-        return self.time_embedding(features.to(dtype or weight.dtype))
+        time = self.time_embedding(features.to(dtype or weight.dtype))
+        return time if class_labels is None and self.class_embedding is None else time + self._embed_class(class_labels)
+
+    def _embed_class(self, class_labels: Tensor | None) -> Tensor:
+        """(B,) or (B, D) -> (B, D)."""
+        if self.class_embedding is None:
+            raise ValueError("UNet2DConditionModel: class_labels were given, but the UNet has no class embeddings.")
+        if class_labels is None:
+            raise ValueError("UNet2DConditionModel: class_labels are missing; this UNet has class embeddings.")
+        config, weight = self.config, self.time_embedding.linear_1.weight
+        class_labels = class_labels.to(weight.device)
+        if config.class_embed_type == "timestep":
+            features = timestep_features(
+                class_labels.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+            )
+            class_labels = features.to(weight.dtype)
+        return self.class_embedding(class_labels).to(weight.dtype)
 
     @apply_forward_hook
     def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> TextContext:
@@ -206,7 +249,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         sample: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        class_labels: None = None,
+        class_labels: Tensor | None = None,
         timestep_cond: None = None,
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -225,7 +268,6 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             ValueError: one that is not supported is given.
         """
         refuse_given(
-            class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
@@ -234,7 +276,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
-        time = self.embed_time(timestep, sample.device, sample.dtype)
+        time = self.embed_time(timestep, sample.device, sample.dtype, class_labels)
         text = self.encode_text(encoder_hidden_states, encoder_attention_mask)
         sample = self.denoise(sample, time, text)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)

@@ -1,6 +1,6 @@
 """What a UNet config says about each level, and which of diffusers' keys must stay neutral."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from latentdiff.models.config import check_choice, check_multiple, per_level
@@ -13,7 +13,6 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
-    "only_cross_attention": (False,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "reverse_transformer_layers_per_block": (None,),
@@ -21,10 +20,8 @@ NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "num_attention_heads": (None,),  # diffusers refuses it too; attention_head_dim is the number of heads
     "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
     "addition_embed_type": (None,),
     "addition_time_embed_dim": (None,),
-    "num_class_embeds": (None,),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,),
     "time_embedding_type": ("positional",),
@@ -53,6 +50,8 @@ class UNetLevels(NamedTuple):
     down: tuple[bool, ...]
     """Whether the level has transformers on the way down."""
     up: tuple[bool, ...]
+    only_cross: tuple[bool, ...]
+    """Whether the first attention of the level's transformers looks at the text, as the second does."""
 
     def transformer(self, level: int) -> dict[str, int]:
         return {"heads": self.heads[level], "depth": self.depths[level], "text_dim": self.text_dims[level]}
@@ -64,6 +63,7 @@ class UNetLevels(NamedTuple):
         check_choice(NAME, "act_fn", config["act_fn"], ("silu", "swish"))
         check_choice(NAME, "mid_block_type", config["mid_block_type"], MID_BLOCKS)
         check_choice(NAME, "resnet_time_scale_shift", config["resnet_time_scale_shift"], ("default", "scale_shift"))
+        check_choice(NAME, "class_embed_type", config["class_embed_type"], (None, "timestep", "identity"))
         check_choice(NAME, "down_block_types", config["down_block_types"], DOWN_BLOCKS)
         check_choice(NAME, "up_block_types", config["up_block_types"], UP_BLOCKS)
         for key in ("down_block_types", "up_block_types"):
@@ -85,4 +85,14 @@ class UNetLevels(NamedTuple):
             text_dims=levels("cross_attention_dim"),
             down=tuple("Attn" in kind for kind in config["down_block_types"]),
             up=tuple("Attn" in kind for kind in config["up_block_types"]),
+            only_cross=truths("only_cross_attention", config["only_cross_attention"], count),
         )
+
+
+def truths(key: str, value: bool | Sequence[bool], count: int) -> tuple[bool, ...]:
+    """One truth value for all levels, or one for each. Raises ValueError for anything else."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * count
+    check_choice(NAME, key, values, (False, True))
+    if len(values) != count:
+        raise ValueError(f"{NAME}: {key}={value!r} has {len(values)} entries for {count} levels.")
+    return values

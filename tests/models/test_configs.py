@@ -112,15 +112,13 @@ def test_config_files_go_both_ways_key_by_key(kind: str, tmp_path: Path) -> None
     ("key", "value"),
     [
         ("center_input_sample", True),
-        ("only_cross_attention", [False, False, False, True]),
         ("downsample_padding", 0),
         ("mid_block_scale_factor", 2),
         ("encoder_hid_dim_type", "text_proj"),
         ("num_attention_heads", 8),
         ("dual_cross_attention", True),
-        ("class_embed_type", "timestep"),
+        ("class_embed_type", "projection"),
         ("addition_embed_type", "text_time"),
-        ("num_class_embeds", 1000),
         ("resnet_skip_time_act", True),
         ("time_embedding_type", "fourier"),
         ("time_cond_proj_dim", 256),
@@ -135,6 +133,13 @@ def test_keys_that_ask_for_what_is_not_there(key: str, value: Any) -> None:
     assert repr(value) in str(refusal.value)
     with pytest.raises(ValueError, match=f"{key}=.* is not supported"):
         models.UNet2DConditionModel(**{key: value})
+
+
+def test_only_cross_attention_is_one_truth_value_or_one_for_each_level() -> None:
+    with pytest.raises(ValueError, match=r"only_cross_attention='yes' is not supported; use one of False, True"):
+        models.UNet2DConditionModel(only_cross_attention=["yes"] * 4)
+    with pytest.raises(ValueError, match=r"only_cross_attention=\[True\] has 1 entries for 4 levels"):
+        models.UNet2DConditionModel(only_cross_attention=[True])
 
 
 def test_neutral_values_are_taken_and_kept() -> None:

@@ -53,6 +53,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "resnet_time_scale_shift": "scale_shift",
         "norm_eps": 1e-4,
     },
+    "upscaler": THREE
+    | {
+        "in_channels": 7,
+        "only_cross_attention": (True, False, True),
+        "num_class_embeds": 1000,
+        "use_linear_projection": True,
+    },
+    "only_cross": SD1 | {"only_cross_attention": True, "class_embed_type": "timestep"},
     "one_level": SD1
     | {
         "block_out_channels": (16,),
@@ -64,7 +72,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def batch(config: dict[str, Any], size: tuple[int, int] = (8, 8), count: int = 2) -> dict[str, Tensor]:
+    labels = {"class_labels": torch.arange(count) + 3}
     return {
+        **(labels if {"num_class_embeds", "class_embed_type"} & set(config) else {}),
         "sample": torch.randn(count, config.get("in_channels", 4), *size, requires_grad=True),
         "timestep": torch.linspace(1, 900, count).long(),
         "encoder_hidden_states": torch.randn(count, 5, 12, requires_grad=True),
@@ -132,14 +142,14 @@ def test_dropout_draws_where_diffusers_draws(pair: Callable) -> None:
     assert (outputs[0] - outputs[2]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2", "no_attention_at_all"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "no_attention_at_all", "only_cross"])
 def test_the_three_parts_are_the_plain_call(name: str) -> None:
     unet = UNet2DConditionModel(**CONFIGS[name]).eval()
     inputs = batch(CONFIGS[name])
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     parts = unet.denoise(
         inputs["sample"],
-        unet.embed_time(inputs["timestep"]),
+        unet.embed_time(inputs["timestep"], class_labels=inputs.get("class_labels")),
         unet.encode_text(inputs["encoder_hidden_states"], mask),
     )
     assert torch.equal(parts, unet(**inputs, encoder_attention_mask=mask).sample)
@@ -185,10 +195,16 @@ def test_a_context_of_another_unet_is_refused() -> None:
         unet.encode_text(torch.randn(1, 5, 13))
 
 
+def test_class_labels_are_neither_dropped_nor_forgotten() -> None:
+    with pytest.raises(ValueError, match="class_labels were given, but the UNet has no class embeddings"):
+        UNet2DConditionModel(**SD1)(**batch(SD1), class_labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        UNet2DConditionModel(**SD1, num_class_embeds=3)(**batch(SD1))
+
+
 @pytest.mark.parametrize(
     "argument",
     [
-        {"class_labels": torch.tensor([1, 2])},
         {"cross_attention_kwargs": {"scale": 0.5}},
         {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 4)}},
         {"timestep_cond": torch.zeros(2, 4)},
@@ -225,7 +241,7 @@ def test_compiles_with_gradients(backend: str) -> None:
     assert unet.conv_in.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["sd1", "depths"])
+@pytest.mark.parametrize("name", ["sd1", "depths", "only_cross"])
 def test_gradient_checkpointing_changes_nothing(name: str, same_gradients: Callable) -> None:
     unet = UNet2DConditionModel(**CONFIGS[name])
     other = UNet2DConditionModel(**CONFIGS[name])

@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights, ours and diffusers' with the same."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,38 @@ def pair(clip: dict[str, Any], networks: tuple[dict[str, Any], dict[str, Any]]) 
         for pipeline in (own, reference):
             pipeline.set_progress_bar_config(disable=True)
         return own, reference
+
+    return make
+
+
+@pytest.fixture
+def twins(clip: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
+    """Makes a pipeline of ours and one of diffusers' with the same weights, of any two classes."""
+
+    def make(ours: type, theirs: type, scheduler: Any = None, unet: Any = None, vae: Any = None, **parts: Any) -> Any:
+        scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+        torch.manual_seed(3)
+        reference = {
+            "unet": diffusers.UNet2DConditionModel(**{**UNET, **(unet or {})}).eval(),
+            "vae": diffusers.AutoencoderKL(**{**VAE, **(vae or {})}).eval(),
+        }
+        own: dict[str, Any] = {
+            "unet": UNet2DConditionModel(**{**UNET, **(unet or {})}).eval(),
+            "vae": AutoencoderKL(**{**VAE, **(vae or {})}).eval(),
+        }
+        for name, network in own.items():
+            network.load_state_dict(reference[name].state_dict())
+        parts = {"safety_checker": None, **parts} if "image_encoder" in parts else {**clip, **parts}
+        copy = type(scheduler).from_config(scheduler.config)
+        optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        known = inspect.signature(theirs.__init__).parameters
+        more = {name: value for name, value in optional.items() if name in known and name not in parts}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers brings old scheduler configs up to date
+            pipelines = ours(**own, **parts, scheduler=scheduler), theirs(**reference, **parts, **more, scheduler=copy)
+        for pipeline in pipelines:
+            pipeline.set_progress_bar_config(disable=True)
+        return pipelines
 
     return make
 

@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from compare import largest_difference
 from diffusers.callbacks import SDCFGCutoffCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
@@ -25,18 +26,6 @@ SCHEDULERS = {
     "unipc": lambda: diffusers.UniPCMultistepScheduler(),
     "pndm": lambda: diffusers.PNDMScheduler(skip_prk_steps=True),
 }
-
-
-def largest_difference(ours: Any, theirs: Any, **call: Any) -> float:
-    pictures = []
-    for pipeline in (ours, theirs):
-        generator = torch.Generator().manual_seed(7)
-        pictures.append(
-            pipeline(**{"num_inference_steps": 6, "output_type": "pt", "generator": generator, **call}).images
-        )
-    assert pictures[0].shape == pictures[1].shape
-    assert pictures[0].std() > 0.01  # a picture, not a plain colour
-    return float((pictures[0] - pictures[1]).abs().max())
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())

@@ -1,0 +1,1 @@
+"""The commands that draw and convert, each in a module of its own."""
