@@ -15,9 +15,8 @@ from latentdiff.pipelines.base import LatentPipeline, check_count, check_output_
 from latentdiff.pipelines.drawing import Drawing, TextExtras, refuse_unknown
 from latentdiff.pipelines.noise import Generators
 from latentdiff.pipelines.pictures import are_latents, check_pictures
-from latentdiff.pipelines.prompts import PromptEncoder, check_either
+from latentdiff.pipelines.prompts import PromptEncoder, count_prompts
 from latentdiff.pipelines.schedulers import modern_scheduler
-from latentdiff.text.encode import as_prompts
 
 
 class TextPipeline(AdapterPipeline, LatentPipeline):
@@ -73,6 +72,44 @@ class TextPipeline(AdapterPipeline, LatentPipeline):
         )
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        *,
+        prompt_weights: bool = False,
+        long_prompts: str = "cut",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states of prompts and negative prompts, (B, L, D) each, as a call makes them and takes them.
+
+        The arguments are those of diffusers' method of this name, and those of a call.
+
+        Raises:
+            TypeError, ValueError: see `PromptEncoder.encode`.
+        """
+        encoder = PromptEncoder(
+            self.tokenizer,
+            self.text_encoder,
+            device or self._execution_device,
+            self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype,
+            num_images_per_prompt,
+            clip_skip,
+            prompt_weights,
+            long_prompts,
+        )
+        with self.lora_scale(None if lora_scale is None else {"scale": lora_scale}):
+            return encoder.encode(
+                prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, do_classifier_free_guidance
+            )
+
     def begin(
         self,
         *,
@@ -100,6 +137,8 @@ class TextPipeline(AdapterPipeline, LatentPipeline):
         check_output_type(output_type)
         kept = check_count(num_images_per_prompt)
         drawn, reranker = self._candidates(kept, output_type, extras)
+        if reranker is not None and prompt is None:
+            raise ValueError("candidates are compared with the prompt; give it as text, not as prompt_embeds")
         prompts = count_prompts(prompt, prompt_embeds)
         self.set_guidance(guidance_scale, guidance_rescale, extras.get("guidance_interval"), prompts, drawn)
         self._clip_skip = clip_skip
@@ -110,7 +149,8 @@ class TextPipeline(AdapterPipeline, LatentPipeline):
             self.unet.dtype,
             drawn,
             clip_skip,
-            **{name: extras[name] for name in ("prompt_weights", "long_prompts") if name in extras},
+            extras.get("prompt_weights", False),
+            extras.get("long_prompts", "cut"),
         )
         positive, negative = encoder.encode(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self.guidance.active
@@ -180,14 +220,6 @@ class TextPipeline(AdapterPipeline, LatentPipeline):
                 "'open_clip:ViT-B-32/laion2b_s34b_b79k' or the folder of a transformers CLIP, or set pipeline.reranker"
             )
         return candidates, load_reranker(source)
-
-
-def count_prompts(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
-    """P, of what a call gives; see `PromptEncoder.encode` for what is refused."""
-    check_either("prompt", prompt, prompt_embeds)
-    if prompt is None and prompt_embeds is None:
-        raise ValueError("give a prompt, or prompt_embeds")
-    return len(as_prompts(prompt) if prompt_embeds is None else prompt_embeds)
 
 
 def refuse(**arguments: Any) -> None:

@@ -15,6 +15,8 @@ from latentdiff.pipelines.saving import move_into, tidy_configs
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
 
+AS_IT_IS = object()  # a dtype that changes nothing
+
 DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers passes over keys that begin with _
 
 
@@ -57,6 +59,25 @@ class FolderPipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(str(folder), **options)
         pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+        """A pipeline of this class with the networks of another, of ours or diffusers'; they are shared, not copied.
+
+        Args:
+            options: components that replace those of `pipeline`, and ``dtype``, which changes the shared networks; by
+                default they stay in the precision that they have. (diffusers' pipelines make them float32.)
+
+        Raises:
+            ValueError: `pipeline` lacks a component.
+        """
+        if options.get("dtype") is None and options.get("torch_dtype") is None:
+            options = {**options, "dtype": AS_IT_IS, "torch_dtype": None}
+        return super().from_pipe(pipeline, **options)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """To a device or a precision, as in diffusers."""
+        return self if options.get("dtype") is AS_IT_IS else super().to(*args, **options)
 
     def save_pretrained(
         self,

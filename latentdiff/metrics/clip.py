@@ -105,7 +105,7 @@ def load_clip(source: str) -> ClipScore:
 def transformers_score(source: str) -> ClipScore:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = find_transformers_model(source, "--clip takes open_clip:NAME/PRETRAINED")
+    folder = find_transformers_model(source, "a CLIP is open_clip:NAME/PRETRAINED")
     model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{source} holds a {type(model).__name__}; a CLIP score needs a model of pictures and text")

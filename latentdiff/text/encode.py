@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.text.tokens import tokenize, weigh
 from latentdiff.text.words import expand_words
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def encode_prompts(
     clip_skip: int | None = None,
     device: torch.device | None = None,
     warn: bool = True,
+    weights: bool = False,
+    chunks: int = 1,
 ) -> Tensor:
     """The text encoder's states for each prompt, padded to one length: (B, L, D) in the encoder's dtype.
 
@@ -70,21 +73,43 @@ def encode_prompts(
         clip_skip: take the states this many layers before the last one (CLIP only).
         device: where the encoder runs; by default where it is.
         warn: say what is cut of prompts that are too long.
+        weights: read weights from the prompts, see `weights.parse_weights`.
+        chunks: how many parts to encode a prompt in, one after the other, each with the special tokens of a whole one;
+            then the result is (B, chunks L, D). `tokens.count_chunks` tells how many are needed.
 
     Raises:
         TypeError: a prompt is not a string.
-        ValueError: L is unknown, or clip_skip is not possible with this encoder.
+        ValueError: L is unknown, or clip_skip is not possible with this encoder; a bracket of a weight has no partner.
     """
-    prompts = expand_words(as_prompts(prompts), tokenizer)
+    prompts = as_prompts(prompts)
     max_length = max_length or max_tokens(tokenizer, text_encoder)
-    tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    if warn:
-        warn_of_cuts(prompts, tokenizer, max_length)
     device = device or text_encoder.device
-    mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    output = text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=clip_skip is not None)
+    if not weights and chunks == 1:
+        prompts = expand_words(prompts, tokenizer)
+        tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+        if warn:
+            warn_of_cuts(prompts, tokenizer, max_length)
+        return text_states(tokens.input_ids, tokens.attention_mask, text_encoder, clip_skip, device)
+
+    parts = tokenize(prompts, tokenizer, max_length, weights=weights, chunks=chunks)
+    for cut in parts.cut if warn else []:
+        warn_of_cut(cut, chunks * max_length)
+    states = text_states(parts.input_ids, parts.attention_mask, text_encoder, clip_skip, device)  # (B chunks, L, D)
+    if (parts.weights != 1).any():
+        nothing = tokenize([""], tokenizer, max_length)
+        empty = text_states(nothing.input_ids, nothing.attention_mask, text_encoder, clip_skip, device)
+        states = weigh(states, empty, parts.weights)
+    return states.reshape(len(prompts), chunks * max_length, -1)
+
+
+def text_states(
+    input_ids: Tensor, attention_mask: Tensor, text_encoder: Any, clip_skip: int | None, device: torch.device
+) -> Tensor:
+    """Tokens (B, L) -> states (B, L, D)."""
+    mask = attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
+    output = text_encoder(input_ids.to(device), attention_mask=mask, output_hidden_states=clip_skip is not None)
     if clip_skip is None:
-        return output.last_hidden_state  # (B, L, D)
+        return output[0]  # (B, L, D)
     return skip_layers(text_encoder, output.hidden_states, clip_skip)
 
 
@@ -102,5 +127,12 @@ def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> Non
     """Log what the encoder will not see of prompts longer than `max_length` tokens."""
     for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids:
         if len(ids) > max_length:
-            lost = tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True).strip()
-            logger.warning("The text encoder takes %d tokens; this part of the prompt was cut: %r", max_length, lost)
+            warn_of_cut(tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True).strip(), max_length)
+
+
+def warn_of_cut(cut: str, length: int) -> None:
+    if cut:
+        logger.warning(
+            "The text encoder takes %d tokens; this part of the prompt was cut: %r (long_prompts='chunk' keeps it)",
+            *(length, cut),
+        )

@@ -84,7 +84,7 @@ def test_what_is_no_clip(tmp_path: Path, folder: Path) -> None:
         load_clip("open_clip:ViT-B-32")
     with pytest.raises(ValueError, match="no model named 'no-such'"):
         load_clip("open_clip:no-such/laion2b")
-    with pytest.raises(FileNotFoundError, match="--clip takes open_clip"):
+    with pytest.raises(FileNotFoundError, match="a CLIP is open_clip"):
         load_clip(str(tmp_path / "none"))
     clip_parts()["text_encoder"].save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="a CLIP score needs a model of pictures and text"):

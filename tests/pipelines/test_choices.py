@@ -1,5 +1,6 @@
 """What our calls take beyond diffusers': scales for each image, intervals of guidance, variations, LoRA scales."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_pipelines_change_into_each_other_without_copies(pipeline: Any) -> None:
     np.testing.assert_array_equal(
         start("sun", seed=1, output_type="np").images, pipeline("sun", seed=1, output_type="np").images
     )
+
+
+def test_a_change_of_pipeline_keeps_the_precision(pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
+    half = TextToImagePipeline(**{**pipeline.components, "unet": copy.deepcopy(pipeline.unet).to(torch.bfloat16)})
+    caplog.clear()
+    again = ImageToImagePipeline.from_pipe(half)
+    assert (again.unet.dtype, again.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert not caplog.records
+    assert ImageToImagePipeline.from_pipe(half, dtype=torch.float32).unet.dtype == torch.float32
 
 
 REFUSED = [

@@ -1,0 +1,147 @@
+"""Prompts to tokens where that is more than a tokenizer's call: with weights, and in chunks for long prompts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentdiff.text.weights import Piece, parse_weights
+from latentdiff.text.words import expand_words
+
+COMMAS = (",", ";", ".", "|")
+
+
+class Tokens(NamedTuple):
+    """What the encoder is given for B prompts in N chunks, one after the other for each prompt."""
+
+    input_ids: Tensor
+    """(BN, L), long."""
+    attention_mask: Tensor
+    """(BN, L), 1 where there is no padding."""
+    weights: Tensor
+    """(BN, L), float32; 1 for special tokens and padding."""
+    cut: list[str]
+    """Of each prompt, what found no place."""
+
+
+class Content(NamedTuple):
+    """The tokens of one prompt, without special ones."""
+
+    text: str
+    ids: list[int]
+    weights: list[float]
+    starts: list[int]
+    """Where in the text each token begins."""
+    breaks: list[int]
+    """How good a place each token is to begin a new chunk at: 2 after a comma, 1 at a word, 0 inside one."""
+
+
+class Frame(NamedTuple):
+    """The special tokens around a prompt."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Frame":
+        encoded = tokenizer("a", return_special_tokens_mask=True)
+        ids, special = encoded.input_ids, encoded.special_tokens_mask
+        first = special.index(0)
+        last = len(special) - special[::-1].index(0)
+        return cls(ids[:first], ids[last:])
+
+    def room(self, length: int) -> int:
+        """How many tokens of the prompt fit between them.
+
+        Raises:
+            ValueError: none.
+        """
+        room = length - len(self.before) - len(self.after)
+        if room < 1:
+            raise ValueError(f"{length} tokens are too few for a prompt and the tokenizer's special tokens")
+        return room
+
+
+def read_prompt(prompt: str, tokenizer: Any, weights: bool) -> Content:
+    """The tokens of a prompt, with their weights if `weights` are to be read."""
+    pieces = parse_weights(prompt) if weights else [Piece(prompt, 1.0)]
+    pieces = [Piece(expand_words([text], tokenizer)[0], weight) for text, weight in pieces]
+    text = "".join(piece.text for piece in pieces)
+    of_character = [weight for piece, weight in pieces for _ in piece]
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"a {type(tokenizer).__name__} does not say where in a prompt its tokens are, so prompt_weights and "
+            f"long_prompts='chunk' do not work with it"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    starts = [start for start, _ in encoded.offset_mapping]
+    breaks = []
+    for start in starts:
+        before = text[:start].rstrip()
+        at_word = start == 0 or len(before) < start
+        breaks.append(2 if before.endswith(COMMAS) and at_word else int(at_word))
+    return Content(text, list(encoded.input_ids), [of_character[start] for start in starts], starts, breaks)
+
+
+def split_content(content: Content, room: int) -> list[slice]:
+    """Where to cut a prompt's tokens so that each part has at most `room`: after a comma, if there is one near the end
+    of the part, else between words, else where it has to be.
+    """
+    parts, start = [], 0
+    while len(content.ids) - start > room:
+        end = start + room
+        near = range(end, start + room - room // 3 - 1, -1)
+        commas = [i for i in near if content.breaks[i] == 2]
+        words = [i for i in range(end, start, -1) if content.breaks[i]]
+        stop = (commas or words or [end])[0]
+        parts.append(slice(start, stop))
+        start = stop
+    return [*parts, slice(start, len(content.ids))]
+
+
+def count_chunks(prompts: Sequence[str], tokenizer: Any, length: int, weights: bool = False) -> int:
+    """How many chunks of `length` tokens the longest of `prompts` needs."""
+    room = Frame.of(tokenizer).room(length)
+    return max(len(split_content(read_prompt(prompt, tokenizer, weights), room)) for prompt in prompts)
+
+
+def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, *, weights: bool = False, chunks: int = 1) -> Tokens:
+    """`prompts` in `chunks` parts of `length` tokens each, every part with the special tokens of a whole prompt.
+
+    A prompt that fits into one part has the tokens that the tokenizer gives it; what is too long for all is cut.
+
+    Raises:
+        ValueError: a bracket has no partner; the tokenizer does not tell where its tokens are, or has no padding.
+    """
+    frame = Frame.of(tokenizer)
+    room, padding = frame.room(length), tokenizer.pad_token_id
+    if padding is None:
+        raise ValueError(f"the {type(tokenizer).__name__} has no padding token; set tokenizer.pad_token")
+    rows: list[tuple[list[int], list[int], list[float]]] = []
+    cut = []
+    for prompt in prompts:
+        content = read_prompt(prompt, tokenizer, weights)
+        # One chunk is cut where the tokenizer would cut it
+        parts = split_content(content, room) if chunks > 1 else [slice(0, room)]
+        kept = parts[:chunks]
+        end = kept[-1].stop
+        cut.append(content.text[content.starts[end] :] if end < len(content.ids) else "")
+        for part in kept + [slice(0, 0)] * (chunks - len(kept)):
+            ids = [*frame.before, *content.ids[part], *frame.after]
+            own = [1.0] * len(frame.before) + content.weights[part]
+            free = length - len(ids)
+            rows.append((ids + [padding] * free, [1] * len(ids) + [0] * free, own + [1.0] * (length - len(own))))
+    ids, masks, strengths = zip(*rows, strict=True)
+    return Tokens(torch.tensor(ids), torch.tensor(masks), torch.tensor(strengths), cut)
+
+
+def weigh(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+    """Text states (B, L, D) with every token's influence times its weight (B, L).
+
+    A state moves along the line from the one that the empty prompt has in its place (1 or B, L, D), as ComfyUI does it:
+    at 0 the token is as if not written, at 1 nothing is changed, not a bit. Multiplying the states themselves, with
+    their mean restored, is the older way; it also scales what all prompts have in common.
+    """
+    factor = weights.to(states)[:, :, None]
+    return torch.where(factor == 1, states, empty + factor * (states - empty))

@@ -1,0 +1,71 @@
+"""The best of several: pictures of one prompt, ranked by how well a CLIP model finds them to fit it.
+
+DALL-E (Ramesh et al. 2021), Sec. 2.6, draws 512 and keeps the best.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentdiff.metrics.clip import ClipScore, load_clip
+
+BATCH = 16
+
+
+def check_candidates(candidates: Any, kept: int) -> None:
+    """Raises ValueError if of `candidates` pictures `kept` cannot be kept."""
+    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < kept:
+        raise ValueError(
+            f"candidates must be a whole number, at least the {kept} to keep of each prompt, not {candidates!r}"
+        )
+
+
+def load_reranker(source: Any) -> ClipScore:
+    """A ``ClipScore``, or one loaded from where `latentdiff.metrics.clip.load_clip` finds it.
+
+    What is loaded is kept for the next call.
+
+    Raises:
+        TypeError: neither a ``ClipScore`` nor a name.
+        FileNotFoundError, ValueError: there is no such model, or it is no CLIP.
+    """
+    if isinstance(source, ClipScore):
+        return source
+    if not isinstance(source, str) and not hasattr(source, "__fspath__"):
+        raise TypeError(f"a reranker is a ClipScore, or the name or folder of a CLIP model, not {source!r}")
+    return _load_once(str(source))
+
+
+@lru_cache(maxsize=1)
+def _load_once(source: str) -> ClipScore:
+    return load_clip(source)
+
+
+def best_of(
+    images: Sequence[Image.Image], prompts: Sequence[str], candidates: int, keep: int, reranker: ClipScore
+) -> tuple[list[int], list[float]]:
+    """Of `candidates` pictures of each prompt the `keep` that fit it best.
+
+    Args:
+        images: for each prompt in turn `candidates`.
+
+    Returns:
+        Which they are, for each prompt in turn, the best first; and their scores, from 0 to 100. Of equal ones the
+        earlier comes first.
+
+    Raises:
+        ValueError: the numbers do not go together.
+    """
+    check_candidates(candidates, keep)
+    if len(images) != len(prompts) * candidates:
+        raise ValueError(f"{len(images)} pictures are not {candidates} for each of {len(prompts)} prompts")
+    captions = [prompt for prompt in prompts for _ in range(candidates)]
+    scores = torch.cat(
+        [reranker.scores(images[i : i + BATCH], captions[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    )
+    order = scores.view(len(prompts), candidates).argsort(dim=1, descending=True, stable=True)[:, :keep]
+    best = (order + candidates * torch.arange(len(prompts))[:, None]).flatten()
+    return best.tolist(), scores[best].tolist()
