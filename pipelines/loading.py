@@ -1,5 +1,6 @@
 """Pipeline folders to components: our networks where diffusers would build its own."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,30 @@ def load_networks(
         if class_name not in class_names:
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {' or '.join(class_names)}")
         has_variant = variant is not None and any((folder / name).glob(f"*.{variant}*.safetensors"))
-        networks[name], info = getattr(models, class_name).from_pretrained(
-            folder / name,
-            dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
-            variant=variant if has_variant else None,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        try:
+            networks[name], info = getattr(models, class_name).from_pretrained(
+                folder / name,
+                dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
+                variant=variant if has_variant else None,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{folder / name}: {told_shortly(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing:  # diffusers would leave them at random values
             raise ValueError(
                 f"{folder / name}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
             )
     return networks
+
+
+def told_shortly(error: Exception) -> str:
+    """What an error of diffusers' loader says, without its advice to load with random weights instead."""
+    shapes = re.search(
+        r"because (\S+) expected shape (?:torch\.Size\()?(.*?)\)?, but got (?:torch\.Size\()?(.*?)\)?\.", str(error)
+    )
+    if shapes is None:
+        return str(error)
+    key, wanted, found = shapes.groups()
+    return f"the weights do not fit config.json: {key} should have the shape {wanted}, and has {found}"

@@ -4,10 +4,15 @@ import difflib
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+def yaml_no(value: Any) -> Any:
+    """YAML reads a bare ``no`` as False; where "no" is a choice, that is what was meant."""
+    return "no" if value is False else value
 
 
 class Settings(BaseModel):
@@ -94,7 +99,7 @@ class RunSettings(DataSettings):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights that are saved; 0: no average")
     ema_warmup: bool = Field(True, description="let the average follow faster at first: (1 + step) / (10 + step)")
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(yaml_no)] = "no"
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     compile: bool = Field(False, description="torch.compile the network that is trained")
     seed: int = Field(0, ge=0)

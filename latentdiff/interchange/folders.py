@@ -10,6 +10,9 @@ from typing import Any
 from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packaged_models
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")
+"""Where a pipeline's components may come from: two libraries, and two of diffusers' folders of pipelines. diffusers
+itself imports any module that a folder names."""
 
 
 def find_model(source: str | Path | None) -> Path | None:
@@ -44,7 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError naming `file` if it is not a JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: a JSON object is expected, not a {type(value).__name__}")
@@ -64,11 +67,29 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
             f"folders vae, text_encoder, tokenizer, unet and scheduler beside it)"
         )
     index = read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name", ""), str):
+        raise ValueError(
+            f"{folder}: the pipeline needs code of its own, {index['_class_name'][0]}.py, which is not run"
+        )
     for name, value in index.items():
         is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if is_component and name not in given:
+        if not is_component or name.startswith("_"):
+            continue
+        check_origin(folder / "model_index.json", name, value[0])
+        if name not in given:
             check_component(folder, name, value[1])
     return index
+
+
+def check_origin(index: Path, name: str, library: Any) -> None:
+    """Raises ValueError for a component whose code would come from who knows where, or that lies outside the folder."""
+    if not name.isidentifier():
+        raise ValueError(f"{index}: {name!r} is no name for a component")
+    if library not in LIBRARIES:
+        raise ValueError(
+            f"{index}: {name} is of {library!r}; only components of diffusers and transformers are loaded, "
+            f"others could run any code"
+        )
 
 
 def check_component(folder: Path, name: str, class_name: str) -> None:
@@ -80,7 +101,10 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
     for file in sorted(part.glob("*.json")):
         names = read_json(file)
         if file.name.endswith(".index.json"):
-            for shard in sorted(set(names.get("weight_map", {}).values())):
+            shards = names.get("weight_map", {})
+            for shard in sorted({str(value) for value in shards.values()} if isinstance(shards, dict) else {}):
+                if Path(shard).name != shard:
+                    raise ValueError(f"{file} names the shard {shard!r}, which is not a file beside it")
                 if not (part / shard).is_file():
                     raise FileNotFoundError(f"{part / shard} is missing; {file.name} names it")
     for file in sorted(part.glob("*.safetensors")):

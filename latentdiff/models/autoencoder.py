@@ -262,6 +262,8 @@ def commit_loss(bottleneck: BottleneckOutput) -> Tensor:
 def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:
     """Raises ValueError with key and value for what neither autoencoder can be."""
     levels = len(config["block_out_channels"])
+    for key in ("in_channels", "out_channels", "latent_channels"):
+        per_level(name, key, config[key], 1)
     channels = per_level(name, "block_out_channels", config["block_out_channels"], levels)
     check_choice(name, "act_fn", config["act_fn"], ("silu", "swish"))
     check_choice(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS)

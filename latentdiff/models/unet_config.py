@@ -73,6 +73,8 @@ class UNetLevels(NamedTuple):
         def levels(key: str, least: int = 1) -> tuple[int, ...]:
             return per_level(NAME, key, config[key], count, least)
 
+        for key in ("in_channels", "out_channels"):
+            per_level(NAME, key, config[key], 1)
         channels = levels("block_out_channels")
         groups = per_level(NAME, "norm_num_groups", config["norm_num_groups"], 1) * count
         check_multiple(NAME, "block_out_channels", channels, "norm_num_groups", groups)

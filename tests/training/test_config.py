@@ -64,3 +64,10 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert settings.learning_rate_at(9) == settings.learning_rate_at(50) == settings.learning_rate_at(80) == 1.0
     assert settings.learning_rate_at(90) == pytest.approx(0.5)
     assert settings.learning_rate_at(99) == pytest.approx(0.05)
+
+
+def test_a_bare_no_is_the_choice_no(tmp_path: Path) -> None:
+    assert AutoencoderSettings.load(None, {"data": "x", "output": "y", "mixed_precision": "no"}).mixed_precision == "no"
+    file = tmp_path / "settings.yaml"
+    file.write_text("data: x\noutput: y\nmixed_precision: no\n")
+    assert AutoencoderSettings.load(file).mixed_precision == "no"

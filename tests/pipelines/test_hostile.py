@@ -1,0 +1,149 @@
+"""Model folders that are broken, or made to do harm: refused with a message, nothing run, nothing written."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentdiff import TextToImagePipeline
+
+
+class Mine:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+CODE = "import pathlib\npathlib.Path({mark!r}).touch()\nclass Evil:\n    pass\n"
+
+
+def change_index(folder: Path, **values: Any) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def change_config(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def pickled_unet(folder: Path, mark: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Mine(mark)))
+
+
+def pickled_text_encoder(folder: Path, mark: Path) -> None:
+    (folder / "text_encoder/model.safetensors").unlink()
+    (folder / "text_encoder/pytorch_model.bin").write_bytes(pickle.dumps(Mine(mark)))
+
+
+def pickle_called_safetensors(folder: Path, mark: Path) -> None:
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(Mine(mark)))
+
+
+def code_for_a_component(folder: Path, mark: Path) -> None:
+    (folder / "unet/evil.py").write_text(CODE.format(mark=str(mark)))
+    change_index(folder, unet=["evil", "Evil"])
+
+
+def code_for_the_pipeline(folder: Path, mark: Path) -> None:
+    (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    (folder / "pipeline.py").write_text(CODE.format(mark=str(mark)))
+    change_index(folder, _class_name=["evil", "Evil"])
+
+
+def any_module(folder: Path, mark: Path) -> None:
+    change_index(folder, tokenizer=["antigravity", "fly_fly"])
+
+
+def component_outside(folder: Path, mark: Path) -> None:
+    change_index(folder, **{"../outside": ["transformers", "CLIPTextModel"]})
+
+
+def shard_outside(folder: Path, mark: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "moved.safetensors")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "../moved.safetensors"}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_missing(folder: Path, mark: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def header_without_end(folder: Path, mark: Path) -> None:
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def deep_json(folder: Path, mark: Path) -> None:
+    (folder / "scheduler/scheduler_config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
+def index_is_a_list(folder: Path, mark: Path) -> None:
+    (folder / "model_index.json").write_text("[]")
+
+
+def other_widths(folder: Path, mark: Path) -> None:
+    change_config(folder / "unet/config.json", block_out_channels=[16, 64])
+
+
+def more_layers(folder: Path, mark: Path) -> None:
+    change_config(folder / "unet/config.json", layers_per_block=2)
+
+
+def wrong_kind_of_value(folder: Path, mark: Path) -> None:
+    change_config(folder / "vae/config.json", latent_channels="four")
+
+
+def unknown_key(folder: Path, mark: Path) -> None:
+    change_config(folder / "unet/config.json", atention_head_dim=4)
+
+
+HARM: list[tuple[Callable[[Path, Path], None], str]] = [
+    (pickled_unet, "unet"),
+    (pickled_text_encoder, "text_encoder|safetensors"),
+    (pickle_called_safetensors, "diffusion_pytorch_model.safetensors is damaged"),
+    (code_for_a_component, r"unet is of 'evil'; only components of diffusers and transformers"),
+    (code_for_the_pipeline, r"the pipeline needs code of its own, evil.py, which is not run"),
+    (any_module, r"tokenizer is of 'antigravity'"),
+    (component_outside, r"'\.\./outside' is no name for a component"),
+    (shard_outside, r"names the shard '\.\./moved.safetensors', which is not a file beside it"),
+    (shard_missing, r"00001-of-00002.safetensors is missing"),
+    (header_without_end, "vae/diffusion_pytorch_model.safetensors is damaged"),
+    (deep_json, "scheduler_config.json is damaged"),
+    (index_is_a_list, "model_index.json is damaged: a JSON object is expected, not a list"),
+    (other_widths, r"model/unet: the weights do not fit config.json: \S+ should have the shape \[.*\], and has \["),
+    (more_layers, r"model/unet: the weights do not fit config.json: "),
+    (wrong_kind_of_value, "latent_channels"),
+    (unknown_key, "unknown config key 'atention_head_dim'; did you mean 'attention_head_dim'"),
+]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("harm", "message"), HARM, ids=[harm.__name__ for harm, _ in HARM])
+def test_is_refused(folder: Path, tmp_path: Path, harm: Callable[[Path, Path], None], message: str) -> None:
+    harm(folder, tmp_path / "mark")
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, OSError, TypeError), match=message):
+        TextToImagePipeline.from_pretrained(folder)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_for_other_loaders_is_not_run(folder: Path, tmp_path: Path) -> None:
+    for part in ("tokenizer", "text_encoder"):
+        (folder / part / "evil.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
+    change_config(folder / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    change_config(folder / "text_encoder/config.json", auto_map={"AutoModel": "evil.Evil"})
+    assert type(TextToImagePipeline.from_pretrained(folder)) is TextToImagePipeline
+    assert not (tmp_path / "mark").exists()
