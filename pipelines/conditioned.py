@@ -17,9 +17,10 @@ from latentdiff.pipelines.noise import Generators
 from latentdiff.pipelines.pictures import are_latents, check_pictures
 from latentdiff.pipelines.prompts import PromptEncoder, count_prompts
 from latentdiff.pipelines.schedulers import modern_scheduler
+from latentdiff.pipelines.single_file import SingleFilePipeline
 
 
-class TextPipeline(AdapterPipeline, LatentPipeline):
+class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
     """What the pipelines with a text encoder share: their components, and how a call begins.
 
     Args:

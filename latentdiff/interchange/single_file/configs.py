@@ -1,0 +1,196 @@
+"""What the networks in a checkpoint are, told from the shapes of their weights.
+
+Shapes do not tell everything. The number of attention heads is what Stable Diffusion has: 8 where a transformer's
+projections are convolutions (1.x, Latent Diffusion), one for 64 channels where they are linear (2.x).
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from latentdiff.interchange.single_file.files import Checkpoint
+from latentdiff.interchange.single_file.names import BERT, CLIP, OPEN_CLIP, UNET, VAE
+
+Config = dict[str, Any]
+
+
+def numbers(names: Iterable[str], pattern: str) -> list[int]:
+    """The distinct numbers that stand at the group of `pattern` in the beginnings of `names`, in order."""
+    found = (re.match(pattern, name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
+
+
+def simplified(values: list[Any]) -> Any:
+    """One value if all are equal."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+class UNetShapes:
+    """A UNet's levels, read from the way down."""
+
+    def __init__(self, weights: Checkpoint) -> None:
+        self.weights = weights
+        self.channels: list[int] = []
+        self.layers: list[int] = []
+        self.depths: list[int] = []
+        self.only_cross: list[bool] = []
+        self.text_dim = 0
+        self.linear = False
+        self.new_level()
+        for i in numbers(weights, re.escape(UNET) + r"input_blocks\.(\d+)\.")[1:]:
+            self.read_block(f"{UNET}input_blocks.{i}.")
+
+    def new_level(self) -> None:
+        self.channels.append(0)
+        self.layers.append(0)
+        self.depths.append(0)
+        self.only_cross.append(False)
+
+    def read_block(self, block: str) -> None:
+        weights = self.weights
+        if f"{block}0.op.weight" in weights:
+            self.new_level()
+            return
+        self.channels[-1] = weights.shape(f"{block}0.in_layers.2.weight")[0]
+        self.layers[-1] += 1
+        if f"{block}1.proj_in.weight" not in weights:
+            return
+        self.depths[-1] = len(numbers(weights, re.escape(block) + r"1\.transformer_blocks\.(\d+)\."))
+        self.linear = len(weights.shape(f"{block}1.proj_in.weight")) == 2
+        self.text_dim = weights.shape(f"{block}1.transformer_blocks.0.attn2.to_k.weight")[1]
+        first = weights.shape(f"{block}1.transformer_blocks.0.attn1.to_k.weight")[1]
+        self.only_cross[-1] = first != self.channels[-1]
+
+    def up_attention(self) -> list[bool]:
+        """Whether the levels have transformers on the way up, from the lowest resolution."""
+        found, block = [], 0
+        for layers in self.layers[::-1]:
+            found.append(f"{UNET}output_blocks.{block}.1.proj_in.weight" in self.weights)
+            block += layers + 1
+        return found
+
+
+def unet_config(weights: Checkpoint) -> Config:
+    """diffusers' config of the UNet in a checkpoint.
+
+    Raises:
+        ValueError: it is not one of Latent Diffusion's.
+    """
+    try:
+        shapes = UNetShapes(weights)
+        conv_in, conv_out = weights.shape(f"{UNET}input_blocks.0.0.weight"), weights.shape(f"{UNET}out.2.weight")
+        up = shapes.up_attention()
+    except KeyError as error:
+        raise ValueError(f"{weights.file}: the UNet is not one of Latent Diffusion's; it has no {error}") from None
+    down = [depth > 0 for depth in shapes.depths]
+    heads = [max(1, channels // 64) for channels in shapes.channels] if shapes.linear else [8]
+    middle = f"{UNET}middle_block.1.proj_in.weight" in weights
+    config: Config = {
+        "in_channels": conv_in[1],
+        "out_channels": conv_out[0],
+        "block_out_channels": shapes.channels,
+        "layers_per_block": simplified(shapes.layers),
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
+        "transformer_layers_per_block": simplified([depth or 1 for depth in shapes.depths]),
+        "attention_head_dim": simplified(heads),
+        "cross_attention_dim": shapes.text_dim or 1280,
+        "use_linear_projection": shapes.linear,
+        "only_cross_attention": simplified(shapes.only_cross),
+        "sample_size": 64,
+    }
+    labels = f"{UNET}label_emb.weight"
+    if labels in weights:
+        config["num_class_embeds"] = weights.shape(labels)[0]
+    return config
+
+
+def vae_config(weights: Checkpoint) -> Config:
+    """diffusers' config of the autoencoder in a checkpoint, without its ``scaling_factor``.
+
+    Raises:
+        ValueError: it is not one of Latent Diffusion's.
+    """
+    try:
+        conv_in = weights.shape(f"{VAE}encoder.conv_in.weight")
+        levels = numbers(weights, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
+        channels = [weights.shape(f"{VAE}encoder.down.{i}.block.0.conv2.weight")[0] for i in levels]
+        layers = numbers(weights, re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\.")
+        latent_channels = weights.shape(f"{VAE}decoder.conv_in.weight")[1]
+        out_channels = weights.shape(f"{VAE}decoder.conv_out.weight")[0]
+    except KeyError as error:
+        raise ValueError(f"{weights.file}: the autoencoder is not one of Latent Diffusion's; no {error}") from None
+    attends = [f"{VAE}encoder.down.{i}.attn.0.q.weight" in weights for i in levels]
+    config: Config = {
+        "in_channels": conv_in[1],
+        "out_channels": out_channels,
+        "latent_channels": latent_channels,
+        "block_out_channels": channels,
+        "layers_per_block": len(layers),
+        "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in attends[::-1]],
+        "mid_block_add_attention": f"{VAE}encoder.mid.attn_1.q.weight" in weights,
+    }
+    codebook = f"{VAE}quantize.embedding.weight"
+    if codebook in weights:
+        config |= dict(zip(("num_vq_embeddings", "vq_embed_dim"), weights.shape(codebook), strict=True))
+    elif f"{VAE}quant_conv.weight" not in weights:
+        config |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    return config
+
+
+def text_kind(weights: Checkpoint) -> str | None:
+    """Which text encoder a checkpoint has: "clip" (1.x), "open_clip" (2.x), "bert" (Latent Diffusion) or None."""
+    if f"{OPEN_CLIP}token_embedding.weight" in weights:
+        return "open_clip"
+    if f"{BERT}token_emb.weight" in weights:
+        return "bert"
+    if f"{CLIP}text_model.embeddings.token_embedding.weight" in weights:
+        return "clip"
+    return None
+
+
+def text_config(weights: Checkpoint, kind: str) -> Config:
+    """transformers' config of the CLIP text encoder in a checkpoint, or that of diffusers' ``LDMBertModel``.
+
+    Of a whole open_clip tower (one that has its projection) the last layer is left out: Stable Diffusion 2 takes the
+    states before it.
+    """
+    if kind == "bert":
+        vocabulary, width = weights.shape(f"{BERT}token_emb.weight")
+        layers = numbers(weights, re.escape(BERT) + r"attn_layers\.layers\.(\d+)\.")
+        inner = weights.shape(f"{BERT}attn_layers.layers.0.1.to_q.weight")[0]
+        return {
+            "vocab_size": vocabulary,
+            "max_position_embeddings": weights.shape(f"{BERT}pos_emb.emb.weight")[0],
+            "encoder_layers": len(layers) // 2,
+            "encoder_ffn_dim": weights.shape(f"{BERT}attn_layers.layers.1.1.net.0.0.weight")[0],
+            "encoder_attention_heads": 8,
+            "head_dim": inner // 8,
+            "d_model": width,
+        }
+    if kind == "clip":
+        body = f"{CLIP}text_model."
+        tokens, positions = f"{body}embeddings.token_embedding.weight", f"{body}embeddings.position_embedding.weight"
+        layers = numbers(weights, re.escape(body) + r"encoder\.layers\.(\d+)\.")
+        inner = weights.shape(f"{body}encoder.layers.0.mlp.fc1.weight")[0]
+    else:
+        tokens, positions = f"{OPEN_CLIP}token_embedding.weight", f"{OPEN_CLIP}positional_embedding"
+        layers = numbers(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
+        layers = layers[:-1] if f"{OPEN_CLIP}text_projection" in weights else layers
+        inner = weights.shape(f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight")[0]
+    vocabulary, width = weights.shape(tokens)
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": weights.shape(positions)[0],
+        "hidden_act": "quick_gelu" if kind == "clip" else "gelu",
+        "projection_dim": 768 if kind == "clip" else 512,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1 if kind == "clip" else 0,
+    }
