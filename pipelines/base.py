@@ -48,9 +48,10 @@ class LatentPipeline(FolderPipeline):
         if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
             raise ValueError("a safety_checker needs its feature_extractor")
         self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
-        self.vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+        vae = parts["vae"]  # None in a pipeline that only encodes prompts
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=parts["vae"].config.latent_channels
+            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
         )
         self._guidance_scale: float | tuple[float, ...] = 1.0
         self._guidance_rescale, self._guidance_interval = 0.0, None
@@ -81,7 +82,13 @@ class LatentPipeline(FolderPipeline):
 
     @property
     def guidance(self) -> ClassifierFreeGuidance:
-        return ClassifierFreeGuidance(self._guidance_scale, self._guidance_rescale, self._guidance_interval)
+        scale = 1.0 if self.guides_itself else self._guidance_scale
+        return ClassifierFreeGuidance(scale, self._guidance_rescale, self._guidance_interval)
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether the UNet was taught to give guided predictions, and is told the scale (LCM)."""
+        return getattr(self.unet.config, "time_cond_proj_dim", None) is not None
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -225,6 +232,19 @@ class LatentPipeline(FolderPipeline):
             strength,
         )
         return source, seeds
+
+    def denoiser(self, drawing: Drawing, **conditions: Any) -> steps.GuidedDenoiser:
+        """The UNet with all that a drawing conditions it on; ``conditions`` are `GuidedDenoiser`'s."""
+        return steps.GuidedDenoiser(self.unet, drawing.embeds, self.guidance, **conditions, **self.own_scale(drawing))
+
+    def own_scale(self, drawing: Drawing) -> dict[str, Tensor]:
+        """What a UNet that guides itself is told of the guidance scale."""
+        if not self.guides_itself:
+            return {}
+        scale = self._guidance_scale
+        scales = torch.tensor(scale if isinstance(scale, tuple) else (float(scale),) * drawing.count)
+        embedding = steps.guidance_embedding(scales, self.unet.config.time_cond_proj_dim)
+        return {"timestep_cond": embedding.to(self._execution_device, self.unet.dtype)}
 
     def run_steps(
         self,

@@ -1,6 +1,7 @@
 """Pipelines as folders: loaded with our networks, saved as diffusers' own."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,6 +12,8 @@ from diffusers import DiffusionPipeline
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, refuse_options
 from latentdiff.pipelines.saving import move_into, tidy_configs
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
@@ -94,16 +97,15 @@ class FolderPipeline(DiffusionPipeline):
 
         Args:
             save_directory: made if need be.
-            safe_serialization: must be True; weights go into safetensors files.
+            safe_serialization: weights go into safetensors files, also when this is False.
             variant: such as "fp16", a part of the weight files' names.
             max_shard_size: of one weight file, such as "15MB".
             push_to_hub: upload too; ``options`` are then ``repo_id``, ``token``, ``private`` and so on.
-
-        Raises:
-            ValueError: ``safe_serialization=False``.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization=False is not supported: weights are saved in safetensors files")
+            logger.warning(
+                "safe_serialization=False: no pickles are written here; the weights go into safetensors files"
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

@@ -89,7 +89,7 @@ class ImageToImagePipeline(TextPipeline):
             start = self.start_latents(drawing, pixels)
             noise = drawing.noise.first(tuple(start.shape)).to(start)
             result = yield from self.run_steps(
-                steps.GuidedDenoiser(self.unet, drawing.embeds, self.guidance),
+                self.denoiser(drawing),
                 steps.noised(self.scheduler, start, noise, schedule[0]),
                 schedule,
                 callback_on_step_end,

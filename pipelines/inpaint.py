@@ -148,6 +148,7 @@ class InpaintPipeline(TextPipeline):
                 self.guidance,
                 mask=self._latent_mask(drawing, canvas.mask, shape),
                 masked=self._masked_latents(drawing, canvas, masked_image_latents, plain),
+                **self.own_scale(drawing),
             )
             result = yield from self.run_steps(
                 denoiser,
@@ -224,8 +225,8 @@ class PaintingDenoiser(steps.GuidedDenoiser):
         masked: (B, C, h, w), latents of the picture without that, or None with a plain UNet.
     """
 
-    def __init__(self, *parts: Any, mask: Tensor, masked: Tensor | None) -> None:
-        super().__init__(*parts)
+    def __init__(self, *parts: Any, mask: Tensor, masked: Tensor | None, **told: Tensor) -> None:
+        super().__init__(*parts, **told)
         self.set_mask(mask, masked)
 
     def set_mask(self, mask: Tensor, masked: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.models.layers import timestep_features
 from latentdiff.pipelines.noise import Generators
 
 
@@ -143,6 +144,14 @@ def clean_latents(scheduler: Any, scaled: Tensor, prediction: Tensor, timestep: 
     return x.to(scaled.dtype)
 
 
+def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
+    """Guidance scales (B,) -> (B, dim), for a UNet that guides itself: sinusoids of 1000 (scale - 1).
+
+    On Distillation of Guided Diffusion Models (Meng et al. 2023), Sec. 3; the layout is that of diffusers' LCM.
+    """
+    return timestep_features((scales - 1) * 1000.0, dim, flip_sin_to_cos=False, freq_shift=1)
+
+
 class GuidedDenoiser:
     """A UNet with its text and its guidance: latents and a timestep in, a prediction out.
 
@@ -155,6 +164,7 @@ class GuidedDenoiser:
         guidance: may be replaced between steps.
         condition: (B, C', h, w), further channels that the UNet takes after the latents', such as a mask.
         class_labels: (B,), for a UNet with class embeddings.
+        timestep_cond: (B, D), for a UNet that guides itself, from `guidance_embedding`.
     """
 
     def __init__(
@@ -164,10 +174,12 @@ class GuidedDenoiser:
         guidance: ClassifierFreeGuidance,
         condition: Tensor | None = None,
         class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> None:
         self.unet = unet
         self.guidance = guidance
-        self.condition, self.class_labels = condition, class_labels
+        self.condition = condition
+        self.told = {"class_labels": class_labels, "timestep_cond": timestep_cond}
         self.remembers = hasattr(unet, "encode_text") and not is_compiled_module(unet) and not unet._compiled_call_impl
         self.prompt_embeds = prompt_embeds
 
@@ -189,14 +201,14 @@ class GuidedDenoiser:
         if self.condition is not None:
             condition = self.condition.repeat(rows // len(self.condition), 1, 1, 1)
             latents = torch.cat([latents, condition], dim=1)
-        labels = {}
-        if self.class_labels is not None:
-            labels["class_labels"] = self.class_labels.repeat(rows // len(self.class_labels))
+        told = {
+            name: torch.cat([value] * (rows // len(value))) for name, value in self.told.items() if value is not None
+        }
         if self._text is not None:
             context = self._text if text == slice(None) else self._text.select(text)
-            return self.unet.denoise(latents, self.unet.embed_time(timestep, **labels), context)
+            return self.unet.denoise(latents, self.unet.embed_time(timestep, **told), context)
         states = self.prompt_embeds[text]
-        return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False, **labels)[0]
+        return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False, **told)[0]
 
     def __call__(self, latents: Tensor, timestep: Tensor, guided: bool = True) -> Tensor:
         """(B, C, h, w) -> the guided prediction, (B, C, h, w).

@@ -129,7 +129,7 @@ class SuperResolutionPipeline(TextPipeline):
             shape = (drawing.count, self.vae.config.latent_channels, *pixels.shape[-2:])
             noise = drawing.noise.first(shape) if latents is None else steps.check_latents(latents, shape)
             result = yield from self.run_steps(
-                steps.GuidedDenoiser(self.unet, drawing.embeds, self.guidance, condition, labels),
+                self.denoiser(drawing, condition=condition, class_labels=labels),
                 (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype),
                 schedule,
                 callback_on_step_end,

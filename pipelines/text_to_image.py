@@ -108,7 +108,7 @@ class TextToImagePipeline(TextPipeline):
             shape = self.latents_shape(drawing.count, height, width)
             noise = drawing.noise.first(shape) if latents is None else steps.check_latents(latents, shape)
             result = yield from self.run_steps(
-                steps.GuidedDenoiser(self.unet, drawing.embeds, self.guidance),
+                self.denoiser(drawing),
                 (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype),
                 schedule,
                 callback_on_step_end,

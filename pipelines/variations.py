@@ -99,7 +99,7 @@ class ImageVariationPipeline(LatentPipeline):
         shape = self.latents_shape(drawing.count, height, width)
         noise = noise_source.first(shape) if latents is None else steps.check_latents(latents, shape)
         result = yield from self.run_steps(
-            steps.GuidedDenoiser(self.unet, embeds, self.guidance),
+            self.denoiser(drawing),
             (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype),
             schedule,
             callback_on_step_end,

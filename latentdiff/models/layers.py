@@ -40,14 +40,22 @@ def timestep_features(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_s
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn sinusoids into the embedding every resnet block of the UNet receives."""
+    """Two linear layers that turn sinusoids into the embedding every resnet block of the UNet receives.
 
-    def __init__(self, in_dim: int, dim: int) -> None:
+    ``condition_dim``: width of something else to be told with the time, such as a guidance scale's embedding.
+    """
+
+    def __init__(self, in_dim: int, dim: int, condition_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
+        self.cond_proj = None if condition_dim is None else nn.Linear(condition_dim, in_dim, bias=False)
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, in_dim), maybe (B, condition_dim) -> (B, dim)."""
+        if condition is not None:
+            assert self.cond_proj is not None
+            features = features + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(features)))
 
 

@@ -85,6 +85,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         num_class_embeds: int | None = None,
         resnet_time_scale_shift: str = "default",
         time_embedding_dim: int | None = None,
+        time_cond_proj_dim: int | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         time_dim = time_embedding_dim or block_out_channels[0] * 4
 
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(block_out_channels[0], time_dim)
+        self.time_embedding = TimestepEmbedding(block_out_channels[0], time_dim, time_cond_proj_dim)
         self.class_embedding: nn.Module | None = None
         if class_embed_type == "timestep":
             self.class_embedding = TimestepEmbedding(block_out_channels[0], time_dim)
@@ -173,14 +174,18 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """Timesteps, one number or (B,) -> (1 or B, D). Device and dtype of the result are the weights', or given.
 
         ``class_labels``, for a UNet with class embeddings: (B,) whole numbers below ``num_class_embeds``, (B,) numbers
         like timesteps, or (B, D), by ``class_embed_type``; Stable Diffusion's upscaler is told a noise level so.
+        ``timestep_cond``, for a UNet with ``time_cond_proj_dim``: (B, that), the embedding of a guidance scale
+        (``pipelines.steps.guidance_embedding``) for a UNet that was taught to guide itself (LCM, Luo et al. 2023).
 
         Raises:
-            ValueError: labels are given and the UNet has no class embeddings, or the other way round.
+            ValueError: labels are given and the UNet has no class embeddings, or the other way round; a condition is
+                given to a UNet that takes none.
         """
         weight = self.time_embedding.linear_1.weight
         timesteps = torch.as_tensor(timesteps, device=device or weight.device).reshape(-1)
@@ -188,7 +193,9 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         features = timestep_features(
             timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )  # (B, channels)
-        time = self.time_embedding(features.to(dtype or weight.dtype))
+        if timestep_cond is not None and self.time_embedding.cond_proj is None:
+            raise ValueError("UNet2DConditionModel: timestep_cond was given, but the UNet has no time_cond_proj_dim.")
+        time = self.time_embedding(features.to(dtype or weight.dtype), timestep_cond)
         return time if class_labels is None and self.class_embedding is None else time + self._embed_class(class_labels)
 
     def _embed_class(self, class_labels: Tensor | None) -> Tensor:
@@ -250,7 +257,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
         class_labels: Tensor | None = None,
-        timestep_cond: None = None,
+        timestep_cond: Tensor | None = None,
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, Any] | None = None,
@@ -268,7 +275,6 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             ValueError: one that is not supported is given.
         """
         refuse_given(
-            timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
             added_cond_kwargs=added_cond_kwargs or None,
@@ -276,7 +282,7 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
-        time = self.embed_time(timestep, sample.device, sample.dtype, class_labels)
+        time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
         text = self.encode_text(encoder_hidden_states, encoder_attention_mask)
         sample = self.denoise(sample, time, text)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)

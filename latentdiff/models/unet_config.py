@@ -27,7 +27,6 @@ NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "projection_class_embeddings_input_dim": (None,),
@@ -78,15 +77,21 @@ class UNetLevels(NamedTuple):
         channels = levels("block_out_channels")
         groups = per_level(NAME, "norm_num_groups", config["norm_num_groups"], 1) * count
         check_multiple(NAME, "block_out_channels", channels, "norm_num_groups", groups)
-        check_multiple(NAME, "block_out_channels", channels, "attention_head_dim", levels("attention_head_dim"))
+        down = tuple("Attn" in kind for kind in config["down_block_types"])
+        up = tuple("Attn" in kind for kind in config["up_block_types"])
+        middle = (False,) * (count - 1) + (config["mid_block_type"] == MID_BLOCKS[0],)
+        heads = levels("attention_head_dim")
+        for values in zip(channels, heads, down, up[::-1], middle, strict=True):
+            if any(values[2:]):  # elsewhere nothing has heads
+                check_multiple(NAME, "block_out_channels", values[:1], "attention_head_dim", values[1:2])
         return cls(
             channels=channels,
             layers=levels("layers_per_block"),
-            heads=levels("attention_head_dim"),
+            heads=heads,
             depths=levels("transformer_layers_per_block", least=0),
             text_dims=levels("cross_attention_dim"),
-            down=tuple("Attn" in kind for kind in config["down_block_types"]),
-            up=tuple("Attn" in kind for kind in config["up_block_types"]),
+            down=down,
+            up=up,
             only_cross=truths("only_cross_attention", config["only_cross_attention"], count),
         )
 

@@ -121,7 +121,6 @@ def test_config_files_go_both_ways_key_by_key(kind: str, tmp_path: Path) -> None
         ("addition_embed_type", "text_time"),
         ("resnet_skip_time_act", True),
         ("time_embedding_type", "fourier"),
-        ("time_cond_proj_dim", 256),
         ("conv_in_kernel", 1),
         ("attention_type", "gated"),
         ("cross_attention_norm", "group_norm"),

@@ -61,6 +61,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
     },
     "only_cross": SD1 | {"only_cross_attention": True, "class_embed_type": "timestep"},
+    "guides_itself": SD1 | {"time_cond_proj_dim": 6},
+    "narrow_without_attention": SD1
+    | {
+        "block_out_channels": (8, 16),  # 8 is no multiple of 16 heads, and the first level has none
+        "attention_head_dim": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
     "one_level": SD1
     | {
         "block_out_channels": (16,),
@@ -74,6 +82,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def batch(config: dict[str, Any], size: tuple[int, int] = (8, 8), count: int = 2) -> dict[str, Tensor]:
     labels = {"class_labels": torch.arange(count) + 3}
     return {
+        **({"timestep_cond": torch.randn(count, 6)} if "time_cond_proj_dim" in config else {}),
         **(labels if {"num_class_embeds", "class_embed_type"} & set(config) else {}),
         "sample": torch.randn(count, config.get("in_channels", 4), *size, requires_grad=True),
         "timestep": torch.linspace(1, 900, count).long(),
@@ -200,6 +209,8 @@ def test_class_labels_are_neither_dropped_nor_forgotten() -> None:
         UNet2DConditionModel(**SD1)(**batch(SD1), class_labels=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="class_labels are missing"):
         UNet2DConditionModel(**SD1, num_class_embeds=3)(**batch(SD1))
+    with pytest.raises(ValueError, match="timestep_cond was given, but the UNet has no time_cond_proj_dim"):
+        UNet2DConditionModel(**SD1)(**batch(SD1), timestep_cond=torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +218,6 @@ def test_class_labels_are_neither_dropped_nor_forgotten() -> None:
     [
         {"cross_attention_kwargs": {"scale": 0.5}},
         {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 4)}},
-        {"timestep_cond": torch.zeros(2, 4)},
         {"mid_block_additional_residual": torch.zeros(2, 32, 4, 4)},
     ],
 )

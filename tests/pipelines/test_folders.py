@@ -214,9 +214,12 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
         TextToImagePipeline.from_pretrained(folder)
 
 
-def test_pickles_are_not_written(pipeline: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="safetensors"):
+def test_pickles_are_not_written(pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "latentdiff.pipelines.folder"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    assert "no pickles are written here" in caplog.text
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_diffusers_class_is_the_one_we_name(folder: Path) -> None:

@@ -10,7 +10,13 @@ from compare import largest_difference
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from latentdiff import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, SuperResolutionPipeline
+from latentdiff import (
+    ImageToImagePipeline,
+    ImageVariationPipeline,
+    InpaintPipeline,
+    SuperResolutionPipeline,
+    TextToImagePipeline,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 
@@ -161,3 +167,23 @@ def test_variations_are_diffusers(twins: Twins) -> None:
     ours, theirs = twins(ImageVariationPipeline, diffusers.StableDiffusionImageVariationPipeline, **parts)
     call = {"image": [picture((40, 30)), picture((16, 16), "blue")], "num_images_per_prompt": 2, "guidance_scale": 3.0}
     assert largest_difference(ours, theirs, **call) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "paint"])
+def test_models_that_guide_themselves(twins: Twins, kind: str) -> None:
+    classes = {
+        "text": (TextToImagePipeline, diffusers.StableDiffusionPipeline, {}),
+        "image": (ImageToImagePipeline, diffusers.StableDiffusionImg2ImgPipeline, {"image": picture()}),
+        "paint": (
+            InpaintPipeline,
+            diffusers.StableDiffusionInpaintPipeline,
+            {"image": picture(), "mask_image": mask()},
+        ),
+    }
+    ours, theirs, more = classes[kind]
+    pair = twins(ours, theirs, diffusers.LCMScheduler(), {"time_cond_proj_dim": 12})
+    rows = []
+    handle = pair[0].unet.conv_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    assert largest_difference(*pair, prompt="a red car", guidance_scale=8.5, num_inference_steps=4, **more) < 1e-4
+    handle.remove()
+    assert set(rows) == {1}  # no second prediction
