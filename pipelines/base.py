@@ -94,6 +94,13 @@ class LatentPipeline(FolderPipeline):
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance.active
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (Si et al. 2023) in the UNet; usual for Stable Diffusion 1: s1=0.9, s2=0.2, b1=1.2, b2=1.4."""
+        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+
+    def disable_freeu(self) -> None:
+        self.unet.disable_freeu()
+
     # Steps that need a pipeline
 
     def stream(self, *args: Any, **call: Any) -> Iterator[Progress]:

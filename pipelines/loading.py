@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
+loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which tells of the other components
 OUR_CLASSES = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 """Per component, the classes of diffusers that we have our own version of."""
 
@@ -64,6 +66,7 @@ def load_networks(
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{folder / name}: {told_shortly(error)}") from error
+        loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
         missing = sorted(info["missing_keys"])
         if missing:  # diffusers would leave them at random values
             raise ValueError(

@@ -1,14 +1,15 @@
-"""Files of adapters (LoRA, embeddings of new words): found, read, and compared with the networks they are for."""
+"""Files of adapters (LoRA, embeddings of new words): found, looked over, and written."""
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from latentdiff.interchange.folders import check_safetensors, read_json
 
@@ -20,42 +21,60 @@ CONFIG_KEYS = frozenset(
 )
 """What of a stranger's LoRA config is used: what its weights mean, and nothing that acts on the network."""
 
-PEFT_PREFIX = "base_model.model."
-PARAMETER = re.compile(r"\.(lora|lokr)_[^.]*(\.[^.]+)*$")
+SAFE = (".safetensors",)
+PICKLED = (*SAFE, ".bin", ".pt")
+NOT_READ = "only safetensors files are read; others can run code when they are loaded"
 
 
-def find_adapter(source: str | Path, names: Sequence[str], weight_name: str | None = None, **hub: Any) -> Path:
-    """The safetensors file of an adapter: a file, one in a folder, or one of a model on the hub (downloaded).
+def find_adapter(
+    source: str | Path,
+    names: Sequence[str],
+    weight_name: str | None = None,
+    suffixes: tuple[str, ...] = SAFE,
+    **hub: Any,
+) -> Path:
+    """The file of an adapter: a file, one in a folder, or one of a model on the hub (downloaded).
 
     Args:
         names: what such a file is usually called, best first.
+        suffixes: of the files that may be read: `SAFE`, or `PICKLED` where that was asked for.
         weight_name: its name in the folder or on the hub; by default one of `names`, or the only safetensors file.
         hub: ``subfolder``, and what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token`` and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a safetensors file, or it is not clear which one is meant.
+        ValueError: it is damaged, or not a safetensors file, or it is not clear which one is meant, or `weight_name`
+            or ``subfolder`` leads out of the folder.
         OSError: the hub cannot be asked.
     """
     place = Path(source).expanduser()
-    if weight_name is not None and not weight_name.endswith(".safetensors"):
-        raise ValueError(f"{weight_name}: only safetensors files are read; others can run code when they are loaded")
+    for name, value in (("weight_name", weight_name), ("subfolder", hub.get("subfolder"))):
+        check_inside(name, value)
+    if weight_name is not None and not weight_name.endswith(suffixes):
+        raise ValueError(f"{weight_name}: {NOT_READ}")
     if place.is_file():
         file = place
     elif place.is_dir():
         folder = place / (hub.get("subfolder") or "")
-        have = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        have = sorted(path.name for path in folder.glob("*") if path.name.endswith(suffixes))
         file = folder / (weight_name or choose(have, names, str(folder)))
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; the folder has {', '.join(have) or 'no safetensors files'}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not place.parent.exists():
-        file = download(str(source), names, weight_name, hub)
+        file = download(str(source), names, weight_name, suffixes, hub)
     else:
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: only safetensors files are read; others can run code when they are loaded")
-    check_safetensors(file)
+    if file.suffix not in suffixes:
+        raise ValueError(f"{file}: {NOT_READ}")
+    if file.suffix in SAFE:
+        check_safetensors(file)
     return file
+
+
+def check_inside(name: str, value: str | None) -> None:
+    """Raises ValueError if the relative path `value` leads out of the folder it is relative to."""
+    if value and (PurePath(value).is_absolute() or ".." in re.split(r"[/\\]", value)):
+        raise ValueError(f"{name}={value!r} leads out of the folder; give the folder that the file is in")
 
 
 def choose(have: Sequence[str], names: Sequence[str], where: str) -> str:
@@ -70,7 +89,9 @@ def choose(have: Sequence[str], names: Sequence[str], where: str) -> str:
     return have[0]
 
 
-def download(repository: str, names: Sequence[str], weight_name: str | None, hub: Mapping[str, Any]) -> Path:
+def download(
+    repository: str, names: Sequence[str], weight_name: str | None, suffixes: tuple[str, ...], hub: Mapping[str, Any]
+) -> Path:
     """The file on the hub, or its copy in the local cache."""
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -81,87 +102,39 @@ def download(repository: str, names: Sequence[str], weight_name: str | None, hub
         if weight_name is not None or isinstance(error, LocalEntryNotFoundError):
             raise
     listed = list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
-    have = [name for name in listed if name.endswith(".safetensors") and "/" not in name]
+    have = [name for name in listed if name.endswith(suffixes) and "/" not in name]
     return Path(hf_hub_download(repository, choose(have, names, repository), **hub))
 
 
-def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """A LoRA's tensors and its config if the file, or PEFT's ``adapter_config.json`` beside it, has one.
+def read_config(file: Path, header: Mapping[str, str], *, beside: bool) -> dict[str, Any] | None:
+    """A LoRA's config, if its file's header or, for PEFT's format, ``adapter_config.json`` beside it has one.
 
     The config's keys carry the prefix of the network, as in diffusers (``unet.r``); PEFT's own have none.
 
     Raises:
-        ValueError: the config cannot be read.
+        ValueError: it cannot be read, or is of an adapter of another kind.
     """
-    with safe_open(file, "pt") as stream:
-        state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        header = (stream.metadata() or {}).get(METADATA_KEY)
     config: Any = None
-    if header is not None:
+    if METADATA_KEY in header:
         try:
-            config = json.loads(header)
-        except json.JSONDecodeError as error:
+            config = json.loads(header[METADATA_KEY])
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file}: its {METADATA_KEY} is not JSON ({error})") from None
-    elif all(key.startswith(PEFT_PREFIX) for key in state):
-        beside = file.with_name("adapter_config.json")
-        config = read_json(beside) if beside.is_file() else None
-    if config is not None and not isinstance(config, dict):
+    elif beside and (other := file.with_name("adapter_config.json")).is_file():
+        config = read_json(other)
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{other} is of {config['peft_type']}, not of a LoRA")
+    if config is None:
+        return None
+    if not isinstance(config, dict):
         raise ValueError(f"{file}: its {METADATA_KEY} is not a JSON object")
-    if config is not None:
-        config = {key: value for key, value in config.items() if key.rpartition(".")[2] in CONFIG_KEYS}
-    return state, config or None
+    return {key: value for key, value in config.items() if key.rpartition(".")[2] in CONFIG_KEYS} or None
 
 
-def from_peft(
-    state: Mapping[str, Tensor], config: dict[str, Any] | None, networks: Mapping[str, nn.Module]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """PEFT's own format, which does not say of which network it is, as diffusers' format; others as they are."""
-    if not all(key.startswith(PEFT_PREFIX) for key in state):
-        return dict(state), config
-    bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state.items()}
-    known = {name: {module for module, _ in network.named_modules()} for name, network in networks.items()}
-    name = max(known, key=lambda name: sum(module_of(key) in known[name] for key in bare))
-    own = None if config is None else {f"{name}.{key}": value for key, value in config.items()}
-    return {f"{name}.{key}": tensor for key, tensor in bare.items()}, own
-
-
-def module_of(key: str) -> str:
-    """The module that a LoRA tensor belongs to: its name without ``.lora_A.weight`` and the like."""
-    return PARAMETER.sub("", key)
-
-
-def compare(state: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
-    """Which keys of a LoRA in PEFT's naming, prefixed by network, have a module: (matched, unmatched).
-
-    Raises:
-        ValueError: none matches, or a tensor's shape does not fit its module.
-    """
-    known = {name: dict(network.named_modules()) for name, network in networks.items()}
-    matched: list[str] = []
-    unmatched: list[str] = []
-    for key, tensor in state.items():
-        name, _, rest = key.partition(".")
-        module = known.get(name, {}).get(module_of(rest))
-        (unmatched if module is None else matched).append(key)
-        if module is not None:
-            check_shape(key, tensor, module)
-    if not matched:
-        example = f", such as {unmatched[0]}," if unmatched else ""
-        raise ValueError(
-            f"none of the {len(unmatched)} keys of this LoRA{example} is of this pipeline's {' or '.join(networks)}; "
-            f"it is for another kind of model"
-        )
-    return matched, unmatched
-
-
-def check_shape(key: str, tensor: Tensor, module: nn.Module) -> None:
-    """Raises ValueError if a LoRA matrix does not fit the input or output width of its module."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        raise ValueError(f"{key}: a {type(module).__name__} has no weight that a LoRA could change")
-    side = 1 if ".lora_A." in key else 0 if ".lora_B.weight" in key else None
-    if side is not None and tensor.shape[side] != weight.shape[side]:
-        raise ValueError(
-            f"{key} is made for a width of {tensor.shape[side]} and this model's is {weight.shape[side]}; "
-            f"the LoRA is for another model"
-        )
+def save_whole(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; its folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".saving-") as folder:
+        partial = Path(folder) / file.name
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, header)
+        os.replace(partial, file)

@@ -30,6 +30,7 @@ from latentdiff.models.bottlenecks import (
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
+from latentdiff.models.tiling import in_tiles
 
 
 @dataclass
@@ -59,12 +60,22 @@ class Autoencoder(ModelMixin, StrictConfig):
         }
         self.encoder = Encoder(config.in_channels, encoder_channels, block_types=config.down_block_types, **shared)
         self.decoder = Decoder(config.latent_channels, config.out_channels, block_types=config.up_block_types, **shared)
-        self.use_slicing = False
+        self.use_slicing = self.use_tiling = False
+        size = config.sample_size
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // 2 ** (len(config.block_out_channels) - 1)
+        self.tile_overlap_factor = 0.25
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W), values in [-1, 1] -> (B, C', h, w), what ``bottleneck`` takes."""
         if self.use_slicing and len(pixels) > 1:
             return torch.cat([self.encode_moments(image) for image in pixels.split(1)])
+        tile = self.tile_sample_min_size
+        if self.use_tiling and max(pixels.shape[-2:]) > tile:
+            return in_tiles(self._moments, pixels, tile, self.tile_latent_min_size, self.tile_overlap_factor)
+        return self._moments(pixels)
+
+    def _moments(self, pixels: Tensor) -> Tensor:
         h = self.encoder(pixels)
         return h if self.quant_conv is None else self.quant_conv(h)
 
@@ -72,6 +83,12 @@ class Autoencoder(ModelMixin, StrictConfig):
         """(B, C, h, w), what ``bottleneck`` gives -> (B, C, H, W), values about [-1, 1]."""
         if self.use_slicing and len(latents) > 1:
             return torch.cat([self.decode_latents(image) for image in latents.split(1)])
+        tile = self.tile_latent_min_size
+        if self.use_tiling and max(latents.shape[-2:]) > tile:
+            return in_tiles(self._pixels, latents, tile, self.tile_sample_min_size, self.tile_overlap_factor)
+        return self._pixels(latents)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
 
     def enable_slicing(self) -> None:
@@ -81,11 +98,16 @@ class Autoencoder(ModelMixin, StrictConfig):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
-    def enable_tiling(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} cannot work tile by tile yet; enable_slicing() saves memory.")
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode pictures larger than ``tile_sample_min_size`` tile by tile, to save memory.
+
+        Sides of a tile (``tile_sample_min_size`` pixels, ``tile_latent_min_size`` latents, from the config's
+        ``sample_size``) and their overlap (``tile_overlap_factor``, 0.25) are attributes and may be set.
+        """
+        self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
-        """Tiling is never on."""
+        self.use_tiling = False
 
 
 class AutoencoderKL(Autoencoder):

@@ -167,6 +167,15 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             for attention in transformer.cross_attentions
         ]
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (Si et al. 2023): weigh backbone (b1, b2) and skips (s1, s2) anew in the two lowest blocks upward."""
+        for block, scales in zip(self.up_blocks, ((s1, b1), (s2, b2)), strict=False):
+            block.freeu = scales
+
+    def disable_freeu(self) -> None:
+        for block in self.up_blocks:
+            block.freeu = None
+
     @apply_forward_hook
     def embed_time(
         self,

@@ -8,6 +8,7 @@ cross-attention takes the next, and the text's mask.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor, nn
 
 from latentdiff.models.layers import Checkpointed, Downsample2D, ResnetBlock2D, Upsample2D
@@ -85,15 +86,26 @@ class UpBlock(Checkpointed):
         )
         self.attentions = nn.ModuleList(transformer() for _ in widths if transformer is not None)
         self.upsamplers = nn.ModuleList([] if last else [Upsample2D(out_channels)])
+        self.freeu: tuple[float, float] | None = None
 
     def forward(
         self, x: Tensor, skips: list[Tensor], time: Tensor, text: Iterator[KeyValue], mask: Tensor | None
     ) -> Tensor:
         """(B, C, H, W) -> (B, C', 2H, 2W), or the size of the skip that comes next. Takes its skips off the list."""
         for i, resnet in enumerate(self.resnets):
-            x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), time)
+            skip = skips.pop()
+            if self.freeu is not None:
+                x, skip = reweighed(x, skip, *self.freeu)
+            x = self.run(resnet, torch.cat([x, skip], dim=1), time)
             if self.attentions:
                 x = self.attentions[i](x, text, mask)
         for upsample in self.upsamplers:
             x = upsample(x, size=skips[-1].shape[-2:])
         return x
+
+
+def reweighed(x: Tensor, skip: Tensor, skip_scale: float, backbone_scale: float) -> tuple[Tensor, Tensor]:
+    """FreeU (Si et al. 2023), Eqs. 4 to 6: half of the backbone's channels up, the low frequencies of the skip down."""
+    half = x.shape[1] // 2
+    x = torch.cat([x[:, :half] * backbone_scale, x[:, half:]], dim=1)
+    return x, fourier_filter(skip, threshold=1, scale=skip_scale)

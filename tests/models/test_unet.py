@@ -384,3 +384,17 @@ def test_lora_by_peft(targets: list[str], pair: Callable, tmp_path: Path) -> Non
     close(theirs(**inputs).sample, adapted)
     ours.disable_adapters()
     close(ours(**inputs).sample, plain)
+
+
+def test_freeu_is_diffusers(pair: Callable) -> None:
+    ours, theirs = pair("UNet2DConditionModel", **THREE)
+    inputs = batch(THREE)
+    plain = ours(**inputs).sample
+    for unet in (ours, theirs):
+        unet.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    with torch.no_grad():
+        found = ours(**inputs).sample
+        close(found, theirs(**inputs).sample)
+    assert (found - plain).abs().max() > 1e-3
+    ours.disable_freeu()
+    assert torch.equal(ours(**inputs).sample, plain)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import bert_parts, clip_parts
 
 from latentdiff import TextToImagePipeline
+from latentdiff.pipelines.adapters import lora_scaled
 from latentdiff.text import encode_prompts
 from latentdiff.text.words import expand_words
 
@@ -83,10 +84,13 @@ def test_lora_draws_what_diffusers_draws(fresh: Any, tmp_path: Path, kind: str) 
     assert (changed - plain).abs().max() > 0.01
     torch.testing.assert_close(changed, draw(theirs), atol=1e-4, rtol=0)
 
+    weights = {key: value.clone() for key, value in ours.unet.state_dict().items()}
     ours.fuse_lora()
     torch.testing.assert_close(draw(ours), changed, atol=1e-4, rtol=0)
     ours.unfuse_lora()
-    torch.testing.assert_close(draw(ours), changed, atol=1e-4, rtol=0)
+    for key, value in ours.unet.state_dict().items():
+        torch.testing.assert_close(value, weights[key], atol=1e-6, rtol=0)
+    torch.testing.assert_close(draw(ours), changed, atol=1e-5, rtol=0)
     ours.unload_lora_weights()
     torch.testing.assert_close(draw(ours), plain, atol=1e-5, rtol=0)
 
@@ -122,6 +126,76 @@ def test_several_loras_with_scales(fresh: Any, tmp_path: Path) -> None:
     scaled.load_lora_weights(files["a"], scale=0.5)
     ours.set_adapters("a", 0.5)
     torch.testing.assert_close(draw(scaled), draw(ours), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_scale_of_one_call_is_diffusers(fresh: Any, tmp_path: Path, kind: str) -> None:
+    ours, theirs = fresh(kind)
+    file = make_lora(ours, tmp_path / "a", TEXT_TARGETS["clip"] if kind == "clip" else None)
+    other = make_lora(ours, tmp_path / "b", seed=1)
+    for pipeline in (ours, theirs):
+        pipeline.load_lora_weights(str(file), adapter_name="a")
+        pipeline.load_lora_weights(str(other), adapter_name="b")
+        pipeline.set_adapters(["a", "b"], [0.7, 0.3])
+    full = draw(ours)
+    half = {"cross_attention_kwargs": {"scale": 0.5}}
+    torch.testing.assert_close(draw(ours, **half), draw(theirs, **half), atol=1e-4, rtol=0)
+    assert (draw(ours, **half) - full).abs().max() > 0.005
+    with lora_scaled([ours.unet, ours.text_encoder], 0.5):
+        torch.testing.assert_close(draw(ours), draw(theirs, **half), atol=1e-4, rtol=0)
+    with lora_scaled([theirs.unet], 0.0), pytest.raises(ValueError, match="stop"):
+        raise ValueError("stop")
+    theirs_full = draw(theirs)
+    torch.testing.assert_close(draw(ours), full, atol=0, rtol=0)
+    torch.testing.assert_close(theirs_full, full, atol=1e-4, rtol=0)
+
+
+def test_scales_that_end_in_another_order(fresh: Any, tmp_path: Path) -> None:
+    """Two drawings at a time, as with ``stream``: what was set before is there again after the last of them."""
+    ours, _ = fresh("clip")
+    ours.load_lora_weights(make_lora(ours, tmp_path))
+    before = draw(ours)
+    first, second = lora_scaled([ours.unet], 0.5), lora_scaled([ours.unet], 0.1)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    torch.testing.assert_close(draw(ours), before, atol=0, rtol=0)
+
+
+def test_hotswap(fresh: Any, tmp_path: Path) -> None:
+    ours, _ = fresh("clip")
+    ours.load_lora_weights(make_lora(ours, tmp_path / "a"), adapter_name="a")
+    second = make_lora(fresh("clip")[0], tmp_path / "b", seed=1)
+    ours.load_lora_weights(second, adapter_name="a", hotswap=True)
+    other, _ = fresh("clip")
+    other.load_lora_weights(second)
+    torch.testing.assert_close(draw(ours), draw(other), atol=1e-5, rtol=0)
+    uneven = {
+        "unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(16, 1, 1, 1),
+    }
+    uneven["unet.conv_in.alpha"] = torch.tensor(0.5)
+    with pytest.raises(ValueError, match="different strengths"):
+        ours.load_lora_weights({**load_file(second), **uneven}, adapter_name="a", hotswap=True)
+
+
+def test_failing_in_the_second_network_undoes_the_first(fresh: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    ours, _ = fresh("clip")
+    plain = draw(ours)
+    file = make_lora(ours, tmp_path, TEXT_TARGETS["clip"])
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(type(ours.text_encoder), "load_adapter", no_memory)
+    with pytest.raises(MemoryError):
+        ours.load_lora_weights(file, adapter_name="a")
+    assert ours.get_list_adapters() == {}
+    torch.testing.assert_close(draw(ours), plain, atol=1e-6, rtol=0)
+    monkeypatch.undo()
+    ours.load_lora_weights(file, adapter_name="a")
+    assert (draw(ours) - plain).abs().max() > 0.01
 
 
 def test_adapters_get_one_name_in_all_networks(fresh: Any, tmp_path: Path) -> None:
@@ -189,7 +263,7 @@ def test_lora_of_another_model_is_refused(fresh: Any, tmp_path: Path, caplog: An
     with pytest.raises(ValueError, match=r"none of the \d+ keys .*transformer.*unet or text_encoder"):
         ours.load_lora_weights(flux)
     wide = {key: torch.cat([value, value], 1) if "lora_A" in key else value for key, value in state.items()}
-    with pytest.raises(ValueError, match=r"lora_A.weight is made for a width of 32 and this model's is 16"):
+    with pytest.raises(ValueError, match=r"made for a weight of shape \(16, 32\) and this model's is \(16, 16\)"):
         ours.load_lora_weights(wide)
     with pytest.raises(ValueError, match="no tensors"):
         ours.load_lora_weights({})
@@ -212,6 +286,13 @@ def test_only_whole_safetensors_files_are_read(fresh: Any, tmp_path: Path) -> No
         ours.load_lora_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         ours.load_lora_weights(tmp_path / "missing")
+    (tmp_path / "inner").mkdir()
+    outside = make_lora(ours, tmp_path / "outside")
+    for name in ("../outside/pytorch_lora_weights.safetensors", str(outside), "..\\\\x.safetensors"):
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            ours.load_lora_weights(tmp_path / "inner", weight_name=name)
+    with pytest.raises(ValueError, match=r"subfolder='\.\./outside' leads out of the folder"):
+        ours.load_lora_weights(tmp_path / "inner", subfolder="../outside")
     file = make_lora(ours, tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged"):
@@ -273,9 +354,28 @@ def test_bad_embeddings_are_refused(fresh: Any, tmp_path: Path) -> None:
         ours.load_textual_inversion({"red": torch.zeros(1, 16)})
     with pytest.raises(ValueError, match="which word"):
         ours.load_textual_inversion({"emb_params": torch.zeros(1, 16)})
-    torch.save({"<cup>": torch.zeros(1, 16)}, tmp_path / "cup.pt")
-    with pytest.raises(ValueError, match="only safetensors"):
-        ours.load_textual_inversion(tmp_path / "cup.pt")
+    with pytest.raises(ValueError, match=r"not finite"):
+        ours.load_textual_inversion({"<cup>": torch.full((1, 16), torch.nan)})
+    with pytest.raises(ValueError, match=r"2 embeddings for the word '<cup>'"):
+        ours.load_textual_inversion([{"<cup>": torch.zeros(1, 16)}] * 2)
+    assert "<cup>" not in ours.tokenizer.get_vocab()
+
+
+def test_pickled_embeddings_only_when_asked_for(fresh: Any, tmp_path: Path) -> None:
+    ours, theirs = fresh("clip")
+    vectors = torch.randn(2, 16)
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "qx"}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"only safetensors files are read.*allow_pickle=True"):
+        ours.load_textual_inversion(tmp_path / "x.pt")
+    assert "qx" not in ours.tokenizer.get_vocab()
+    ours.load_textual_inversion(tmp_path / "x.pt", allow_pickle=True)
+    theirs.load_textual_inversion(str(tmp_path / "x.pt"))
+    picture = draw(ours, "a qx")
+    torch.testing.assert_close(picture, draw(theirs, "a qx"), atol=1e-4, rtol=0)
+    save_file({"emb_params": vectors}, tmp_path / "qx.safetensors")
+    again, _ = fresh("clip")
+    again.load_textual_inversion(tmp_path / "qx.safetensors")
+    torch.testing.assert_close(draw(again, "a qx"), picture, atol=1e-6, rtol=0)
 
 
 def test_words_are_not_numbered_wrongly(fresh: Any) -> None:

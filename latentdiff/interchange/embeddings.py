@@ -1,0 +1,181 @@
+"""Embeddings of new words (Textual Inversion, Gal et al. 2022): read in diffusers' and A1111's formats, and written.
+
+diffusers': a tensor under its word. A1111's: a safetensors file with ``emb_params``, or a pickled one with
+``string_to_param``; both are named after the word.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latentdiff.interchange.adapters import EMBEDDING_NAMES, PICKLED, SAFE, find_adapter, save_whole
+
+PICKLED_NAMES = (*EMBEDDING_NAMES, "learned_embeds.bin")
+EmbeddingFormat = Literal["diffusers", "a1111"]
+
+
+@dataclass(frozen=True)
+class EmbeddingReport:
+    """What `convert_embedding` did."""
+
+    source_format: str
+    file: Path
+    words: dict[str, tuple[int, int]]
+    """Of each word, how many vectors it has and how wide they are."""
+
+
+def convert_embedding(
+    source: Path,
+    target: Path,
+    allow_pickle: bool = False,
+    token: str | None = None,
+    *,
+    to: EmbeddingFormat = "diffusers",
+    overwrite: bool = False,
+) -> EmbeddingReport:
+    """Write the embeddings of a new word as a safetensors file in diffusers' or A1111's format.
+
+    Args:
+        source: a file, or a folder with one; see above.
+        target: the name of a safetensors file. In A1111's format it is what the word is called.
+        allow_pickle: read ``.pt`` and ``.bin`` files as well, tensors only; nothing in them is run.
+        token: the word, if it is not to be that of the file.
+        overwrite: whether ``target`` may be there already.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileExistsError: there is something at ``target``, and ``overwrite`` was not asked for.
+        ValueError: the source is damaged or holds no embeddings, or the format cannot hold them.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if to not in get_args(EmbeddingFormat):
+        raise ValueError(f"unknown format of embeddings {to!r}; choose from {', '.join(get_args(EmbeddingFormat))}")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if target.suffix not in SAFE:
+        raise ValueError(f"{target}: embeddings are written as a safetensors file; give a name ending in .safetensors")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise FileExistsError(f"{target} is there already; choose another name or ask to overwrite it")
+    file, content = read_file(source, None, allow_pickle, {})
+    words = embeddings_of(content, token, file)
+    if to == "a1111" and len(words) > 1:
+        raise ValueError(f"{file} holds {len(words)} words ({', '.join(words)}); a file of A1111's holds one")
+    tensors = {"emb_params": next(iter(words.values()))} if to == "a1111" else words
+    save_whole(tensors, target, {"format": "pt"})
+    sizes = {word: (len(vectors), vectors.shape[1]) for word, vectors in words.items()}
+    return EmbeddingReport(format_of(content), target, sizes)
+
+
+def find_embeddings(
+    source: Any, token: str | list[str] | None, weight_name: str | None, allow_pickle: bool, hub: Mapping[str, Any]
+) -> list[tuple[str, Tensor]]:
+    """Words and their vectors (n, D), of whatever a pipeline's ``load_textual_inversion`` takes.
+
+    Raises:
+        FileNotFoundError, ValueError: see there.
+    """
+    sources = source if isinstance(source, list) else [source]
+    tokens = token if isinstance(token, list) else [token] * len(sources)
+    if isinstance(source, Tensor) and len(tokens) > 1:
+        sources = list(source)  # one vector for each word
+    if len(tokens) != len(sources):
+        raise ValueError(f"{len(tokens)} words were given for {len(sources)} embeddings; give one for each")
+    found: list[tuple[str, Tensor]] = []
+    for one, word in zip(sources, tokens, strict=True):
+        file: Path | None = None
+        if not isinstance(one, Tensor | Mapping):
+            file, one = read_file(one, weight_name, allow_pickle, hub)
+        found += embeddings_of(one, word, file).items()
+    words = [word for word, _ in found]
+    for word in words:
+        if words.count(word) > 1:
+            raise ValueError(f"there are {words.count(word)} embeddings for the word {word!r}; give one")
+    return found
+
+
+def read_file(
+    source: str | Path, weight_name: str | None, allow_pickle: bool, hub: Mapping[str, Any]
+) -> tuple[Path, Any]:
+    """The file that `source` means, and what is in it, of no checked form."""
+    names, suffixes = (PICKLED_NAMES, PICKLED) if allow_pickle else (EMBEDDING_NAMES, SAFE)
+    try:
+        file = find_adapter(source, names, weight_name, suffixes, **hub)
+    except ValueError as error:
+        if not allow_pickle and str(weight_name or source).endswith(PICKLED[1:]):
+            raise ValueError(f"{error}; allow_pickle=True reads the tensors of this one and runs nothing") from None
+        raise
+    return file, load_file(file) if file.suffix in SAFE else unpickle(file)
+
+
+def unpickle(file: Path) -> Any:
+    """What a pickled file holds, if that is tensors, numbers, strings, lists and dictionaries.
+
+    Raises:
+        ValueError: it is damaged, or holds something else; nothing in it was run.
+    """
+    try:
+        with torch.serialization.safe_globals([nn.ParameterDict]):  # the original code's files hold one
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a spoilt pickle can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is damaged or holds more than tensors, and was not read ({reason})") from None
+
+
+def format_of(content: Any) -> str:
+    keys = set(content) if isinstance(content, Mapping) else set()
+    return "a1111" if keys & {"string_to_param", "emb_params"} else "diffusers"
+
+
+def embeddings_of(content: Any, token: str | None, file: Path | None) -> dict[str, Tensor]:
+    """Words and their vectors (n, D).
+
+    Raises:
+        ValueError: there are none, or it is not clear for which word they are.
+    """
+    where = "these embeddings" if file is None else str(file)
+    if isinstance(content, Tensor):
+        content = {"emb_params": content}
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{where}: no embeddings in it, but a {type(content).__name__}")
+    if {"clip_l", "clip_g"} & set(content):
+        raise ValueError(f"{where}: its embeddings (clip_l, clip_g) are for Stable Diffusion XL, with two encoders")
+    if "string_to_param" in content:
+        params = content["string_to_param"]
+        vectors = list(params.values()) if isinstance(params, Mapping | nn.ParameterDict) else []
+        if len(vectors) != 1:
+            raise ValueError(f"{where}: its string_to_param holds {len(vectors)} embeddings, not one")
+        words = {token or content.get("name") or (file.stem if file else None): vectors[0]}
+    elif "emb_params" in content:
+        words = {token or (file.stem if file else None): content["emb_params"]}
+    elif token is not None and len(content) > 1:
+        raise ValueError(f"{where}: there are {len(content)} words ({', '.join(content)}); one token cannot name them")
+    else:
+        words = {token or word: vectors for word, vectors in content.items()}
+    return {check_word(word, where): check_vectors(word, vectors, where) for word, vectors in words.items()}
+
+
+def check_word(word: Any, where: str) -> str:
+    if word is None:
+        raise ValueError(f"{where}: nothing says which word they are for; give one with token='<word>'")
+    if not isinstance(word, str) or not word.strip() or not word.isprintable():
+        raise ValueError(f"{where}: {word!r} cannot be a word; give one with token='<word>'")
+    return word
+
+
+def check_vectors(word: Any, vectors: Any, where: str) -> Tensor:
+    """(n, D), of what should be (n, D) or (D,)."""
+    if not isinstance(vectors, Tensor):
+        raise ValueError(f"{where}: {word!r} is a {type(vectors).__name__}, not a tensor")
+    if vectors.ndim not in (1, 2) or 0 in vectors.shape or not vectors.is_floating_point():
+        raise ValueError(
+            f"{where}: the embedding {word!r} has {vectors.dtype} and the shape {tuple(vectors.shape)}; one vector for "
+            f"each token is expected"
+        )
+    if not vectors.float().isfinite().all():
+        raise ValueError(f"{where}: the embedding {word!r} has values that are not finite (nan or inf)")
+    return vectors.detach().reshape(-1, vectors.shape[-1])

@@ -1,0 +1,235 @@
+"""LoRA files from one format into another: diffusers', PEFT's own, and kohya's (A1111, ComfyUI and others read it)."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.interchange.adapters import LORA_NAMES, METADATA_KEY, find_adapter, read_config
+from latentdiff.interchange.lora_layers import (
+    PEFT_PREFIX,
+    Layers,
+    format_of,
+    of_network,
+    peft_config,
+    peft_tensors,
+    read_layers,
+)
+from latentdiff.interchange.lora_names import TEXT, UNET, from_kohya_name, to_kohya_name
+
+LoraFormat = Literal["diffusers", "peft", "kohya"]
+CONFIG_NAME = "adapter_config.json"
+KEPT = ("ss_", "modelspec.")
+"""What of a header says how the LoRA was trained, and goes along from format to format."""
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `convert_lora` did."""
+
+    source_format: str
+    files: tuple[Path, ...]
+    """What was written."""
+    layers: dict[str, int]
+    """How many layers of each network, such as {"unet": 128}."""
+    ranks: tuple[int, ...]
+    """Those that occur, the smallest first."""
+    scales: tuple[float, ...]
+    """Likewise alpha / rank."""
+
+
+class LoraFile:
+    """A LoRA as it lies on disk: tensors, PEFT's config if there is one, and what the header says besides.
+
+    PEFT's two parts of a file of two networks may lie in the folders ``unet`` and ``text_encoder``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole safetensors file, or holds no LoRA.
+    """
+
+    def __init__(self, source: str | Path, weight_name: str | None = None, **hub: Any) -> None:
+        parts = [part for part in (Path(source) / UNET, Path(source) / TEXT) if (part / CONFIG_NAME).is_file()]
+        self.state: dict[str, Tensor] = {}
+        self.config: dict[str, Any] | None = None
+        self.header: dict[str, str] = {}
+        self.format = ""
+        places: list[str | Path] = [*parts] if weight_name is None and parts else [source]
+        for part in places:
+            file = find_adapter(part, LORA_NAMES, weight_name, **hub)
+            self.read(file, part.name if isinstance(part, Path) and part in parts else None)
+
+    def read(self, file: Path, network: str | None) -> None:
+        with safe_open(file, "pt") as stream:
+            state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            header = stream.metadata() or {}
+        try:
+            self.format = format_of(state)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        self.header |= header
+        config = read_config(file, header, beside=self.format == "peft")
+        if self.format == "peft":
+            network = network or network_of(state)
+            config = {f"{network}.{key}": value for key, value in (config or {}).items()}
+        self.state |= with_network(state, self.format, network)
+        self.config = {**(self.config or {}), **(config or {})} or None
+
+
+def with_network(state: Mapping[str, Tensor], source_format: str, network: str | None = None) -> dict[str, Tensor]:
+    """PEFT's tensors with the name of their network, which the format leaves out; others as they are."""
+    if source_format != "peft":
+        return dict(state)
+    bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state.items()}
+    network = network or network_of(state)
+    return {f"{network}.{key}": tensor for key, tensor in bare.items()}
+
+
+def network_of(state: Mapping[str, Tensor]) -> str:
+    """Which network PEFT's names are of: a text encoder's begin with its encoder."""
+    starts = (f"{PEFT_PREFIX}encoder.", f"{PEFT_PREFIX}text_model.")
+    return TEXT if all(key.startswith(starts) for key in state) else UNET
+
+
+def convert_lora(
+    source: Path, target: Path, to: LoraFormat, *, overwrite: bool = False, layers_per_block: int = 2
+) -> LoraReport:
+    """Write a LoRA in another format. Nothing of it is lost: strengths, convolutions, text encoder, precision.
+
+    Only what has no bearing on the pictures stays behind: PEFT's settings for training. ``target`` is a safetensors
+    file; for diffusers also a folder, which then holds ``pytorch_lora_weights.safetensors``. PEFT's format is a folder
+    for one network, and a folder with two such folders, ``unet`` and ``text_encoder``, for two. It says nothing of
+    what model it is for; PEFT loads it into the network itself.
+
+    Args:
+        source: a file in any of the formats, or its folder.
+        overwrite: whether ``target`` may be there already.
+        layers_per_block: of the UNet, for kohya files in the blocks of the original code. Stable Diffusion has 2.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileExistsError: there is something at ``target``, and ``overwrite`` was not asked for.
+        ValueError: the source is damaged or no LoRA, or the format cannot hold it. Nothing is written then.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if to not in get_args(LoraFormat):
+        raise ValueError(f"unknown LoRA format {to!r}; choose from {', '.join(get_args(LoraFormat))}")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if to == "diffusers" and target.suffix != ".safetensors":
+        target = target / LORA_NAMES[0]
+    if to == "kohya" and target.suffix != ".safetensors":
+        raise ValueError(f"{target}: the name of a kohya file ends in .safetensors")
+    if to == "peft" and target.suffix == ".safetensors":
+        raise ValueError(f"{target}: PEFT's format is a folder; give the name of one")
+    file = LoraFile(source)
+    layers, others = read_layers(file.state, file.config, layers_per_block=layers_per_block)
+    if others:
+        raise ValueError(f"{source}: {len(others)} keys, such as {others[0]}, are no LoRA's of a known layer")
+    try:
+        files = FORMATS[to](layers, {key: value for key, value in file.header.items() if key.startswith(KEPT)})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    written = write_files(files, target, overwrite)
+    return LoraReport(
+        file.format,
+        written,
+        {network: count for network in (UNET, TEXT) if (count := len(of_network(layers, network)))},
+        tuple(sorted({layer.rank for layer in layers.values()})),
+        tuple(sorted({layer.scale for layer in layers.values()})),
+    )
+
+
+Content = tuple[dict[str, Tensor], dict[str, str]] | dict[str, Any]
+"""Of a file: tensors and header, or what becomes JSON."""
+
+
+def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
+    """By path below the target; "" is the target itself."""
+    config: dict[str, Any] = {}
+    for network in (UNET, TEXT):
+        if own := of_network(layers, network):
+            config |= {f"{network}.{key}": value for key, value in peft_config(own).items()}
+    header = {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True), **kept}
+    return {"": (peft_tensors(with_text_model(layers)), header)}
+
+
+def with_text_model(layers: Layers) -> Layers:
+    """With CLIP's names as they were before transformers 5; diffusers of all years reads these."""
+    start = f"{TEXT}.encoder.layers."
+    return {name.replace(start, f"{TEXT}.text_model.encoder.layers.", 1): layer for name, layer in layers.items()}
+
+
+def peft_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
+    files: dict[str, Content] = {}
+    parts = {network: own for network in (UNET, TEXT) if (own := of_network(layers, network))}
+    for network, own in parts.items():
+        folder = f"{network}/" if len(parts) > 1 else ""
+        tensors = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in peft_tensors(own).items()}
+        files[f"{folder}adapter_model.safetensors"] = (tensors, {"format": "pt", **kept})
+        files[f"{folder}{CONFIG_NAME}"] = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            **peft_config(own),
+        }
+    return files
+
+
+def kohya_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        flat = to_kohya_name(name)
+        if from_kohya_name(flat) != name:
+            raise ValueError(f"{name} is no layer of Stable Diffusion's; kohya's format has no name for it")
+        if layer.bias is not None:
+            raise ValueError(f"{name} has a bias, which kohya's format cannot hold")
+        tensors[f"{flat}.alpha"] = torch.tensor(layer.alpha)
+        tensors[f"{flat}.lora_down.weight"] = layer.down
+        tensors[f"{flat}.lora_up.weight"] = layer.up
+        if layer.magnitude is not None:
+            tensors[f"{flat}.dora_scale"] = layer.magnitude.reshape(-1, *(1,) * (layer.down.ndim - 1))
+    common = peft_config({name: layer for name, layer in layers.items() if name.startswith(f"{UNET}.")} or layers)
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(common["r"]),
+        "ss_network_alpha": str(common["lora_alpha"]),
+    }
+    return {"": (tensors, {**header, **kept})}
+
+
+FORMATS = {"diffusers": diffusers_files, "peft": peft_files, "kohya": kohya_files}
+
+
+def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> tuple[Path, ...]:
+    """Write all of `files` or none; they are written aside and then moved into place.
+
+    Raises:
+        FileExistsError: one of them is there, and `overwrite` is False.
+    """
+    places = {name: target / name if name else target for name in files}
+    for place in places.values():
+        if place.is_dir() or (place.exists() and not overwrite):
+            raise FileExistsError(f"{place} is there already; choose another name or ask to overwrite it")
+    beside = next(folder for folder in target.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as temporary:
+        partial = {name: Path(temporary) / str(i) for i, name in enumerate(files)}
+        for name, content in files.items():
+            if isinstance(content, dict):
+                partial[name].write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            else:
+                tensors, header = content
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial[name], header)
+        for name, place in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial[name], place)
+    return tuple(places.values())

@@ -1,0 +1,274 @@
+"""LoRA (Hu et al. 2021), layer by layer, whatever the format of the file: W + alpha/r B A, and what there is besides.
+
+Read are diffusers' format with its older spellings, PEFT's and kohya's; all three are written.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.interchange.lora_names import KOHYA_PREFIXES, TEXT, UNET, from_kohya_name, is_ldm_name, short
+
+PEFT_PREFIX = "base_model.model."
+KOHYA_PARTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+}
+OWN_PARTS = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora.down.weight": "down",  # from here on, what diffusers wrote before it had PEFT
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "alpha": "alpha",
+}
+OLD_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+OTHER_KINDS = {
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    "oft_": "OFT",
+    ".diff": "a difference of weights",
+    ".on_input": "IA3",
+}
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What is added to one layer's weight: ``alpha / rank * up @ down``."""
+
+    down: Tensor
+    """A: (r, in), or (r, in, k, k) for a convolution."""
+    up: Tensor
+    """B: (out, r), or (out, r, 1, 1)."""
+    alpha: float
+    bias: Tensor | None = None
+    """(out,), that of B."""
+    magnitude: Tensor | None = None
+    """(out,), of DoRA (Liu et al. 2024)."""
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+Layers = dict[str, LoraLayer]
+"""By the layer's name, such as ``unet.mid_block.resnets.0.conv1``."""
+
+
+def format_of(state: Mapping[str, Tensor]) -> str:
+    """One of "kohya", "kohya (original blocks)", "peft", "diffusers" or "diffusers (old)".
+
+    Raises:
+        ValueError: none of them.
+    """
+    if not state:
+        raise ValueError("there are no tensors in it")
+    kinds = {kind for mark, kind in OTHER_KINDS.items() for key in state if mark in key}
+    if kinds:
+        raise ValueError(f"it holds {' and '.join(sorted(kinds))}; of such adapters only LoRA can be read")
+    if all(key.startswith(tuple(KOHYA_PREFIXES)) for key in state):
+        return "kohya (original blocks)" if any(is_ldm_name(key.split(".")[0]) for key in state) else "kohya"
+    if all(key.startswith(PEFT_PREFIX) for key in state):
+        return "peft"
+    parts = {split_key(key)[1] for key in state}
+    if "down" not in parts:
+        raise ValueError(f"keys such as {next(iter(state))} are not LoRA in diffusers', PEFT's or kohya's format")
+    return "diffusers" if any(".lora_A." in key for key in state) else "diffusers (old)"
+
+
+def read_layers(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    layers_per_block: int = 2,
+    known: Mapping[str, str] | None = None,
+) -> tuple[Layers, list[str]]:
+    """The layers of a file, and the keys in it that are no part of any.
+
+    Args:
+        state: the file's tensors; PEFT's keys without ``base_model.model.`` and with the network's name, as diffusers'.
+        config: of PEFT, its keys with the network's name as well. Without, and without an alpha in the file, alpha is
+            the rank.
+        layers_per_block: see `from_kohya_name`.
+        known: the layers of the networks at hand, as `flat_names` gives them; others are not read.
+
+    Raises:
+        ValueError: a layer lacks a matrix, or something is not a LoRA's.
+    """
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[str, str] = {}
+    others = []
+    for key, tensor in state.items():
+        name, part = split_key(key, layers_per_block, known)
+        if name is None or part is None or (known is not None and name not in known.values()):
+            others.append(key)
+        elif part in found[name]:
+            raise ValueError(f"{key} and another key are both the {part} part of {name}")
+        else:
+            found[name][part] = tensor
+            keys.setdefault(name, key)
+    return {name: make_layer(name, keys[name], parts, config) for name, parts in found.items()}, others
+
+
+def split_key(
+    key: str, layers_per_block: int = 2, known: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
+    """Which layer a key belongs to, and as which part; None where that is not known."""
+    if key.startswith(tuple(KOHYA_PREFIXES)):
+        flat, _, end = key.partition(".")
+        return from_kohya_name(flat, layers_per_block, known), KOHYA_PARTS.get(end)
+    old = OLD_ATTENTION.fullmatch(key)
+    if old:
+        module, which, part = old.groups()
+        text = module.startswith(f"{TEXT}.")
+        name = f"{which}_proj" if text else "to_out.0" if which == "out" else f"to_{which}"
+        return own_name(f"{module}.{name}"), part
+    ends = [end for end in OWN_PARTS if key.endswith(f".{end}")]
+    if not ends:
+        return None, None
+    longest = max(ends, key=len)
+    return own_name(key.removesuffix(f".{longest}")), OWN_PARTS[longest]
+
+
+def own_name(name: str) -> str:
+    """With the network's name, which diffusers' oldest files for the UNet do without."""
+    name = name.replace(".processor.", ".")
+    return f"{UNET}.{name}" if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else short(name)
+
+
+def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> LoraLayer:
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None:
+        raise ValueError(f"{key}: this layer has no {'down (A)' if down is None else 'up (B)'} matrix")
+    check_matrices(key, down, up, parts.get("mid"))
+    if "mid" in parts:  # LyCORIS: a convolution in three; the first two are one
+        down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.flatten(1).float()).to(down.dtype)
+    rank = down.shape[0]
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ValueError(f"{key}: its alpha must be one number, not of shape {tuple(parts['alpha'].shape)}")
+        alpha = float(parts["alpha"])
+    else:
+        alpha = alpha_of(name, rank, config)
+    if not math.isfinite(alpha):
+        raise ValueError(f"{key}: its alpha is {alpha}")
+    magnitude = parts.get("magnitude")
+    if magnitude is not None:
+        check_magnitude(key, magnitude, len(up))
+        magnitude = magnitude.flatten()
+    return LoraLayer(down, up, alpha, parts.get("bias"), magnitude)
+
+
+def check_magnitude(key: str, magnitude: Tensor, outputs: int) -> None:
+    """Raises ValueError if DoRA's magnitudes are not one for each output; LyCORIS also has some for each input."""
+    axis = 0 if magnitude.ndim == 1 or key.startswith(tuple(KOHYA_PREFIXES)) else 1
+    if magnitude.ndim == 0 or magnitude.numel() != outputs or magnitude.shape[axis] != outputs:
+        raise ValueError(f"{key}: DoRA's magnitudes have shape {tuple(magnitude.shape)}, not one for each output")
+
+
+def check_matrices(key: str, down: Tensor, up: Tensor, mid: Tensor | None) -> None:
+    """Raises ValueError if the matrices of a layer do not fit each other or are not finite."""
+    for tensor in (down, up, *([] if mid is None else [mid])):
+        if not tensor.is_floating_point() or tensor.ndim not in (2, 4) or 0 in tensor.shape:
+            raise ValueError(f"{key}: no matrix of a LoRA has {tensor.dtype} and shape {tuple(tensor.shape)}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{key}: there are values in it that are not finite (nan or inf)")
+    if mid is not None and (mid.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1):
+        raise ValueError(f"{key}: its matrices do not fit each other: {tuple(down.shape)}, then {tuple(mid.shape)}")
+    first = down if mid is None else mid
+    if up.shape[1] != first.shape[0] or up.ndim != first.ndim or up.shape[2:].numel() != 1:
+        raise ValueError(f"{key}: its matrices do not fit each other: {tuple(first.shape)}, then {tuple(up.shape)}")
+
+
+def alpha_of(name: str, rank: int, config: Mapping[str, Any] | None) -> float:
+    """Alpha of a layer by a PEFT config; the rank if there is none for its network."""
+    network, _, module = name.partition(".")
+    start = f"{network}."
+    own = {key.removeprefix(start): value for key, value in (config or {}).items() if key.startswith(start)}
+    if not own:
+        return float(rank)
+    patterns = own.get("alpha_pattern") or {}
+    try:
+        matching = (value for key, value in patterns.items() if matches(key, module))
+        alpha = float(next(matching, own.get("lora_alpha", 8)))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise ValueError(f"the LoRA's config is damaged: lora_alpha or alpha_pattern ({error})") from error
+    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether PEFT would take a pattern of a config for `module`.
+
+    Raises:
+        ValueError: it is a regular expression that could take for ever.
+    """
+    if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
+        raise ValueError(f"{pattern!r} is too involved for the name of a layer")
+    names = (module, f"text_model.{module}")
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+
+
+def peft_config(layers: Layers) -> dict[str, Any]:
+    """What PEFT's ``LoraConfig`` needs to know of the layers of one network, named without it.
+
+    Raises:
+        ValueError: PEFT cannot have such a LoRA.
+    """
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: number(layer.alpha) for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    dora = {layer.magnitude is not None for layer in layers.values()}
+    bias = {layer.bias is not None for layer in layers.values()}
+    if len(dora) > 1 or len(bias) > 1:
+        what = "DoRA's magnitudes" if len(dora) > 1 else "a bias"
+        raise ValueError(f"some of its layers have {what} and some do not; PEFT and diffusers know only all or none")
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(layers),
+        "use_dora": dora == {True},
+        "lora_bias": bias == {True},
+    }
+
+
+def number(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
+
+def peft_tensors(layers: Layers) -> dict[str, Tensor]:
+    """The layers' tensors under PEFT's names, with what stands before ``.lora_A`` as it is."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"] = layer.down
+        tensors[f"{name}.lora_B.weight"] = layer.up
+        if layer.bias is not None:
+            tensors[f"{name}.lora_B.bias"] = layer.bias
+        if layer.magnitude is not None:
+            shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+    return tensors
+
+
+def of_network(layers: Layers, network: str) -> Layers:
+    """The layers of one network, without its name."""
+    start = f"{network}."
+    return {name.removeprefix(start): layer for name, layer in layers.items() if name.startswith(start)}

@@ -1,0 +1,114 @@
+"""How the formats of LoRA name a layer.
+
+We name it as the network does: ``unet.down_blocks.0.attentions.0.proj_in``, ``text_encoder.encoder.layers.0.mlp.fc1``.
+kohya's names have "_" for every "."; what was what is told by a network, or else by the words that the names of
+Stable Diffusion's networks are made of.
+"""
+
+import re
+from collections.abc import Mapping
+
+UNET, TEXT = "unet", "text_encoder"
+KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT}
+
+JOINED = (
+    "down_blocks|up_blocks|mid_block|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_in|conv_out|"
+    "conv_shortcut|time_emb_proj|time_embedding|class_embedding|linear_1|linear_2|text_model|self_attn|q_proj|k_proj|"
+    "v_proj|out_proj|wi_0|wi_1"
+)
+SINGLE = (
+    "attentions|resnets|downsamplers|upsamplers|conv|conv1|conv2|attn1|attn2|ff|net|proj|encoder|layers|mlp|fc1|fc2|"
+    "layer|attention|self|output|dense|query|key|value|intermediate|pooler|block|SelfAttention|DenseReluDense|"
+    "q|k|v|o|wi|wo"
+)
+WORDS = rf"{JOINED}|{SINGLE}|\d+"
+FLAT_NAME = re.compile(rf"(?:{WORDS})(?:_(?:{WORDS}))*")
+FLAT_WORD = re.compile(rf"({WORDS})(?:_|$)")
+
+LDM_NAME = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
+LDM_OUTSIDE = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+}
+LDM_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def to_kohya_name(name: str) -> str:
+    """``unet.mid_block.resnets.0.conv1`` -> ``lora_unet_mid_block_resnets_0_conv1``, as kohya's for Stable Diffusion.
+
+    CLIP's names get the ``text_model`` that they had when the format was made.
+    """
+    network, _, module = name.partition(".")
+    if network == TEXT and module.startswith("encoder.layers."):
+        module = f"text_model.{module}"
+    prefix = next(prefix for prefix, meant in KOHYA_PREFIXES.items() if meant == network)
+    return prefix + module.replace(".", "_")
+
+
+def from_kohya_name(flat: str, layers_per_block: int = 2, known: Mapping[str, str] | None = None) -> str | None:
+    """The other way round; None for a name that no network of Stable Diffusion has.
+
+    Args:
+        flat: in diffusers' blocks or, for the UNet, in those of the original code (``lora_unet_input_blocks_1_1_...``).
+        layers_per_block: of the UNet; it tells the original's block 4 from layer 0 of the second block.
+        known: of the networks at hand, if there are any, what `flat_names` gives. Otherwise words decide.
+    """
+    prefix = next((prefix for prefix in KOHYA_PREFIXES if flat.startswith(prefix)), None)
+    if prefix is None:
+        return None
+    network, module = KOHYA_PREFIXES[prefix], flat.removeprefix(prefix)
+    module = from_ldm_name(module, layers_per_block) if network == UNET else module.removeprefix("text_model_")
+    if known is not None and f"{network}_{module}" in known:
+        return known[f"{network}_{module}"]
+    if not FLAT_NAME.fullmatch(module):
+        return None
+    return f"{network}.{'.'.join(FLAT_WORD.findall(module))}"
+
+
+def flat_names(names: list[str]) -> dict[str, str]:
+    """Of names such as ``unet.conv_in``, what `from_kohya_name` looks up."""
+    return {name.replace(".text_model.", ".", 1).replace(".", "_"): short(name) for name in names}
+
+
+def short(name: str) -> str:
+    """A name without the ``text_model`` that CLIP's had before transformers 5."""
+    return name.replace(f"{TEXT}.text_model.", f"{TEXT}.", 1)
+
+
+def is_ldm_name(flat: str) -> bool:
+    """Whether `flat` (kohya's, with its prefix) speaks of the original code's blocks."""
+    module = flat.removeprefix("lora_unet_")
+    return module in LDM_OUTSIDE or LDM_NAME.fullmatch(module) is not None
+
+
+def from_ldm_name(flat: str, layers_per_block: int) -> str:
+    """A layer of the original Latent Diffusion UNet, in diffusers' blocks; other names as they are.
+
+    Its blocks are counted through: the convolution at the beginning, then for each resolution its layers and a
+    downsampler; on the way up one layer more, with the upsampler in the last of them.
+    """
+    if flat in LDM_OUTSIDE:
+        return LDM_OUTSIDE[flat]
+    match = LDM_NAME.fullmatch(flat)
+    if match is None:
+        return flat
+    part, number, inner, rest = match[1], int(match[2]), match[3], match[4]
+    rest = LDM_RESNET.get(rest, rest)
+    if part == "middle_block":
+        return f"mid_block_{('resnets_0', 'attentions_0', 'resnets_1')[number]}_{rest}" if number < 3 else flat
+    if inner is None:
+        return flat
+    block, layer = divmod(number - (part == "input_blocks"), layers_per_block + 1)
+    way = "down_blocks" if part == "input_blocks" else "up_blocks"
+    if rest == "op":
+        return f"{way}_{block}_downsamplers_0_conv"
+    if rest == "conv":  # beside attention it is the block's third part, otherwise the second
+        return f"{way}_{block}_upsamplers_0_conv"
+    return f"{way}_{block}_{'attentions' if inner == '1' else 'resnets'}_{layer}_{rest}"

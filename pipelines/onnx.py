@@ -1,0 +1,324 @@
+"""A pipeline's networks as ONNX, in the layout of diffusers' ``OnnxStableDiffusionPipeline`` and of optimum.
+
+Those read the folder and run it with onnxruntime; nothing of ours or of torch's is needed for that but the loop.
+"""
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.text.encode import max_tokens
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+"""The oldest that torch's exporter writes without converting down."""
+
+MAX_BYTES = 1_800_000_000
+"""Of weights inside ``model.onnx``, which as a protobuf cannot have 2 GiB; larger ones lie beside it."""
+
+LATENTS_SCALE = 0.18215
+"""What diffusers' pipelines for ONNX take for every model's ``scaling_factor``."""
+
+CLASSES = {
+    "StableDiffusionPipeline": "OnnxStableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline": "OnnxStableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline": "OnnxStableDiffusionInpaintPipeline",
+}
+
+
+class TextGraph(nn.Module):
+    """``input_ids`` (B, L), int32 -> ``last_hidden_state`` (B, L, D), and ``pooler_output`` (B, D) if there is one."""
+
+    def __init__(self, text_encoder: nn.Module, padding: int | None) -> None:
+        super().__init__()
+        self.text_encoder, self.padding = text_encoder, padding
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        mask = None if self.padding is None else (input_ids != self.padding).to(torch.int64)
+        output = self.text_encoder(input_ids.to(torch.int64), attention_mask=mask)
+        pooled = getattr(output, "pooler_output", None)
+        return (output[0],) if pooled is None else (output[0], pooled)
+
+
+class UNetGraph(nn.Module):
+    """``sample`` (B, C, h, w), ``timestep`` (1,), ``encoder_hidden_states`` (B, L, D) -> ``out_sample`` (B, C', h, w).
+
+    The first `channels` of the prediction, so that nobody need know of learned variances.
+    """
+
+    def __init__(self, unet: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.unet, self.channels = unet, channels
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        predicted = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return predicted[:, : self.channels]
+
+
+class EncoderGraph(nn.Module):
+    """``sample`` (B, 3, H, W) -> ``latent_sample`` (B, C, h, w), the mean if there is a posterior.
+
+    With a posterior also ``latent_parameters`` (B, 2C, h, w), its mean and the logarithm of its variance. What comes
+    out is to be multiplied by `LATENTS_SCALE`.
+    """
+
+    def __init__(self, vae: Any, gaussian: bool) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.gaussian = gaussian
+        self.factor = float(vae.config.scaling_factor) / LATENTS_SCALE
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
+        encoded = self.vae.encode(sample, return_dict=False)[0]
+        if not self.gaussian:
+            return (encoded * self.factor,)
+        mean, shift = encoded.mean * self.factor, 2 * torch.log(torch.tensor(self.factor))
+        return mean, torch.cat([mean, encoded.logvar + shift], dim=1)
+
+
+class DecoderGraph(nn.Module):
+    """``latent_sample`` (B, C, h, w), scaled latents divided by `LATENTS_SCALE` -> ``sample`` (B, 3, H, W)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.factor = LATENTS_SCALE / float(vae.config.scaling_factor)
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample * self.factor, return_dict=False)[0]
+
+
+class Part(NamedTuple):
+    """One of the networks: what to export, and what its folder's ``config.json`` says."""
+
+    graph: nn.Module
+    inputs: dict[str, Tensor]
+    axes: dict[str, dict[int, str]]
+    """Of each input, the axes that may have any size."""
+    outputs: Sequence[str]
+    config: dict[str, Any]
+
+
+def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
+    """Write a pipeline's networks as ONNX, in float32: text encoder, UNet, the autoencoder's encoder and decoder.
+
+    The folder holds ``text_encoder``, ``unet``, ``vae_encoder`` and ``vae_decoder`` with a ``model.onnx`` each,
+    ``tokenizer``, ``scheduler`` and ``model_index.json``; it is written whole or not at all. Batch, height, width and
+    the number of tokens may be any. ``diffusers.OnnxStableDiffusionPipeline.from_pretrained`` and optimum's
+    ``ORTStableDiffusionPipeline`` draw from it. diffusers' takes every autoencoder for one of factor 8: where that of
+    the model is f, ask it for 8 / f times the size.
+
+    The latents' scale is `LATENTS_SCALE` for all models; the graphs bring it to the model's. Padding is hidden from a
+    text encoder that wants it so. The pipeline itself is not changed.
+
+    Args:
+        pipeline: text to image, image to image or inpainting.
+        folder: must be empty, or not be there.
+        opset: of ONNX.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ImportError: what the export needs is not installed.
+        FileExistsError: there is something in the folder.
+        ValueError: the pipeline cannot be exported, and why.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX export needs {' and '.join(missing)}; install with: pip install 'latentdiff[onnx]'")
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already and not empty; choose another folder")
+    check_pipeline(pipeline)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
+        new = Path(temporary) / "onnx"
+        for name, make in PARTS.items():
+            logger.info("Exporting %s", name)
+            write_part(name, make(pipeline), new / name, opset)
+        pipeline.tokenizer.save_pretrained(new / "tokenizer")
+        limit_tokens(new / "tokenizer", max_tokens(pipeline.tokenizer, pipeline.text_encoder))
+        pipeline.scheduler.save_pretrained(new / "scheduler")
+        write_json(new / "model_index.json", index_of(pipeline))
+        os.replace(new, folder)
+    return folder
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Raises ValueError if a pipeline cannot be exported."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kind = getattr(pipeline, "saved_class_name", type(pipeline).__name__)
+    if kind not in CLASSES:
+        raise ValueError(f"a {kind} cannot be exported to ONNX; these can: {', '.join(CLASSES)}")
+    if getattr(pipeline, "text_encoder", None) is None:
+        raise ValueError("this pipeline has no text encoder to export")
+    for name in ("text_encoder", "unet"):
+        network = getattr(pipeline, name)
+        if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            raise ValueError(
+                f"there are adapters in the {name}; export it after fuse_lora() and unload_lora_weights(), or after "
+                f"unload_lora_weights() alone to do without them"
+            )
+    config = pipeline.vae.config
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise ValueError(f"the autoencoder's {key} is not supported in ONNX's layout of a pipeline")
+    if getattr(pipeline.unet, "class_embedding", None) is not None:
+        raise ValueError("a UNet with class embeddings cannot be exported; the layout has no input for the labels")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        logger.warning("The safety checker is not exported; the ONNX pipeline does without")
+
+
+def text_part(pipeline: Any) -> Part:
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    padding = None
+    if getattr(encoder.config, "use_attention_mask", False):
+        padding = tokenizer.pad_token_id
+    length = max_tokens(tokenizer, encoder)
+    graph = TextGraph(plain(encoder), padding)
+    ids = torch.randint(encoder.config.vocab_size, (2, length), dtype=torch.int32)
+    with torch.no_grad():
+        count = len(graph(ids))
+    return Part(
+        graph,
+        {"input_ids": ids},
+        {"input_ids": {0: "batch_size", 1: "sequence_length"}},
+        ["last_hidden_state", "pooler_output"][:count],
+        json.loads(encoder.config.to_json_string(use_diff=False)),
+    )
+
+
+def unet_part(pipeline: Any) -> Part:
+    unet, config = pipeline.unet, pipeline.unet.config
+    width = config.cross_attention_dim
+    size = 2 ** (len(config.block_out_channels) - 1)
+    channels = config.out_channels if takes_variance(pipeline.scheduler) else pipeline.vae.config.latent_channels
+    return Part(
+        UNetGraph(plain(unet), channels),
+        {
+            "sample": torch.randn(2, config.in_channels, 2 * size, 3 * size),
+            "timestep": torch.tensor([10.0]),
+            "encoder_hidden_states": torch.randn(2, 5, width if isinstance(width, int) else width[0]),
+        },
+        {
+            "sample": {0: "batch_size", 2: "height", 3: "width"},
+            "timestep": {},
+            "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
+        },
+        ["out_sample"],
+        {**own_config(unet), "out_channels": channels},
+    )
+
+
+def encoder_part(pipeline: Any) -> Part:
+    vae = pipeline.vae
+    size = 2 ** (len(vae.config.block_out_channels) - 1)
+    gaussian = not hasattr(vae, "quantize")
+    return Part(
+        EncoderGraph(plain(vae), gaussian),
+        {"sample": torch.randn(2, vae.config.in_channels, 4 * size, 6 * size)},
+        {"sample": {0: "batch_size", 2: "height", 3: "width"}},
+        ["latent_sample", "latent_parameters"][: 1 + gaussian],
+        {**own_config(vae), "scaling_factor": LATENTS_SCALE},
+    )
+
+
+def decoder_part(pipeline: Any) -> Part:
+    vae = pipeline.vae
+    return Part(
+        DecoderGraph(plain(vae)),
+        {"latent_sample": torch.randn(2, vae.config.latent_channels, 4, 6)},
+        {"latent_sample": {0: "batch_size", 2: "height", 3: "width"}},
+        ["sample"],
+        {**own_config(vae), "scaling_factor": LATENTS_SCALE},
+    )
+
+
+PARTS = {"text_encoder": text_part, "unet": unet_part, "vae_encoder": encoder_part, "vae_decoder": decoder_part}
+
+
+def plain(network: Any) -> Any:
+    """The network in float32 on the CPU and not training; a copy unless it is so already."""
+    network = getattr(network, "_orig_mod", network)  # under torch.compile
+    tensors = [*network.parameters(), *network.buffers()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    as_needed = all(tensor.dtype == torch.float32 for tensor in floating)
+    if as_needed and not network.training and all(tensor.device.type == "cpu" for tensor in tensors):
+        return network
+    return copy.deepcopy(network).to("cpu", torch.float32).eval()
+
+
+def own_config(network: Any) -> dict[str, Any]:
+    """The config of a network of diffusers' or ours, under diffusers' class name."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    return {"_class_name": type(network).__name__, "_diffusers_version": diffusers.__version__, **config}
+
+
+def write_part(name: str, part: Part, folder: Path, opset: int) -> None:
+    """Write ``model.onnx`` and ``config.json``.
+
+    Raises:
+        ValueError: torch cannot export it.
+    """
+    folder.mkdir(parents=True)
+    weights = sum(parameter.numel() * 4 for parameter in part.graph.parameters())
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own insides
+            torch.onnx.export(
+                part.graph,
+                tuple(part.inputs.values()),
+                folder / "model.onnx",
+                dynamo=True,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                dynamic_shapes=tuple(part.axes.values()),
+                opset_version=opset,
+                external_data=weights > MAX_BYTES,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"torch cannot export the {name} to ONNX: {reason}") from error
+    write_json(folder / "config.json", part.config)
+
+
+def index_of(pipeline: Any) -> dict[str, Any]:
+    """What ``model_index.json`` says."""
+    kind = getattr(pipeline, "saved_class_name", type(pipeline).__name__)
+    return {
+        "_class_name": CLASSES[kind],
+        "_diffusers_version": diffusers.__version__,
+        **{name: ["diffusers", "OnnxRuntimeModel"] for name in PARTS},
+        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def limit_tokens(folder: Path, length: int) -> None:
+    """Write into a saved tokenizer's config how many tokens the encoder takes."""
+    file = folder / "tokenizer_config.json"
+    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, {**config, "model_max_length": length})
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
