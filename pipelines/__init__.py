@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.drawing import ImagesOutput, Progress
     from latentdiff.pipelines.image_to_image import ImageToImagePipeline
     from latentdiff.pipelines.inpaint import InpaintPipeline
+    from latentdiff.pipelines.many import draw_many
     from latentdiff.pipelines.previews import filmstrip
     from latentdiff.pipelines.super_resolution import SuperResolutionPipeline
     from latentdiff.pipelines.text_to_image import TextToImagePipeline
@@ -22,6 +23,7 @@ _HOMES = {
     "Progress": "drawing",
     "SuperResolutionPipeline": "super_resolution",
     "TextToImagePipeline": "text_to_image",
+    "draw_many": "many",
     "filmstrip": "previews",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "Progress",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
+    "draw_many",
     "filmstrip",
 ]
 

@@ -333,7 +333,7 @@ class LatentPipeline(FolderPipeline):
         else:
             pixels, flags = self._check_safety(steps.decode(self.vae, latents))  # (B, 3, H, W)
             if drawing.reranker is not None:
-                best, scores = self._best(drawing, pixels)
+                best, scores = self._best(drawing, pixels, flags)
                 pixels = pixels[best]
                 flags = None if flags is None else [flags[i] for i in best]
                 seeds = None if seeds is None else [seeds[i] for i in best]
@@ -362,13 +362,14 @@ class LatentPipeline(FolderPipeline):
             )
         return pixels, flags
 
-    def _best(self, drawing: Drawing, pixels: Tensor) -> tuple[list[int], list[float]]:
+    def _best(self, drawing: Drawing, pixels: Tensor, withheld: list[bool] | None) -> tuple[list[int], list[float]]:
         """Which of a call's candidates to keep, and their scores."""
         from latentdiff.pipelines.reranking import best_of
 
         pictures = self.image_processor.postprocess(pixels, output_type="pil")
         prompts = drawing.prompts or []
-        return best_of(pictures, prompts, drawing.count // len(prompts), drawing.kept, drawing.reranker)
+        candidates = drawing.count // len(prompts)
+        return best_of(pictures, prompts, candidates, drawing.kept, drawing.reranker, withheld)
 
 
 def check_output_type(output_type: str) -> None:

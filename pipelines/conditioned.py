@@ -18,6 +18,7 @@ from latentdiff.pipelines.pictures import are_latents, check_pictures
 from latentdiff.pipelines.prompts import PromptEncoder, count_prompts
 from latentdiff.pipelines.schedulers import modern_scheduler
 from latentdiff.pipelines.single_file import SingleFilePipeline
+from latentdiff.text.weights import without_weights
 
 
 class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
@@ -157,6 +158,9 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self.guidance.active
         )  # (B, L, D) each
         count = len(positive)
+        prompts_read = [prompt] if isinstance(prompt, str) else prompt
+        if prompts_read is not None and extras.get("prompt_weights", False):
+            prompts_read = [without_weights(one) for one in prompts_read]
         noise, seeds = self.noise_source(count, seed, generator, extras)
         return Drawing(
             embeds=positive if negative is None else torch.cat([negative, positive]),
@@ -165,7 +169,7 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
             seeds=seeds,
             output_type=output_type,
             return_dict=return_dict,
-            prompts=[prompt] if isinstance(prompt, str) else prompt,
+            prompts=prompts_read,
             drawn=drawn,
             kept=kept,
             reranker=reranker,
@@ -220,7 +224,7 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
                 "candidates are compared by a CLIP model; give one with reranker=, such as "
                 "'open_clip:ViT-B-32/laion2b_s34b_b79k' or the folder of a transformers CLIP, or set pipeline.reranker"
             )
-        return candidates, load_reranker(source)
+        return candidates, load_reranker(source, self._execution_device)
 
 
 def refuse(**arguments: Any) -> None:

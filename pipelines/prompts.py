@@ -68,9 +68,10 @@ class PromptEncoder:
         if not guided:
             return self._repeat(prompt_embeds), None
         if negatives is not None:
-            length = prompt_embeds.shape[1]
-            given = positives is None
-            negative_prompt_embeds = self._states(negatives, None, 1 if given else chunks, length if given else None)
+            length: int | None = None
+            if positives is None:
+                chunks, length = self._as_long_as(prompt_embeds)
+            negative_prompt_embeds = self._states(negatives, None, chunks, length)
         assert negative_prompt_embeds is not None
         check_embeds("negative_prompt_embeds", negative_prompt_embeds)
         if prompt_embeds.shape != negative_prompt_embeds.shape:
@@ -86,6 +87,14 @@ class PromptEncoder:
             return 1
         length = max_tokens(self.tokenizer, self.text_encoder)
         return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
+
+    def _as_long_as(self, embeds: Tensor) -> tuple[int, int]:
+        """In how many parts, of how many tokens, to encode prompts that go with `embeds` (B, L, D)."""
+        length = embeds.shape[1]
+        if self.text_encoder is None:
+            return 1, length
+        whole = max_tokens(self.tokenizer, self.text_encoder)
+        return (length // whole, whole) if length % whole == 0 else (1, length)
 
     def _states(self, prompts: list[str], clip_skip: int | None, chunks: int, length: int | None = None) -> Tensor:
         if self.text_encoder is None:

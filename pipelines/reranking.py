@@ -5,6 +5,7 @@ DALL-E (Ramesh et al. 2021), Sec. 2.6, draws 512 and keeps the best.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def check_candidates(candidates: Any, kept: int) -> None:
         )
 
 
-def load_reranker(source: Any) -> ClipScore:
+def load_reranker(source: Any, device: torch.device | str = "cpu") -> ClipScore:
     """A ``ClipScore``, or one loaded from where `latentdiff.metrics.clip.load_clip` finds it.
 
-    What is loaded is kept for the next call.
+    What is loaded goes to `device`, and is kept for the next call.
 
     Raises:
         TypeError: neither a ``ClipScore`` nor a name.
@@ -36,7 +37,8 @@ def load_reranker(source: Any) -> ClipScore:
         return source
     if not isinstance(source, str) and not hasattr(source, "__fspath__"):
         raise TypeError(f"a reranker is a ClipScore, or the name or folder of a CLIP model, not {source!r}")
-    return _load_once(str(source))
+    folder = Path(source).expanduser()
+    return _load_once(str(folder.resolve()) if folder.is_dir() else str(source)).to(device)
 
 
 @lru_cache(maxsize=1)
@@ -45,12 +47,18 @@ def _load_once(source: str) -> ClipScore:
 
 
 def best_of(
-    images: Sequence[Image.Image], prompts: Sequence[str], candidates: int, keep: int, reranker: ClipScore
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    candidates: int,
+    keep: int,
+    reranker: ClipScore,
+    withheld: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[float]]:
     """Of `candidates` pictures of each prompt the `keep` that fit it best.
 
     Args:
         images: for each prompt in turn `candidates`.
+        withheld: which of them a safety checker blackened; they come last.
 
     Returns:
         Which they are, for each prompt in turn, the best first; and their scores, from 0 to 100. Of equal ones the
@@ -63,9 +71,12 @@ def best_of(
     if len(images) != len(prompts) * candidates:
         raise ValueError(f"{len(images)} pictures are not {candidates} for each of {len(prompts)} prompts")
     captions = [prompt for prompt in prompts for _ in range(candidates)]
-    scores = torch.cat(
-        [reranker.scores(images[i : i + BATCH], captions[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    cosines = torch.cat(  # not the scores: those of all that fit badly are 0
+        [reranker.cosines(images[i : i + BATCH], captions[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     )
-    order = scores.view(len(prompts), candidates).argsort(dim=1, descending=True, stable=True)[:, :keep]
+    rank = cosines.clone()
+    if withheld is not None:
+        rank[torch.tensor(withheld)] = -2.0
+    order = rank.view(len(prompts), candidates).argsort(dim=1, descending=True, stable=True)[:, :keep]
     best = (order + candidates * torch.arange(len(prompts))[:, None]).flatten()
-    return best.tolist(), scores[best].tolist()
+    return best.tolist(), (100 * cosines[best].clamp(min=0)).tolist()

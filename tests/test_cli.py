@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, cli
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, __version__, cli
+from latentdiff.interchange.fingerprint import model_digest
 from latentdiff.interchange.png import read_settings
+from latentdiff.pipelines.commands import generate
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "car", "sun"]
 
@@ -57,7 +60,7 @@ def latentdiff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the command; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["latentdiff", *arguments])
     try:
-        cli.run(cli.app)
+        cli.run(cli.application())
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -77,11 +80,20 @@ def test_draws_a_picture_that_keeps_its_settings(
         "num_inference_steps": 2,
         "guidance_scale": 3.0,
         "model": model,
+        "model_digest": model_digest(Path(model)),
         "scheduler": "DDIMScheduler",
         "precision": "float32",
         "width": 8,
         "height": 8,
-        "version": "0.1.0",
+        "version": __version__,
+        "batches": [{"prompts": ["a red car"], "seeds": [5]}],
+        "pictures": [[0, 0]],
+        "machine": {
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "processor": ANY,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
     drawn = TextToImagePipeline.from_pretrained(model)("a red car", seed=5).images[0]
     with Image.open("car.png") as image:
@@ -173,10 +185,10 @@ def test_a_damaged_model_is_named(
 
 
 def test_our_own_faults_have_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(cli, "load_pipeline", fail)
+    monkeypatch.setattr(generate, "load_pipeline", fail)
     assert latentdiff(monkeypatch, "generate", "a") == 1
     assert "Error: RuntimeError: broken" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="broken"):
@@ -191,17 +203,17 @@ def test_unquoted_words_are_pointed_out(
 
 
 def test_the_installed_command() -> None:
-    run = subprocess.run([sys.executable, "-m", "latentdiff.cli", "--help"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "latentdiff", "--help"], capture_output=True, text=True)
     assert run.returncode == 0
-    assert "generate" in run.stdout
-    assert "train" in run.stdout
+    for command in ("generate", "replay", "many", "convert", "train", "finetune", "doctor", "evaluate"):
+        assert f" {command} " in run.stdout
     version = subprocess.run([sys.executable, "-m", "latentdiff.cli", "--version"], capture_output=True, text=True)
     assert version.stdout.startswith("latentdiff ")
 
 
 @pytest.mark.slow
 def test_from_a_cold_start(model: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentdiff.cli", "generate", "a red car", "-o", "car.png", "--model", model]
+    command = [sys.executable, "-m", "latentdiff", "generate", "a red car", "-o", "car.png", "--model", model]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import psnr
 from latentdiff.models import AutoencoderKL, VQModel
+from latentdiff.pipelines.processes import processes
 from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures, read_pixels
 from latentdiff.training.describe import describe
 from latentdiff.training.draws import POSTERIOR, PixelSamples, Views, loader, sample_generator, stack
 from latentdiff.training.order import PictureOrder
 from latentdiff.training.perceptual import PerceptualLoss
-from latentdiff.training.processes import processes
 from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)

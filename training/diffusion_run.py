@@ -11,12 +11,13 @@ from torch import nn
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.processes import processes
 from latentdiff.training.config import DiffusionSettings
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.draws import DiffusionSamples, Views, chunks_alike, held_out_samples, loader, stack
 from latentdiff.training.inputs import Inputs, all_views, centred_views, open_sources, pixels_per_latent
 from latentdiff.training.order import PictureOrder
-from latentdiff.training.processes import processes, spread_modules
+from latentdiff.training.processes import spread_modules
 from latentdiff.training.run import TrainingRun
 from latentdiff.training.validation import HeldOutLoss
 

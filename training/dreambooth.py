@@ -14,9 +14,9 @@ from typing import Any
 from latentdiff import __version__
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.processes import processes
 from latentdiff.training.config import FinetuneSettings
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.processes import processes
 
 logger = logging.getLogger(__name__)
 

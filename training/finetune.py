@@ -11,6 +11,7 @@ from torch import nn
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.processes import processes
 from latentdiff.text import max_tokens
 from latentdiff.training.adapters import add_lora, lora_rank, merge_lora, save_lora
 from latentdiff.training.config import FinetuneSettings
@@ -19,7 +20,6 @@ from latentdiff.training.diffusion_run import Data, Parts, load_data, train_diff
 from latentdiff.training.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.inputs import frozen
 from latentdiff.training.objective import DenoiserObjective
-from latentdiff.training.processes import processes
 from latentdiff.training.run import TrainingRun
 from latentdiff.training.textual_inversion import Expand, add_word, check_captions, save_word, settle
 

@@ -1,33 +1,18 @@
 """The processes of one training, as Accelerate sees them, and weights that FSDP has spread over them."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from latentdiff.pipelines.processes import on_cpu
 from latentdiff.training.config import RunSettings
-
-
-def on_cpu() -> bool:
-    """Whether to compute on the CPU: asked for by Accelerate's configuration, or several processes without a device.
-
-    Without being told, Accelerate takes the latter for trainings that know nothing of each other.
-    """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several and not torch.accelerator.is_available())
-
-
-def processes() -> PartialState:
-    """This process among the others; may be asked before there is an Accelerator."""
-    return PartialState(cpu=on_cpu())
 
 
 def accelerator_of(settings: RunSettings) -> Accelerator:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Ima
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """`settings` in the notation that Stable Diffusion's web pages write and picture viewers know."""
     lines = ["\n".join(settings["prompts"])]
-    if settings["negative_prompt"]:
+    if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     fields = {
         "Steps": settings["num_inference_steps"],
@@ -42,10 +43,12 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings.get("strength"),
         "Model": settings["model"],
+        "Model hash": settings.get("model_digest", "")[:10] or None,
         "Version": f"latentdiff {settings['version']}",
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
 
 
@@ -73,15 +76,22 @@ def current_umask() -> int:
 
 
 def read_settings(file: Path) -> dict[str, Any] | None:
-    """The settings in a picture that `save_picture` wrote; None for any other file."""
+    """The settings in a picture that `save_picture` wrote; None for any other file. The pixels are not decoded."""
     try:
-        with Image.open(file) as image:
-            text = getattr(image, "text", {}).get(KEY)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=("PNG",)) as image:
+                return settings_of(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return None
+
+
+def settings_of(image: Image.Image) -> dict[str, Any] | None:
+    """The settings in an open picture; None if it has none that can be read."""
+    text = image.info.get(KEY)
     try:
-        settings = json.loads(text) if text else None
-    except json.JSONDecodeError:
+        settings = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 

@@ -1,6 +1,7 @@
 """CLIP score: how well pictures fit their captions, by a CLIP model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from latentdiff.interchange.folders import check_safetensors
 from latentdiff.metrics.extractors import (
     Extractor,
     PooledVision,
@@ -19,6 +21,7 @@ from latentdiff.metrics.extractors import (
     weights_digest,
 )
 from latentdiff.metrics.resize import RESIZE
+from latentdiff.text.load import check_vocabulary
 
 OPEN_CLIP = "open_clip:"
 
@@ -47,9 +50,17 @@ class ClipScore:
         self.pictures.to(device)
         return self
 
-    @torch.no_grad()
     def scores(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """(B,) float32 from 0 to 100; a cosine below 0 counts as 0.
+
+        Raises:
+            ValueError: not one caption for each picture.
+        """
+        return 100 * self.cosines(pictures, captions).clamp(min=0)
+
+    @torch.no_grad()
+    def cosines(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """(B,) float32 from -1 to 1.
 
         Raises:
             ValueError: not one caption for each picture.
@@ -58,7 +69,7 @@ class ClipScore:
             raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions cannot be compared one by one")
         seen = F.normalize(self.pictures(pictures), dim=-1)
         read = F.normalize(self.texts(captions).float().cpu(), dim=-1)
-        return 100 * (seen * read).sum(-1).clamp(min=0)
+        return (seen * read).sum(-1)
 
     def mean(self, pairs: Iterable[tuple[Image.Image, str]], batch_size: int = 16) -> float:
         """The mean over pictures with captions.
@@ -95,7 +106,8 @@ def load_clip(source: str) -> ClipScore:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it is not a model of pictures and text, or open_clip has none of that name.
+        ValueError: it is not a model of pictures and text, it is damaged or could not be fetched, or open_clip has none
+            of that name.
     """
     if source.startswith(OPEN_CLIP):
         return open_clip_score(source.removeprefix(OPEN_CLIP))
@@ -106,7 +118,12 @@ def transformers_score(source: str) -> ClipScore:
     from transformers import AutoModel, AutoTokenizer
 
     folder = find_transformers_model(source, "a CLIP is open_clip:NAME/PRETRAINED")
-    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    for file in sorted(Path(folder).glob("*.safetensors")):  # none of a model on the hub
+        check_safetensors(file)
+    with loading(source):
+        model, info = AutoModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{source} holds a {type(model).__name__}; a CLIP score needs a model of pictures and text")
     missing = sorted(info["missing_keys"])
@@ -114,7 +131,9 @@ def transformers_score(source: str) -> ClipScore:
         raise ValueError(
             f"{source}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_vocabulary(tokenizer, source)
     limit = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     size, mean, std = preprocessing(folder, model.config.vision_config)
     name = f"transformers {type(model).__name__} {shown_source(source)}"
@@ -129,6 +148,23 @@ def transformers_score(source: str) -> ClipScore:
     return ClipScore(name, model, pictures, texts)
 
 
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Within, what a library says of a model that it cannot load becomes a ValueError with the model's name.
+
+    No network, weights of another model, no weights in safetensors files, a model that would run its own code.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run"
+        elif "ignore_mismatched_sizes" in reason:
+            reason = "the weights are of other shapes than config.json says"
+        raise ValueError(f"{source} could not be loaded: {reason[:300]}") from error
+
+
 def open_clip_score(source: str) -> ClipScore:
     """See `load_clip`; `source` is NAME/PRETRAINED."""
     import open_clip
@@ -139,17 +175,16 @@ def open_clip_score(source: str) -> ClipScore:
     if name not in open_clip.list_models():
         raise ValueError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them")
     file = Path(pretrained).expanduser()
-    if pretrained not in open_clip.list_pretrained_tags_by_model(name):
+    is_tag = pretrained in open_clip.list_pretrained_tags_by_model(name)
+    if not is_tag:
         if not file.is_file():
             raise FileNotFoundError(f"{pretrained}: open_clip has no such weights of {name}, and it is no file")
         if file.suffix != ".safetensors":
             raise ValueError(f"{pretrained}: pickled weights can run code and are not read; give a safetensors file")
-    try:
-        model = open_clip.create_model(name, pretrained=str(file) if file.is_file() else pretrained, weights_only=True)
-    except RuntimeError as error:  # no network, or weights of another model
-        reason = " ".join(str(error).split())
-        raise ValueError(f"open_clip:{source}: the weights could not be loaded: {reason[:300]}") from error
-    tokenizer = open_clip.get_tokenizer(name)
+        check_safetensors(file)
+    with loading(OPEN_CLIP + source):
+        model = open_clip.create_model(name, pretrained=pretrained if is_tag else str(file), weights_only=True)
+        tokenizer = open_clip.get_tokenizer(name)
     look = open_clip.get_model_preprocess_cfg(model)
     size = look["size"] if isinstance(look["size"], int) else look["size"][0]
     pictures = Extractor(f"open_clip {name}", ImageTower(model), size, look["mean"], look["std"])
@@ -157,7 +192,7 @@ def open_clip_score(source: str) -> ClipScore:
     def texts(captions: Sequence[str]) -> Tensor:
         return model.encode_text(tokenizer(list(captions)).to(pictures.device))
 
-    label = f"open_clip {name} {file.name if file.is_file() else pretrained}"
+    label = f"open_clip {name} {pretrained if is_tag else file.name}"
     return ClipScore(label, model, pictures, texts)
 
 

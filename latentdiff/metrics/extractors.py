@@ -182,7 +182,9 @@ def transformers_extractor(source: str) -> Extractor:
     folder = find_transformers_model(
         source, "--extractor takes auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
     )
-    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+    )
     missing = sorted(info["missing_keys"])
     if any(not key.startswith("pooler.") for key in missing):  # they would have random values
         raise ValueError(
@@ -219,7 +221,7 @@ def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Seque
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no preprocessor_config.json, so how its pictures look is not known") from error
     size = getattr(config, "image_size", None)

@@ -37,7 +37,8 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
 
     Raises:
         FileNotFoundError, OSError: there is no such model, or it is not in safetensors files.
-        ValueError: a file is damaged, or the encoder does not say how many tokens it takes.
+        ValueError: a file is damaged, the model needs code of its own, its tokenizer knows no words, or the encoder
+            does not say how many tokens it takes.
     """
     if str(source).startswith(OPEN_CLIP):
         from latentdiff.text.open_clip import load_open_clip_text_encoder
@@ -55,7 +56,9 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(place, subfolder="tokenizer" if in_pipeline else "")
+    subfolder = "tokenizer" if in_pipeline else ""
+    tokenizer = AutoTokenizer.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
+    check_vocabulary(tokenizer, f"{place}/{subfolder}" if subfolder else place)
     text_encoder = load_encoder(place, "text_encoder" if in_pipeline else "", dtype)
     if not in_pipeline and text_encoder.config.model_type not in ("clip", "clip_text_model"):
         text_encoder.config.use_attention_mask = True
@@ -64,11 +67,20 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
     return tokenizer, text_encoder.eval()
 
 
+def check_vocabulary(tokenizer: Any, place: str) -> None:
+    """Raises ValueError for a tokenizer without words, as transformers makes one of a folder without its files."""
+    if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) <= {"▁"}:
+        raise ValueError(
+            f"{place} has no tokenizer that knows any words; copy its files there (tokenizer.json, or vocab.txt, or "
+            f"vocab.json and merges.txt)"
+        )
+
+
 def load_encoder(place: str, subfolder: str, dtype: torch.dtype) -> Any:
     """The text encoder alone, of whatever kind the config in `place` says."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(place, subfolder=subfolder)
+    config = transformers.AutoConfig.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
     class_name = ENCODER_CLASSES.get(config.model_type, "AutoModel")
     encoder_class = getattr(transformers, class_name)
     return encoder_class.from_pretrained(place, subfolder=subfolder, dtype=dtype, use_safetensors=True)

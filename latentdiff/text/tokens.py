@@ -1,5 +1,6 @@
 """Prompts to tokens where that is more than a tokenizer's call: with weights, and in chunks for long prompts."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from latentdiff.text.weights import Piece, parse_weights
-from latentdiff.text.words import expand_words
+from latentdiff.text.words import expand_words, later_tokens
 
 COMMAS = (",", ";", ".", "|")
+LETTER = re.compile(r"\S")
 
 
 class Tokens(NamedTuple):
@@ -32,7 +34,7 @@ class Content(NamedTuple):
     ids: list[int]
     weights: list[float]
     starts: list[int]
-    """Where in the text each token begins."""
+    """Where in the text each token begins, without the space before."""
     breaks: list[int]
     """How good a place each token is to begin a new chunk at: 2 after a comma, 1 at a word, 0 inside one."""
 
@@ -68,20 +70,34 @@ def read_prompt(prompt: str, tokenizer: Any, weights: bool) -> Content:
     pieces = parse_weights(prompt) if weights else [Piece(prompt, 1.0)]
     pieces = [Piece(expand_words([text], tokenizer)[0], weight) for text, weight in pieces]
     text = "".join(piece.text for piece in pieces)
-    of_character = [weight for piece, weight in pieces for _ in piece]
+    of_character = [*(weight for piece, weight in pieces for _ in piece), 1.0]
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"a {type(tokenizer).__name__} does not say where in a prompt its tokens are, so prompt_weights and "
             f"long_prompts='chunk' do not work with it"
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    starts = [start for start, _ in encoded.offset_mapping]
+    ids = list(encoded.input_ids)
+    starts = [after_space(text, start) for start, _ in encoded.offset_mapping]
+    later = later_tokens(tokenizer)
     breaks = []
-    for start in starts:
-        before = text[:start].rstrip()
-        at_word = start == 0 or len(before) < start
-        breaks.append(2 if before.endswith(COMMAS) and at_word else int(at_word))
-    return Content(text, list(encoded.input_ids), [of_character[start] for start in starts], starts, breaks)
+    for i, start in enumerate(starts):
+        inside = ids[i] in later or (i > 0 and starts[i - 1] == start)  # a letter may have several tokens
+        breaks.append(0 if inside else break_at(text, start))
+    return Content(text, ids, [of_character[start] for start in starts], starts, breaks)
+
+
+def after_space(text: str, start: int) -> int:
+    """Where the word of a token begins; to some tokenizers the space before belongs to it."""
+    letter = LETTER.search(text, start)
+    return letter.start() if letter else start
+
+
+def break_at(text: str, start: int) -> int:
+    """See ``Content.breaks``."""
+    before = text[:start].rstrip()
+    at_word = start == 0 or len(before) < start
+    return 2 if before.endswith(COMMAS) and at_word else int(at_word)
 
 
 def split_content(content: Content, room: int) -> list[slice]:
@@ -132,8 +148,8 @@ def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, *, weights: bo
             own = [1.0] * len(frame.before) + content.weights[part]
             free = length - len(ids)
             rows.append((ids + [padding] * free, [1] * len(ids) + [0] * free, own + [1.0] * (length - len(own))))
-    ids, masks, strengths = zip(*rows, strict=True)
-    return Tokens(torch.tensor(ids), torch.tensor(masks), torch.tensor(strengths), cut)
+    numbers, masks, strengths = zip(*rows, strict=True)
+    return Tokens(torch.tensor(numbers), torch.tensor(masks), torch.tensor(strengths), cut)
 
 
 def weigh(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import re
 from typing import NamedTuple
 
 STEP = 1.1
+LIMIT = 1000.0  # states reach about 30, and half precision 65504
 
-PART = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
+PART = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
 
 
 class Piece(NamedTuple):
@@ -23,7 +24,7 @@ def parse_weights(prompt: str) -> list[Piece]:
     """The pieces of a prompt, whose texts together are the prompt without brackets and weights.
 
     Raises:
-        ValueError: a bracket without its partner, and where.
+        ValueError: a bracket without its partner, and where; a weight beyond 1000.
     """
     pieces: list[Piece] = []
     open_at: list[tuple[str, int, int]] = []  # the bracket, its place in the prompt, how many pieces came before
@@ -56,7 +57,22 @@ def parse_weights(prompt: str) -> list[Piece]:
         place += len(part)
     if open_at:
         raise ValueError(unbalanced(prompt, *open_at[-1][:2]))
+    check_sizes(pieces)
     return joined(pieces)
+
+
+def check_sizes(pieces: list[Piece]) -> None:
+    """Raises ValueError for a weight that would make states infinite."""
+    for text, weight in pieces:
+        if not abs(weight) <= LIMIT:  # nan neither
+            raise ValueError(
+                f"the weight of {text[:100]!r} is {weight:g}; weights lie between -{LIMIT:g} and {LIMIT:g}"
+            )
+
+
+def without_weights(prompt: str) -> str:
+    """What a prompt says, for those that do not read weights."""
+    return "".join(piece.text for piece in parse_weights(prompt))
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:

@@ -1,6 +1,9 @@
 """CLIP score with small random models of transformers and open_clip."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -70,8 +73,12 @@ def test_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(scores, 100 * F.cosine_similarity(seen, read).clamp(min=0), atol=1e-3, rtol=1e-3)
     assert clip.name == f"open_clip {name} weights.safetensors"
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"the weights could not be loaded: .*Missing key"):
+    with pytest.raises(ValueError, match=r"other.safetensors could not be loaded: .*Missing key"):
         load_clip(f"open_clip:{name}/{tmp_path / 'other.safetensors'}")
+    whole = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"short\.safetensors is damaged"):
+        load_clip(f"open_clip:{name}/{tmp_path / 'short.safetensors'}")
     (tmp_path / "weights.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="pickled weights can run code"):
         load_clip(f"open_clip:{name}/{tmp_path / 'weights.pt'}")
@@ -91,3 +98,53 @@ def test_what_is_no_clip(tmp_path: Path, folder: Path) -> None:
         load_clip(str(tmp_path / "text"))
     with pytest.raises(ValueError, match="1 pictures and 2 captions"):
         load_clip(str(folder)).scores(PICTURES[:1], CAPTIONS)
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def without_words(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, r"model\.safetensors is damaged"),
+        (without_words, "has no tokenizer that knows any words"),
+        (pickled, r"clip could not be loaded: .*model\.safetensors"),
+        (configured(projection_dim=9), r"clip could not be loaded: the weights are of other shapes than config\.json"),
+        (
+            configured(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModel": "own.Model"}),
+            "clip could not be loaded: it needs code of its own, which is not run",
+        ),
+    ],
+)
+def test_damaged_models_are_refused(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_clip(str(folder))
+    assert not (folder / "ran").exists()
+
+
+def test_models_that_cannot_be_fetched_are_named() -> None:
+    with pytest.raises(ValueError, match=r"nobody/has-this could not be loaded: .*connect"):
+        load_clip("nobody/has-this")
+    with pytest.raises(ValueError, match=r"open_clip:ViT-B-32/openai could not be loaded: .*[Dd]ownload"):
+        load_clip("open_clip:ViT-B-32/openai")

@@ -37,6 +37,14 @@ def test_a_long_negative_prompt_makes_the_prompt_as_long(pipeline: Any) -> None:
     assert positive.shape == negative.shape == (1, 24, 16)
 
 
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": "blue"}])
+def test_states_in_chunks_go_with_negative_prompts(pipeline: Any, options: dict[str, Any]) -> None:
+    prompt = "a red car and its wheels"
+    positive, _ = pipeline.encode_prompt(prompt, long_prompts="chunk")
+    ready = pipeline(prompt_embeds=positive, **options, **FEW).images
+    np.testing.assert_array_equal(ready, pipeline(prompt, long_prompts="chunk", **options, **FEW).images)
+
+
 def test_encode_prompt_makes_what_a_call_takes(pipeline: Any) -> None:
     positive, negative = pipeline.encode_prompt(["a (red:2) car", "sun"], prompt_weights=True, num_images_per_prompt=1)
     ready = pipeline(prompt_embeds=positive, negative_prompt_embeds=negative, **FEW).images

@@ -35,14 +35,22 @@ def test_the_best_of_each_prompt_come_first(reranker: ClipScore) -> None:
     images, prompts = pictures(20 * 2), ["a red car", "sun"]
     best, scores = best_of(images, prompts, 20, 3, reranker)
     for row, prompt in enumerate(prompts):
-        own = [float(reranker.scores([image], [prompt])[0]) for image in images[20 * row : 20 * (row + 1)]]
+        own = [float(reranker.cosines([image], [prompt])[0]) for image in images[20 * row : 20 * (row + 1)]]
+        assert len(set(own)) == 20
         wanted = sorted(range(20), key=lambda i: -own[i])[:3]
         assert best[3 * row : 3 * row + 3] == [20 * row + i for i in wanted]
-        assert scores[3 * row : 3 * row + 3] == pytest.approx([own[i] for i in wanted], abs=1e-3)
+        assert scores[3 * row : 3 * row + 3] == pytest.approx([100 * max(own[i], 0) for i in wanted], abs=1e-3)
 
 
 def test_equal_pictures_keep_their_order(reranker: ClipScore) -> None:
     assert best_of(pictures(1) * 5, ["sun"], 5, 5, reranker)[0] == [0, 1, 2, 3, 4]
+
+
+def test_what_was_withheld_comes_last(reranker: ClipScore) -> None:
+    images = pictures(4)
+    best = best_of(images, ["sun"], 4, 4, reranker)[0]
+    withheld = [i == best[0] for i in range(4)]
+    assert best_of(images, ["sun"], 4, 4, reranker, withheld)[0] == [*best[1:], best[0]]
 
 
 def test_a_call_gives_the_best_with_scores_and_seeds(pipeline: Any, reranker: ClipScore) -> None:
@@ -67,6 +75,14 @@ def test_a_reranker_may_stay_on_the_pipeline(pipeline: Any, clip_folder: Path) -
     output = pipeline("sun", candidates=2, seed=0, output_type="pt", **FEW)
     assert output.images.shape == (1, 3, 16, 16)
     assert load_reranker(clip_folder) is load_reranker(str(clip_folder))
+
+
+def test_captions_are_read_without_weights(pipeline: Any, reranker: ClipScore) -> None:
+    call = {"candidates": 4, "num_images_per_prompt": 4, "seed": 0, "reranker": reranker, **FEW}
+    output = pipeline("a (sun:1.5)", prompt_weights=True, **call)
+    wanted = [float(reranker.scores([image], ["a sun"])[0]) for image in output.images]
+    assert output.scores == pytest.approx(wanted, abs=1e-3)
+    assert any(wanted)
 
 
 @pytest.mark.parametrize(

@@ -10,106 +10,36 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from kinds import KINDS, VAE, make_model, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import LETTERS
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
 
 from latentdiff import (
-    AutoencoderKL,
     ImageToImagePipeline,
     InpaintPipeline,
     SuperResolutionPipeline,
     TextToImagePipeline,
-    UNet2DConditionModel,
 )
 from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
 from latentdiff.interchange.single_file.configs import text_config, text_kind, unet_config, vae_config
 
-WIDE = {  # wide enough for 64 channels a head and 32 groups, so that shapes alone tell the config
-    "sample_size": 8,
-    "block_out_channels": [64, 128, 128],
-    "layers_per_block": 2,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 16,
-    "attention_head_dim": 8,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "sd1": WIDE,
-    "sd2": WIDE | {"use_linear_projection": True, "attention_head_dim": [1, 2, 2]},
-    "inpainting": WIDE | {"in_channels": 9},
-    "upscaler": WIDE
-    | {
-        "in_channels": 7,
-        "use_linear_projection": True,
-        "attention_head_dim": [1, 2, 2],
-        "num_class_embeds": 20,
-        "only_cross_attention": [False, True, False],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    },
-    "uneven": WIDE | {"layers_per_block": [1, 2, 3], "transformer_layers_per_block": [1, 2, 1]},
-}
-VAE = {
-    "block_out_channels": [32, 64],
-    "layers_per_block": 2,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-}
-
-
-def text_parts(clip: dict[str, Any], act: str = "quick_gelu") -> dict[str, Any]:
-    torch.manual_seed(5)
-    config = {**clip["text_encoder"].config.to_dict(), "hidden_act": act}
-    return {**clip, "text_encoder": CLIPTextModel(CLIPTextConfig(**config)).eval()}
-
 
 @pytest.fixture(scope="module")
 def model(clip: dict[str, Any]) -> Callable[[str], Any]:
-    def make(kind: str) -> Any:
-        torch.manual_seed(3)
-        unet, vae = UNet2DConditionModel(**KINDS[kind]).eval(), AutoencoderKL(**VAE).eval()
-        parts = text_parts(clip, "gelu" if kind in ("sd2", "upscaler") else "quick_gelu")
-        scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-        if kind == "upscaler":
-            noising = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-            pipeline: Any = SuperResolutionPipeline(
-                vae, unet=unet, scheduler=scheduler, low_res_scheduler=noising, **parts
-            )
-        else:
-            which = InpaintPipeline if kind == "inpainting" else TextToImagePipeline
-            pipeline = which(vae, unet=unet, scheduler=scheduler, **parts)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return make
-
-
-def weights(pipeline: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{key}": tensor
-        for part in ("unet", "vae", "text_encoder")
-        for key, tensor in getattr(pipeline, part).state_dict().items()
-    }
+    return lambda kind: make_model(kind, clip)
 
 
 def config_of(pipeline: Any, part: str) -> dict[str, Any]:
     config = getattr(pipeline, part).config
     values = config.to_dict() if part == "text_encoder" else dict(config)
     return {key: value for key, value in values.items() if not key.startswith("_") and key != "dtype"}
-
-
-def same(ours: Any, theirs: Any) -> None:
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        assert torch.equal(tensor, theirs[key]), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,8 +101,7 @@ def test_diffusers_converters_read_what_we_write(model: Callable[[str], Any], tm
     if pipeline.text_encoder.config.hidden_act == "gelu":
         found = convert_open_clip_checkpoint(pipeline.text_encoder, written)
     else:
-        prefix = "cond_stage_model.transformer."
-        found = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
+        found = convert_ldm_clip_checkpoint(written)
     bare = {key.removeprefix("text_model."): value for key, value in found.items() if "position_ids" not in key}
     same(bare, {key.removeprefix("text_model."): value for key, value in state.items()})
 
@@ -309,6 +238,9 @@ def test_latent_diffusions_text_to_image_model(model: Callable[[str], Any], tmp_
     again = TextToImagePipeline.from_pretrained(tmp_path / "folder")
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again("a red car", **call).images, picture)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(theirs("a red car", **call).images, picture, atol=1e-4, rtol=0)
     again.save_single_file(tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == state.keys()
@@ -392,7 +324,12 @@ def test_other_files_are_refused(model: Callable[[str], Any], tmp_path: Path) ->
         ({"lora_unet_a.lora_down.weight": torch.ones(1)}, "but a LoRA; load it with pipeline.load_lora_weights"),
         ({"emb_params": torch.ones(1, 4)}, "but an embedding"),
         ({"down_blocks.0.x": torch.ones(1)}, "one network with diffusers' names"),
-        ({"conditioner.x": torch.ones(1)}, "Stable Diffusion XL or 3"),
+        ({**state, "conditioner.x": torch.ones(1)}, "is a Stable Diffusion XL model, which is not supported"),
+        ({"model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, "a Stable Diffusion 3 model, which is not"),
+        (
+            {**state, "model.diffusion_model.label_emb.0.0.weight": torch.ones(256, 70)},
+            r"told more than a timestep and text \(model.diffusion_model.label_emb.0.0.weight\)",
+        ),
         ({"what": torch.ones(1)}, "something else; its first weight is what"),
         (
             {key: value for key, value in state.items() if "middle_block.0" not in key},

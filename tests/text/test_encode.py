@@ -1,11 +1,13 @@
 """Prompts to states, with tiny encoders of every kind."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -52,6 +54,38 @@ def test_states_have_one_length(request: pytest.FixtureRequest, kind: str, lengt
     assert encode_prompts(["a red car"], tokenizer, encoder, max_length=4).shape == (1, 4, 16)
     alone = encode_prompts(["house"], tokenizer, encoder)
     torch.testing.assert_close(states[2:], alone)
+
+
+@torch.no_grad()
+def test_t5_reads_weights_and_chunks(t5: tuple[Any, Any]) -> None:
+    prompt = "a red car house green blue a (red:1.5) car"  # six words to a chunk
+    states = encode_prompts([prompt], *t5, weights=True, chunks=2)
+    empty = encode_prompts([""], *t5)
+    last = encode_prompts(["a red car"], *t5)
+    last[:, 1] = empty[:, 1] + 1.5 * (last[:, 1] - empty[:, 1])
+    torch.testing.assert_close(states[:, :7], encode_prompts(["a red car house green blue"], *t5))
+    torch.testing.assert_close(states[:, 7:], last)
+
+
+@torch.no_grad()
+def test_latent_diffusion_s_bert_is_an_encoder_too(bert: tuple[Any, Any]) -> None:
+    tokenizer = bert[0]
+    tokenizer.model_max_length = 512
+    config = LDMBertConfig(
+        vocab_size=len(WORDS) + 1,
+        max_position_embeddings=77,
+        encoder_layers=2,
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        head_dim=8,
+        d_model=16,
+    )
+    encoder = LDMBertModel(config).eval()
+    prompts = ["a red car", ""]
+    # As diffusers' LDMTextToImagePipeline does
+    tokens = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(encode_prompts(prompts, tokenizer, encoder), encoder(tokens.input_ids)[0])
+    assert encode_prompts(["a (red:1.5) car " * 40], tokenizer, encoder, weights=True, chunks=2).shape == (1, 154, 16)
 
 
 @torch.no_grad()
@@ -125,3 +159,16 @@ def test_damaged_and_missing_encoders_are_named(bert: tuple[Any, Any], tmp_path:
         load_text_encoder(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_text_encoder(tmp_path / "nowhere")
+
+
+def test_encoders_without_words_or_with_code_are_refused(bert: tuple[Any, Any], tmp_path: Path) -> None:
+    bert[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer that knows any words"):
+        load_text_encoder(tmp_path)
+    bert[0].save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="contains custom code"):
+        load_text_encoder(tmp_path)
+    assert not (tmp_path / "ran").exists()

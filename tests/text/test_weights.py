@@ -4,11 +4,18 @@ import logging
 import sys
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from tiny import bert_parts, clip_parts
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from latentdiff.text.encode import encode_prompts
+from latentdiff.text.open_clip import convert_tokenizer
 from latentdiff.text.tokens import count_chunks, tokenize
 from latentdiff.text.weights import Piece, parse_weights
 
@@ -52,9 +59,16 @@ def test_brackets_without_partners_are_refused(prompt: str, message: str) -> Non
 
 
 def test_long_and_deep_prompts_are_read() -> None:
-    assert parse_weights("(" * 500 + "red" + ")" * 500)[0].text == "red"
-    assert parse_weights("a" * 100_000) == [Piece("a" * 100_000, 1.0)]
+    assert parse_weights("([" * 500 + "red" + "])" * 500)[0].text == "red"
+    for text in ("a" * 100_000, "a:" + "1" * 100_000):
+        assert parse_weights(text) == [Piece(text, 1.0)]
     assert sys.getrecursionlimit() < 100_000
+
+
+@pytest.mark.parametrize("prompt", ["(" * 80 + "red" + ")" * 80, "(red:1001)", "(red:" + "9" * 400 + ")"])
+def test_weights_without_measure_are_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match=r"the weight of 'red' is .*; weights lie between -1000 and 1000"):
+        parse_weights(prompt)
 
 
 @pytest.fixture(params=["clip", "bert"])
@@ -93,6 +107,17 @@ def test_weights_move_states_from_those_of_the_empty_prompt(parts: tuple[Any, An
     assert torch.equal(weighed[:, :2], plain[:, :2])
     nothing = encode(parts, "(a cup:0)", weights=True)
     torch.testing.assert_close(nothing[:, 1 : len(ids) - 1], empty[:, 1 : len(ids) - 1])
+
+
+def test_weights_act_on_the_layer_that_clip_skip_takes() -> None:
+    found = clip_parts()
+    parts = found["tokenizer"], found["text_encoder"]
+    plain, empty = encode(parts, "a cup", clip_skip=1), encode(parts, "", clip_skip=1)
+    factor = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5, *[1.0] * 7])
+    wanted = empty + factor[:, None] * (plain - empty)
+    torch.testing.assert_close(encode(parts, "a (cup:0.5)", weights=True, clip_skip=1), wanted)
+    several = encode(parts, "a (cup:0.5)", weights=True, clip_skip=1, chunks=2)
+    torch.testing.assert_close(several, torch.cat([wanted, empty], dim=1))
 
 
 def test_what_fits_has_one_chunk_and_the_same_states(parts: tuple[Any, Any]) -> None:
@@ -153,7 +178,43 @@ def test_words_of_several_vectors_work_in_weights() -> None:
     assert rows.weights[0, places].tolist() == pytest.approx([1.4, 1.4])
 
 
+def test_words_of_several_vectors_stay_in_one_chunk() -> None:
+    tokenizer = clip_parts(6)["tokenizer"]
+    tokenizer.add_tokens(["<thing>", "<thing>_1", "<thing>_2"])
+    numbers = tokenizer.convert_tokens_to_ids(["<thing>", "<thing>_1", "<thing>_2"])
+    rows = tokenize(["ab <thing> cd"], tokenizer, 6, chunks=3).input_ids
+    assert rows[1, 1:4].tolist() == numbers
+
+
+def test_letters_of_several_tokens_stay_in_one_chunk() -> None:
+    tokenizer = convert_tokenizer(open_clip.get_tokenizer("ViT-B-32"))
+    assert len(tokenizer("🫠", add_special_tokens=False).input_ids) == 3
+    rows = chunked("a 🫠 cat", tokenizer, 5)
+    assert [tokenizer.decode(row[1 : row.index(49407)]).strip() for row in rows] == ["a", "🫠", "cat"]
+
+
+def chunked(prompt: str, tokenizer: Any, length: int) -> list[list[int]]:
+    count = count_chunks([prompt], tokenizer, length)
+    return tokenize([prompt], tokenizer, length, chunks=count).input_ids.tolist()
+
+
+def test_a_space_before_a_word_may_belong_to_its_token() -> None:
+    words = ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁car", ",", "▁", "s"]
+    backend = Tokenizer(Unigram([(word, -1.0) for word in words], unk_id=2))
+    backend.pre_tokenizer = Metaspace()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    rows = tokenize(["a (red:1.5) (s:2), a car "], tokenizer, 10, weights=True)
+    tokens = tokenizer.convert_ids_to_tokens(rows.input_ids[0])
+    assert tokens == ["▁a", "▁red", "▁", "s", ",", "▁a", "▁car", "▁", "</s>", "<pad>"]
+    assert rows.weights[0].tolist() == [1, 1.5, 2, 2, 1, 1, 1, 1, 1, 1]
+    split = [tokenizer.convert_ids_to_tokens(row) for row in chunked("a red s car a", tokenizer, 4)]
+    assert split == [["▁a", "▁red", "</s>", "<pad>"], ["▁", "s", "▁car", "</s>"], ["▁a", "</s>", "<pad>", "<pad>"]]
+
+
 def test_too_short_encoders_and_slow_tokenizers_are_refused() -> None:
+    with pytest.raises(ValueError, match="a ByT5Tokenizer does not say where in a prompt its tokens are"):
+        tokenize(["a"], ByT5Tokenizer(), 12, weights=True)
     tokenizer = clip_parts()["tokenizer"]
     with pytest.raises(ValueError, match="2 tokens are too few"):
         tokenize(["a"], tokenizer, 2)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.cli import Device, Precision, load_pipeline
+from latentdiff.pipelines.commands.options import Device, Precision, load_pipeline
 from latentdiff.training.commands.options import show_progress
 
 

@@ -4,16 +4,15 @@ import io
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from latentdiff.interchange.pictures import readable_formats
+
 MOST_PIXELS = 178_956_970  # where Pillow too speaks of a decompression bomb
 LARGE = 2**25  # pixels; of these, threads decode one at a time, for each may take gigabytes
 SMALLEST_SIDE = 8
-# What people keep pictures in. Others are left out: some run programs (EPS), some take any file for their own (TGA).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 
 _large = threading.Lock()
 
@@ -53,7 +52,7 @@ def _tidy(error: Exception) -> str:
 
 
 def _decode(content: bytes) -> Decoded:
-    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+    with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
@@ -63,13 +62,6 @@ def _decode(content: bytes) -> Decoded:
         with _large if width * height > LARGE else nullcontext():
             image.load()
             return Decoded(to_rgb(_upright(image)), image.format or "", animated)
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those that this installation of Pillow can read."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,7 +1,8 @@
 """What the networks in a checkpoint are, told from the shapes of their weights.
 
-Shapes do not tell everything. The number of attention heads is what Stable Diffusion has: 8 where a transformer's
-projections are convolutions (1.x, Latent Diffusion), one for 64 channels where they are linear (2.x).
+Shapes do not tell everything. The number of attention heads is taken to be what Stable Diffusion has: 8 where a
+transformer's projections are convolutions (1.x, Latent Diffusion) and in the upscaler, one for every 64 channels where
+they are linear (2.x); normalisation has 32 groups.
 """
 
 import re
@@ -71,43 +72,74 @@ class UNetShapes:
 
 
 def unet_config(weights: Checkpoint) -> Config:
-    """diffusers' config of the UNet in a checkpoint.
+    """diffusers' config of the UNet in a checkpoint, without its ``sample_size``.
 
     Raises:
-        ValueError: it is not one of Latent Diffusion's.
+        ValueError: it is not one of Latent Diffusion's with cross-attention.
     """
     try:
         shapes = UNetShapes(weights)
         conv_in, conv_out = weights.shape(f"{UNET}input_blocks.0.0.weight"), weights.shape(f"{UNET}out.2.weight")
+        time_dim = weights.shape(f"{UNET}time_embed.0.weight")[0]
+        resnet = weights.shape(f"{UNET}input_blocks.1.0.emb_layers.1.weight")[0]
         up = shapes.up_attention()
     except KeyError as error:
         raise ValueError(f"{weights.file}: the UNet is not one of Latent Diffusion's; it has no {error}") from None
+    if not shapes.text_dim:
+        raise ValueError(f"{weights.file}: the UNet has no cross-attention, so no text could tell it what to draw")
     down = [depth > 0 for depth in shapes.depths]
-    heads = [max(1, channels // 64) for channels in shapes.channels] if shapes.linear else [8]
-    middle = f"{UNET}middle_block.1.proj_in.weight" in weights
     config: Config = {
         "in_channels": conv_in[1],
         "out_channels": conv_out[0],
         "block_out_channels": shapes.channels,
         "layers_per_block": simplified(shapes.layers),
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "mid_block_type": middle_type(weights),
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
         "transformer_layers_per_block": simplified([depth or 1 for depth in shapes.depths]),
-        "attention_head_dim": simplified(heads),
-        "cross_attention_dim": shapes.text_dim or 1280,
+        "attention_head_dim": 8,
+        "cross_attention_dim": shapes.text_dim,
         "use_linear_projection": shapes.linear,
         "only_cross_attention": simplified(shapes.only_cross),
-        "sample_size": 64,
+        **class_config(weights),
     }
-    labels = f"{UNET}label_emb.weight"
-    if labels in weights:
-        config["num_class_embeds"] = weights.shape(labels)[0]
+    if shapes.linear and "num_class_embeds" not in config:
+        config["attention_head_dim"] = simplified([max(1, channels // 64) for channels in shapes.channels])
+    if time_dim != 4 * shapes.channels[0]:
+        config["time_embedding_dim"] = time_dim
+    if resnet == 2 * shapes.channels[0]:
+        config["resnet_time_scale_shift"] = "scale_shift"
     return config
 
 
+def middle_type(weights: Checkpoint) -> str | None:
+    if not any(name.startswith(f"{UNET}middle_block.") for name in weights):
+        return None
+    attends = f"{UNET}middle_block.1.proj_in.weight" in weights
+    return "UNetMidBlock2DCrossAttn" if attends else "UNetMidBlock2D"
+
+
+def class_config(weights: Checkpoint) -> Config:
+    """What a UNet is told besides a timestep and text: nothing, a whole number, or a number like the timestep.
+
+    Raises:
+        ValueError: something else.
+    """
+    numbered, embedded = f"{UNET}label_emb.weight", f"{UNET}label_emb.0.0.weight"
+    if numbered in weights:
+        return {"num_class_embeds": weights.shape(numbered)[0]}
+    if embedded not in weights:
+        return {}
+    if weights.shape(embedded)[1] != weights.shape(f"{UNET}time_embed.0.weight")[1]:
+        raise ValueError(
+            f"{weights.file}: its UNet is told more than a timestep and text ({embedded}), as in Stable Diffusion XL "
+            f"and unCLIP, which is not supported"
+        )
+    return {"class_embed_type": "timestep"}
+
+
 def vae_config(weights: Checkpoint) -> Config:
-    """diffusers' config of the autoencoder in a checkpoint, without its ``scaling_factor``.
+    """diffusers' config of the autoencoder in a checkpoint, without its ``scaling_factor`` and ``sample_size``.
 
     Raises:
         ValueError: it is not one of Latent Diffusion's.
@@ -154,43 +186,63 @@ def text_kind(weights: Checkpoint) -> str | None:
 def text_config(weights: Checkpoint, kind: str) -> Config:
     """transformers' config of the CLIP text encoder in a checkpoint, or that of diffusers' ``LDMBertModel``.
 
-    Of a whole open_clip tower (one that has its projection) the last layer is left out: Stable Diffusion 2 takes the
-    states before it.
+    Raises:
+        ValueError: its layers are not what they should be.
     """
-    if kind == "bert":
-        vocabulary, width = weights.shape(f"{BERT}token_emb.weight")
-        layers = numbers(weights, re.escape(BERT) + r"attn_layers\.layers\.(\d+)\.")
-        inner = weights.shape(f"{BERT}attn_layers.layers.0.1.to_q.weight")[0]
-        return {
-            "vocab_size": vocabulary,
-            "max_position_embeddings": weights.shape(f"{BERT}pos_emb.emb.weight")[0],
-            "encoder_layers": len(layers) // 2,
-            "encoder_ffn_dim": weights.shape(f"{BERT}attn_layers.layers.1.1.net.0.0.weight")[0],
-            "encoder_attention_heads": 8,
-            "head_dim": inner // 8,
-            "d_model": width,
-        }
-    if kind == "clip":
-        body = f"{CLIP}text_model."
-        tokens, positions = f"{body}embeddings.token_embedding.weight", f"{body}embeddings.position_embedding.weight"
-        layers = numbers(weights, re.escape(body) + r"encoder\.layers\.(\d+)\.")
-        inner = weights.shape(f"{body}encoder.layers.0.mlp.fc1.weight")[0]
-    else:
-        tokens, positions = f"{OPEN_CLIP}token_embedding.weight", f"{OPEN_CLIP}positional_embedding"
-        layers = numbers(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
-        layers = layers[:-1] if f"{OPEN_CLIP}text_projection" in weights else layers
-        inner = weights.shape(f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight")[0]
-    vocabulary, width = weights.shape(tokens)
+    try:
+        return {"bert": bert_config, "clip": clip_config, "open_clip": open_clip_config}[kind](weights)
+    except KeyError as error:
+        raise ValueError(f"{weights.file}: the text encoder is incomplete; it has no {error}") from None
+
+
+def bert_config(weights: Checkpoint) -> Config:
+    """Of the text encoder of Latent Diffusion, from x-transformers, whose layers are two each; it has 8 heads."""
+    layers = numbers(weights, re.escape(BERT) + r"attn_layers\.layers\.(\d+)\.")
+    vocabulary, width = weights.shape(f"{BERT}token_emb.weight")
+    return {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": weights.shape(f"{BERT}pos_emb.emb.weight")[0],
+        "encoder_layers": len(layers) // 2,
+        "encoder_ffn_dim": weights.shape(f"{BERT}attn_layers.layers.1.1.net.0.0.weight")[0],
+        "encoder_attention_heads": 8,
+        "head_dim": weights.shape(f"{BERT}attn_layers.layers.0.1.to_q.weight")[0] // 8,
+        "d_model": width,
+    }
+
+
+def clip_config(weights: Checkpoint) -> Config:
+    body = f"{CLIP}text_model."
+    vocabulary, width = weights.shape(f"{body}embeddings.token_embedding.weight")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": len(layers),
+        "intermediate_size": weights.shape(f"{body}encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": len(numbers(weights, re.escape(body) + r"encoder\.layers\.(\d+)\.")),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": weights.shape(positions)[0],
-        "hidden_act": "quick_gelu" if kind == "clip" else "gelu",
-        "projection_dim": 768 if kind == "clip" else 512,
+        "max_position_embeddings": weights.shape(f"{body}embeddings.position_embedding.weight")[0],
+        "hidden_act": "quick_gelu",
+        "projection_dim": width,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1 if kind == "clip" else 0,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def open_clip_config(weights: Checkpoint) -> Config:
+    """Of an open_clip tower, without its last layer if it is whole: Stable Diffusion 2 takes the states before it."""
+    vocabulary, width = weights.shape(f"{OPEN_CLIP}token_embedding.weight")
+    layers = len(numbers(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\."))
+    is_whole = layers == 24 if width == 1024 else f"{OPEN_CLIP}text_projection" in weights  # ViT-H, or others
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": weights.shape(f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "num_hidden_layers": layers - is_whole,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": weights.shape(f"{OPEN_CLIP}positional_embedding")[0],
+        "hidden_act": "gelu",
+        "projection_dim": 512,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
     }

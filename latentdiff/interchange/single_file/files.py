@@ -10,20 +10,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from latentdiff.interchange.folders import check_safetensors
+from latentdiff.interchange.single_file.names import CLIP, UNET, VAE
+from latentdiff.interchange.single_file.pickles import read_pickle
 
 HEADER = "latentdiff"
 """Key of a file's header that holds the configs of what was saved here, as JSON."""
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint file by their names.
+    """The tensors of a checkpoint file by their original names.
 
-    A safetensors file is read piece by piece. A ``.ckpt`` is read whole, by ``torch.load(weights_only=True)``: it can
-    hold tensors and plain values, and nothing that runs.
+    A safetensors file is read piece by piece. A ``.ckpt`` is read by ``torch.load(weights_only=True)``: see
+    `pickles.read_pickle`. An autoencoder or a UNet alone, whose names lack their beginning, gets it.
 
     Args:
-        file: ``.safetensors``, or ``.ckpt``, ``.pt`` or ``.bin`` with `allow_pickle`.
-        ema: take the averaged weights (``model_ema.``) where there are any.
+        file: ``.safetensors``, or ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` with `allow_pickle`.
+        ema: take the averaged weights (``model_ema.``) of the UNet.
 
     Raises:
         FileNotFoundError: no such file.
@@ -35,6 +37,9 @@ class Checkpoint(Mapping[str, Tensor]):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file")
         self.header: dict[str, Any] = {}
+        """What this package wrote into the file: a config for each component, by name."""
+        self.global_step: int | None = None
+        """How many steps the model was trained for, if a ``.ckpt`` says so."""
         self._stream: Any = None
         self._tensors: dict[str, Tensor] = {}
         if file.suffix == ".safetensors":
@@ -43,28 +48,39 @@ class Checkpoint(Mapping[str, Tensor]):
             self.header = read_header(file, self._stream.metadata() or {})
             names = list(self._stream.keys())
         else:
-            self._tensors = read_pickle(file, allow_pickle)
+            self._tensors, self.global_step = read_pickle(file, allow_pickle)
             names = list(self._tensors)
-        self._places = {name: name for name in names}
+        self._places = original_names(names)
         if ema:
-            self._use_ema()
+            self._use_averages()
 
-    def _use_ema(self) -> None:
+    def _use_averages(self) -> None:
         """Let the UNet's names stand for their averages, which are named without dots."""
-        averaged = {
-            name: average
+        averages = {
+            name: "model_ema." + name.removeprefix("model.").replace(".", "")
             for name in self._places
-            if (average := "model_ema." + name.removeprefix("model.").replace(".", "")) in self._places
+            if name.startswith(UNET)
         }
-        if not averaged:
-            raise ValueError(f"{self.file} has no averaged weights (model_ema.); leave ema out")
-        self._places |= averaged
+        missing = [name for name, average in averages.items() if average not in self._places]
+        if missing or not averages:
+            lacks = f"; {missing[0]} has none" if 0 < len(missing) < len(averages) else ""
+            raise ValueError(f"{self.file} has no averaged weights (model_ema.) of its UNet{lacks}; leave ema out")
+        self._places |= averages
+
+    @property
+    def has_unet(self) -> bool:
+        return f"{UNET}input_blocks.0.0.weight" in self._places
+
+    @property
+    def has_vae(self) -> bool:
+        return f"{VAE}encoder.conv_in.weight" in self._places
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
         return self._tensors[place] if self._stream is None else self._stream.get_tensor(place)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
         place = self._places[name]
         if self._stream is None:
             return tuple(self._tensors[place].shape)
@@ -80,8 +96,29 @@ class Checkpoint(Mapping[str, Tensor]):
         return name in self._places
 
 
+def original_names(names: list[str]) -> dict[str, str]:
+    """The names that the weights have in a whole checkpoint, with those in the file.
+
+    Some files hold the autoencoder or the UNet alone, without the beginnings of their names; others leave out
+    ``text_model.`` in the text encoder's.
+    """
+    known = set(names)
+    if "encoder.conv_in.weight" in known and any(name.startswith("encoder.down.0.") for name in names):
+        return {VAE + name: name for name in names}
+    if "input_blocks.0.0.weight" in known:
+        return {UNET + name: name for name in names}
+    if f"{CLIP}embeddings.token_embedding.weight" in known:
+        old = tuple(CLIP + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
+        return {name.replace(CLIP, f"{CLIP}text_model.") if name.startswith(old) else name: name for name in names}
+    return {name: name for name in names}
+
+
 def read_header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What this package wrote into a file's header; empty for other files."""
+    """What this package wrote into a file's header; empty for other files.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if HEADER not in metadata:
         return {}
     try:
@@ -93,29 +130,9 @@ def read_header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def read_pickle(file: Path, allow: bool) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, without running anything in it."""
-    import pickle
-
-    if file.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{file}: a checkpoint is a .safetensors file, or a .ckpt")
-    if not allow:
-        raise ValueError(
-            f"{file} is a pickle. It can be read without running anything in it; ask for that with allow_pickle=True "
-            f"(--ckpt), or better, get the model as .safetensors"
-        )
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
-        raise ValueError(
-            f"{file} holds more than tensors, which could run code, so it is not read ({reason.strip()}); get the "
-            f"model as .safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{file} is damaged, or no checkpoint: {' '.join(str(error).split())[:200]}") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    tensors = {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{file}: there are no named tensors in it")
-    return tensors
+def main_dtype(weights: Mapping[str, Tensor], beginning: str) -> torch.dtype:
+    """The precision of the first weight under `beginning` that is a floating-point number; float32 if there is none."""
+    for name in weights:
+        if name.startswith(beginning) and (tensor := weights[name]).is_floating_point():
+            return tensor.dtype
+    return torch.float32

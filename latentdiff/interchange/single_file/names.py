@@ -1,7 +1,8 @@
 """The names of weights in the original checkpoints of Latent Diffusion and Stable Diffusion.
 
 Every function takes the name that a weight has in diffusers' (and our) networks, and gives the one that it has in the
-original code. Both directions are made of this one: a network knows its own names, so the inverse is a table.
+original code. This one direction serves both: whoever reads a checkpoint builds the network first, and asks for the
+original name of each weight that it has.
 """
 
 import re
@@ -24,6 +25,8 @@ UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "class_embedding": "label_emb",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }

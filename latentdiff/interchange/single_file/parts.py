@@ -1,14 +1,16 @@
-"""The networks of a checkpoint: built and filled, and named back."""
+"""The networks of a checkpoint: built and filled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.interchange.single_file.configs import Config, text_config, text_kind, unet_config, vae_config
-from latentdiff.interchange.single_file.files import Checkpoint
+from latentdiff.interchange.single_file.files import Checkpoint, main_dtype
 from latentdiff.interchange.single_file.names import (
+    CLIP,
+    OPEN_CLIP,
     UNET,
     VAE,
     bert_name,
@@ -25,7 +27,9 @@ Names = Callable[[str], tuple[str, int | None]]
 def check_checkpoint(weights: Checkpoint) -> None:
     """Raises ValueError, saying what it is instead, for a file that holds no model of Stable Diffusion's layout."""
     names = list(weights)
-    if f"{UNET}input_blocks.0.0.weight" in weights or f"{VAE}encoder.conv_in.weight" in weights:
+    if any(name.startswith("conditioner.") for name in names):
+        raise ValueError(f"{weights.file} is a Stable Diffusion XL model, which is not supported")
+    if weights.has_unet or weights.has_vae or text_kind(weights) is not None:
         return
     if any("lora" in name for name in names):
         what = "a LoRA; load it with pipeline.load_lora_weights"
@@ -33,8 +37,8 @@ def check_checkpoint(weights: Checkpoint) -> None:
         what = "one network with diffusers' names; load it with that network's from_pretrained"
     elif any(name.startswith(("emb_params", "string_to_param")) for name in names):
         what = "an embedding; load it with pipeline.load_textual_inversion"
-    elif any(name.startswith(("conditioner.", "model.diffusion_model.joint_blocks")) for name in names):
-        what = "a Stable Diffusion XL or 3 model, which is not supported"
+    elif any(name.startswith("model.diffusion_model.joint_blocks.") for name in names):
+        what = "a Stable Diffusion 3 model, which is not supported"
     else:
         what = f"something else; its first weight is {names[0]}" if names else "nothing"
     raise ValueError(f"{weights.file} is not a Latent Diffusion or Stable Diffusion checkpoint but {what}")
@@ -44,90 +48,163 @@ def whole(name_of: Callable[[str], str]) -> Names:
     return lambda key: (name_of(key), None)
 
 
-def fill(network: nn.Module, weights: Checkpoint, names: Names, part: str, dtype: torch.dtype) -> None:
-    """Give `network` its weights from a checkpoint.
+def fill(
+    network: nn.Module, weights: Checkpoint, names: Names, part: str, dtype: torch.dtype, known: Iterable[str] = ()
+) -> None:
+    """Give `network`, which may be without memory yet, its weights from a checkpoint.
+
+    Args:
+        known: beginnings of names that are all to be used.
 
     Raises:
-        ValueError: one is missing, or has another shape.
+        ValueError: a weight is missing, has another shape or is no number with a fraction; or one is left over.
     """
-    state: dict[str, Tensor] = {}
     own = network.state_dict()
-    missing = [name for name, _ in map(names, own) if name not in weights]
+    places = {key: names(key) for key in own}
+    missing = [name for name, _ in places.values() if name not in weights]
     if missing:
         raise ValueError(
             f"{weights.file}: {len(missing)} weights of the {part} are missing, such as {missing[0]}; the file is "
             f"incomplete, or of another kind of model"
         )
-    for key, wanted in own.items():
-        name, third = names(key)
-        tensor = weights[name]
-        if third is not None:
-            tensor = tensor.chunk(3)[third]
-        if tensor.squeeze().shape != wanted.squeeze().shape:  # 1x1 convolutions and linear layers pass for each other
-            raise ValueError(
-                f"{weights.file}: {name} should have the shape {list(wanted.shape)}, and has {list(tensor.shape)}"
-            )
-        state[key] = tensor.reshape(wanted.shape).to(dtype).contiguous().clone()
+    used = {name for name, _ in places.values()}
+    more = [name for name in weights if name.startswith(tuple(known)) and name not in used]
+    if more:
+        raise ValueError(
+            f"{weights.file}: {len(more)} weights have no place in the {part}, such as {more[0]}; the file is of "
+            f"another kind of model"
+        )
+    state = {key: take(weights, *place, own[key].shape).to(dtype) for key, place in places.items()}
     network.load_state_dict(state, assign=True)
     network.eval()
 
 
-def build_unet(weights: Checkpoint, dtype: torch.dtype, changes: Config) -> Any:
+def take(weights: Checkpoint, name: str, third: int | None, shape: torch.Size) -> Tensor:
+    """A weight, or the first, second or last third of it, in a shape that is the same but for 1x1 convolutions."""
+    tensor = weights[name]
+    found = (tensor.shape[0] // 3, *tensor.shape[1:]) if third is not None and tensor.ndim else tuple(tensor.shape)
+    if plain_shape(found) != plain_shape(shape) or (third is not None and tensor.shape[0] % 3):
+        raise ValueError(
+            f"{weights.file}: {name} should have the shape {list(shape)}{'' if third is None else ' three times'}, and "
+            f"has {list(tensor.shape)}"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"{weights.file}: {name} has a shape, but no values")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{weights.file}: {name} is of {tensor.dtype}; quantised weights are not supported")
+    part = tensor if third is None else tensor.chunk(3)[third]
+    return part.reshape(shape).clone()  # the file may go, and parts of one tensor must not share memory
+
+
+def plain_shape(shape: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    return sizes[:2] if sizes[2:] == (1, 1) else sizes
+
+
+def build_unet(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) -> Any:
     """Our UNet with a checkpoint's weights.
 
     Args:
-        changes: of the config that is told from the shapes.
+        dtype: of the weights; None leaves the file's.
+        changes: of the config that is told from the shapes, or that the file holds.
 
     Raises:
         ValueError: there is no UNet in it, or none that ours can be; see `fill`.
     """
     from latentdiff.models import UNet2DConditionModel
 
-    if f"{UNET}input_blocks.0.0.weight" not in weights:
+    if not weights.has_unet:
         raise ValueError(f"{weights.file} has no UNet; give one with unet=")
-    config = (
-        {**weights.header.get("unet", {}), **changes}
-        if "unet" in weights.header
-        else ({**unet_config(weights), **changes})
-    )
+    config = {**(weights.header.get("unet") or unet_config(weights)), **changes}
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    fill(unet, weights, whole(lambda key: unet_name(key, unet.config)), "UNet", dtype)
+        unet = built(lambda: UNet2DConditionModel.from_config(config), weights)
+    dtype = dtype or main_dtype(weights, UNET)
+    fill(unet, weights, whole(lambda key: unet_name(key, unet.config)), "UNet", dtype, [UNET])
     return unet
 
 
-def build_autoencoder(weights: Checkpoint, dtype: torch.dtype, changes: Config) -> Any:
+def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) -> Any:
     """Our autoencoder with a checkpoint's weights; see `build_unet`."""
     from latentdiff.models import AutoencoderKL, VQModel
 
-    if f"{VAE}encoder.conv_in.weight" not in weights:
+    if not weights.has_vae:
         raise ValueError(f"{weights.file} has no autoencoder; give one with vae=")
     config = {**(weights.header.get("vae") or vae_config(weights)), **changes}
     kind: Any = VQModel if "num_vq_embeddings" in config else AutoencoderKL
     with torch.device("meta"):
-        vae = kind.from_config(config)
-    fill(vae, weights, whole(lambda key: vae_name(key, vae.config)), "autoencoder", dtype)
+        vae = built(lambda: kind.from_config(config), weights)
+    dtype, known = dtype or main_dtype(weights, VAE), [f"{VAE}encoder.", f"{VAE}decoder."]
+    fill(vae, weights, whole(lambda key: vae_name(key, vae.config)), "autoencoder", dtype, known)
     return vae
 
 
-def build_text_encoder(weights: Checkpoint, dtype: torch.dtype) -> Any:
+def built(make: Callable[[], Any], weights: Checkpoint) -> Any:
+    """A network that `make` makes by a config.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    try:
+        return make()
+    except Exception as error:  # a stranger's config can fail in many places
+        raise ValueError(f"{weights.file}: {error}") from error
+
+
+CLIP_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "projection_dim",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+BERT_KEYS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "encoder_layers",
+    "encoder_ffn_dim",
+    "encoder_attention_heads",
+    "head_dim",
+    "d_model",
+    "activation_function",
+    "pad_token_id",
+)
+"""What of a config in a file's header is used; transformers' configs can also name code to fetch."""
+
+
+def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:
     """transformers' CLIP text model, or diffusers' ``LDMBertModel``, with a checkpoint's weights; see `build_unet`."""
     kind = text_kind(weights)
     if kind is None:
         raise ValueError(f"{weights.file} has no text encoder that is known here; give text_encoder= and tokenizer=")
     config = weights.header.get("text_encoder") or text_config(weights, kind)
-    network: nn.Module
+    config = {key: config[key] for key in (BERT_KEYS if kind == "bert" else CLIP_KEYS) if key in config}
+    names: Names = open_clip_name if kind == "open_clip" else whole(bert_name if kind == "bert" else clip_name)
+    with torch.device("meta"):
+        network = built(lambda: text_network(kind, config), weights)
+    dtype = dtype or main_dtype(weights, OPEN_CLIP if kind == "open_clip" else CLIP)
+    fill(network, weights, names, "text encoder", dtype)
+    for module in network.modules():  # CLIP notes the positions beside its weights
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(len(module.position_embedding.weight))[None]
+    return network
+
+
+def text_network(kind: str, config: Config) -> Any:
+    """A text encoder with random weights."""
     if kind == "bert":
         from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-        network, names = LDMBertModel(LDMBertConfig(**config)), whole(bert_name)
-    else:
-        from transformers import CLIPTextConfig, CLIPTextModel
+        return LDMBertModel(LDMBertConfig(**config))
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-        network = CLIPTextModel(CLIPTextConfig(**config))
-        names = whole(clip_name) if kind == "clip" else open_clip_name
-    fill(network, weights, names, "text encoder", dtype)
-    return network
+    return CLIPTextModel(CLIPTextConfig(**config))
 
 
 def clip_tokenizer(text_encoder: Any) -> Any:
@@ -149,42 +226,3 @@ def clip_tokenizer(text_encoder: Any) -> Any:
     if text_encoder.config.hidden_act == "quick_gelu":  # Stable Diffusion 1; 2 pads with token 0, as open_clip does
         tokenizer.pad_token = END
     return tokenizer
-
-
-def original_weights(unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
-    """The weights of a pipeline's networks under the names of the original checkpoints.
-
-    Raises:
-        ValueError: the text encoder is of a kind that those never had.
-    """
-    named: dict[str, Tensor] = {}
-    for key, tensor in unet.state_dict().items():
-        named[unet_name(key, unet.config)] = tensor
-    for key, tensor in vae.state_dict().items():
-        name = vae_name(key, vae.config)
-        is_attention = ".attn" in name and not name.endswith(".bias") and ".norm." not in name
-        named[name] = tensor[..., None, None] if is_attention else tensor  # 1x1 convolutions there
-    return named | original_text_weights(text_encoder)
-
-
-def original_text_weights(text_encoder: Any) -> dict[str, Tensor]:
-    state: Mapping[str, Tensor] = text_encoder.state_dict()
-    kind = type(text_encoder).__name__
-    if kind == "LDMBertModel":
-        return {bert_name(key): tensor for key, tensor in state.items()}
-    if kind != "CLIPTextModel":
-        raise ValueError(
-            f"a single file holds the text encoder of Stable Diffusion (CLIP) or Latent Diffusion, not a {kind}; "
-            f"save_pretrained saves any pipeline as a folder"
-        )
-    if text_encoder.config.hidden_act == "quick_gelu":
-        return {clip_name(key): tensor for key, tensor in state.items()}
-    thirds: dict[str, dict[int, Tensor]] = {}
-    named: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name, third = open_clip_name(key)
-        if third is None:
-            named[name] = tensor
-        else:
-            thirds.setdefault(name, {})[third] = tensor
-    return named | {name: torch.cat([found[i] for i in range(3)]) for name, found in thirds.items()}

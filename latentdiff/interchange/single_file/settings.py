@@ -1,13 +1,21 @@
-"""What the weights of a checkpoint do not say, from the original YAML file, or as it usually is."""
+"""What the weights of a checkpoint do not say: from the caller, from the original YAML file, or as it usually is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-STABLE_DIFFUSION = (0.00085, 0.012)
-UPSCALER = (0.0001, 0.02)
+from latentdiff.interchange.single_file.configs import text_kind
+from latentdiff.interchange.single_file.files import Checkpoint
+from latentdiff.interchange.single_file.names import UNET, VAE
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+"""The original names of diffusers' schedules of betas; the original's "linear" is linear in their square roots."""
+
+BASE_STEPS = 875_000
+"""For how many steps Stable Diffusion 2.0 was trained at 512 pixels, to predict noise; not v, as at 768."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +23,7 @@ class OriginalSettings:
     """Of a model of Latent Diffusion's or Stable Diffusion's code; None where nothing is said."""
 
     prediction_type: str | None = None
+    beta_schedule: str | None = None
     beta_start: float | None = None
     beta_end: float | None = None
     num_train_timesteps: int | None = None
@@ -23,9 +32,18 @@ class OriginalSettings:
     heads: int | None = None
     head_channels: int | None = None
 
+    def __or__(self, other: "OriginalSettings") -> "OriginalSettings":
+        """These, and where `other` says something, its."""
+        return OriginalSettings(**{**asdict(self), **other.said()})
+
+    def said(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
     @classmethod
     def read(cls, file: Path) -> "OriginalSettings":
         """From the YAML file of a released model. Only numbers are taken from it; what it names is never imported.
+
+        What the file leaves out is as in the original code (``LatentDiffusion`` and ``DDPM`` in CompVis' ddpm.py).
 
         Raises:
             FileNotFoundError: no such file.
@@ -39,39 +57,83 @@ class OriginalSettings:
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{file} is not the YAML file of a Latent Diffusion model: {reason}") from None
-        kinds = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-        parameterization = params.get("parameterization")
-        if parameterization is not None and parameterization not in kinds:
-            raise ValueError(f"{file}: parameterization={parameterization!r} is not known; it is eps, v or x0")
-        numbers = {
-            "beta_start": (params, "linear_start", float),
-            "beta_end": (params, "linear_end", float),
-            "num_train_timesteps": (params, "timesteps", int),
-            "scaling_factor": (params, "scale_factor", float),
-            "sample_size": (params, "image_size", int),
-            "heads": (unet, "num_heads", int),
-            "head_channels": (unet, "num_head_channels", int),
-        }
-        values: dict[str, Any] = {}
-        for name, (section, key, kind) in numbers.items():
-            value = section.get(key)
-            if value is None or (isinstance(value, int) and value < 0):  # the original writes -1 for "not this one"
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"{file}: {key}={value!r} should be a number")
-            values[name] = kind(value)
-        return cls(prediction_type=kinds.get(parameterization) if parameterization else None, **values)
+        return cls(
+            prediction_type=choice(file, params, "parameterization", PREDICTIONS, "eps"),
+            beta_schedule=choice(file, params, "beta_schedule", SCHEDULES, "linear"),
+            beta_start=number(file, params, "linear_start", float, 1e-4),
+            beta_end=number(file, params, "linear_end", float, 2e-2),
+            num_train_timesteps=number(file, params, "timesteps", int, 1000),
+            scaling_factor=number(file, params, "scale_factor", float, 1.0),
+            sample_size=number(file, params, "image_size", int),
+            heads=number(file, unet, "num_heads", int),
+            head_channels=number(file, unet, "num_head_channels", int),
+        )
 
 
-def scheduler_settings(original: OriginalSettings, upscaler: bool) -> dict[str, Any]:
-    """The config of the scheduler to draw with: Stable Diffusion's process where nothing else is said."""
-    first, last = UPSCALER if upscaler else STABLE_DIFFUSION
+def choice(file: Path, section: dict[str, Any], key: str, known: dict[str, str], usual: str) -> str:
+    value = section.get(key, usual)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{file}: {key}={value!r} is not known; it is {', '.join(known)}")
+    return known[value]
+
+
+def number(file: Path, section: Any, key: str, kind: type, usual: Any = None) -> Any:
+    """A number above 0; the original writes -1 for "not this one"."""
+    value = section.get(key) if isinstance(section, dict) else None
+    if value is None or value == -1:
+        return usual
+    try:
+        found = kind(value)  # YAML takes 1e-4 for a word
+    except (TypeError, ValueError, OverflowError):
+        found = 0
+    if isinstance(value, bool) or not 0 < found < 1e9 or found != float(value):
+        raise ValueError(f"{file}: {key}={value!r} should be a number above 0")
+    return found
+
+
+def assumed_settings(weights: Checkpoint) -> OriginalSettings:
+    """What is usual for a model of this kind."""
+    process: dict[str, Any] = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    stable = OriginalSettings(
+        prediction_type="epsilon", beta_start=0.00085, beta_end=0.012, scaling_factor=0.18215, sample_size=64, **process
+    )
+    text = text_kind(weights)
+    if f"{UNET}label_emb.weight" in weights:
+        return OriginalSettings(
+            prediction_type="v_prediction",
+            beta_start=1e-4,
+            beta_end=0.02,
+            scaling_factor=0.08333,
+            sample_size=128,
+            **process,
+        )
+    if f"{VAE}quantize.embedding.weight" in weights:
+        stable |= OriginalSettings(scaling_factor=1.0)
+    if text == "bert":
+        stable |= OriginalSettings(sample_size=32)
+    if text == "open_clip" and weights.global_step != BASE_STEPS and takes_latents_only(weights):
+        stable |= OriginalSettings(prediction_type="v_prediction", sample_size=96)
+    return stable
+
+
+def takes_latents_only(weights: Checkpoint) -> bool:
+    """Whether the UNet is not one for inpainting, as far as the file tells."""
+    first, last = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
+    return first in weights and last in weights and weights.shape(first)[1] == weights.shape(last)[0]
+
+
+def is_guess(weights: Checkpoint) -> bool:
+    """Whether models of this kind were trained to predict one thing or another, and the file does not say which."""
+    no_hint = weights.global_step != BASE_STEPS and "scheduler" not in weights.header
+    return text_kind(weights) == "open_clip" and no_hint and takes_latents_only(weights)
+
+
+def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
+    """The config of the scheduler to draw with."""
+    said = settings.said()
+    process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     return {
-        "num_train_timesteps": original.num_train_timesteps or 1000,
-        "beta_start": original.beta_start or first,
-        "beta_end": original.beta_end or last,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": original.prediction_type or ("v_prediction" if upscaler else "epsilon"),
+        **{key: said[key] for key in process if key in said},
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,

@@ -1,0 +1,5 @@
+"""``python -m latentdiff`` and ``accelerate launch -m latentdiff``."""
+
+from latentdiff.cli import main
+
+main()

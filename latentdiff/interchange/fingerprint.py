@@ -1,0 +1,93 @@
+"""What tells one model from another: a digest over the files that a pipeline is loaded from."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+from latentdiff.interchange.folders import read_json
+
+WEIGHTS = re.compile(r"[^.]+?(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
+CONFIGS = (".json", ".txt", ".model")  # tokenizers have lists of words and merges, and sentencepiece models
+PASSING = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
+"""Keys of a config that say who wrote it or where it lay."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def model_digest(folder: Path, variant: str | None = None) -> str:
+    """SHA-256, in hexadecimal, over the weights and configs that ``model_index.json`` names.
+
+    It depends on the files' names and contents and neither on where the folder is nor on what else lies in it. The
+    same weights saved in other shards, or in another precision, are another model here. Large files in the hub's cache
+    are not read: they are named by their SHA-256 there.
+
+    Args:
+        folder: of a pipeline; or a file that holds a whole one.
+        variant: such as "fp16": the weight files that count where a component has them.
+
+    Raises:
+        FileNotFoundError: no pipeline folder.
+        ValueError: its index is damaged.
+    """
+    if folder.is_file():
+        return file_digest(folder)
+    index = read_json(folder / "model_index.json")
+    whole = hashlib.sha256()
+    for name, value in sorted(index.items()):
+        if not isinstance(value, list) or len(value) != 2 or value[1] is None:
+            continue
+        whole.update(f"{name} {value[1]}\n".encode())
+        for file in component_files(folder / name, variant):
+            whole.update(f"{name}/{file.name} {file_digest(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def component_files(part: Path, variant: str | None) -> Iterator[Path]:
+    """What a component is loaded from, by name; indices of shards say nothing that the shards do not."""
+    files = sorted(path for path in part.glob("*") if path.is_file())
+    weights = {file: match["variant"] for file in files if (match := WEIGHTS.fullmatch(file.name))}
+    taken = variant if variant in weights.values() else None
+    for file in files:
+        is_config = file.suffix in CONFIGS and ".safetensors.index." not in file.name and ".bin.index." not in file.name
+        if is_config or (file in weights and weights[file] == taken):
+            yield file
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content; of a config without what passes."""
+    stored = file.resolve()
+    if stored.parent.name == "blobs" and SHA256.fullmatch(stored.name):
+        return stored.name
+    if file.suffix == ".json":
+        return hashlib.sha256(plain_json(file.read_bytes())).hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def plain_json(content: bytes) -> bytes:
+    """JSON without the keys of `PASSING` and in one order; what is no JSON object, as it is."""
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(values, dict):
+        return content
+    return json.dumps({key: value for key, value in values.items() if key not in PASSING}, sort_keys=True).encode()
+
+
+def digest_in_background(folder: Path, variant: str | None = None) -> "Future[str]":
+    """`model_digest`, computed while other things happen; ending the program does not wait for it."""
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(model_digest(folder, variant))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future

@@ -1,0 +1,84 @@
+"""Pickled checkpoints, as the first models were released: read without running anything in them."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+class Ignored:
+    """Stands for the trainer's own objects that the first released checkpoints hold beside their weights."""
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+IGNORED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "torch.nn.modules.container.ParameterDict",
+)
+"""What is read as `Ignored`; the classes themselves are never looked up. The last is in files of embeddings."""
+
+
+def load_pickle(file: Path, allow: bool) -> Any:
+    """What ``torch.save`` wrote into a file: tensors, numbers, strings and containers of them, and nothing else.
+
+    Tensors stay on disk until they are used, if the file is not of the oldest format.
+
+    Raises:
+        ValueError: it is damaged, holds anything else, or `allow` is False.
+    """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: a checkpoint is a .safetensors file, or with allow_pickle=True (--ckpt) a .ckpt")
+    if not allow:
+        raise ValueError(
+            f"{file} is a pickle, which is only read if asked for: allow_pickle=True (--ckpt). Nothing in it is run "
+            f"then, but better get the model as .safetensors"
+        )
+    stand_ins: list[Any] = [(type(name, (Ignored,), {}), name) for name in IGNORED]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, which could run code, so it was not read and nothing was run "
+            f"({reason(error)}); get the model as .safetensors"
+        ) from None
+    except Exception as error:  # whatever a damaged file does to the reader
+        raise ValueError(f"{file} is damaged, or no checkpoint ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """What torch's reader stumbled over, without its advice to read the file unsafely."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked:
+        return f"it asks for {asked[1]}"
+    text = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(". ")[0]
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]:
+    """The named tensors of a pickled checkpoint, and for how many steps it was trained, if it says so.
+
+    Raises:
+        ValueError: see `load_pickle`; or there are no named tensors in it.
+    """
+    content = load_pickle(file, allow)
+    content = content if isinstance(content, dict) else {}
+    state = content.get("state_dict", content)
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{file}: there are no named tensors in it")
+    step = content.get("global_step")
+    return tensors, step if isinstance(step, int) else None

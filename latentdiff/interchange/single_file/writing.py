@@ -1,0 +1,77 @@
+"""The networks of a pipeline under the names of the original checkpoints."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.interchange.single_file.names import bert_name, clip_name, open_clip_name, unet_name, vae_name
+
+
+def original_unet(unet: Any) -> dict[str, Tensor]:
+    """A UNet's weights by their original names.
+
+    Raises:
+        ValueError: it has weights that the originals do not know.
+    """
+    return named(unet, lambda key: unet_name(key, unet.config), "UNet")
+
+
+def original_autoencoder(vae: Any) -> dict[str, Tensor]:
+    """An autoencoder's weights by their original names; see `original_unet`."""
+    state = named(vae, lambda key: vae_name(key, vae.config), "autoencoder")
+    return {
+        # attention is made of 1x1 convolutions there
+        name: tensor[..., None, None] if ".attn" in name and tensor.ndim == 2 else tensor
+        for name, tensor in state.items()
+    }
+
+
+def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
+    """A text encoder's weights by their original names: with CLIP's fast GELU as in Stable Diffusion 1, else as in 2.
+
+    Stable Diffusion 2 never uses the last layer of its tower, so neither diffusers nor this package keep it, and there
+    is nothing that could be written in its place. Programs that build it all the same say that it is missing (and so
+    is the projection); they draw the same pictures.
+
+    Raises:
+        ValueError: the text encoder is of a kind that the originals never had.
+    """
+    kind = type(text_encoder).__name__
+    if kind == "LDMBertModel":
+        return named(text_encoder, bert_name, "text encoder")
+    if kind != "CLIPTextModel":
+        raise ValueError(
+            f"a single file holds the text encoder of Stable Diffusion (CLIP) or Latent Diffusion, not a {kind}; "
+            f"save_pretrained saves any pipeline as a folder"
+        )
+    if text_encoder.config.hidden_act == "quick_gelu":
+        return named(text_encoder, clip_name, "text encoder")
+    joined: dict[str, list[Tensor]] = {}
+    for (name, _), tensor in sorted_by_third(named(text_encoder, open_clip_name, "text encoder")):
+        joined.setdefault(name, []).append(tensor)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in joined.items()}
+
+
+def sorted_by_third(state: Mapping[Any, Tensor]) -> list[tuple[tuple[str, int | None], Tensor]]:
+    return sorted(state.items(), key=lambda item: item[0][1] or 0)
+
+
+def named(network: Any, name_of: Callable[[str], Any], part: str) -> dict[Any, Tensor]:
+    """A network's weights with other names.
+
+    Raises:
+        ValueError: there is none for one of them.
+    """
+    state: dict[Any, Tensor] = {}
+    for key, tensor in network.state_dict().items():
+        if ".base_layer." in key or ".lora_" in key:
+            raise ValueError(
+                f"the {part} has a LoRA loaded, which original checkpoints cannot hold; fuse and unload it"
+            )
+        try:
+            state[name_of(key)] = tensor
+        except (KeyError, ValueError, IndexError):
+            raise ValueError(f"original checkpoints have no name for the {part}'s {key}") from None
+    return state

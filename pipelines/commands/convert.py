@@ -1,0 +1,237 @@
+"""``latentdiff convert``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from latentdiff.pipelines.commands.options import Precision, be_quiet
+
+
+class Form(StrEnum):
+    """What to write."""
+
+    folder = "folder"
+    file = "file"
+    onnx = "onnx"
+    diffusers = "diffusers"
+    peft = "peft"
+    kohya = "kohya"
+    a1111 = "a1111"
+
+
+class Component(StrEnum):
+    unet = "unet"
+    vae = "vae"
+    text_encoder = "text_encoder"
+
+
+MODEL_FORMS = (None, Form.folder, Form.file, Form.onnx)
+USEFUL = {  # to read a component alone
+    Component.unet: ("--prediction-type", "--original-config", "--ema"),
+    Component.vae: ("--original-config",),
+    Component.text_encoder: (),
+}
+LORA_FORMS = (Form.diffusers, Form.peft, Form.kohya)
+EMBEDDING_FORMS = (None, Form.diffusers, Form.a1111)
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Pipeline folder, .safetensors or .ckpt file, LoRA or embedding; models also by name or from the hub.",
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to write.")],
+    to: Annotated[
+        Form | None,
+        typer.Option(
+            help="Of a model: folder, file or onnx; by default a file if TARGET ends in .safetensors, else a folder. "
+            "Of a LoRA: diffusers, peft or kohya. Of an embedding: diffusers or a1111."
+        ),
+    ] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Of the weights; by default as they are.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Part of the weight files' names to write, such as fp16.")] = None,
+    from_variant: Annotated[str | None, typer.Option(help="The same of those to read.")] = None,
+    component: Annotated[Component | None, typer.Option(help="Convert this network alone.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="What a single file's model predicts: epsilon or v_prediction.")
+    ] = None,
+    original_config: Annotated[
+        Path | None, typer.Option(help="YAML file that was released with a single file's model.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet.")] = False,
+    ckpt: Annotated[
+        bool, typer.Option("--ckpt", help="Read pickled files too (.ckpt, .pt, .bin); nothing in them is run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")] = False,
+) -> None:
+    """Convert a model between a folder, a single file and ONNX; a LoRA or an embedding between formats.
+
+    latentdiff convert v1-5-pruned.safetensors sd15
+
+    latentdiff convert sd15 sd15-half.safetensors --dtype float16
+
+    latentdiff convert lora.safetensors kohya-lora.safetensors --to kohya
+
+    What is written is written whole or not at all. Nothing is replaced without --overwrite.
+    """
+    target = target.expanduser()
+    if Path(source).expanduser().exists() and target.exists() and target.samefile(Path(source).expanduser()):
+        raise ValueError(f"{target} is the source itself; choose another name")
+    be_quiet()
+    from latentdiff.pipelines.converting import kind_of_source
+
+    kind = kind_of_source(source, ckpt)
+    reading = {"--prediction-type": prediction_type, "--original-config": original_config, "--ema": ema or None}
+    reading["--tokenizer"] = tokenizer
+    shaping = {"--dtype": dtype, "--variant": variant, "--component": component}
+    if kind in ("lora", "embedding"):
+        refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", {**reading, **shaping, "--from-variant": from_variant})
+        convert_adapter(kind, Path(source).expanduser(), target, to, ckpt, overwrite)
+        return
+    check_form(to, MODEL_FORMS, "a model")
+    form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
+    check_options(form, variant, component, dtype, overwrite)
+    if component is not None:
+        refuse(f"the {component} alone", {key: value for key, value in reading.items() if key not in USEFUL[component]})
+    check_place(form, target, overwrite)
+    import torch
+
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    if kind == "folder":
+        refuse("a folder", reading)
+        from latentdiff.pipelines.converting import folder_pipeline
+
+        pipeline = folder_pipeline(source, precision, from_variant)
+    else:
+        refuse("a single file", {"--from-variant": from_variant})
+        pipeline = read_file(source, precision, component, ckpt, ema, prediction_type, original_config, tokenizer)
+    write(pipeline, form, target, variant, component, overwrite)
+
+
+def read_file(
+    source: str,
+    dtype: Any,
+    component: Component | None,
+    ckpt: bool,
+    ema: bool,
+    prediction_type: str | None,
+    original_config: Path | None,
+    tokenizer: str | None,
+) -> Any:
+    """The pipeline of a single file, or something with only the component that is wanted."""
+    from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
+    from latentdiff.pipelines.converting import checkpoint_pipeline
+    from latentdiff.pipelines.single_file import check_prediction
+    from latentdiff.pipelines.single_file_parts import Parts, find_file
+
+    check_prediction(prediction_type)
+    if component is None:
+        return checkpoint_pipeline(
+            source,
+            ckpt,
+            ema,
+            dtype=dtype,
+            prediction_type=prediction_type,
+            original_config=original_config,
+            tokenizer=tokenizer,
+        )
+    weights = Checkpoint(find_file(source, ckpt), ckpt, ema)
+    parts = Parts(weights, dtype, OriginalSettings(prediction_type=prediction_type), original_config)
+    return OnePart(**{component.value: getattr(parts, component.value)()})
+
+
+class OnePart:
+    """Stands for a pipeline of which there is only one component."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+        self.config: dict[str, Any] = {}
+
+
+def write(
+    pipeline: Any, form: Form, target: Path, variant: str | None, component: Component | None, overwrite: bool
+) -> None:
+    from latentdiff.pipelines import converting
+
+    if form is Form.onnx:
+        from latentdiff.pipelines.onnx import export_onnx
+
+        export_onnx(pipeline, target)
+    elif component is not None and form is Form.file:
+        from latentdiff.pipelines.single_file import write_checkpoint
+
+        write_checkpoint(*converting.part_weights(pipeline, component.value), target, None, overwrite)
+    elif component is not None:
+        converting.write_part(pipeline, component.value, target, variant, overwrite)
+    elif form is Form.folder:
+        converting.write_folder(pipeline, target, variant, overwrite)
+    else:
+        if not hasattr(pipeline, "save_single_file"):
+            raise ValueError(f"a {type(pipeline).__name__} has no text encoder and no single file; convert to a folder")
+        pipeline.save_single_file(target, overwrite=overwrite)
+    what = component.value if component is not None else type(pipeline).__name__
+    typer.echo(f"{target}: {what}")
+
+
+def convert_adapter(kind: str, source: Path, target: Path, to: Form | None, ckpt: bool, overwrite: bool) -> None:
+    """A LoRA or an embedding."""
+    if kind == "embedding":
+        check_form(to, EMBEDDING_FORMS, "an embedding")
+        from latentdiff.interchange.embeddings import convert_embedding
+
+        found = convert_embedding(
+            source, target, ckpt, to="a1111" if to is Form.a1111 else "diffusers", overwrite=overwrite
+        )
+        words = ", ".join(f"{word} ({number} vectors of {width})" for word, (number, width) in found.words.items())
+        typer.echo(f"{found.file}: {words}")
+        return
+    if to is None:
+        raise ValueError(f"{source} is a LoRA; say in which format to write it: --to {', '.join(LORA_FORMS)}")
+    check_form(to, LORA_FORMS, "a LoRA")
+    from latentdiff.interchange.lora_formats import convert_lora
+
+    report = convert_lora(source, target, to.value, overwrite=overwrite)  # type: ignore[arg-type]
+    layers = ", ".join(f"{count} layers of the {network}" for network, count in report.layers.items())
+    typer.echo(f"{', '.join(map(str, report.files))}: from {report.source_format}, {layers}")
+
+
+def check_form(to: Form | None, forms: tuple[Form | None, ...], what: str) -> None:
+    if to not in forms:
+        known = ", ".join(form for form in forms if form is not None)
+        raise ValueError(f"--to {to}: {what} can be converted to {known}")
+
+
+def check_options(
+    form: Form, variant: str | None, component: Component | None, dtype: Precision | None, overwrite: bool
+) -> None:
+    """Raises ValueError for options that have nothing to act on."""
+    if form is not Form.folder:
+        refuse("a single file" if form is Form.file else "ONNX", {"--variant": variant})
+    if form is Form.onnx:
+        refuse("ONNX", {"--component": component, "--dtype": dtype, "--overwrite": overwrite or None})
+
+
+def check_place(form: Form, target: Path, overwrite: bool) -> None:
+    """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
+    from latentdiff.pipelines.converting import is_free
+    from latentdiff.pipelines.single_file import check_target
+
+    if form is Form.file:
+        check_target(target, overwrite)
+    else:
+        is_free(target, overwrite)
+
+
+def refuse(what: str, options: dict[str, Any]) -> None:
+    """Raises ValueError for options that are given and have no meaning for `what`."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} does nothing for {what}; leave it out")

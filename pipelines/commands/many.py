@@ -1,0 +1,185 @@
+"""``latentdiff many``."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentdiff.pipelines.commands.options import (
+    BATCH,
+    INTERRUPTED,
+    Device,
+    DeviceOption,
+    EmbeddingOption,
+    GuidanceOption,
+    HeightOption,
+    IntervalOption,
+    LongOption,
+    LongPrompts,
+    LoraOption,
+    ModelOption,
+    NegativeOption,
+    Precision,
+    PrecisionOption,
+    RescaleOption,
+    SchedulerOption,
+    StepsOption,
+    VariantOption,
+    WeightsOption,
+    WidthOption,
+    find_place,
+    load_pipeline,
+    pick_device,
+    read_embeddings,
+    read_loras,
+)
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.many import Report
+
+FAILED = 1  # exit status
+SHOWN = 20  # failures
+
+
+def many(
+    prompts: Annotated[
+        Path, typer.Argument(help="A .txt with one prompt a line, or a .jsonl or .csv with a column 'prompt'.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and their metadata.jsonl.")],
+    model: ModelOption = "emoji",
+    variant: VariantOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    guidance_rescale: RescaleOption = 0.0,
+    guidance_interval: IntervalOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn with SEED + i.")] = 0,
+    negative_prompt: NegativeOption = None,
+    prompt_weights: WeightsOption = False,
+    long_prompts: LongOption = LongPrompts.cut,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
+    scheduler: SchedulerOption = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.float32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; takes memory.")] = BATCH,
+) -> None:
+    """Draw many prompts into a folder.
+
+    latentdiff many prompts.txt -o pictures
+
+    accelerate launch -m latentdiff many prompts.txt -o pictures
+
+    A table's columns: prompt, seed, negative_prompt, guidance_scale, num_inference_steps, height, width, file_name.
+
+    Repeat the command to go on where it stopped: what is missing, or was drawn with other settings, is drawn.
+    """
+    from latentdiff.pipelines.prompt_files import name_files, read_prompts
+
+    rows = read_prompts(prompts)
+    name_files(rows)
+    place = find_place(model, variant)
+
+    from latentdiff.interchange.fingerprint import digest_in_background
+
+    digest = digest_in_background(place, variant)
+    started = time.perf_counter()
+    from latentdiff.pipelines.many import draw_many
+    from latentdiff.pipelines.redrawing import load_adapters
+
+    pipeline: Any = load_pipeline(place, device, precision, scheduler, place=place_of_process(device), variant=variant)
+    pipeline.set_progress_bar_config(disable=True)
+    adapters: dict[str, Any] = {"loras": read_loras(lora), "embeddings": read_embeddings(embedding)}
+    load_adapters(pipeline, **adapters)
+    with Watch(output) as watch:
+        report = draw_many(
+            pipeline,
+            rows,
+            output,
+            seed=seed,
+            batch_size=batch_size,
+            model=model,
+            model_digest=digest.result(),
+            variant=variant,
+            progress=watch,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            height=height,
+            width=width,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts.value,
+            **adapters,
+        )
+    end_processes()
+    if os.environ.get("RANK", "0") == "0":
+        tell(report, time.perf_counter() - started)
+    if report.failed:
+        raise typer.Exit(FAILED)
+
+
+def place_of_process(device: Device) -> str | None:
+    """The device of this process among several, each of which has one of its own; None if it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from latentdiff.pipelines.many import LONG
+    from latentdiff.pipelines.processes import processes
+
+    pick_device(device)
+    return str(processes(cpu=device is Device.cpu, timeout=LONG).device)
+
+
+def end_processes() -> None:
+    """Take leave of the other processes, which torch asks for."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Watch:
+    """A progress bar; says how far this process came if it is stopped."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.done, self.total = output, 0, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+            self.bar = tqdm(total=total, unit="picture", disable=hidden)
+        self.bar.update(done - self.done)
+        self.done, self.total = done, total
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if kind is KeyboardInterrupt:
+            of = f" of {self.total}" if self.total else ""
+            typer.echo(
+                f"Stopped; {self.done}{of} pictures were drawn in {self.output}. Repeat the command to go on", err=True
+            )
+            raise typer.Exit(INTERRUPTED)
+
+
+def tell(report: "Report", seconds: float) -> None:
+    """What was drawn, and what was not."""
+    for name in report.withheld:
+        typer.echo(f"{report.folder / name}: withheld by the model's safety checker; it is black", err=True)
+    for name, why in list(report.failed.items())[:SHOWN]:
+        typer.echo(f"{report.folder / name}: not drawn: {why}", err=True)
+    if len(report.failed) > SHOWN:
+        typer.echo(f"and {len(report.failed) - SHOWN} more", err=True)
+    counts = [f"{len(report.drawn)} drawn", f"{len(report.kept)} there already", f"{len(report.failed)} failed"]
+    typer.echo(f"{report.folder}: {', '.join(counts)}, {seconds:.1f} s")

@@ -1,0 +1,224 @@
+"""What the commands share: options, and the pipeline that they ask for."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.conditioned import TextPipeline
+
+
+BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+class Precision(StrEnum):
+    """Of weights and computation."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class LongPrompts(StrEnum):
+    """What becomes of a prompt longer than the text encoder takes."""
+
+    cut = "cut"
+    chunk = "chunk"
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A packaged model, a pipeline folder, a .safetensors file, or owner/name on the hub."
+    ),
+]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Weight files to take where the model's folder has them, such as fp16.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Of weights and computation.")]
+HeightOption = Annotated[int | None, typer.Option(help="In pixels; by default as the model was trained.")]
+WidthOption = Annotated[int | None, typer.Option(help="In pixels; by default as the model was trained.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="How strongly to follow the prompt, 1 and up; by default the model's.")
+]
+NegativeOption = Annotated[str | None, typer.Option(help="What to keep away from.")]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="Sampler, such as ddim, dpm++, euler or unipc; by default the model's.")
+]
+RescaleOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Bring guided predictions back to the contrast of unguided ones.")
+]
+IntervalOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Noise levels between which guidance acts."),
+]
+WeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-weights", help="Read weights of words: (red:1.3), (red) for more, square brackets for less."
+    ),
+]
+LongOption = Annotated[
+    LongPrompts, typer.Option(help="A prompt longer than the text encoder takes: cut it, or read it in chunks.")
+]
+LoraOption = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="LoRA to load; may be repeated.")
+]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option("--embedding", metavar="FILE[:WORD]", help="New word to load (textual inversion); may be repeated."),
+]
+
+
+def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Path:
+    """Where a model lies, a folder or a single file; one on the hub is downloaded if it has not been.
+
+    Args:
+        fetch: False looks for it in the hub's local cache only.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a file, and no safetensors file.
+        OSError: the hub cannot be asked.
+    """
+    from latentdiff.interchange.folders import find_model
+
+    file = Path(model).expanduser()
+    if file.is_file():
+        if file.suffix != ".safetensors":
+            raise ValueError(
+                f"{model}: only .safetensors files are drawn with as they are, others can run code; see 'latentdiff "
+                f"convert --help' to make a folder of a checkpoint that you trust"
+            )
+        return file
+    folder = find_model(model)
+    if folder is None:
+        be_quiet()
+        from latentdiff.pipelines import TextToImagePipeline
+
+        options = {"use_safetensors": True, "variant": variant, "local_files_only": not fetch}
+        folder = Path(TextToImagePipeline.download(model, **options))
+    return folder
+
+
+def load_pipeline(
+    model: str | Path,
+    device: Device,
+    precision: Precision,
+    scheduler: str | None,
+    kind: str = "TextToImagePipeline",
+    place: str | None = None,
+    variant: str | None = None,
+) -> "TextPipeline":
+    """The pipeline to draw with, on its device.
+
+    Args:
+        model: a name, a folder, or a single file.
+        kind: class of `latentdiff.pipelines`.
+        place: device with its number, if `device` is not enough.
+        variant: such as "fp16", of a folder's weight files.
+    """
+    from latentdiff.interchange.folders import find_model
+    from latentdiff.pipelines.schedulers import change_scheduler, find_scheduler
+
+    is_file = Path(model).is_file()
+    if not is_file:
+        find_model(model)  # what can be told quickly is told before torch is loaded
+    if scheduler is not None:
+        find_scheduler(scheduler)
+
+    import torch
+
+    from latentdiff import pipelines
+
+    be_quiet()
+    pipeline_class, dtype = getattr(pipelines, kind), getattr(torch, precision.value)
+    if is_file:
+        pipeline = pipeline_class.from_single_file(model, dtype=dtype)
+    else:
+        pipeline = pipeline_class.from_pretrained(model, dtype=dtype, variant=variant)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    if scheduler is not None:
+        pipeline.scheduler = change_scheduler(pipeline.scheduler, scheduler)
+    return pipeline.to(place or pick_device(device))
+
+
+def be_quiet() -> None:
+    """No progress bars of diffusers and transformers; drawing has its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def pick_device(device: Device) -> str:
+    """Raises ValueError if there is no such device here."""
+    import torch
+
+    have = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    if device is Device.auto:
+        return next(one for one, there in have.items() if there).value
+    if not have[device]:
+        raise ValueError(f"this machine has no {device.value} device; leave --device out, or say --device cpu")
+    return device.value
+
+
+def read_loras(arguments: list[str] | None) -> list[Any]:
+    """``FILE[:SCALE]`` each, as `recipe.Lora`; a folder or a model on the hub stands for the file in it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it cannot be one.
+    """
+    from latentdiff.interchange.adapters import LORA_NAMES, find_adapter
+    from latentdiff.interchange.fingerprint import file_digest
+    from latentdiff.pipelines.recipe import Lora
+
+    found = []
+    for argument in arguments or []:
+        source, scale = split_last(argument)
+        try:
+            strength = 1.0 if scale is None else float(scale)
+        except ValueError:
+            source, strength = argument, 1.0
+        file = find_adapter(source, LORA_NAMES)
+        found.append(Lora(file=str(file), sha256=file_digest(file), scale=strength))
+    return found
+
+
+def read_embeddings(arguments: list[str] | None) -> list[Any]:
+    """``FILE[:WORD]`` each, as `recipe.Embedding`."""
+    from latentdiff.interchange.adapters import EMBEDDING_NAMES, find_adapter
+    from latentdiff.interchange.fingerprint import file_digest
+    from latentdiff.pipelines.recipe import Embedding
+
+    found = []
+    for argument in arguments or []:
+        source, word = split_last(argument)
+        file = find_adapter(source, EMBEDDING_NAMES)
+        found.append(Embedding(file=str(file), sha256=file_digest(file), word=word))
+    return found
+
+
+def split_last(argument: str) -> tuple[str, str | None]:
+    """``FILE:WORD`` in two, unless there is a file whose name has the colon in it."""
+    before, colon, after = argument.rpartition(":")
+    if not colon or not before or os.path.exists(argument) or after.startswith(("/", "\\")):
+        return argument, None
+    return before, after

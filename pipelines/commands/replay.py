@@ -1,0 +1,179 @@
+"""``latentdiff replay``."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentdiff.pipelines.commands.options import Device, Precision, find_place, load_pipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.pipelines.recipe import Machine, Recipe
+
+DIFFERENT = 1  # exit status
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG file drawn by latentdiff.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file for the new picture.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model is now; by default as the picture says.")
+    ] = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Go on with a model that is not the one it was drawn with.")
+    ] = False,
+    device: Annotated[Device | None, typer.Option(help="Where to compute; by default as it was drawn.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on the CPU; by default as many as it was drawn with.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file even if this program did not write it.")
+    ] = False,
+) -> None:
+    """Draw a picture again from what its file says, and compare.
+
+    latentdiff replay car.png
+
+    The exit status is 0 if all pixels are equal, and 1 if not.
+    """
+    from latentdiff.interchange.fingerprint import digest_in_background
+    from latentdiff.interchange.png import check_output, save_picture
+    from latentdiff.pipelines.recipe import read_recipe
+
+    before, recipe = read_recipe(picture)
+    if output is not None:
+        check_output(output, overwrite)
+        if output.exists() and output.samefile(picture):
+            raise ValueError(f"{output} is the picture itself; choose another name for the new one")
+    place = find_model_of(recipe, model)
+    digest = digest_in_background(place, recipe.variant)
+
+    started = time.perf_counter()
+    from latentdiff.pipelines.redrawing import load_adapters, redraw, this_machine
+
+    inputs = find_inputs(recipe, picture.parent)
+    set_threads(recipe, threads)
+    where_to = pick_replay_device(recipe, device)
+    precision = Precision(recipe.precision)
+    pipeline: Any = load_pipeline(place, where_to, precision, None, kind(recipe), variant=recipe.variant)
+    found = check_model(recipe, picture, pipeline, digest.result(), any_model)
+    set_scheduler(pipeline, recipe.scheduler)
+    load_adapters(pipeline, recipe.loras, recipe.embeddings, picture.parent)
+    after = redraw(pipeline, recipe, inputs)
+    machine = this_machine(pipeline)
+    if output is not None:
+        from latentdiff import __version__
+
+        new = {"model_digest": found, "machine": machine, "version": __version__}
+        save_picture(after, output, recipe.model_copy(update=new).dump())
+    different = difference(before, after)
+    where = f"{output}, {picture}" if output else str(picture)
+    took = f"{time.perf_counter() - started:.1f} s"
+    if different is None:
+        typer.echo(f"{where}: equal, {took}")
+        return
+    typer.echo(f"{where}: {different}, {took}. {reasons(recipe, machine, found)}")
+    raise typer.Exit(DIFFERENT)
+
+
+def find_model_of(recipe: "Recipe", model: str | None) -> Path:
+    """Where the model is. What only the picture names is not fetched from the hub: anybody may have made it."""
+    try:
+        return find_place(model or recipe.model, recipe.variant, fetch=model is not None)
+    except OSError as error:
+        if model is not None:
+            raise
+        raise FileNotFoundError(
+            f"the model {recipe.model!r}, with which this picture was drawn, is not here; say with --model where it "
+            f"is, a folder or owner/name on the hub"
+        ) from error
+
+
+def find_inputs(recipe: "Recipe", beside: Path) -> Any:
+    """The pictures that it was drawn from, which must be what they were."""
+    from latentdiff.pipelines.redrawing import find_used, read_inputs
+
+    files = [None if used is None else find_used(used, beside) for used in (recipe.image, recipe.mask)]
+    return read_inputs(*files)[0]
+
+
+def kind(recipe: "Recipe") -> str:
+    from latentdiff.pipelines.commands.generate import pipeline_kind
+
+    return pipeline_kind(*(None if used is None else Path(used.file) for used in (recipe.image, recipe.mask)))
+
+
+def pick_replay_device(recipe: "Recipe", device: Device | None) -> Device:
+    """As asked for; else as it was drawn, if there is such a device here."""
+    if device is not None:
+        return device
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return Device(recipe.machine.device) if there.get(recipe.machine.device) else Device.auto
+
+
+def set_threads(recipe: "Recipe", threads: int | None) -> None:
+    """As many threads as it was drawn with, for sums depend on how they are divided."""
+    import os
+
+    import torch
+
+    most = 4 * (os.cpu_count() or 1)  # a file may say anything
+    torch.set_num_threads(threads or min(recipe.machine.threads, most))
+
+
+def set_scheduler(pipeline: Any, name: str) -> None:
+    """The sampler that it was drawn with."""
+    if type(pipeline.scheduler).__name__ != name:
+        from latentdiff.pipelines.schedulers import change_scheduler
+
+        pipeline.scheduler = change_scheduler(pipeline.scheduler, name)
+
+
+def check_model(recipe: "Recipe", picture: Path, pipeline: Any, digest: str, any_model: bool) -> str:
+    """The digest of the model at hand, of the kind that the recipe has.
+
+    Raises:
+        ValueError: it is another one, and that is not wanted.
+    """
+    expected = recipe.model_digest or ""
+    if expected.startswith("weights:"):
+        from latentdiff.pipelines.many import digest_of_weights
+
+        digest = digest_of_weights(pipeline)
+    if digest != expected and not any_model:
+        was = f"with digest {expected[:16]}..." if expected else "whose digest is not known"
+        raise ValueError(
+            f"{picture} was drawn with another model, {recipe.model!r} {was}; the one here has {digest[:16]}...; say "
+            f"with --model where the right one is, or go on with --any-model"
+        )
+    return digest
+
+
+def difference(before: "Image.Image", after: "Image.Image") -> str | None:
+    """How two pictures differ; None if they do not."""
+    import numpy as np
+
+    if before.size != after.size:
+        return "the file has {} x {} pixels and the new picture {} x {}".format(*before.size, *after.size)
+    apart = np.abs(np.asarray(before.convert("RGB"), dtype=int) - np.asarray(after, dtype=int)).max(axis=-1)
+    count = int((apart > 0).sum())
+    return f"{count} of {apart.size} pixels differ, by at most {apart.max()} of 255" if count else None
+
+
+def reasons(recipe: "Recipe", machine: "Machine", digest: str) -> str:
+    """What was otherwise when the picture was drawn."""
+    from latentdiff import __version__
+
+    names = {"device": "device", "processor": "processor", "threads": "number of threads", "torch": "torch"}
+    pairs = [(name, getattr(recipe.machine, key), getattr(machine, key)) for key, name in names.items()]
+    pairs.append(("latentdiff", recipe.version, __version__))
+    pairs.append(("model", (recipe.model_digest or "")[:16], digest[:16]))
+    found = [f"{name} ({then} then, {now} now)" for name, then, now in pairs if then != now]
+    if not found:
+        return "Nothing that is known was otherwise then; maybe the file was changed, or another library was."
+    return f"Otherwise then: {', '.join(found)}."

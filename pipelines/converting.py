@@ -1,0 +1,238 @@
+"""Models from one form of file into another: what a source is, reading it, and writing it whole."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
+from latentdiff.interchange.folders import check_safetensors, find_model, read_json
+from latentdiff.pipelines.saving import move_into, tidy_configs
+
+PIPELINES = (
+    "TextToImagePipeline",
+    "ImageToImagePipeline",
+    "InpaintPipeline",
+    "SuperResolutionPipeline",
+    "ImageVariationPipeline",
+)
+LATENT_DIFFUSION = "LDMTextToImagePipeline"
+FEW = 8  # so many words at most are in a file that cannot be told from a model otherwise
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
+
+
+def kind_of_source(source: str, allow_pickle: bool = False) -> str:
+    """What is to be converted: "folder" (a pipeline, also on the hub), "checkpoint", "lora" or "embedding".
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        ValueError: a file is damaged, or pickled and `allow_pickle` is False.
+    """
+    place = Path(source).expanduser()
+    if place.is_dir():
+        if (place / "model_index.json").is_file():
+            return "folder"
+        names = {file.name for file in place.iterdir()}
+        if names & {*LORA_NAMES, "adapter_config.json"} or any(place.glob("*/adapter_config.json")):
+            return "lora"
+        return "embedding" if names & set(EMBEDDING_NAMES) else "folder"
+    if not place.is_file():
+        from latentdiff.pipelines.single_file_parts import ON_THE_HUB
+
+        address = ON_THE_HUB.fullmatch(source)
+        if address and address[3].endswith((".safetensors", ".ckpt")) and not place.parent.exists():
+            return "checkpoint"
+        find_model(source)  # raises if it is nothing
+        return "folder"
+    if place.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        check_safetensors(place)
+        with safe_open(place, "pt") as stream:
+            return kind_of_names(stream.keys())
+    from latentdiff.interchange.single_file.pickles import load_pickle
+
+    content = load_pickle(place, allow_pickle)
+    return kind_of_names(content.get("state_dict", content) if isinstance(content, dict) else [])
+
+
+def kind_of_names(names: Iterable[Any]) -> str:
+    """What a file is, from the names of what it holds."""
+    found = [str(name) for name in names]
+    if any("lora" in name.lower() for name in found):
+        return "lora"
+    few = 0 < len(found) <= FEW and not any(name.endswith((".weight", ".bias")) for name in found)
+    if few or {"emb_params", "string_to_param"} & set(found):
+        return "embedding"
+    return "checkpoint"
+
+
+def folder_pipeline(source: str, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """The pipeline of a folder, a packaged model or one on the hub, as the class that the folder says.
+
+    Args:
+        dtype: of the weights; None leaves each component as it is on disk.
+        variant: of the weight files to read; by default the one that there is, if there are no plain ones.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see ``from_pretrained``; or it is a folder of another pipeline.
+    """
+    from latentdiff import pipelines
+
+    kinds = {getattr(pipelines, name).saved_class_name: getattr(pipelines, name) for name in PIPELINES}
+    folder = find_model(source)
+    if folder is None:
+        folder = Path(pipelines.TextToImagePipeline.download(source, variant=variant, use_safetensors=True))
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is neither a pipeline folder, with a model_index.json, nor a LoRA's")
+    name = read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(name, str) or name not in {*kinds, LATENT_DIFFUSION}:
+        raise ValueError(f"{folder} is of a {name}; these can be converted: {', '.join([*kinds, LATENT_DIFFUSION])}")
+    variant = variant or only_variant(folder)
+    dtypes = dtype or {**stored_dtypes(folder, variant), "default": torch.float32}
+    if name == LATENT_DIFFUSION:
+        return latent_diffusion_pipeline(folder, dtypes, variant)
+    return kinds[name].from_pretrained(folder, dtype=dtypes, variant=variant)
+
+
+def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> Any:
+    """Latent Diffusion's text-to-image model in a folder of diffusers' own pipeline for it, as one of ours.
+
+    There the parts have other names, and prompts are always cut at as many tokens as the text encoder takes.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see ``from_pretrained``.
+    """
+    import diffusers
+
+    from latentdiff.interchange.folders import check_pipeline_folder
+    from latentdiff.pipelines import TextToImagePipeline
+
+    check_pipeline_folder(folder)
+    theirs = diffusers.LDMTextToImagePipeline.from_pretrained(
+        str(folder), dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+    )
+    tokenizer = theirs.tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, theirs.bert.config.max_position_embeddings)
+    return TextToImagePipeline(theirs.vqvae, theirs.bert, tokenizer, theirs.unet, theirs.scheduler)
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant of a folder's weights, if its UNet has one and no plain weights."""
+    found = {match[1] for file in folder.glob("unet/*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
+    return found.pop() if len(found) == 1 else None
+
+
+def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """The precision of each component on disk, by that of its first weight."""
+    from safetensors import safe_open
+
+    dtypes = {}
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = [
+            (file, match[1]) for file in sorted(part.glob("*.safetensors")) if (match := WEIGHTS.fullmatch(file.name))
+        ]
+        chosen = [file for file, its in files if its == variant] or [file for file, its in files if its is None]
+        if not chosen:
+            continue
+        check_safetensors(chosen[0])
+        with safe_open(chosen[0], "pt") as stream:
+            floating = (stream.get_tensor(name) for name in stream.keys())  # noqa: SIM118 (safe_open is no mapping)
+            first = next((tensor.dtype for tensor in floating if tensor.is_floating_point()), None)
+        if first is not None:
+            dtypes[part.name] = first
+    return dtypes
+
+
+def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: Any) -> Any:
+    """The pipeline of a single file, of the class that its UNet is for.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see ``from_single_file``.
+    """
+    from latentdiff import pipelines
+    from latentdiff.interchange.single_file import Checkpoint, check_checkpoint, unet_config, vae_config
+    from latentdiff.pipelines.single_file_parts import find_file, fitting_pipelines
+
+    file = find_file(source, allow_pickle)
+    weights = Checkpoint(file, allow_pickle)
+    check_checkpoint(weights)
+    for name, has in (("unet", weights.has_unet), ("vae", weights.has_vae)):
+        if not has:
+            other = "vae" if name == "unet" else "unet"
+            raise ValueError(f"{file} has no {name}; convert what it has alone, with --component {other}")
+    unet, vae = weights.header.get("unet") or unet_config(weights), weights.header.get("vae") or vae_config(weights)
+    fitting = fitting_pipelines(unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    kind = getattr(pipelines, fitting[0] if fitting else PIPELINES[0])
+    return kind.from_single_file(file, allow_pickle=allow_pickle, ema=ema, **options)
+
+
+def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bool) -> None:
+    """Write a pipeline folder, whole or not at all; into a folder that is there, file by file.
+
+    Raises:
+        FileExistsError: there is something, and `overwrite` is False.
+    """
+    if is_free(target, overwrite):
+        with tempfile.TemporaryDirectory(dir=made(target.parent), prefix=".saving-") as temporary:
+            new = Path(temporary) / target.name
+            pipeline.save_pretrained(new, variant=variant)
+            os.replace(new, target)
+    else:
+        pipeline.save_pretrained(target, variant=variant)
+
+
+def write_part(pipeline: Any, component: str, target: Path, variant: str | None, overwrite: bool) -> None:
+    """Write one component as diffusers' (or transformers') folder; see `write_folder`."""
+    free = is_free(target, overwrite)
+    with tempfile.TemporaryDirectory(dir=made(target.parent), prefix=".saving-") as temporary:
+        new = Path(temporary) / component
+        getattr(pipeline, component).save_pretrained(new, variant=variant)
+        tidy_configs(Path(temporary))
+        if free:
+            os.replace(new, target)
+        else:
+            move_into(new, target, variant)
+
+
+def part_weights(pipeline: Any, component: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """One component's weights under their original names, and the header of their file.
+
+    As in the autoencoders that are passed around alone, an autoencoder's names lack their beginning.
+    """
+    from latentdiff.interchange import single_file
+    from latentdiff.pipelines.single_file_parts import header_of
+
+    part = getattr(pipeline, component)
+    if component == "vae":
+        weights = single_file.original_autoencoder(part)
+        weights = {name.removeprefix("first_stage_model."): tensor for name, tensor in weights.items()}
+    else:
+        of = single_file.original_unet if component == "unet" else single_file.original_text_encoder
+        weights = of(part)
+    header = header_of(pipeline)
+    configs = json.loads(header[single_file.HEADER])
+    return weights, {**header, single_file.HEADER: json.dumps({component: configs[component]}, sort_keys=True)}
+
+
+def is_free(target: Path, overwrite: bool) -> bool:
+    """Whether there is nothing at `target`, or an empty folder.
+
+    Raises:
+        FileExistsError: there is something, and `overwrite` is False; or it is a file.
+    """
+    if target.is_dir() and not any(target.iterdir()):
+        return True
+    if target.exists() and (not overwrite or not target.is_dir()):
+        raise FileExistsError(f"{target} is there already; choose another name, or ask to overwrite it")
+    return not target.exists()
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,27 @@
+"""This process among others, as Accelerate sees them."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def on_cpu() -> bool:
+    """Whether to compute on the CPU: asked for by Accelerate's configuration, or several processes without a device.
+
+    Without being told, Accelerate takes the latter for programs that know nothing of each other.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several and not torch.accelerator.is_available())
+
+
+def processes(cpu: bool = False, **options: Any) -> PartialState:
+    """This process among the others; may be asked before there is an Accelerator.
+
+    Args:
+        cpu: compute on the CPU in any case.
+        options: of torch's ``init_process_group``, where there is no group yet.
+    """
+    return PartialState(cpu=cpu or on_cpu(), **options)

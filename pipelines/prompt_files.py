@@ -1,0 +1,133 @@
+"""Files of prompts: one prompt a line, or tables with settings of each."""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SUFFIXES = (".txt", ".jsonl", ".csv")
+DRIVE = re.compile(r"[A-Za-z]:")
+
+
+class Prompt(BaseModel):
+    """One picture to draw; what is None is as for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    file_name: str | None = None
+    """Relative to the folder of the pictures; by default the number of the prompt, from 1."""
+
+
+COLUMNS = tuple(Prompt.model_fields)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts in a file: ``.txt``, one a line, or ``.jsonl`` or ``.csv`` with the columns of `Prompt`.
+
+    Empty lines are skipped; in text files so are lines that begin with ``#``. Empty cells are as if there were none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another kind of file, no prompts in it, or something wrong with a line, which is named.
+    """
+    if file.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{file}: prompts are read from {', '.join(SUFFIXES)} files")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    reader = {".txt": text_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}[file.suffix.lower()]
+    prompts = [check_row(row, where) for where, row in reader(text, file)]
+    if not prompts:
+        raise ValueError(f"{file}: there are no prompts in it")
+    return prompts
+
+
+def text_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{file}, line {number}", {"prompt": line.strip()}
+
+
+def jsonl_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: a JSON object is expected, such as {{"prompt": "a red car"}}')
+        yield where, {key: value for key, value in row.items() if value is not None}
+
+
+def csv_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for row in table:
+            where = f"{file}, line {table.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: it has {'more' if None in row else 'fewer'} cells than the first line")
+            yield where, {key.strip(): value for key, value in row.items() if value.strip()}
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {table.reader.line_num}: {error}") from None
+
+
+def check_row(row: Mapping[str, Any], where: str) -> Prompt:
+    """Raises ValueError for an unknown column, the nearest known one named, or a value that cannot be used."""
+    for key in row:
+        if key not in COLUMNS:
+            near = difflib.get_close_matches(str(key), COLUMNS, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(COLUMNS)}"
+            raise ValueError(f"{where}: unknown column {key!r}; {known}")
+    if not str(row.get("prompt", "")).strip():
+        raise ValueError(f"{where}: there is no prompt")
+    try:
+        return Prompt.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from None
+
+
+def name_files(prompts: Iterable[Prompt]) -> list[str]:
+    """The file name of each prompt's picture, with ``/`` between folders.
+
+    Raises:
+        ValueError: one is no name of a PNG within the folder, or two pictures would have the same.
+    """
+    names: list[str] = []
+    taken: dict[str, int] = {}
+    for number, prompt in enumerate(prompts, 1):
+        name = f"{number:06d}.png" if prompt.file_name is None else check_name(prompt.file_name)
+        same = taken.setdefault(name.casefold(), number)  # some file systems do not tell A from a
+        if same != number:
+            raise ValueError(f"prompts {same} and {number} have the same file_name, {name!r}")
+        names.append(name)
+    return names
+
+
+def check_name(name: str) -> str:
+    """Raises ValueError if `name` is no relative path of a PNG file that stays in its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or DRIVE.match(name):
+        raise ValueError(f"file_name {name!r} leaves the folder of the pictures; give a relative path, such as a/1.png")
+    if path.suffix.lower() != ".png" or path.name.startswith("."):
+        raise ValueError(f"file_name {name!r} must end in .png, and not begin with a dot")
+    return str(path)

@@ -1,0 +1,188 @@
+"""How a picture was drawn, in plain values: all that is needed to draw it again, and what is kept in its file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.png import KEY, settings_of
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]
+MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
+
+
+class Plain(BaseModel):
+    """Values of known names and types; anything else is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class UsedFile(Plain):
+    """A file that the user named, and what was in it."""
+
+    file: str
+    sha256: Digest
+
+
+class Lora(UsedFile):
+    """scale: how strongly it acts."""
+
+    scale: float = 1.0
+
+
+class Embedding(UsedFile):
+    """word: that it was loaded as, where the file does not say."""
+
+    word: str | None = None
+
+
+class Batch(Plain):
+    """What was drawn in one call. The last bits of a picture depend on the batch around it."""
+
+    prompts: list[str] = Field(min_length=1, max_length=MOST)
+    seeds: list[Seed]
+    variation_seeds: list[Seed] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        others = [self.seeds] + ([] if self.variation_seeds is None else [self.variation_seeds])
+        if any(len(seeds) != len(self.prompts) for seeds in others):
+            raise ValueError("there must be a seed for each prompt")
+        return self
+
+
+class Machine(Plain):
+    """Where it was drawn; the last bits may differ elsewhere."""
+
+    device: str
+    processor: str
+    threads: int = Field(ge=1)
+    torch: str
+
+
+class Settings(Plain):
+    """What was asked for, but for prompts and seeds."""
+
+    negative_prompt: str | None
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    variation_strength: float = 0.0
+    prompt_weights: bool = False
+    long_prompts: Literal["cut", "chunk"] = "cut"
+    image: UsedFile | None = None
+    mask: UsedFile | None = None
+    strength: float | None = None
+    candidates: int | None = None
+    reranker: str | None = None
+    model: str
+    model_digest: Digest | None = None
+    variant: str | None = None
+    loras: list[Lora] = []
+    embeddings: list[Embedding] = []
+    scheduler: str
+    precision: Literal["float32", "bfloat16", "float16"]
+    width: int = Field(ge=1)
+    """Of one picture."""
+    height: int = Field(ge=1)
+    version: str
+
+
+class Recipe(Settings):
+    """How the pictures in one file were drawn."""
+
+    prompts: list[str]
+    """Of the pictures, each once in a row."""
+    count: int = Field(ge=1)
+    """Pictures of each prompt."""
+    seed: Seed
+    """Of the first picture."""
+    scores: list[float] | None = None
+    """CLIP scores of the pictures, where they were chosen from candidates."""
+    withheld: list[int] = []
+    """Pictures that the model's safety checker made black, counted from 0."""
+    batches: list[Batch] = Field(min_length=1, max_length=MOST)
+    pictures: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]] = Field(
+        min_length=1, max_length=MOST
+    )
+    """Of each picture in the file, its batch and its number in it."""
+    columns: int = Field(1, ge=1)
+    """Of the grid, row by row, if there are several."""
+    filmstrip: int | None = Field(None, ge=1)
+    """How many steps are shown, if the file is a filmstrip."""
+    machine: Machine
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for batch, number in self.pictures:
+            if batch >= len(self.batches) or number >= len(self.batches[batch].prompts):
+                raise ValueError(f"there is no picture {number} in a batch {batch}")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """For a picture file; what is as usual is left out."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def recipe_of(
+    settings: Settings,
+    batches: Sequence[Batch],
+    pictures: Sequence[tuple[int, int]],
+    machine: Machine,
+    **more: Any,
+) -> Recipe:
+    """The recipe of a file with these `pictures`, (batch, number) each; batches that none of them is of are left out.
+
+    Args:
+        more: further fields of `Recipe`.
+    """
+    used = sorted({batch for batch, _ in pictures})
+    prompts = [batches[batch].prompts[number] for batch, number in pictures]
+    once = list(dict.fromkeys(prompts))
+    batch, number = pictures[0]
+    values = {
+        "prompts": once,
+        "count": -(-len(prompts) // len(once)),
+        "seed": batches[batch].seeds[number],
+        "batches": [batches[i].model_dump() for i in used],
+        "pictures": [(used.index(batch), number) for batch, number in pictures],
+        "machine": machine.model_dump(),
+    }
+    return Recipe.model_validate({**settings.model_dump(), **values, **more})
+
+
+def read_recipe(file: Path) -> tuple[Image.Image, Recipe]:
+    """A picture that was drawn by this program, and how.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no picture, or not one of ours, or what it says of itself cannot be used.
+    """
+    image, _ = read_picture(file)
+    values = settings_of(image)
+    if values is None:
+        held = "settings that cannot be read" if KEY in image.info else "no settings of latentdiff in it"
+        raise ValueError(
+            f"{file} has {held}; only a PNG that latentdiff drew, and that no other program has saved since, can be "
+            f"drawn again"
+        )
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "settings"
+        raise ValueError(
+            f"{file} was drawn by latentdiff {values.get('version', 'of an unknown version')}, whose settings this "
+            f"version cannot draw again: {key}: {first['msg']}"
+        ) from None
+    if recipe.width > image.width or recipe.height > image.height:
+        raise ValueError(
+            f"{file} has {image.width} x {image.height} pixels, and says that it shows pictures of {recipe.width} x "
+            f"{recipe.height}; it was changed"
+        )
+    return image, recipe

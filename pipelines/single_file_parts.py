@@ -1,0 +1,250 @@
+"""From a checkpoint to a pipeline's components, and what of a pipeline goes into a file's header."""
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.interchange.single_file import (
+    Checkpoint,
+    OriginalSettings,
+    assumed_settings,
+    build_autoencoder,
+    build_text_encoder,
+    build_unet,
+    check_checkpoint,
+    clip_tokenizer,
+    is_guess,
+    scheduler_settings,
+    unet_config,
+)
+
+logger = logging.getLogger(__name__)
+
+ON_THE_HUB = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/(?:(?:blob|resolve)/([^/]+)/)?([^?#]+\.\w+)"
+    r"(?:\?download=true)?"
+)
+SCHEDULERS = ("scheduler", "low_res_scheduler")
+DEFAULTS = ("num_inference_steps", "guidance_scale")
+LARGE_V = 96
+"""``sample_size`` of Stable Diffusion 2 that predicts v."""
+
+
+def find_file(source: str | Path, allow_pickle: bool = False, **hub: Any) -> Path:
+    """A local file, or one on the hub (downloaded, or from the local cache).
+
+    Args:
+        hub: of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: it is on the hub, pickled, and `allow_pickle` is False.
+        OSError: the hub cannot be asked.
+    """
+    file = Path(source).expanduser()
+    if file.exists() or not isinstance(source, str):
+        return file
+    address = ON_THE_HUB.fullmatch(source)
+    is_url = source.startswith(("https://", "http://"))
+    if address is None or (not is_url and Path(source.split("/")[0]).exists()):
+        raise FileNotFoundError(
+            f"{source}: no such file; give a .safetensors file, or owner/name/file.safetensors on the Hugging Face hub"
+        )
+    repository, revision, name = address.groups()
+    if not name.endswith(".safetensors") and not allow_pickle:
+        raise ValueError(f"{source} is a pickle, which is only read if asked for: allow_pickle=True (--ckpt)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, **{"revision": revision, **hub}))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{source} is not in the local cache, and the hub cannot be asked") from error
+
+
+class Parts:
+    """The components of a pipeline that are in a checkpoint, each built when it is asked for.
+
+    Args:
+        weights: of a checkpoint.
+        dtype: of the weights; None leaves the file's.
+        told: what the caller says of the model, and `original_config` where the caller says nothing.
+
+    Raises:
+        FileNotFoundError: there is no such YAML file.
+        ValueError: the file is no checkpoint of a known kind, or the YAML file is damaged.
+    """
+
+    def __init__(
+        self,
+        weights: Checkpoint,
+        dtype: torch.dtype | None = None,
+        told: OriginalSettings | None = None,
+        original_config: str | Path | None = None,
+    ) -> None:
+        check_checkpoint(weights)
+        told = told or OriginalSettings()
+        yaml = OriginalSettings.read(Path(original_config)) if original_config else OriginalSettings()
+        self.weights, self.dtype, self.told = weights, dtype, yaml | told
+        assumed = assumed_settings(weights)
+        self.settings = assumed | self.told
+        if assumed.sample_size == LARGE_V and told.sample_size is None:  # the YAML file says 64 for 768 pixels too
+            large = self.settings.prediction_type == "v_prediction"
+            self.settings = replace(self.settings, sample_size=LARGE_V if large else 64)
+
+    def unet(self) -> Any:
+        size, changes = self.settings.sample_size, self.heads()
+        if "unet" in self.weights.header:
+            size = self.told.sample_size
+        return build_unet(self.weights, self.dtype, changes if size is None else {**changes, "sample_size": size})
+
+    def heads(self) -> dict[str, Any]:
+        """How many attention heads there are, if that was told. In the original code their width counts first."""
+        if self.told.head_channels:
+            config = self.weights.header.get("unet") or unet_config(self.weights)
+            widths = [max(1, width // self.told.head_channels) for width in config["block_out_channels"]]
+            return {"attention_head_dim": widths}
+        return {"attention_head_dim": self.told.heads} if self.told.heads else {}
+
+    def vae(self) -> Any:
+        if "vae" in self.weights.header:
+            factor = self.told.scaling_factor
+            return build_autoencoder(self.weights, self.dtype, {} if factor is None else {"scaling_factor": factor})
+        vae = build_autoencoder(self.weights, self.dtype, {"scaling_factor": self.settings.scaling_factor})
+        size = (self.settings.sample_size or 64) * 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.register_to_config(sample_size=size)
+        return vae
+
+    def vae_of(self, file: Path, allow_pickle: bool) -> Any:
+        """The autoencoder of another file, for this one's UNet."""
+        other = Parts(Checkpoint(file, allow_pickle), self.dtype, self.told)
+        if other.told.scaling_factor is None:
+            other.settings = replace(other.settings, scaling_factor=self.settings.scaling_factor)
+        return other.vae()
+
+    def text_encoder(self) -> Any:
+        return build_text_encoder(self.weights, self.dtype)
+
+    def scheduler(self) -> Any:
+        """The one the file was saved with, else DDIM.
+
+        Raises:
+            ValueError: the file's header names none of diffusers' schedulers, or one that cannot be.
+        """
+        config = dict(self.weights.header.get("scheduler", {}))
+        if config:
+            said = scheduler_settings(self.told)
+            config |= {key: value for key, value in said.items() if key in self.told.said()}
+            return self.built(config)
+        if self.told.prediction_type is None and is_guess(self.weights):
+            logger.warning(
+                "%s does not say whether it predicts v, as Stable Diffusion 2 for 768 pixels, or noise, as that for "
+                "512; v is assumed. If pictures come out brown, give prediction_type='epsilon' (--prediction-type)",
+                self.weights.file,
+            )
+        return self.built({**scheduler_settings(self.settings), "_class_name": "DDIMScheduler"})
+
+    def low_res_scheduler(self) -> Any:
+        """What puts noise on the small picture of the upscaler."""
+        usual = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
+        return self.built(self.weights.header.get("low_res_scheduler") or {**usual, "_class_name": "DDPMScheduler"})
+
+    def built(self, config: dict[str, Any]) -> Any:
+        import diffusers
+
+        name = str(config.get("_class_name"))
+        kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
+            raise ValueError(f"{self.weights.file} names a {name}, which is none of diffusers' schedulers")
+        try:
+            return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+        except Exception as error:  # whatever a scheduler says to a stranger's values
+            raise ValueError(f"{self.weights.file}: the config of its {name} is damaged ({error})") from None
+
+    def defaults(self) -> dict[str, Any]:
+        """``num_inference_steps`` and ``guidance_scale`` that the file was saved with."""
+        own = self.weights.header.get("defaults", {})
+        return {key: own[key] for key in DEFAULTS if isinstance(own.get(key), (int, float))}
+
+    def max_noise_level(self) -> dict[str, Any]:
+        level = self.weights.header.get("low_res_scheduler", {}).get("_max_noise_level")
+        return {"max_noise_level": level} if isinstance(level, int) else {}
+
+
+def header_of(pipeline: Any) -> dict[str, str]:
+    """The configs of a pipeline's parts, for the header of its file."""
+    configs = {
+        name: plain_config(part)
+        for name in ("unet", "vae", "text_encoder", *SCHEDULERS)
+        if (part := getattr(pipeline, name, None)) is not None
+    }
+    for name in SCHEDULERS:
+        if name in configs:
+            configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
+    if "low_res_scheduler" in configs:
+        configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
+    configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
+    return {"format": "pt", "latentdiff": json.dumps(configs, sort_keys=True)}
+
+
+def plain_config(part: Any) -> dict[str, Any]:
+    """A component's config without what it notes for itself."""
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    return {key: value for key, value in config.items() if not key.startswith("_") and is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def fitting_pipelines(unet_channels: int, latent_channels: int) -> tuple[str, ...]:
+    """The pipelines that a UNet with so many input channels is for."""
+    kinds = {
+        latent_channels: ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline"),
+        2 * latent_channels + 1: ("InpaintPipeline",),
+        latent_channels + 3: ("SuperResolutionPipeline",),
+    }
+    return kinds.get(unet_channels, ())
+
+
+def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
+    """Raises ValueError if a file's model is for another pipeline than the class `pipeline`, and for which."""
+    takes, latents = unet.config.in_channels, vae.config.latent_channels
+    fitting = fitting_pipelines(takes, latents)
+    if not {base.__name__ for base in pipeline.__mro__}.intersection(fitting):
+        use = f"load it with {' or '.join(fitting)}" if fitting else "no pipeline here takes that"
+        raise ValueError(f"{file}: its UNet takes {takes} channels and the latents have {latents}; {use}")
+
+
+def load_tokenizer(tokenizer: Any, text_encoder: Any) -> Any:
+    """A tokenizer that is given, or its folder or hub id; or CLIP's.
+
+    Raises:
+        ValueError: none is given, and the text encoder is not CLIP's.
+    """
+    if tokenizer is None:
+        if type(text_encoder).__name__ == "LDMBertModel":
+            raise ValueError(
+                "Latent Diffusion's text encoder needs the tokenizer of bert-base-uncased, which the file does not "
+                "hold; give its folder or hub id with tokenizer= (--tokenizer)"
+            )
+        return clip_tokenizer(text_encoder)
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    from transformers import AutoTokenizer, BertTokenizer
+
+    kind: Any = BertTokenizer if type(text_encoder).__name__ == "LDMBertModel" else AutoTokenizer
+    loaded = kind.from_pretrained(str(tokenizer))
+    longest = getattr(text_encoder.config, "max_position_embeddings", None)
+    if longest is not None and loaded.model_max_length > longest:
+        loaded.model_max_length = longest
+    return loaded
