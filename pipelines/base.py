@@ -54,7 +54,8 @@ class LatentPipeline(FolderPipeline):
             vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
         )
         self._guidance_scale: float | tuple[float, ...] = 1.0
-        self._guidance_rescale, self._guidance_interval = 0.0, None
+        self._guidance_rescale = 0.0
+        self._guidance_interval: tuple[float, float] | None = None
         self._clip_skip: int | None = None
         self._num_timesteps, self._interrupt = 0, False
 
@@ -289,6 +290,8 @@ class LatentPipeline(FolderPipeline):
                     state.latents = self._call_back(callback, callback_tensors, denoiser, state)
                 latents = state.latents
                 bar.update()
+                assert state.scaled is not None
+                assert state.prediction is not None
                 yield Progress(
                     state.index,
                     len(timesteps),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.folders import check_safetensors, find_model, read_json
+from latentdiff.pipelines.loading import WEIGHTS, only_variant
 from latentdiff.pipelines.saving import move_into, tidy_configs
 
 PIPELINES = (
@@ -23,7 +23,6 @@ PIPELINES = (
 )
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
 FEW = 8  # so many words at most are in a file that cannot be told from a model otherwise
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def kind_of_source(source: str, allow_pickle: bool = False) -> str:
@@ -120,12 +119,6 @@ def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> 
     tokenizer = theirs.tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, theirs.bert.config.max_position_embeddings)
     return TextToImagePipeline(theirs.vqvae, theirs.bert, tokenizer, theirs.unet, theirs.scheduler)
-
-
-def only_variant(folder: Path) -> str | None:
-    """The variant of a folder's weights, if its UNet has one and no plain weights."""
-    found = {match[1] for file in folder.glob("unet/*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
-    return found.pop() if len(found) == 1 else None
 
 
 def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:

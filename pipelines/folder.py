@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
-from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, refuse_options
+from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 from latentdiff.pipelines.saving import move_into, tidy_configs
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class FolderPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: None stands for the packaged default model.
             options: those of diffusers' ``from_pretrained``: ``dtype`` or, by its older name, ``torch_dtype`` (float32
-                by default, whatever is on disk), ``variant``, components that replace the folder's, and for the hub
-                ``revision``, ``token`` and so on.
+                by default, whatever is on disk), ``variant`` (by default the only one, if there are no plain weights),
+                components that replace the folder's, and for the hub ``revision``, ``token`` and so on.
 
         Raises:
             FileNotFoundError: no such folder, or a part of it is missing.
@@ -57,7 +57,9 @@ class FolderPipeline(DiffusionPipeline):
         dtype = dtypes[0] or dtypes[1] or torch.float32
         index = check_pipeline_folder(folder, options)
         wanted = {name: value for name, value in index.items() if name not in options}
-        networks = load_networks(folder, wanted, dtype, options.get("variant"))
+        if options.get("variant") is None:
+            options["variant"] = only_variant(folder)
+        networks = load_networks(folder, wanted, dtype, options["variant"])
         options |= {**networks, "dtype": dtype, "use_safetensors": True}
         pipeline = super().from_pretrained(str(folder), **options)
         pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))

@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Generator, Tensor
 
+from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines import steps
 from latentdiff.pipelines.base import StepCallback
 from latentdiff.pipelines.conditioned import TextPipeline, refuse
@@ -225,8 +226,16 @@ class PaintingDenoiser(steps.GuidedDenoiser):
         masked: (B, C, h, w), latents of the picture without that, or None with a plain UNet.
     """
 
-    def __init__(self, *parts: Any, mask: Tensor, masked: Tensor | None, **told: Tensor) -> None:
-        super().__init__(*parts, **told)
+    def __init__(
+        self,
+        unet: Any,
+        prompt_embeds: Tensor,
+        guidance: ClassifierFreeGuidance,
+        mask: Tensor,
+        masked: Tensor | None,
+        timestep_cond: Tensor | None = None,
+    ) -> None:
+        super().__init__(unet, prompt_embeds, guidance, timestep_cond=timestep_cond)
         self.set_mask(mask, masked)
 
     def set_mask(self, mask: Tensor, masked: Tensor | None) -> None:

@@ -13,6 +13,8 @@ loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which t
 OUR_CLASSES = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 """Per component, the classes of diffusers that we have our own version of."""
 
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
+
 UNSUPPORTED_OPTIONS = {
     "custom_pipeline": "it would run code from the folder",
     "trust_remote_code": "it would run code from the folder",
@@ -84,3 +86,9 @@ def told_shortly(error: Exception) -> str:
         return str(error)
     key, wanted, found = shapes.groups()
     return f"the weights do not fit config.json: {key} should have the shape {wanted}, and has {found}"
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant of a folder's weights, if its UNet has one and no plain weights."""
+    found = {match[1] for file in folder.glob("unet/*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
+    return found.pop() if len(found) == 1 else None

@@ -31,7 +31,7 @@ class LatentPreview:
     def fit(self, latents: Tensor) -> None:
         """Learn from latents (B, C, h, w), scaled and without noise."""
         pixels = decode(self.vae, latents).float()  # (B, 3, H, W)
-        small = F.adaptive_avg_pool2d(pixels, latents.shape[-2:])
+        small = F.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
         wanted = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1]).cpu().double()  # (Bhw, 3)
         given = features(latents)  # (Bhw, F)
         moments = given.T @ torch.cat([given, wanted], dim=1) / len(given)
@@ -89,11 +89,12 @@ def filmstrip(
         wanted = {round((i + 1) * one.total / frames) - 1 for i in range(frames)}
         if one.step in wanted:
             columns.append(one.preview())
-    images = one.output.images if one.output is not None else None
-    if not isinstance(images, list):
+    output = one.output
+    images = None if output is None else output.images
+    if output is None or not isinstance(images, list):
         raise ValueError("a filmstrip is made of PIL images; leave output_type='pil'")
     height = side or images[0].height
     size = (round(images[0].width * height / images[0].height), height)
     columns.append(images)
     cells = [column[row].resize(size, Image.Resampling.BICUBIC) for row in range(len(images)) for column in columns]
-    return image_grid(cells, len(columns)), one.output
+    return image_grid(cells, len(columns)), output

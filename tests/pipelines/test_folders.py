@@ -91,6 +91,13 @@ def test_loads_what_diffusers_saved(pair: Callable[..., Any], tmp_path: Path, va
     assert np.abs(pictures[0] - pictures[1]).max() < 1e-4
 
 
+def test_the_only_variant_needs_no_name(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list(tmp_path.glob("half/unet/diffusion_pytorch_model.safetensors"))
+    again = TextToImagePipeline.from_pretrained(tmp_path / "half")
+    assert torch.equal(again.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
 @pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
 def test_precision(folder: Path, option: str) -> None:
     half = TextToImagePipeline.from_pretrained(folder, **{option: torch.bfloat16})
