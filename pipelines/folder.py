@@ -41,7 +41,8 @@ class FolderPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: None stands for the packaged default model.
             options: those of diffusers' ``from_pretrained``: ``dtype`` or, by its older name, ``torch_dtype`` (float32
                 by default, whatever is on disk), ``variant`` (by default the only one, if there are no plain weights),
-                components that replace the folder's, and for the hub ``revision``, ``token`` and so on.
+                components that replace the folder's, ``device_map`` (a single device), and for the hub ``revision``,
+                ``token`` and so on.
 
         Raises:
             FileNotFoundError: no such folder, or a part of it is missing.
@@ -49,6 +50,7 @@ class FolderPipeline(DiffusionPipeline):
             OSError: the hub cannot be asked, or has no such model.
         """
         refuse_options(options)
+        device = options.pop("device_map", None)
         source = pretrained_model_name_or_path
         folder = find_model(source)
         if folder is None:
@@ -63,7 +65,7 @@ class FolderPipeline(DiffusionPipeline):
         options |= {**networks, "dtype": dtype, "use_safetensors": True}
         pipeline = super().from_pretrained(str(folder), **options)
         pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:

@@ -20,7 +20,6 @@ UNSUPPORTED_OPTIONS = {
     "trust_remote_code": "it would run code from the folder",
     "use_onnx": "there are no ONNX networks here",
     "use_flashpack": "weights are read from safetensors files",
-    "device_map": "load the pipeline, then move it with .to(device)",
     "quantization_config": "quantised networks cannot be loaded yet",
 }
 
@@ -30,6 +29,11 @@ def refuse_options(options: Mapping[str, Any]) -> None:
     for name, why in UNSUPPORTED_OPTIONS.items():
         if options.get(name):
             raise ValueError(f"from_pretrained: {name} is not supported: {why}")
+    if options.get("device_map") is not None and not names_device(options["device_map"]):
+        raise ValueError(
+            f"from_pretrained: device_map={options['device_map']!r} is not supported: a pipeline here is on one "
+            f"device, such as 'cuda'"
+        )
     if not options.get("use_safetensors", True):
         raise ValueError("from_pretrained: use_safetensors=False is not supported: pickled weights can run code")
 
@@ -92,3 +96,12 @@ def only_variant(folder: Path) -> str | None:
     """The variant of a folder's weights, if its UNet has one and no plain weights."""
     found = {match[1] for file in folder.glob("unet/*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
     return found.pop() if len(found) == 1 else None
+
+
+def names_device(value: Any) -> bool:
+    """Whether it is a device, or the name of one."""
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -180,7 +180,8 @@ class GuidedDenoiser:
         self.guidance = guidance
         self.condition = condition
         self.told = {"class_labels": class_labels, "timestep_cond": timestep_cond}
-        self.remembers = hasattr(unet, "encode_text") and not is_compiled_module(unet) and not unet._compiled_call_impl
+        in_parts = getattr(unet, "works_in_parts", False)  # ours, unless its weights come and go with a plain call
+        self.remembers = in_parts and not is_compiled_module(unet) and not unet._compiled_call_impl
         self.prompt_embeds = prompt_embeds
 
     @property

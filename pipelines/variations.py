@@ -29,7 +29,7 @@ class ImageVariationPipeline(LatentPipeline):
 
     saved_class_name = "StableDiffusionImageVariationPipeline"
     model_cpu_offload_seq = "image_encoder->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["safety_checker"]
+    _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor"]
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from latentdiff.models.bottlenecks import (
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
+from latentdiff.models.layers import SdpaModel
 from latentdiff.models.tiling import in_tiles
 
 
@@ -40,14 +41,21 @@ class AutoencoderOutput(DecoderOutput):
     bottleneck: BottleneckOutput | None = None
 
 
-class Autoencoder(ModelMixin, StrictConfig):
+class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
     """What both autoencoders share: pixels to what the bottleneck takes, latents to pixels, one image at a time or not.
 
     Subclasses set ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention"]
+    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention", "VectorQuantizer"]
+    _group_offload_block_modules: ClassVar[list[str]] = [
+        "encoder",
+        "decoder",
+        "quant_conv",
+        "post_quant_conv",
+        "quantize",
+    ]
 
     def build_coders(self, encoder_channels: int) -> None:
         config = self.config

@@ -109,7 +109,9 @@ class VectorQuantizer(nn.Module):
     def nearest(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, h, w), the index of the nearest code to each vector."""
         vectors = h.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
-        distances = torch.cdist(vectors.float(), self.embedding.weight.float())  # (B h w, codes)
+        # Not the weight itself: where weights are offloaded, a module has them only while it is called.
+        codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=h.device))
+        distances = torch.cdist(vectors.float(), codes.float())  # (B h w, codes)
         return distances.argmin(dim=1).view(h.shape[0], *h.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:

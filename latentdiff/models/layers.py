@@ -4,12 +4,37 @@ Parameter names are diffusers', so weights need no mapping. Letters in shape com
 and width (of pixels or of the latent grid), L tokens, D width, N attention heads.
 """
 
+import logging
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class SdpaModel:
+    """A model whose attention is PyTorch's ``scaled_dot_product_attention`` and nothing else, and which says so."""
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: another backend than "native".
+        """
+        if backend != "native":
+            raise ValueError(
+                f"{type(self).__name__}: there is no attention backend {backend!r} but PyTorch's own, 'native'; within "
+                f"torch.nn.attention.sdpa_kernel(...) you can choose among its kernels."
+            )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        if valid:
+            logger.warning(
+                "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
+            )
 
 
 class Checkpointed(nn.Module):
@@ -37,6 +62,18 @@ def timestep_features(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_s
     angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, dim/2)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+class Timesteps(nn.Module):
+    """`timestep_features` as a module without parameters, which diffusers' classes look for in a UNet."""
+
+    def __init__(self, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
+        super().__init__()
+        self.dim, self.flip_sin_to_cos, self.freq_shift = dim, flip_sin_to_cos, freq_shift
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(B,) -> (B, dim), float32."""
+        return timestep_features(timesteps, self.dim, self.flip_sin_to_cos, self.freq_shift)
 
 
 class TimestepEmbedding(nn.Module):

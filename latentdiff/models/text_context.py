@@ -8,6 +8,8 @@ from torch import Tensor
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, (B, N, L, D/N) each: N heads, L text tokens."""
+TextInput = KeyValue | Tensor
+"""What a cross-attention takes of the text: keys and values made beforehand, or states (B, L, D) to make them of."""
 
 
 class TextContext(NamedTuple):

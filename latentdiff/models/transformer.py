@@ -5,11 +5,12 @@ Latent Diffusion (Rombach et al. 2022), Sec. 3.3 and Appendix E.2.1.
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.models.layers import Checkpointed, merge_heads, split_heads, to_grid, to_tokens
-from latentdiff.models.text_context import KeyValue
+from latentdiff.models.text_context import KeyValue, TextInput
 
 
 class Attention(nn.Module):
@@ -22,6 +23,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int) -> None:
         super().__init__()
         self.heads = heads
+        self.heads_at_once: int | None = None
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
@@ -31,10 +33,16 @@ class Attention(nn.Module):
         """(B, L, context_dim) -> keys and values, (B, N, L, D/N) each."""
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
-    def forward(self, tokens: Tensor, keys_values: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """(B, L', D) attends to L keys and values; ``mask`` (B, 1, 1, L) is added to the scores -> (B, L', D)."""
+    def forward(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
+        """(B, L', D) attends to L keys and values, or to the states they are made of; ``mask`` (B, 1, 1, L) is added
+        to the scores -> (B, L', D)."""
         query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', D/N)
-        attended = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)
+        keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
+        if self.heads_at_once is None:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        else:
+            parts = zip(*(x.split(self.heads_at_once, dim=1) for x in (query, keys, values)), strict=True)
+            attended = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for q, k, v in parts], dim=1)
         return self.to_out[0](merge_heads(attended))
 
 
@@ -81,11 +89,11 @@ class BasicTransformerBlock(nn.Module):
         return [self.attn1, self.attn2] if self.only_cross else [self.attn2]
 
     def forward(
-        self, x: Tensor, text: KeyValue, mask: Tensor | None = None, first_text: KeyValue | None = None
+        self, x: Tensor, text: TextInput, mask: Tensor | None = None, first_text: TextInput | None = None
     ) -> Tensor:
-        """(B, HW, D), the text's keys and values for this block's cross-attentions -> (B, HW, D)."""
+        """(B, HW, D), what the text is to this block's cross-attentions -> (B, HW, D)."""
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h) if first_text is None else first_text)
+        x = x + self.attn1(h, h if first_text is None else first_text)
         x = x + self.attn2(self.norm2(x), text, mask)
         return x + self.ff(self.norm3(x))
 
@@ -108,8 +116,8 @@ class SpatialTransformer(Checkpointed):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Iterator[KeyValue], mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); each transformer block takes the next of ``text``'s keys and values."""
+    def forward(self, x: Tensor, text: Iterator[TextInput], mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); each cross-attention takes the next of ``text``."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, C)

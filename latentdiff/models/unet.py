@@ -3,11 +3,11 @@
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3; the UNet itself is ADM's (Dhariwal & Nichol 2021), Sec. 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -17,14 +17,16 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.models.config import StrictConfig
-from latentdiff.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_features
-from latentdiff.models.text_context import TextContext
+from latentdiff.models.layers import ResnetBlock2D, SdpaModel
+from latentdiff.models.text_context import TextContext, TextInput
 from latentdiff.models.transformer import Attention, SpatialTransformer
+from latentdiff.models.unet_arguments import check_residuals, refuse_given, with_lora_scale
 from latentdiff.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from latentdiff.models.unet_config import NEUTRAL_KEYS, UNetLevels
+from latentdiff.models.unet_time import TimeConditioned
 
 
-class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
+class UNet2DConditionModel(TimeConditioned, SdpaModel, ModelMixin, StrictConfig, PeftAdapterMixin):
     """Predicts noise (or v, or the picture) from noisy latents, a timestep and the states of a text encoder.
 
     The config is that of diffusers' class. ``attention_head_dim`` is, there as here, the *number* of heads, for all
@@ -76,13 +78,16 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         norm_num_groups: int = 32,
         norm_eps: float = 1e-5,
         cross_attention_dim: int | Sequence[int] = 1280,
-        transformer_layers_per_block: int | Sequence[int] = 1,
+        transformer_layers_per_block: int | Sequence[int | Sequence[int]] = 1,
+        reverse_transformer_layers_per_block: Sequence[int | Sequence[int]] | None = None,
         attention_head_dim: int | Sequence[int] = 8,
         use_linear_projection: bool = False,
         upcast_attention: bool = False,
         only_cross_attention: bool | Sequence[bool] = False,
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
+        projection_class_embeddings_input_dim: int | None = None,
+        class_embeddings_concat: bool = False,
         resnet_time_scale_shift: str = "default",
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: int | None = None,
@@ -91,18 +96,8 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         super().__init__()
         self.accept_neutral(others)
         levels = UNetLevels.from_config(self.config)
-        time_dim = time_embedding_dim or block_out_channels[0] * 4
-
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(block_out_channels[0], time_dim, time_cond_proj_dim)
-        self.class_embedding: nn.Module | None = None
-        if class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(block_out_channels[0], time_dim)
-        elif class_embed_type == "identity":
-            self.class_embedding = nn.Identity()
-        elif num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, time_dim)
-        self.build_blocks(levels, time_dim)
+        self.build_blocks(levels, time_dim=self.build_time())
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
@@ -118,19 +113,29 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
             dropout=config.dropout,
         )
 
-        def transformer(level: int, wanted: bool, only_cross: bool | None = None) -> partial[SpatialTransformer] | None:
-            only_cross = levels.only_cross[level] if only_cross is None else only_cross
-            spatial = partial(
-                SpatialTransformer, groups=groups, linear=config.use_linear_projection, only_cross=only_cross
+        def transformer(level: int, only_cross: bool) -> partial[SpatialTransformer]:
+            return partial(
+                SpatialTransformer,
+                levels.channels[level],
+                heads=levels.heads[level],
+                text_dim=levels.text_dims[level],
+                groups=groups,
+                linear=config.use_linear_projection,
+                only_cross=only_cross,
             )
-            return partial(spatial, levels.channels[level], **levels.transformer(level)) if wanted else None
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         width = levels.channels[0]
         skips = [width]  # the widths of what the way down leaves for the way up
-        for i, (channels, layers, attend) in enumerate(zip(levels.channels, levels.layers, levels.down, strict=True)):
+        for i, (channels, layers) in enumerate(zip(levels.channels, levels.layers, strict=True)):
             block = DownBlock(
-                width, channels, layers=layers, resnet=resnet, transformer=transformer(i, attend), last=i == last
+                width,
+                channels,
+                layers=layers,
+                depths=levels.down[i],
+                resnet=resnet,
+                transformer=transformer(i, levels.only_cross[i]),
+                last=i == last,
             )
             self.down_blocks.append(block)
             skips += [channels] * (layers + (i < last))
@@ -138,18 +143,20 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
 
         self.mid_block = None
         if config.mid_block_type is not None:
-            attend = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-            self.mid_block = MidBlock(width, resnet=resnet, transformer=transformer(last, attend, False))
+            self.mid_block = MidBlock(
+                width, depths=levels.middle, resnet=resnet, transformer=transformer(last, only_cross=False)
+            )
 
-        for i, attend in zip(range(last, -1, -1), levels.up, strict=True):
+        for i, depths in zip(range(last, -1, -1), levels.up, strict=True):
             taken = [skips.pop() for _ in range(levels.layers[i] + 1)]
             self.up_blocks.append(
                 UpBlock(
                     width,
                     levels.channels[i],
                     skip_channels=taken,
+                    depths=depths,
                     resnet=resnet,
-                    transformer=transformer(i, attend),
+                    transformer=transformer(i, levels.only_cross[i]),
                     last=i == 0,
                 )
             )
@@ -162,65 +169,49 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         return [
             attention
             for block in blocks
-            for spatial in block.attentions
+            for spatial in block.transformers
             for transformer in spatial.transformer_blocks
             for attention in transformer.cross_attentions
         ]
 
+    @property
+    def works_in_parts(self) -> bool:
+        """Whether ``encode_text`` and ``denoise`` may be called by themselves.
+
+        They may not with diffusers' group offloading, which brings the weights where they are needed in the course of a
+        plain call.
+        """
+        registry = getattr(self, "_diffusers_hook", None)
+        return registry is None or registry.get_hook("group_offloading") is None
+
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """FreeU (Si et al. 2023): weigh backbone (b1, b2) and skips (s1, s2) anew in the two lowest blocks upward."""
-        for block, scales in zip(self.up_blocks, ((s1, b1), (s2, b2)), strict=False):
+        blocks: list[Any] = list(self.up_blocks)
+        for block, scales in zip(blocks, ((s1, b1), (s2, b2)), strict=False):
             block.freeu = scales
 
     def disable_freeu(self) -> None:
-        for block in self.up_blocks:
+        blocks: list[Any] = list(self.up_blocks)
+        for block in blocks:
             block.freeu = None
 
-    @apply_forward_hook
-    def embed_time(
-        self,
-        timesteps: Tensor | float,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        class_labels: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Timesteps, one number or (B,) -> (1 or B, D). Device and dtype of the result are the weights', or given.
+    def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
+        """Let attention compute so many heads at once: half of them ("auto"), one ("max"), a number, or all (None).
 
-        ``class_labels``, for a UNet with class embeddings: (B,) whole numbers below ``num_class_embeds``, (B,) numbers
-        like timesteps, or (B, D), by ``class_embed_type``; Stable Diffusion's upscaler is told a noise level so.
-        ``timestep_cond``, for a UNet with ``time_cond_proj_dim``: (B, that), the embedding of a guidance scale
-        (``pipelines.steps.guidance_embedding``) for a UNet that was taught to guide itself (LCM, Luo et al. 2023).
+        It takes longer, and saves memory only where PyTorch's ``scaled_dot_product_attention`` keeps the scores.
 
         Raises:
-            ValueError: labels are given and the UNet has no class embeddings, or the other way round; a condition is
-                given to a UNet that takes none.
+            ValueError: the number is below 1 or above that of an attention's heads.
         """
-        weight = self.time_embedding.linear_1.weight
-        timesteps = torch.as_tensor(timesteps, device=device or weight.device).reshape(-1)
-        config = self.config
-        features = timestep_features(
-            timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        )  # (B, channels)
-        if timestep_cond is not None and self.time_embedding.cond_proj is None:
-            raise ValueError("UNet2DConditionModel: timestep_cond was given, but the UNet has no time_cond_proj_dim.")
-        time = self.time_embedding(features.to(dtype or weight.dtype), timestep_cond)
-        return time if class_labels is None and self.class_embedding is None else time + self._embed_class(class_labels)
-
-    def _embed_class(self, class_labels: Tensor | None) -> Tensor:
-        """(B,) or (B, D) -> (B, D)."""
-        if self.class_embedding is None:
-            raise ValueError("UNet2DConditionModel: class_labels were given, but the UNet has no class embeddings.")
-        if class_labels is None:
-            raise ValueError("UNet2DConditionModel: class_labels are missing; this UNet has class embeddings.")
-        config, weight = self.config, self.time_embedding.linear_1.weight
-        class_labels = class_labels.to(weight.device)
-        if config.class_embed_type == "timestep":
-            features = timestep_features(
-                class_labels.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-            )
-            class_labels = features.to(weight.dtype)
-        return self.class_embedding(class_labels).to(weight.dtype)
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        fewest = min((attention.heads for attention in attentions), default=1)
+        known = slice_size in ("auto", "max", None)
+        if not known and not (isinstance(slice_size, int) and 1 <= slice_size <= fewest):
+            raise ValueError(f'slice_size must be "auto", "max" or from 1 to {fewest}, the heads; not {slice_size!r}.')
+        for attention in attentions:
+            halved = max(1, attention.heads // 2)
+            named = {"auto": halved, "max": 1, None: None}
+            attention.heads_at_once = slice_size if isinstance(slice_size, int) else named[slice_size]
 
     @apply_forward_hook
     def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> TextContext:
@@ -228,38 +219,71 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
 
         ``encoder_attention_mask`` (B, L) is true, or 1, where a token counts.
         """
+        if not self.works_in_parts:
+            raise ValueError("UNet2DConditionModel: with group offloading only plain calls are possible, unet(...).")
+        mask = self._check_text(encoder_hidden_states, encoder_attention_mask)
+        return TextContext(tuple(one.keys_values(encoder_hidden_states) for one in self.cross_attentions), mask)
+
+    def _check_text(self, states: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask (B, L) of text states (B, L, D) as what is added to the scores, (B, 1, 1, L)."""
         width = self.config.cross_attention_dim
-        if isinstance(width, int) and encoder_hidden_states.shape[-1] != width:
+        if isinstance(width, int) and states.shape[-1] != width:
             raise ValueError(
-                f"UNet2DConditionModel: the text states are {encoder_hidden_states.shape[-1]} wide and "
+                f"UNet2DConditionModel: the text states are {states.shape[-1]} wide and "
                 f"cross_attention_dim={width}; the text encoder is not the one this UNet was made for."
             )
-        if encoder_attention_mask is not None:  # as diffusers, a bias of -10000 rather than none at all
-            keep = encoder_attention_mask[:, None, None].to(encoder_hidden_states.dtype)
-            encoder_attention_mask = (1 - keep) * -10000.0  # (B, 1, 1, L)
-        keys_values = tuple(attention.keys_values(encoder_hidden_states) for attention in self.cross_attentions)
-        return TextContext(keys_values, encoder_attention_mask)
+        # as diffusers, a bias of -10000 rather than none at all
+        return None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0
 
     @apply_forward_hook
-    def denoise(self, sample: Tensor, time: Tensor, text: TextContext) -> Tensor:
-        """Noisy latents (B, C, H, W), ``embed_time``'s (B or 1, D), ``encode_text``'s context -> (B, C', H, W)."""
+    def denoise(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        text: TextContext,
+        residuals: Sequence[Tensor] = (),
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Noisy latents (B, C, H, W), ``embed_time``'s (B or 1, D), ``encode_text``'s context -> (B, C', H, W).
+
+        A ControlNet (Zhang et al. 2023) gives ``residuals``, to be added to what the way down leaves for the way up,
+        and ``mid_residual``, to be added after the middle.
+        """
         if len(text.keys_values) != len(self.cross_attentions):
             raise ValueError(
                 f"This text context is for {len(text.keys_values)} cross-attentions and the UNet has "
                 f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
             )
-        time, keys_values = F.silu(time), iter(text.keys_values)
+        return self._denoise(sample, time, iter(text.keys_values), text.mask, residuals, mid_residual)
+
+    def _denoise(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        text: Iterator[TextInput],
+        mask: Tensor | None,
+        residuals: Sequence[Tensor],
+        mid_residual: Tensor | None,
+    ) -> Tensor:
+        time = F.silu(time)
         x = self.conv_in(sample)  # (B, channels, H, W)
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, time, keys_values, text.mask)
+            x, outputs = block(x, time, text, mask)
             skips += outputs
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
         if self.mid_block is not None:
-            x = self.mid_block(x, time, keys_values, text.mask)
-        for block in self.up_blocks:
-            x = block(x, skips, time, keys_values, text.mask)
+            x = self.mid_block(x, time, text, mask)
+        if mid_residual is not None:
+            x = x + mid_residual
+        way_up: list[Any] = list(self.up_blocks)
+        for block in way_up:
+            skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            x = block(x, taken, time, text, mask, skips[-1].shape[-2:] if skips else None)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+    @with_lora_scale
     def forward(
         self,
         sample: Tensor,
@@ -270,34 +294,30 @@ class UNet2DConditionModel(ModelMixin, StrictConfig, PeftAdapterMixin):
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, Any] | None = None,
-        down_block_additional_residuals: None = None,
-        mid_block_additional_residual: None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Noisy latents (B, C, H, W), timestep (one, or (B,)), text states (B, L, D) -> ``.sample`` (B, C', H, W).
 
-        The arguments are those of diffusers' class.
+        The arguments are those of diffusers' class. ``cross_attention_kwargs`` may be {"scale": how strongly loaded
+        LoRAs act}; the additional residuals are a ControlNet's.
 
         Raises:
             ValueError: one that is not supported is given.
         """
         refuse_given(
             attention_mask=attention_mask,
-            cross_attention_kwargs=cross_attention_kwargs or None,
             added_cond_kwargs=added_cond_kwargs or None,
-            down_block_additional_residuals=down_block_additional_residuals,
-            mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
+        residuals = check_residuals(down_block_additional_residuals, mid_block_additional_residual)
         time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
-        text = self.encode_text(encoder_hidden_states, encoder_attention_mask)
-        sample = self.denoise(sample, time, text)
+        mask = self._check_text(encoder_hidden_states, encoder_attention_mask)
+        # Every cross-attention makes its keys and values when it runs, not beforehand as in `encode_text`, so that
+        # weights which are offloaded or sharded block by block are there.
+        text = repeat(encoder_hidden_states)
+        sample = self._denoise(sample, time, text, mask, residuals, mid_block_additional_residual)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
-
-
-def refuse_given(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"UNet2DConditionModel: {name} is not supported, but was given.")

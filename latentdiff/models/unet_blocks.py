@@ -1,8 +1,8 @@
 """The UNet's blocks: one resolution on the way down, the middle, one resolution on the way up.
 
-A block with transformers has one after each resnet block; a block without has an empty list of them. All take the
-time embedding after its SiLU, (B or 1, D), an iterator over the text's keys and values, of which every
-cross-attention takes the next, and the text's mask.
+A block with transformers has one after each resnet block, as deep as ``depths`` says; with no depths it has none. All
+take the time embedding after its SiLU, (B or 1, D), an iterator over what the text is to the cross-attentions, of
+which each takes the next, and the text's mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,20 +12,33 @@ from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor, nn
 
 from latentdiff.models.layers import Checkpointed, Downsample2D, ResnetBlock2D, Upsample2D
-from latentdiff.models.text_context import KeyValue
+from latentdiff.models.text_context import TextInput
 from latentdiff.models.transformer import SpatialTransformer
 
-Transformers = Callable[[], SpatialTransformer] | None
+Transformers = Callable[..., SpatialTransformer]
 Resnets = Callable[[int, int], ResnetBlock2D]
 
 
-class DownBlock(Checkpointed):
+class Block(Checkpointed):
+    """A block with transformers has them as ``attentions``; one without lacks the attribute: diffusers goes by that."""
+
+    def add_transformers(self, depths: Sequence[int], transformer: Transformers) -> None:
+        if depths:
+            self.attentions = nn.ModuleList(transformer(depth=depth) for depth in depths)
+
+    @property
+    def transformers(self) -> Sequence[SpatialTransformer]:
+        return getattr(self, "attentions", ())
+
+
+class DownBlock(Block):
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
         layers: int,
+        depths: Sequence[int],
         resnet: Resnets,
         transformer: Transformers,
         last: bool,
@@ -33,18 +46,18 @@ class DownBlock(Checkpointed):
         super().__init__()
         widths = [in_channels] + [out_channels] * (layers - 1)
         self.resnets = nn.ModuleList(resnet(width, out_channels) for width in widths)
-        self.attentions = nn.ModuleList(transformer() for _ in widths if transformer is not None)
+        self.add_transformers(depths, transformer)
         self.downsamplers = nn.ModuleList([] if last else [Downsample2D(out_channels)])
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Iterator[KeyValue], mask: Tensor | None
+        self, x: Tensor, time: Tensor, text: Iterator[TextInput], mask: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(B, C, H, W) -> (B, C', H/2, W/2) and every layer's output, which the way up wants."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, x, time)
-            if self.attentions:
-                x = self.attentions[i](x, text, mask)
+            if self.transformers:
+                x = self.transformers[i](x, text, mask)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -52,29 +65,30 @@ class DownBlock(Checkpointed):
         return x, skips
 
 
-class MidBlock(Checkpointed):
+class MidBlock(Block):
     """Resnet block, transformer, resnet block; without a transformer a single resnet block."""
 
-    def __init__(self, channels: int, *, resnet: Resnets, transformer: Transformers) -> None:
+    def __init__(self, channels: int, *, depths: Sequence[int], resnet: Resnets, transformer: Transformers) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([] if transformer is None else [transformer()])
-        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(1 + len(self.attentions)))
+        self.add_transformers(depths, transformer)
+        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(1 + len(depths)))
 
-    def forward(self, x: Tensor, time: Tensor, text: Iterator[KeyValue], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Iterator[TextInput], mask: Tensor | None) -> Tensor:
         x = self.run(self.resnets[0], x, time)
-        if self.attentions:
-            x = self.attentions[0](x, text, mask)
+        if self.transformers:
+            x = self.transformers[0](x, text, mask)
             x = self.run(self.resnets[1], x, time)
         return x
 
 
-class UpBlock(Checkpointed):
+class UpBlock(Block):
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
         skip_channels: Sequence[int],
+        depths: Sequence[int],
         resnet: Resnets,
         transformer: Transformers,
         last: bool,
@@ -84,23 +98,28 @@ class UpBlock(Checkpointed):
         self.resnets = nn.ModuleList(
             resnet(width + skip, out_channels) for width, skip in zip(widths, skip_channels, strict=True)
         )
-        self.attentions = nn.ModuleList(transformer() for _ in widths if transformer is not None)
+        self.add_transformers(depths, transformer)
         self.upsamplers = nn.ModuleList([] if last else [Upsample2D(out_channels)])
         self.freeu: tuple[float, float] | None = None
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, text: Iterator[KeyValue], mask: Tensor | None
+        self,
+        x: Tensor,
+        skips: Sequence[Tensor],
+        time: Tensor,
+        text: Iterator[TextInput],
+        mask: Tensor | None,
+        size: tuple[int, int] | None,
     ) -> Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W), or the size of the skip that comes next. Takes its skips off the list."""
-        for i, resnet in enumerate(self.resnets):
-            skip = skips.pop()
+        """(B, C, H, W) and the skips, the last of them first -> (B, C', *size), from the last block (B, C', H, W)."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             if self.freeu is not None:
                 x, skip = reweighed(x, skip, *self.freeu)
             x = self.run(resnet, torch.cat([x, skip], dim=1), time)
-            if self.attentions:
-                x = self.attentions[i](x, text, mask)
+            if self.transformers:
+                x = self.transformers[i](x, text, mask)
         for upsample in self.upsamplers:
-            x = upsample(x, size=skips[-1].shape[-2:])
+            x = upsample(x, size)
         return x
 
 

@@ -121,6 +121,11 @@ def group_of(test: str) -> str:
     )
 
 
+def read(file: Path, groups: list[str]) -> dict[str, Outcome]:
+    rows = json.loads(file.read_text())
+    return {row["test"]: Outcome(**row["theirs"]) for row in rows if row["group"] in groups}
+
+
 def show(comparisons: list[Comparison]) -> None:
     counts = Counter((one.group, one.verdict) for one in comparisons)
     print(f"{'':15}" + "".join(f"{column:>17}" for column in COLUMNS))
@@ -140,10 +145,13 @@ def main() -> int:
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of diffusers' repository")
     parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS), help="groups of tests")
     parser.add_argument("--json", type=Path, help="write every test's outcome for both here")
+    parser.add_argument("--theirs", type=Path, help="take the outcomes for diffusers' classes from such a file")
     chosen = parser.parse_args()
     files = [file for group in chosen.only for file in GROUPS[group]]
     with tempfile.TemporaryDirectory() as folder:
-        theirs, ours = (run(chosen.diffusers.resolve(), files, who, Path(folder)) for who in ("theirs", "ours"))
+        checkout = chosen.diffusers.resolve()
+        theirs = read(chosen.theirs, chosen.only) if chosen.theirs else run(checkout, files, "theirs", Path(folder))
+        ours = run(checkout, files, "ours", Path(folder))
     missing = Outcome("missing")
     comparisons = [
         Comparison(group_of(test), test, theirs.get(test, missing), ours.get(test, missing))

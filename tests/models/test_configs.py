@@ -117,7 +117,7 @@ def test_config_files_go_both_ways_key_by_key(kind: str, tmp_path: Path) -> None
         ("encoder_hid_dim_type", "text_proj"),
         ("num_attention_heads", 8),
         ("dual_cross_attention", True),
-        ("class_embed_type", "projection"),
+        ("class_embed_type", "fourier"),
         ("addition_embed_type", "text_time"),
         ("resnet_skip_time_act", True),
         ("time_embedding_type", "fourier"),
@@ -178,8 +178,8 @@ def test_neutral_values_are_taken_and_kept() -> None:
         ("UNet2DConditionModel", {"layers_per_block": [2, 2, 2]}, "layers_per_block=.* has 3 entries"),
         (
             "UNet2DConditionModel",
-            {"transformer_layers_per_block": [[1, 1], [1, 1], [1, 1], [1, 1]]},
-            "transformer_layers_per_block=.* give a whole number",
+            {"transformer_layers_per_block": [[1, 1.5], 1, 1, 1], "reverse_transformer_layers_per_block": [1] * 4},
+            r"transformer_layers_per_block=\[1, 1.5\] .* give a whole number",
         ),
         (
             "UNet2DConditionModel",

@@ -216,9 +216,8 @@ def test_class_labels_are_neither_dropped_nor_forgotten() -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"cross_attention_kwargs": {"scale": 0.5}},
         {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 4)}},
-        {"mid_block_additional_residual": torch.zeros(2, 32, 4, 4)},
+        {"down_intrablock_additional_residuals": [torch.zeros(2, 32, 4, 4)]},
     ],
 )
 def test_arguments_that_are_not_supported_are_refused(argument: dict[str, Any]) -> None:

@@ -1,0 +1,184 @@
+"""What UNets of other models than Stable Diffusion 1 and 2 have, and what a call or a user may add to any of them."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff.models import AutoencoderKL, UNet2DConditionModel
+
+TINY: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
+UNEVEN = TINY | {
+    "layers_per_block": 2,
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "transformer_layers_per_block": [[2, 1], 3],
+    "reverse_transformer_layers_per_block": [2, [1, 0, 2]],
+}
+PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 7}
+SIMPLE = {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 7}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "projection": TINY | PROJECTION,
+    "simple_projection": TINY | SIMPLE,
+    "beside_the_time": TINY | SIMPLE | {"class_embeddings_concat": True},
+    "labels_beside_the_time": TINY | {"num_class_embeds": 5, "class_embeddings_concat": True},
+    "uneven": UNEVEN,
+}
+
+
+def batch(config: dict[str, Any]) -> dict[str, Tensor]:
+    told = {}
+    if "class_embed_type" in config:
+        told = {"class_labels": torch.randn(2, 7)}
+    elif "num_class_embeds" in config:
+        told = {"class_labels": torch.tensor([4, 0])}
+    return told | {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 900]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+    }
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_diffusers_in_output_and_gradients(name: str, pair: Callable, same_gradients: Callable) -> None:
+    ours, theirs = pair("UNet2DConditionModel", **CONFIGS[name])
+    inputs = batch(CONFIGS[name])
+    wanted, found = theirs(**inputs).sample, ours(**inputs).sample
+    close(found, wanted)
+    weights = torch.randn_like(wanted)
+    for output in (found, wanted):
+        (output * weights).mean().backward()
+    same_gradients(ours, theirs)
+    parts = ours.denoise(
+        inputs["sample"],
+        ours.embed_time(inputs["timestep"], class_labels=inputs.get("class_labels")),
+        ours.encode_text(inputs["encoder_hidden_states"]),
+    )
+    close(parts, found)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class_embed_type": "projection"}, "'projection' needs projection_class_embeddings_input_dim"),
+        ({"transformer_layers_per_block": [[1], 1]}, "and needs reverse_transformer_layers_per_block"),
+        ({"reverse_transformer_layers_per_block": [1]}, r"reverse_.*=\[1\] has 1 entries for 2 levels"),
+        ({"reverse_transformer_layers_per_block": [1, [1]]}, r"reverse_.*=\[1\] has 1 entries for 2 levels"),
+    ],
+)
+def test_configs_that_say_too_little(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet2DConditionModel(**TINY | config)
+
+
+def test_a_controlnet_adds_what_it_adds_to_diffusers_unet(pair: Callable) -> None:
+    ours, theirs = pair("UNet2DConditionModel", **TINY)
+    controlnet = diffusers.ControlNetModel.from_unet(ours, conditioning_embedding_out_channels=(16, 32))
+    for name, weight in ours.state_dict().items():  # it begins with the UNet's weights
+        if not name.startswith(("up_blocks", "conv_norm_out", "conv_out")):
+            assert torch.equal(controlnet.state_dict()[name], weight)
+    for parameter in controlnet.parameters():  # those it begins with say nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = batch(TINY)
+    with torch.no_grad():
+        down, middle = controlnet(**inputs, controlnet_cond=torch.rand(2, 3, 16, 16), return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        found = ours(**inputs, **residuals).sample
+        close(found, theirs(**inputs, **residuals).sample)
+        assert (found - ours(**inputs).sample).abs().max() > 1e-3
+        time, text = ours.embed_time(inputs["timestep"]), ours.encode_text(inputs["encoder_hidden_states"])
+        close(ours.denoise(inputs["sample"], time, text, down, middle), found)
+    with pytest.raises(ValueError, match="must be given both or none"):
+        ours(**inputs, down_block_additional_residuals=down)
+
+
+def test_the_scale_of_loras_in_a_call(pair: Callable) -> None:
+    peft = pytest.importorskip("peft")
+    ours, theirs = pair("UNet2DConditionModel", **TINY)
+    inputs = batch(TINY)
+    with torch.no_grad():
+        plain = ours(**inputs).sample
+        ours.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        theirs.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+        theirs.load_state_dict(ours.state_dict())
+        full = ours(**inputs).sample
+        for scale in (0.0, 0.5):
+            found = ours(**inputs, cross_attention_kwargs={"scale": scale}).sample
+            close(found, theirs(**inputs, cross_attention_kwargs={"scale": scale}).sample)
+            assert (found - full).abs().max() > 1e-4
+        close(ours(**inputs, cross_attention_kwargs={"scale": 0.0}).sample, plain)
+        close(ours(**inputs).sample, full)  # as strong as before, also after an error
+        with pytest.raises(RuntimeError):
+            ours(**inputs | {"sample": torch.randn(2, 5, 8, 8)}, cross_attention_kwargs={"scale": 0.5})
+        close(ours(**inputs).sample, full)
+    with pytest.raises(ValueError, match="'gligen' is not supported"):
+        ours(**inputs, cross_attention_kwargs={"scale": 0.5, "gligen": {}})
+
+
+def test_a_scale_for_each_block() -> None:
+    """diffusers tells blocks with transformers from those without by whether they have ``attentions``."""
+    unet = UNet2DConditionModel(**TINY)
+    assert [hasattr(block, "attentions") for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("slice_size", ["auto", "max", 2, 3])
+def test_attention_in_slices_is_the_same(slice_size: str | int) -> None:
+    unet = UNet2DConditionModel(**TINY)
+    inputs, calls = batch(TINY), []
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        whole = unet(**inputs, encoder_attention_mask=mask).sample
+        unet.set_attention_slice(slice_size)
+        original = torch.nn.functional.scaled_dot_product_attention
+
+        def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(query.shape[1])
+            return original(query, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+            close(unet(**inputs, encoder_attention_mask=mask).sample, whole, tolerance=1e-6)
+        unet.set_attention_slice(None)
+        close(unet(**inputs, encoder_attention_mask=mask).sample, whole, tolerance=0)
+    assert max(calls) == {"auto": 2, "max": 1}.get(slice_size, slice_size)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("slice_size", [0, 5, "half"])
+def test_slices_that_cannot_be(slice_size: Any) -> None:
+    with pytest.raises(ValueError, match="from 1 to 4, the heads"):
+        UNet2DConditionModel(**TINY).set_attention_slice(slice_size)
+
+
+def test_other_kinds_of_attention_are_not_silently_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    unet, vae = UNet2DConditionModel(**TINY), AutoencoderKL()
+    with caplog.at_level(logging.WARNING, logger="latentdiff.models.layers"):
+        for model in (unet, vae):
+            model.set_attention_backend("native")
+            with pytest.raises(ValueError, match=f"{type(model).__name__}: there is no attention backend 'flash'"):
+                model.set_attention_backend("flash")
+            caplog.clear()
+            model.enable_xformers_memory_efficient_attention()
+            assert [record.message for record in caplog.records] == [
+                f"{type(model).__name__}: attention is PyTorch's, which takes as little memory; xFormers is not used"
+            ]
