@@ -133,7 +133,7 @@ def show(comparisons: list[Comparison]) -> None:
         print(f"{group:15}" + "".join(f"{counts[group, column]:17d}" for column in COLUMNS))
     for one in comparisons:
         name = one.test.split(".")[-1]
-        if one.verdict == "known":
+        if one.verdict in ("known", "both fail") and reason(one.test):
             print(f"- {name}: {one.ours.state}; {reason(one.test)}")
         elif one.verdict in ("UNEXPECTED", "both fail", "other"):
             said = " ".join(one.ours.message.split())[:300]
