@@ -21,7 +21,6 @@ from latentdiff.pipelines.lora import (
     is_clips,
     names_in_use,
 )
-from latentdiff.pipelines.lora import lora_scaled as lora_scaled
 
 logger = logging.getLogger(__name__)
 

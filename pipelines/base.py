@@ -241,6 +241,15 @@ class LatentPipeline(FolderPipeline):
         )
         return source, seeds
 
+    def first_latents(self, drawing: Drawing, shape: tuple[int, ...], given: Tensor | None) -> Tensor:
+        """Where a drawing from nothing starts: noise, or what is given for it, in the scheduler's scale; of `shape`.
+
+        Raises:
+            ValueError: what is given has another shape.
+        """
+        noise = drawing.noise.first(shape) if given is None else steps.check_latents(given, shape)
+        return (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype)
+
     def denoiser(self, drawing: Drawing, **conditions: Any) -> steps.GuidedDenoiser:
         """The UNet with all that a drawing conditions it on; ``conditions`` are `GuidedDenoiser`'s."""
         return steps.GuidedDenoiser(self.unet, drawing.embeds, self.guidance, **conditions, **self.own_scale(drawing))

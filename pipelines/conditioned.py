@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+from latentdiff.models.lora_scale import lora_scaled
 from latentdiff.pipelines import steps
-from latentdiff.pipelines.adapters import AdapterPipeline, lora_scaled
+from latentdiff.pipelines.adapters import AdapterPipeline
 from latentdiff.pipelines.base import LatentPipeline, check_count, check_output_type
 from latentdiff.pipelines.drawing import Drawing, TextExtras, refuse_unknown
 from latentdiff.pipelines.noise import Generators

@@ -7,7 +7,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 Generators = Generator | list[Generator] | None
-Seeds = int | Sequence[int] | None
 
 
 def image_seeds(seed: int | Sequence[int], count: int, name: str = "seed") -> list[int]:

@@ -22,6 +22,7 @@ from latentdiff.interchange.single_file import (
     scheduler_settings,
     unet_config,
 )
+from latentdiff.pipelines.folder import DEFAULTS
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ ON_THE_HUB = re.compile(
     r"(?:\?download=true)?"
 )
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-DEFAULTS = ("num_inference_steps", "guidance_scale")
 LARGE_V = 96
 """``sample_size`` of Stable Diffusion 2 that predicts v."""
 

@@ -127,10 +127,9 @@ class SuperResolutionPipeline(TextPipeline):
             schedule, _ = self.plan_steps(num_inference_steps)
             condition, labels = self._small_picture(drawing, pixels, noise_level)
             shape = (drawing.count, self.vae.config.latent_channels, *pixels.shape[-2:])
-            noise = drawing.noise.first(shape) if latents is None else steps.check_latents(latents, shape)
             result = yield from self.run_steps(
                 self.denoiser(drawing, condition=condition, class_labels=labels),
-                (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype),
+                self.first_latents(drawing, shape, latents),
                 schedule,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,

@@ -97,10 +97,9 @@ class ImageVariationPipeline(LatentPipeline):
 
         schedule, _ = self.plan_steps(num_inference_steps)
         shape = self.latents_shape(drawing.count, height, width)
-        noise = noise_source.first(shape) if latents is None else steps.check_latents(latents, shape)
         result = yield from self.run_steps(
             self.denoiser(drawing),
-            (noise.to(self._execution_device) * self.scheduler.init_noise_sigma).to(self.unet.dtype),
+            self.first_latents(drawing, shape, latents),
             schedule,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,

@@ -6,6 +6,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from latentdiff.models.lora_scale import lora_scaled
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -39,14 +41,9 @@ def with_lora_scale(forward: Callable[P, R]) -> Callable[P, R]:
         scale = lora_scale(given)
         if scale == 1.0:
             return forward(*args, **kwargs)
-        from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
-
         network: Any = args[0]
-        scale_lora_layers(network, scale)
-        try:
+        with lora_scaled([network], scale):
             return forward(*args, **kwargs)
-        finally:
-            unscale_lora_layers(network, scale)
 
     return call
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from lives import start, wait
 from peft import LoraConfig
@@ -15,23 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 
-UNET: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 12,
-    "attention_head_dim": 4,
-    "dropout": 0.2,
-}
-CODER: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
+UNET, CODER = small.UNET | {"dropout": 0.2}, small.CODER
 
 
 def unet_and_inputs(size: int = 16) -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -9,28 +9,14 @@ from typing import Any
 
 import accelerate
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 
-UNET: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 12,
-    "attention_head_dim": 4,
-    "num_class_embeds": 3,
-}
-CODER: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 8,
-    "latent_channels": 4,
-}
+UNET = small.UNET | {"num_class_embeds": 3}
+CODER = small.CODER | {"latent_channels": 4}
 CPU = torch.device("cpu")
 
 

@@ -7,19 +7,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from small import UNET as TINY
 from torch import Tensor
 
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel
 
-TINY: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 12,
-    "attention_head_dim": 4,
-}
 UNEVEN = TINY | {
     "layers_per_block": 2,
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -126,6 +118,10 @@ def test_the_scale_of_loras_in_a_call(pair: Callable) -> None:
         with pytest.raises(RuntimeError):
             ours(**inputs | {"sample": torch.randn(2, 5, 8, 8)}, cross_attention_kwargs={"scale": 0.5})
         close(ours(**inputs).sample, full)
+        ours.set_adapters("default", 0.3)
+        weak = ours(**inputs).sample
+        ours(**inputs, cross_attention_kwargs={"scale": 0.0})
+        close(ours(**inputs).sample, weak)  # diffusers would set it to 1
     with pytest.raises(ValueError, match="'gligen' is not supported"):
         ours(**inputs, cross_attention_kwargs={"scale": 0.5, "gligen": {}})
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 
-KILLS = int(os.environ.get("LATENTDIFF_KILLS", "15"))  # of each of the four trainings
+KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))  # of each of the four trainings
 
 
 def newest(output: Path) -> Path:
