@@ -10,64 +10,45 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import psnr
-from latentdiff.models import AutoencoderKL, VQModel
+from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
+from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.pipelines.processes import processes
+from latentdiff.training.alarms import Alarms
+from latentdiff.training.autoencoder_objective import AutoencoderObjective, Judge
 from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures, read_pixels
 from latentdiff.training.describe import describe
 from latentdiff.training.draws import POSTERIOR, PixelSamples, Views, loader, sample_generator, stack
 from latentdiff.training.order import PictureOrder
-from latentdiff.training.perceptual import PerceptualLoss
 from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL | VQModel:
+def build_autoencoder(settings: AutoencoderSettings) -> Any:
     """A new autoencoder of the kind and size that the settings describe."""
-    levels = len(settings.block_out_channels)
+    attends = settings.attention_levels or (False,) * len(settings.block_out_channels)
     shape: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)),
         "block_out_channels": settings.block_out_channels,
         "layers_per_block": settings.layers_per_block,
         "latent_channels": settings.latent_channels,
         "norm_num_groups": settings.norm_num_groups,
         "sample_size": settings.resolution,
     }
-    if settings.kind == "vq":
-        return VQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+    match settings.kind:
+        case "vq":
+            return VQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+        case "gumbel":
+            return GumbelVQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+        case "fsq":
+            return FSQModel(**shape, levels=settings.fsq_levels)
     return AutoencoderKL(**shape)
-
-
-class AutoencoderObjective(nn.Module):
-    """The loss of an autoencoder: reconstruction (L1, L2, perceptual) and what the bottleneck asks for.
-
-    The bottleneck's losses carry their own names; `kl_weight` applies to ``kl``, the others are added as they are.
-    """
-
-    def __init__(self, autoencoder: AutoencoderKL | VQModel, settings: AutoencoderSettings) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.settings = settings
-        self.perceptual: PerceptualLoss | None = None
-        if settings.perceptual_weight > 0:
-            self.perceptual = PerceptualLoss(settings.perceptual_weights)
-
-    def forward(self, pixels: Tensor, generator: list[torch.Generator] | None = None) -> Tensor:
-        """pixels: (B, 3, H, W) in [-1, 1]; generator: one for each picture. Returns the loss, a float32 scalar."""
-        output = self.autoencoder(pixels, sample_posterior=True, generator=generator)
-        difference = output.sample.float() - pixels
-        loss = self.settings.l1_weight * difference.abs().mean() + self.settings.l2_weight * difference.square().mean()
-        if self.perceptual is not None:
-            loss = loss + self.settings.perceptual_weight * self.perceptual(output.sample, pixels)
-        for name, value in output.bottleneck.losses.items():
-            loss = loss + (self.settings.kl_weight if name == "kl" else 1.0) * value.float()
-        return loss
 
 
 def train_autoencoder(settings: AutoencoderSettings) -> Path:
@@ -85,17 +66,35 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     autoencoder = build_autoencoder(settings)
     if settings.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    run = TrainingRun(settings, AutoencoderObjective(autoencoder, settings))
+    judge = discriminator = None
+    if settings.discriminator_weight > 0:
+        discriminator = PatchDiscriminator(
+            channels=settings.discriminator_channels,
+            layers=settings.discriminator_layers,
+            norm=settings.discriminator_norm,
+        )
+        judge = Judge(discriminator, settings)
+    objective = AutoencoderObjective(autoencoder, settings, discriminator)
+    run = TrainingRun(settings, objective, judge, settings.discriminator_learning_rate)
+    alarms = Alarms()
+
+    def statistics() -> dict[str, float]:
+        figures = objective.report() | ({} if judge is None else judge.report())
+        alarms.hear(figures)
+        return figures
+
+    run.statistics = statistics
     pixels = validation_pixels(settings, held_out, pictures)
 
     views = Views(settings, pictures, settings.factor)
     order = PictureOrder([p.weight for p in pictures], run.update_size, settings.seed, views.buckets)
     for _, batch in loader(run, order, PixelSamples(settings, pictures, views), stack):
         generators = [sample_generator(settings, place, POSTERIOR) for place in batch["place"]]
-        run.learn(batch["pixels"].to(run.device), generators, names=batch["name"])
+        run.learn(batch["pixels"].to(run.device), generators, step=run.step, names=batch["name"])
         if run.due(settings.sample_every):
             with run.averaged():
                 report(run, autoencoder, pixels)
+            alarms.hear_validation(run.figures, judge is not None and run.step > settings.discriminator_start)
     run.end_training()
 
     output = Path(settings.output)

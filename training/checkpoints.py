@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "trained.safetensors"
-
 
 class Checkpoints:
     """The checkpoints of a run: folders ``step-00001000``.
@@ -127,27 +125,38 @@ class Checkpoints:
         """Accelerate's hook: in place of whole models, the main process writes what is trained."""
         weights.clear()
         if self.accelerator.is_main_process:
-            save_tensors(trained_state(self.accelerator.unwrap_model(models[0])), Path(folder) / TRAINED)
+            for i, model in enumerate(models):
+                save_tensors(trained_state(self.accelerator.unwrap_model(model)), Path(folder) / trained_name(i))
 
     def _load_trained(self, models: list[nn.Module], folder: str) -> None:
         """Accelerate's hook: the counterpart of `_save_trained`."""
-        model = self.accelerator.unwrap_model(models.pop())
-        saved, own = load_file(Path(folder) / TRAINED), trained_state(model)
-        if saved.keys() != own.keys():
-            odd = sorted(saved.keys() ^ own.keys())[0]
-            raise KeyError(f"{odd} is in one of checkpoint and model only")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                if tensor.shape != saved[name].shape:
-                    raise ValueError(f"{name} is {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here")
-                tensor.copy_(saved[name])
+        for i, model in enumerate(models):
+            load_trained(self.accelerator.unwrap_model(model), Path(folder) / trained_name(i))
+        models.clear()
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Put what `file` holds into `model`. Raises KeyError or ValueError if it is another model's."""
+    saved, own = load_file(file), trained_state(model)
+    if saved.keys() != own.keys():
+        odd = sorted(saved.keys() ^ own.keys())[0]
+        raise KeyError(f"{odd} is in one of checkpoint and model only")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(f"{name} is {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here")
+            tensor.copy_(saved[name])
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the parameters that ask for a gradient, and the buffers that are saved."""
+    """What training changes: parameters that ask for a gradient or learn without one, and buffers that are saved."""
     parameters = dict(model.named_parameters())
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in dict(all_parameters(model))}
-    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    trained = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if tensor.requires_grad or getattr(tensor, "learns_without_gradient", False)
+    }
     return {clean(name): tensor.detach() for name, tensor in {**trained, **buffers}.items()}
 
 
@@ -163,6 +172,11 @@ def clean(name: str) -> str:
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def trained_name(i: int) -> str:
+    """Of the weights of the i-th model that is trained; nearly always there is one."""
+    return f"trained-{i}.safetensors" if i else "trained.safetensors"
 
 
 def averaged_name(rank: int) -> str:

@@ -8,7 +8,9 @@ import torch
 from latentdiff.training.config import RunSettings
 
 
-def build_optimizer(settings: RunSettings, parameters: Sequence[torch.nn.Parameter]) -> Any:
+def build_optimizer(
+    settings: RunSettings, parameters: Sequence[torch.nn.Parameter], learning_rate: float | None = None
+) -> Any:
     """The optimizer that the settings name, for `parameters`.
 
     ``adamw`` is torch's fused AdamW; ``adamw8bit`` needs the package bitsandbytes; ``adafactor`` is that of
@@ -19,7 +21,7 @@ def build_optimizer(settings: RunSettings, parameters: Sequence[torch.nn.Paramet
     """
     if not parameters:
         raise ValueError("there is nothing to train: no parameter asks for a gradient")
-    rate, decay = settings.learning_rate, settings.weight_decay
+    rate, decay = learning_rate or settings.learning_rate, settings.weight_decay
     betas = (settings.adam_beta1, settings.adam_beta2)
     match settings.optimizer:
         case "adamw8bit":

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,24 @@ class TrainingRun:
     Args:
         settings: the run's settings.
         objective: a module whose forward returns a loss. Its parameters that ask for a gradient are trained, averaged
-            and kept in checkpoints.
+            and kept in checkpoints. Its method ``after_update(sound)``, if it has one, is called after every update:
+            whether it was made, or left out because of a bad loss.
+        adversary: a module that is trained beside it, with an optimizer of its own. With it, the objective returns its
+            loss, the loss to watch (its own may pass through zero), and what the adversary's forward takes to return
+            its own loss, or None as long as it waits.
+        adversary_rate: its learning rate, where it is not that of the settings.
 
     The optimizer step counter `step` is what a checkpoint restores. Everything random derives from the seed and the
     step, so a resumed run goes on as if it had never stopped.
     """
 
-    def __init__(self, settings: RunSettings, objective: nn.Module) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        objective: nn.Module,
+        adversary: nn.Module | None = None,
+        adversary_rate: float | None = None,
+    ) -> None:
         self.settings = settings
         self.folder = Path(settings.output) / "training"
         self.accelerator = accelerator_of(settings)
@@ -55,6 +66,14 @@ class TrainingRun:
             objective.compile()
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        self.adversary: Any = None
+        if adversary is not None:
+            if spread_modules(self.objective):
+                raise ValueError("FSDP cannot train against a discriminator; use several processes without FSDP")
+            rate = adversary_rate or settings.learning_rate
+            opponent = build_optimizer(settings, list(adversary.train().parameters()), rate)
+            self.adversary, self.adversary_optimizer = self.accelerator.prepare(adversary, opponent)
+            self.rate_ratio = rate / settings.learning_rate
         self.ema: EMAModel | None = None
         if settings.ema_decay > 0:
             least = 0.0 if settings.ema_warmup else settings.ema_decay
@@ -63,6 +82,8 @@ class TrainingRun:
         self.watch = LossWatch(settings.explosion)
         self.step, self.skipped, self._bad_in_a_row = 0, 0, 0
         self.figures: dict[str, float] = {}
+        self.statistics: Callable[[], dict[str, float]] = dict
+        """Further figures to be recorded with the loss."""
         self._pass_losses: list[Tensor] = []
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, settings.keep_checkpoints)
         self._resume()
@@ -125,10 +146,13 @@ class TrainingRun:
         accelerator = self.accelerator
         # Dropout, if the network has any, is drawn from the step too.
         torch.manual_seed(seed_of(self.settings.seed, self.step, len(self._pass_losses), accelerator.process_index))
-        with accelerator.accumulate(self.objective):
+        with accelerator.accumulate(self.objective, *([] if self.adversary is None else [self.adversary])):
             loss = self.objective(*inputs, **named)
-            accelerator.backward(loss)
-            self._pass_losses.append(loss.detach())
+            if self.adversary is None:
+                accelerator.backward(loss)
+                self._pass_losses.append(loss.detach())
+            else:
+                self._pass_losses.append(self._compete(*loss))
             if accelerator.sync_gradients:
                 self._update(names)
         if accelerator.sync_gradients:
@@ -139,6 +163,8 @@ class TrainingRun:
     def _update(self, names: Sequence[str]) -> None:
         """Clip, look whether loss and gradient are sound, and change the weights if so."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        if self.adversary is not None:
+            self.accelerator.clip_grad_norm_(self.adversary.parameters(), self.settings.max_grad_norm)
         own = torch.stack(self._pass_losses).mean().float()
         self._pass_losses.clear()
         loss = float(self.accelerator.reduce(own, "mean"))
@@ -152,12 +178,36 @@ class TrainingRun:
         else:
             self._bad_in_a_row = 0
             self.watch.add(loss)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate_at(self.step)
-            self.optimizer.step()
+            self._change_weights()
         self.optimizer.zero_grad()
+        if self.adversary is not None:
+            self.adversary_optimizer.zero_grad()
         if fault is None and self.ema is not None:
             self.ema.step(self.parameters)
+        after_update = getattr(self.accelerator.unwrap_model(self.objective), "after_update", None)
+        if after_update is not None:
+            after_update(fault is None)
+
+    def _compete(self, loss: Tensor, watched: Tensor, shown: tuple[Tensor, ...] | None) -> Tensor:
+        """Gradients of both sides of a pass; returns the loss to watch, or the one that is not finite."""
+        losses = [loss]
+        self.accelerator.backward(loss)
+        if shown is not None:
+            losses.append(self.adversary(*shown))
+            self.accelerator.backward(losses[-1])
+        return next((bad.detach() for bad in losses if not bad.isfinite()), watched.detach())
+
+    def _change_weights(self) -> None:
+        rate = self.settings.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.adversary is None:
+            return
+        for group in self.adversary_optimizer.param_groups:
+            group["lr"] = rate * self.rate_ratio
+        if any(parameter.grad is not None for parameter in self.adversary.parameters()):
+            self.adversary_optimizer.step()
 
     def _report_fault(self, fault: str, own_loss: float, names: Sequence[str]) -> None:
         self.skipped += 1
@@ -178,7 +228,8 @@ class TrainingRun:
         if self.due(settings.log_every):
             if self.accelerator.is_main_process:
                 self._bar.set_postfix(self.progress())
-            self.record(**self.watch.report(), learning_rate=settings.learning_rate_at(self.step - 1))
+            rate = settings.learning_rate_at(self.step - 1)
+            self.record(**self.watch.report(), learning_rate=rate, **self.statistics())
 
     def due(self, every: int) -> bool:
         """Whether an update has just ended a stretch of `every` steps, or was the last."""

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.models.autoencoder import AutoencoderKL, VQModel
+    from latentdiff.models.autoencoder import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
@@ -13,6 +13,8 @@ _HOMES = {
     "AutoencoderKL": "latentdiff.models.autoencoder",
     "BottleneckOutput": "latentdiff.models.bottlenecks",
     "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
+    "FSQModel": "latentdiff.models.autoencoder",
+    "GumbelVQModel": "latentdiff.models.autoencoder",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
     "VQModel": "latentdiff.models.autoencoder",
@@ -22,6 +24,8 @@ __all__ = [
     "AutoencoderKL",
     "BottleneckOutput",
     "DiagonalGaussianDistribution",
+    "FSQModel",
+    "GumbelVQModel",
     "TextContext",
     "UNet2DConditionModel",
     "VQModel",

@@ -1,6 +1,7 @@
-"""The autoencoders: ``AutoencoderKL`` and ``VQModel``, with diffusers' names, config keys and weights.
+"""The autoencoders: ``AutoencoderKL`` and ``VQModel``, with diffusers' names, config keys and weights, and two more
+with codes, ``GumbelVQModel`` and ``FSQModel``.
 
-Latent Diffusion (Rombach et al. 2022), Sec. 3.1. Both are an encoder, a bottleneck and a decoder, and both offer a
+Latent Diffusion (Rombach et al. 2022), Sec. 3.1. All are an encoder, a bottleneck and a decoder, and all offer a
 trainer the same way through::
 
     output = model(pixels, sample_posterior=True, generator=generator)
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from latentdiff.models.bottlenecks import (
     BottleneckOutput,
     DiagonalGaussianDistribution,
+    FiniteScalarQuantizer,
     GaussianBottleneck,
     Generators,
+    GumbelQuantizer,
     VectorQuantizer,
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
@@ -36,9 +39,13 @@ from latentdiff.models.tiling import in_tiles
 
 @dataclass
 class AutoencoderOutput(DecoderOutput):
-    """What an autoencoder's ``forward`` returns: ``sample``, ``commit_loss`` (VQ only), ``bottleneck``."""
+    """What an autoencoder's ``forward`` returns.
+
+    ``sample``, ``commit_loss`` (of codes only), ``bottleneck``, and of codes ``encoded``, what was quantized.
+    """
 
     bottleneck: BottleneckOutput | None = None
+    encoded: Tensor | None = None
 
 
 class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
@@ -48,7 +55,7 @@ class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention", "VectorQuantizer"]
+    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention", "VectorQuantizer", "GumbelQuantizer"]
     _group_offload_block_modules: ClassVar[list[str]] = [
         "encoder",
         "decoder",
@@ -188,7 +195,98 @@ class AutoencoderKL(Autoencoder):
         return AutoencoderOutput(reconstruction, bottleneck=bottleneck) if return_dict else (reconstruction,)
 
 
-class VQModel(Autoencoder):
+class CodeAutoencoder(Autoencoder):
+    """What the autoencoders with codes share. Subclasses set ``quant_conv``, ``quantize`` and ``post_quant_conv``.
+
+    A picture's codes are whole numbers: `encode_to_indices` gives them, `decode_from_indices` draws them.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["quantize"]
+
+    @property
+    def bottleneck(self) -> Any:
+        return self.quantize
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+        """(B, C, H, W), values in [-1, 1] -> ``.latents`` (B, C, h, w), not yet quantized."""
+        latents = self.encode_moments(x)
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def encode_to_indices(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), values in [-1, 1] -> the codes' indices, (B, h, w) int64 from 0 to the number of codes - 1."""
+        return self.quantize.nearest(self.encode_moments(x))
+
+    @apply_forward_hook
+    def decode_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes' indices, (B, h, w) of whole numbers -> (B, C, H, W), about [-1, 1].
+
+        Raises:
+            ValueError: they are not whole numbers of that shape, or there is no such code.
+        """
+        if indices.ndim != 3 or indices.is_floating_point():
+            raise ValueError(
+                f"indices must be whole numbers of shape (B, h, w), not {indices.dtype} of {tuple(indices.shape)}"
+            )
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codes:
+            raise ValueError(
+                f"indices must lie from 0 to {self.codes - 1}, not from {int(indices.min())} to {int(indices.max())}"
+            )
+        return self.decode_latents(self.quantize.lookup(indices.long()).to(self.dtype))
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are."""
+        raise NotImplementedError
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: Sequence[int] | None = None,
+        generator: Generators = None,
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1], and ``.commit_loss``.
+
+        They are quantized first, or not with ``force_not_quantize``. If so, and if the config says
+        ``lookup_from_codebook``, ``h`` holds the codes' indices and ``shape`` is (B, h, w, C). ``generator`` is there
+        because diffusers' pipelines pass one; nothing is random.
+        """
+        if not force_not_quantize:
+            bottleneck = self.quantize(h, sample=False)
+            latents, loss = bottleneck.latents, commit_loss(bottleneck)
+        elif self.config.get("lookup_from_codebook"):
+            if shape is None:
+                raise ValueError(f"{type(self).__name__}.decode: indices need shape=(batch, height, width, channels).")
+            latents = self.quantize.lookup(h.reshape(tuple(shape)[:3]))
+            loss = latents.new_zeros(len(latents))
+        else:
+            latents, loss = h, h.new_zeros(len(h))
+        sample = self.decode_latents(latents)
+        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+
+    def forward(
+        self,
+        sample: Tensor,
+        return_dict: bool = True,
+        sample_posterior: bool = False,
+        generator: Generators = None,
+    ) -> AutoencoderOutput | tuple[Tensor, Tensor]:
+        """(B, C, H, W) to codes and back: ``.sample``, ``.commit_loss``, and ``.bottleneck``.
+
+        ``sample_posterior`` and ``generator`` matter where codes are drawn (`GumbelVQModel` in training).
+        """
+        h = self.encode_moments(sample)
+        bottleneck = self.quantize(h, sample_posterior, generator)
+        reconstruction, loss = self.decode_latents(bottleneck.latents), commit_loss(bottleneck)
+        return AutoencoderOutput(reconstruction, loss, bottleneck, h) if return_dict else (reconstruction, loss)
+
+
+class VQModel(CodeAutoencoder):
     """Autoencoder with a codebook: every latent vector is replaced by the nearest of ``num_vq_embeddings``.
 
     The config is diffusers' ``VQModel``'s. ``decode`` takes, besides what diffusers' takes, the ``generator`` that the
@@ -197,9 +295,6 @@ class VQModel(Autoencoder):
     Raises:
         ValueError: a key is unknown or asks for what is not supported.
     """
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["quantize"]
 
     @register_to_config
     def __init__(
@@ -224,6 +319,7 @@ class VQModel(Autoencoder):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
+        per_level("VQModel", "num_vq_embeddings", num_vq_embeddings, 1)
         self.build_coders(encoder_channels=latent_channels)
         code_dim = vq_embed_dim or latent_channels
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
@@ -231,62 +327,99 @@ class VQModel(Autoencoder):
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
 
     @property
-    def bottleneck(self) -> VectorQuantizer:
-        return self.quantize
+    def codes(self) -> int:
+        return self.config.num_vq_embeddings
 
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
-        """(B, C, H, W), values in [-1, 1] -> ``.latents`` (B, C, h, w), not yet quantized."""
-        latents = self.encode_moments(x)
-        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
-    @apply_forward_hook
-    def decode(
+class GumbelVQModel(CodeAutoencoder):
+    """Autoencoder whose encoder gives a distribution over codes, as DALL-E's discrete VAE (Ramesh et al. 2021).
+
+    The config is `VQModel`'s; diffusers has no such class. In training, ``forward(..., sample_posterior=True)`` draws
+    relaxed codes at ``quantize.temperature``; everywhere else the likeliest code is taken.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    @register_to_config
+    def __init__(
         self,
-        h: Tensor,
-        force_not_quantize: bool = False,
-        return_dict: bool = True,
-        shape: Sequence[int] | None = None,
-        generator: Generators = None,
-    ) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1], and ``.commit_loss``.
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        mid_block_add_attention: bool = True,
+        force_upcast: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        per_level("GumbelVQModel", "num_vq_embeddings", num_vq_embeddings, 1)
+        self.build_coders(encoder_channels=latent_channels)
+        code_dim = vq_embed_dim or latent_channels
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quantize = GumbelQuantizer(latent_channels, num_vq_embeddings, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
 
-        They are quantized first, or not with ``force_not_quantize``. If so, and if the config says
-        ``lookup_from_codebook``, ``h`` holds the codes' indices and ``shape`` is (B, h, w, C). ``generator`` is there
-        because diffusers' pipelines pass one; nothing is random.
-        """
-        if not force_not_quantize:
-            bottleneck = self.quantize(h)
-            latents, loss = bottleneck.latents, commit_loss(bottleneck)
-        elif self.config.lookup_from_codebook:
-            if shape is None:
-                raise ValueError("VQModel.decode: indices need shape=(batch, height, width, channels).")
-            latents = self.quantize.lookup(h.reshape(tuple(shape)[:3]))
-            loss = latents.new_zeros(len(latents))
-        else:
-            latents, loss = h, h.new_zeros(len(h))
-        sample = self.decode_latents(latents)
-        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+    @property
+    def codes(self) -> int:
+        return self.config.num_vq_embeddings
 
-    def forward(
+
+class FSQModel(CodeAutoencoder):
+    """Autoencoder whose latents are rounded to a few ``levels`` in each of their channels (Mentzer et al. 2023).
+
+    The config is `VQModel`'s, with ``levels`` in place of the codebook; diffusers has no such class.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    @register_to_config
+    def __init__(
         self,
-        sample: Tensor,
-        return_dict: bool = True,
-        sample_posterior: bool = False,
-        generator: Generators = None,
-    ) -> AutoencoderOutput | tuple[Tensor, Tensor]:
-        """(B, C, H, W) to codes and back: ``.sample``, ``.commit_loss``, and ``.bottleneck``.
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        sample_size: int = 32,
+        levels: Sequence[int] = (8, 5, 5, 5),
+        norm_num_groups: int = 32,
+        scaling_factor: float = 0.18215,
+        mid_block_add_attention: bool = True,
+        force_upcast: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        per_level("FSQModel", "levels", levels, len(levels), least=2)
+        self.build_coders(encoder_channels=latent_channels)
+        self.quant_conv = nn.Conv2d(latent_channels, len(levels), 1)
+        self.quantize = FiniteScalarQuantizer(levels)
+        self.post_quant_conv = nn.Conv2d(len(levels), latent_channels, 1)
 
-        ``sample_posterior`` and ``generator`` are the contract's: nothing is random.
-        """
-        bottleneck = self.bottleneck(self.encode_moments(sample), sample_posterior, generator)
-        reconstruction, loss = self.decode_latents(bottleneck.latents), commit_loss(bottleneck)
-        return AutoencoderOutput(reconstruction, loss, bottleneck) if return_dict else (reconstruction, loss)
+    @property
+    def codes(self) -> int:
+        return self.quantize.codes
 
 
 def commit_loss(bottleneck: BottleneckOutput) -> Tensor:
-    """diffusers' name for the sum of a codebook's losses."""
-    return bottleneck.losses["commitment"] + bottleneck.losses["codebook"]
+    """diffusers' name for the sum of a bottleneck's losses."""
+    losses = list(bottleneck.losses.values())
+    return torch.stack(losses).sum() if losses else bottleneck.latents.new_zeros(())
 
 
 def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:

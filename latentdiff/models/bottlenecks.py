@@ -1,10 +1,12 @@
-"""What stands between encoder and decoder: a Gaussian (KL) or a codebook (VQ), under one contract.
+"""What stands between encoder and decoder: a Gaussian (KL) or codes (VQ, Gumbel, FSQ), under one contract.
 
 A bottleneck is a module that takes what the encoder says, (B, C', h, w), and gives a ``BottleneckOutput``: latents,
 named losses, statistics. A trainer adds up the losses it finds, each times its own weight, and need not know which
 bottleneck it trains.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ class BottleneckOutput(NamedTuple):
     """Scalars to be minimised, by name."""
     statistics: dict[str, Tensor]
     """Scalars to look at, by name; without gradient."""
+    indices: Tensor | None = None
+    """(B, h, w) int64, the codes, where there are any."""
 
 
 class DiagonalGaussianDistribution:
@@ -90,6 +94,10 @@ class GaussianBottleneck(nn.Module):
         return BottleneckOutput(latents, {"kl": in_float.kl().mean()}, statistics)
 
 
+DISTANCES = ("euclidean", "cosine")
+MOST_DISTANCES = 1 << 24  # that are held at a time
+
+
 class VectorQuantizer(nn.Module):
     """Every latent vector replaced by the nearest of a codebook. VQ-VAE (van den Oord et al. 2017), Eq. 1 to 3.
 
@@ -98,28 +106,44 @@ class VectorQuantizer(nn.Module):
     them the other way round. Their sum is diffusers' ``commit_loss``.
     Statistics: ``perplexity`` (the exponential of the entropy of the codes in this batch) and ``codes_used``, the
     share of the codebook that occurs in it.
+
+    Attributes:
+        distance: "euclidean", or "cosine" to learn on the unit sphere (ViT-VQGAN, Yu et al. 2022, Sec. 3.2). It is of
+            the training alone: with codes of length 1 both distances choose the same code, and so does diffusers.
+
+    Raises:
+        ValueError: there are no codes, or they have no dimensions.
     """
 
     def __init__(self, codes: int, dim: int, beta: float = 0.25) -> None:
         super().__init__()
+        if codes < 1 or dim < 1:
+            raise ValueError(f"a codebook needs at least one code and one dimension, not {codes} of {dim}")
         self.beta = beta
+        self.distance = "euclidean"
         self.embedding = nn.Embedding(codes, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
     def nearest(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, h, w), the index of the nearest code to each vector."""
-        vectors = h.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
+        vectors = h.permute(0, 2, 3, 1).flatten(0, 2).float()  # (B h w, C)
         # Not the weight itself: where weights are offloaded, a module has them only while it is called.
-        codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=h.device))
-        distances = torch.cdist(vectors.float(), codes.float())  # (B h w, codes)
-        return distances.argmin(dim=1).view(h.shape[0], *h.shape[2:])
+        codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=h.device)).float()
+        if self.distance == "cosine":
+            vectors, codes = F.normalize(vectors, dim=1), F.normalize(codes, dim=1)
+        rows = max(MOST_DISTANCES // len(codes), 32)
+        indices = [torch.cdist(part, codes).argmin(dim=1) for part in vectors.split(rows)]
+        return torch.cat(indices).view(h.shape[0], *h.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """(B, h, w) -> (B, C, h, w)."""
-        return self.embedding(indices).permute(0, 3, 1, 2)
+        codes = self.embedding(indices).permute(0, 3, 1, 2)
+        return F.normalize(codes, dim=1) if self.distance == "cosine" else codes
 
     def forward(self, h: Tensor, sample: bool = True, generator: Generators = None) -> BottleneckOutput:
         """(B, C, h, w) -> latents (B, C, h, w). ``sample`` and ``generator`` are the contract's: nothing is random."""
+        if self.distance == "cosine":
+            h = F.normalize(h, dim=1)
         indices = self.nearest(h)
         codes = self.lookup(indices)
         losses = {
@@ -127,12 +151,126 @@ class VectorQuantizer(nn.Module):
             "codebook": self.beta * F.mse_loss(codes, h.detach()),
         }
         latents = h + (codes - h).detach()  # straight through: the decoder's gradient passes to the encoder
-        return BottleneckOutput(latents, losses, self.usage(indices))
+        return BottleneckOutput(latents, losses, usage(indices, self.embedding.num_embeddings), indices)
 
-    @torch.no_grad()
-    def usage(self, indices: Tensor) -> dict[str, Tensor]:
-        counts = torch.zeros(self.embedding.num_embeddings, device=indices.device)
-        counts = counts.scatter_add(0, indices.flatten(), torch.ones(indices.numel(), device=indices.device))
-        shares = counts / indices.numel()  # (codes,)
-        entropy = -torch.xlogy(shares, shares).sum()
-        return {"perplexity": entropy.exp(), "codes_used": (counts > 0).float().mean()}
+
+class GumbelQuantizer(nn.Module):
+    """Codes drawn from a distribution that the encoder gives, relaxed so that gradients pass. DALL-E's discrete VAE.
+
+    Zero-Shot Text-to-Image Generation (Ramesh et al. 2021), Sec. 2.1 and App. A.2; Categorical Reparameterization with
+    Gumbel-Softmax (Jang et al. 2017), Eq. 2. In evaluation, or without ``sample``, the likeliest code is taken.
+
+    Loss ``uniform_kl``: the divergence of the encoder's distribution from the uniform one, in nats, mean over places.
+    Statistics: as `VectorQuantizer`'s, of the likeliest codes.
+
+    Attributes:
+        temperature: of the relaxation, above 0; the smaller the nearer to single codes.
+        hard: one code forward, the relaxed ones' gradient backward (straight through).
+    """
+
+    def __init__(self, in_channels: int, codes: int, dim: int) -> None:
+        super().__init__()
+        if codes < 1 or dim < 1:
+            raise ValueError(f"a codebook needs at least one code and one dimension, not {codes} of {dim}")
+        self.temperature, self.hard = 1.0, False
+        self.proj = nn.Conv2d(in_channels, codes, 1)
+        self.embedding = nn.Embedding(codes, dim)
+
+    def nearest(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h, w), the likeliest code of each place."""
+        return self.proj(h).argmax(dim=1)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """(B, h, w) -> (B, D, h, w)."""
+        return self.embedding(indices).permute(0, 3, 1, 2)
+
+    def forward(self, h: Tensor, sample: bool = True, generator: Generators = None) -> BottleneckOutput:
+        """(B, C, h, w) -> latents (B, D, h, w): of drawn codes in training with ``sample``, else of the likeliest."""
+        logits = self.proj(h)  # (B, K, h, w)
+        indices = logits.argmax(dim=1)
+        log_q = logits.float().log_softmax(dim=1)
+        uniform_kl = (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(dim=1).mean()
+        if self.training and sample:
+            noise = -torch.empty_like(log_q).exponential_().log() if generator is None else gumbel(log_q, generator)
+            soft = ((log_q + noise) / self.temperature).softmax(dim=1)
+            if self.hard:
+                one = F.one_hot(soft.argmax(dim=1), soft.shape[1]).movedim(-1, 1).to(soft)
+                soft = one + soft - soft.detach()
+            codes = self.embedding(torch.arange(logits.shape[1], device=h.device))
+            latents = torch.einsum("bkhw,kd->bdhw", soft.to(codes.dtype), codes)
+        else:
+            latents = self.lookup(indices)
+        return BottleneckOutput(latents, {"uniform_kl": uniform_kl}, usage(indices, logits.shape[1]), indices)
+
+
+def gumbel(like: Tensor, generator: torch.Generator | list[torch.Generator]) -> Tensor:
+    """Gumbel noise of the shape of `like`, each image's from its own generator of a list."""
+    shape = like.shape
+    if isinstance(generator, list):
+        parts = [torch.empty(shape[1:], device=g.device).exponential_(generator=g) for g in generator]
+        drawn = torch.stack([part.to(like.device) for part in parts])
+    else:
+        drawn = torch.empty(shape, device=generator.device).exponential_(generator=generator).to(like.device)
+    return -drawn.log()
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Every channel rounded to one of a few levels; the codes are all combinations, and none can die.
+
+    Finite Scalar Quantization (Mentzer et al. 2023), Eq. 1 and 2 and App. A.1. No losses.
+    Statistics: as `VectorQuantizer`'s.
+
+    Args:
+        levels: of each channel, 2 or more, such as (8, 5, 5, 5) for 1000 codes.
+    """
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        if not levels or any(level < 2 for level in levels):
+            raise ValueError(f"levels must be numbers of 2 or more, not {tuple(levels)}")
+        self.levels = tuple(levels)
+        self.codes = math.prod(levels)
+
+    def _of(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, device=like.device, dtype=torch.float32).view(-1, 1, 1)
+
+    def bound(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) of any size -> the same, channel i between its lowest level and its highest, float32."""
+        half = self._of([(level - 1) * (1 - 1e-3) / 2 for level in self.levels], h)
+        offset = self._of([0.5 * (level % 2 == 0) for level in self.levels], h)
+        return torch.tanh(h.float() + torch.tan(offset / half)) * half - offset
+
+    def digits(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> whole numbers of the same shape, channel i from 0 to levels[i] - 1."""
+        return self.bound(h).round() + self._of([level // 2 for level in self.levels], h)
+
+    def nearest(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h, w), the index of the combination of levels; the first channel counts by ones."""
+        return (self.digits(h) * self._of(self._places(), h)).sum(dim=1).long()
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """(B, h, w) -> (B, C, h, w), float32 in [-1, 1]."""
+        digits = [indices // place % level for place, level in zip(self._places(), self.levels, strict=True)]
+        halves = self._of([level // 2 for level in self.levels], indices)
+        return (torch.stack(digits, dim=1) - halves) / halves
+
+    def _places(self) -> list[int]:
+        return [math.prod(self.levels[:i]) for i in range(len(self.levels))]
+
+    def forward(self, h: Tensor, sample: bool = True, generator: Generators = None) -> BottleneckOutput:
+        """(B, C, h, w) -> latents of the same shape in [-1, 1]. Nothing is random."""
+        bounded = self.bound(h)
+        rounded = bounded + (bounded.round() - bounded).detach()
+        latents = (rounded / self._of([level // 2 for level in self.levels], h)).to(h.dtype)
+        indices = self.nearest(h)
+        return BottleneckOutput(latents, {}, usage(indices, self.codes), indices)
+
+
+@torch.no_grad()
+def usage(indices: Tensor, codes: int) -> dict[str, Tensor]:
+    """Of the indices of one batch: ``perplexity``, and ``codes_used`` as a share of all `codes`."""
+    counts = torch.zeros(codes, device=indices.device)
+    counts = counts.scatter_add(0, indices.flatten(), torch.ones(indices.numel(), device=indices.device))
+    shares = counts / indices.numel()  # (codes,)
+    entropy = -torch.xlogy(shares, shares).sum()
+    return {"perplexity": entropy.exp(), "codes_used": (counts > 0).float().mean()}

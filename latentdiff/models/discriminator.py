@@ -1,0 +1,78 @@
+"""A judge of patches, for training autoencoders against it."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class PatchDiscriminator(nn.Module):
+    """Whether patches of a picture are real: Image-to-Image Translation (Isola et al. 2017), Sec. 3.2.2 and App. 6.1.
+
+    As in VQGAN (Esser et al. 2021), with that code's parameter names. A patch is 70 pixels wide with three layers.
+
+    Args:
+        in_channels: of the pictures.
+        channels: of the first layer; the next have 2, 4 and at most 8 times as many.
+        layers: how often the picture is halved.
+        norm: "batch" as in VQGAN, or "group", which does not mix the pictures of a batch.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Literal["batch", "group"] = "batch"
+    ) -> None:
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        main: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        for i in range(1, layers + 1):
+            stride = 1 if i == layers else 2
+            after = nn.BatchNorm2d(widths[i]) if norm == "batch" else nn.GroupNorm(min(8, widths[i]), widths[i])
+            main.append(nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False))
+            main += [after, nn.LeakyReLU(0.2, inplace=True)]
+        main.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.main = nn.Sequential(*main)
+        self.apply(self._begin)
+
+    @staticmethod
+    def _begin(module: nn.Module) -> None:
+        """Isola et al. 2017, App. 6.2."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), values in [-1, 1] -> logits of the patches, (B, 1, h, w): above 0 is real."""
+        return self.main(pixels)
+
+    def judge(self, pixels: Tensor) -> Tensor:
+        """As forward, but the gradient goes to the pixels only, not to the judge's own weights."""
+        weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return functional_call(self, weights, (pixels,))
+
+
+def deceiving_loss(fake: Tensor) -> Tensor:
+    """What the autoencoder minimises: minus the mean logit of its patches. VQGAN's code, for both losses below."""
+    return -fake.mean()
+
+
+def judging_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "vanilla"]) -> Tensor:
+    """What the judge minimises, from its logits of real patches and of the autoencoder's.
+
+    "hinge": Geometric GAN (Lim & Ye 2017), Eq. 14; "vanilla": Goodfellow et al. 2014, Eq. 1. Both halved, as in VQGAN.
+    """
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def gradient_penalty(logits: Tensor, pixels: Tensor) -> Tensor:
+    """R1 (Mescheder et al. 2018, Eq. 9): the squared norm of the slope of the logits at real pictures, mean over them.
+
+    Args:
+        logits: (B, 1, h, w), of `pixels`, (B, C, H, W), which ask for a gradient. A picture's logit is their mean.
+    """
+    (slope,) = torch.autograd.grad(logits.mean(dim=(1, 2, 3)).sum(), pixels, create_graph=True)
+    return slope.square().sum(dim=(1, 2, 3)).mean()
