@@ -27,14 +27,14 @@ class Alarms:
             weight = max(1 - MEMORY, 1 / heard)
             self._means[name] = self._means.get(name, 0.0) + weight * (value - self._means.get(name, 0.0))
         self._quiet = {name: left - 1 for name, left in self._quiet.items() if left > 1}
-        in_use = self._settled("codes_in_use")
+        in_use = self._settled("codes_in_use", statistics)
         if in_use is not None and in_use < 0.25:
             self._say(
                 "codebook",
                 f"the codebook is collapsing: {in_use:.1%} of the codes were used lately. codebook=ema with "
                 f"codebook_start=kmeans and codebook_restart=100 keeps them in use; so does kind=fsq",
             )
-        told = self._settled("told_rightly")
+        told = self._settled("told_rightly", statistics)
         if told is not None and told > 0.95:
             self._say(
                 "judge",
@@ -57,8 +57,8 @@ class Alarms:
                 f"discriminator_weight, or adaptive_weight_limit",
             )
 
-    def _settled(self, name: str) -> float | None:
-        return self._means[name] if self._heard.get(name, 0) >= PATIENCE else None
+    def _settled(self, name: str, statistics: Mapping[str, float]) -> float | None:
+        return self._means[name] if name in statistics and self._heard[name] >= PATIENCE else None
 
     def _say(self, name: str, message: str) -> None:
         if name not in self._quiet:

@@ -7,7 +7,7 @@ from typing import Any
 
 # In a card of settings the names of these say something; where they lay says too much.
 PATHS = frozenset(
-    {"data", "output", "autoencoder", "text_encoder", "model", "manifest", "cache_dir", "perceptual_weights"}
+    {"data", "output", "autoencoder", "text_encoder", "model", "manifest", "cache_dir", "perceptual_network"}
 )
 
 AUTOENCODER_USAGE = """## How to use it

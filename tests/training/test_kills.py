@@ -32,13 +32,16 @@ def assert_same_end(a: Path, b: Path) -> None:
     """Weights, moving average, optimizer and counters of two runs' last checkpoints, bit for bit."""
     one, other = newest(a), newest(b)
     assert one.name == other.name
-    for file in ("trained.safetensors", "averaged-0.safetensors"):
+    files = [file.name for file in one.glob("*.safetensors")]
+    assert {"trained.safetensors", "averaged-0.safetensors"} <= set(files)
+    for file in files:
         first, second = load_file(one / file), load_file(other / file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), file
-    states = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (one, other)]
-    for first, second in zip(states[0].values(), states[1].values(), strict=True):
-        assert all(torch.equal(first[key], second[key]) for key in first)
+    for file in [file.name for file in one.glob("optimizer*.bin")]:
+        states = [torch.load(folder / file, weights_only=True)["state"] for folder in (one, other)]
+        for first, second in zip(states[0].values(), states[1].values(), strict=True):
+            assert all(torch.equal(first[key], second[key]) for key in first)
     assert (one / "state.json").read_text() == (other / "state.json").read_text()
     rows = [[json.loads(line) for line in (run / "training/metrics.jsonl").read_text().splitlines()] for run in (a, b)]
     for row in rows[0] + rows[1]:
@@ -56,12 +59,17 @@ def compare(train: Any, tmp_path: Path, *, kills: int, longest: float, processes
     assert not list(killed.rglob(".partial-step*"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_autoencoder(pictures: Path, tmp_path: Path, workers: int) -> None:
+AGAINST = {"discriminator_weight": 0.5, "discriminator_start": 50, "discriminator_channels": 4, "r1_weight": 0.1}
+CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_restart": 5}
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, AGAINST), (1, CODES)], ids=["kl-discriminator", "vq-ema"])
+def test_autoencoder(pictures: Path, tmp_path: Path, workers: int, kind: dict[str, Any]) -> None:
     def train(output: Path) -> None:
         values = {"resolution": 16, "batch_size": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
         values |= {"warmup_steps": 5, "max_steps": 400, "checkpoint_every": 2, "sample_every": 40, "log_every": 5}
-        values |= {"data": str(pictures), "output": str(output), "num_workers": workers}
+        values |= {"data": str(pictures), "output": str(output), "num_workers": workers, **kind}
+        values |= {"discriminator_layers": 1}
         train_autoencoder(AutoencoderSettings.load(None, {**values, "gradient_accumulation_steps": 2}))
 
     compare(train, tmp_path, kills=KILLS, longest=1.5)

@@ -26,7 +26,7 @@ SETTINGS = {
     "sample_prompts": ("a `tick`", "a blue cup"),
     "report_to": (),
     "caption": None,
-    "perceptual_weights": "~/weights/lpips.safetensors",
+    "perceptual_network": "~/weights/lpips.safetensors",
     "caption_column": "text: with a colon",
 }
 
@@ -65,7 +65,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
         "learning_rate": 1e-4,
         "sample_prompts": ["a `tick`", "a blue cup"],
         "report_to": [],
-        "perceptual_weights": "lpips.safetensors",
+        "perceptual_network": "lpips.safetensors",
         "caption_column": "text: with a colon",
     }
     assert "somebody/secret" not in text
