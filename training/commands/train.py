@@ -1,5 +1,6 @@
 """``latentdiff train autoencoder`` and ``latentdiff train denoiser``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,12 +16,23 @@ from latentdiff.training.commands.options import (
 )
 
 
-def autoencoder(data: Data, output: Output, config: Config = None, overrides: Overrides = None) -> None:
-    """Train an autoencoder (kind=kl or kind=vq) that compresses pictures to latents."""
+def autoencoder(
+    data: Data,
+    output: Output,
+    config: Annotated[
+        str | None, typer.Option(help="YAML file of settings, or one of ours: kl-f4, kl-f8, kl-f16, vq-f4, vq-f8, ...")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train an autoencoder (kind=kl, vq, gumbel or fsq) that compresses pictures to latents."""
     from latentdiff.training.config import AutoencoderSettings
+    from latentdiff.training.recipes.autoencoders import configurations
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
-    settings = AutoencoderSettings.load(config, given)
+    ours = configurations()
+    if config is not None and config not in ours and not Path(config).is_file():
+        raise FileNotFoundError(f"--config {config}: no such file, and ours are {', '.join(ours)}")
+    settings = AutoencoderSettings.load(ours.get(config, config) if config else None, given)
     show_progress()
     from latentdiff.training.autoencoder import train_autoencoder
 
