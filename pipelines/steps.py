@@ -282,7 +282,13 @@ def denoise(
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), values about [-1, 1]."""
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    scale, shift = latent_scale(vae)
+    return vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
+
+
+def latent_scale(vae: Any) -> tuple[float, float]:
+    """Of an autoencoder's config: what is scaled is (latents - shift) * scale, as in Stable Diffusion 3."""
+    return float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
 
 
 def encode(vae: Any, pixels: Tensor, generator: Generators, count: int) -> Tensor:
@@ -291,13 +297,14 @@ def encode(vae: Any, pixels: Tensor, generator: Generators, count: int) -> Tenso
     A Gaussian posterior is sampled: with one generator for each of the `count` images separately, otherwise once for
     each picture.
     """
+    scale, shift = latent_scale(vae)
     encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     repeats = count // len(pixels)
     if not hasattr(encoded, "latent_dist"):  # a codebook's
-        return encoded.latents.repeat_interleave(repeats, dim=0) * vae.config.scaling_factor
+        return (encoded.latents.repeat_interleave(repeats, dim=0) - shift) * scale
     posterior = encoded.latent_dist
     mean, std = posterior.mean, posterior.std
     if isinstance(generator, list):
         mean, std, repeats = mean.repeat_interleave(repeats, dim=0), std.repeat_interleave(repeats, dim=0), 1
     latents = mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return latents.repeat_interleave(repeats, dim=0) * vae.config.scaling_factor
+    return (latents.repeat_interleave(repeats, dim=0) - shift) * scale

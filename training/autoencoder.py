@@ -1,32 +1,23 @@
 """Training an autoencoder: pictures in, the same pictures out, through few latents."""
 
-import json
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import set_seed
-from PIL import Image
-from torch import Tensor
 
-from latentdiff.interchange.png import image_grid, save_picture
-from latentdiff.metrics import psnr
 from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.pipelines.processes import processes
 from latentdiff.training.alarms import Alarms
 from latentdiff.training.autoencoder_objective import AutoencoderObjective, Judge
 from latentdiff.training.config import AutoencoderSettings
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures, read_pixels
+from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.describe import describe
 from latentdiff.training.draws import POSTERIOR, PixelSamples, Views, loader, sample_generator, stack
+from latentdiff.training.latent_scale import measure_latents
 from latentdiff.training.order import PictureOrder
+from latentdiff.training.reconstruction import Reconstructions
 from latentdiff.training.run import TrainingRun
-
-logger = logging.getLogger(__name__)
 
 
 def build_autoencoder(settings: AutoencoderSettings) -> Any:
@@ -84,7 +75,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
         return figures
 
     run.statistics = statistics
-    pixels = validation_pixels(settings, held_out, pictures)
+    reconstructions = Reconstructions(settings, held_out, pictures, objective.perceptual)
 
     views = Views(settings, pictures, settings.factor)
     order = PictureOrder([p.weight for p in pictures], run.update_size, settings.seed, views.buckets)
@@ -93,7 +84,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
         run.learn(batch["pixels"].to(run.device), generators, step=run.step, names=batch["name"])
         if run.due(settings.sample_every):
             with run.averaged():
-                report(run, autoencoder, pixels)
+                reconstructions.report(run, autoencoder)
             alarms.hear_validation(run.figures, judge is not None and run.step > settings.discriminator_start)
     run.end_training()
 
@@ -101,9 +92,9 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     with run.averaged():
         autoencoder = run.whole(autoencoder)
         if run.accelerator.is_main_process:
-            measure_scaling_factor(autoencoder, pictures, settings)
+            measure_latents(autoencoder, pictures, settings)
             autoencoder.save_pretrained(output)
-            (output / "evaluation.json").write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
+            reconstructions.write(run, output)
             describe(run, settings, f"{settings.kind.upper()} autoencoder", len(pictures))
     run.finish()
     return output
@@ -115,63 +106,3 @@ def validation_pictures(settings: AutoencoderSettings) -> list[CaptionedPicture]
         return prepare_pictures(settings, "validation", captions_needed=False)
     except NoPicturesError:
         return []
-
-
-def validation_pixels(
-    settings: AutoencoderSettings,
-    held_out: Sequence[CaptionedPicture],
-    pictures: Sequence[CaptionedPicture],
-    most: int = 64,
-) -> Tensor:
-    """Held-out pictures where the data has them, else the first training pictures. (N, 3, R, R)"""
-    seen = {picture.digest for picture in pictures}  # folders that know no splits give the same pictures again
-    held_out = [picture for picture in held_out if picture.digest not in seen]
-    if not held_out:
-        logger.warning("no held-out pictures (split 'validation'): figures are of training pictures")
-    chosen = (held_out or pictures)[:most]
-    return torch.stack([read_pixels(picture, settings.resolution, settings.resolution) for picture in chosen])
-
-
-def report(run: TrainingRun, model: Any, pixels: Tensor) -> None:
-    """Record the PSNR of reconstructions of `pixels` (N, 3, R, R) and draw them below the originals."""
-    if not run.takes_part:
-        return
-    with torch.no_grad():
-        reconstructed = torch.cat([model(chunk.to(run.device)).sample.cpu() for chunk in pixels.split(16)])
-    run.measured({"psnr": psnr(reconstructed, pixels)})
-    rows = zip(pixels[:32].split(8), reconstructed[:32].split(8), strict=True)
-    images = [to_image(p) for row in rows for half in row for p in half]
-    if not run.accelerator.is_main_process:
-        return
-    file = run.folder / "samples" / f"step-{run.step:08d}.png"
-    save_picture(image_grid(images, min(8, len(pixels))), file)
-    run.show("reconstructions", file)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A picture from (3, H, W) in [-1, 1]."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-@torch.no_grad()
-def measure_scaling_factor(
-    model: Any, pictures: Sequence[CaptionedPicture], settings: AutoencoderSettings, most: int = 1024
-) -> float:
-    """Set `config.scaling_factor` so that scaled latents have unit standard deviation (Rombach et al. 2022, App. G).
-
-    Measured over at most `most` of the training pictures, evenly spread.
-    """
-    stride = max(1, len(pictures) // most)
-    device = next(model.parameters()).device
-    chosen = list(pictures[::stride])
-    latents = []
-    for start in range(0, len(chosen), 16):
-        chunk = [
-            read_pixels(picture, settings.resolution, settings.resolution) for picture in chosen[start : start + 16]
-        ]
-        encoded = model.encode(torch.stack(chunk).to(device))
-        latents.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
-    factor = 1 / float(torch.cat(latents).float().std())
-    model.register_to_config(scaling_factor=factor)
-    return factor

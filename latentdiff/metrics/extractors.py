@@ -114,12 +114,18 @@ def load_extractor(source: str = AUTO) -> Extractor:
 
 def autoencoder_extractor() -> Extractor:
     """Means over each level of the packaged autoencoder's encoder; what works everywhere."""
+    name, network, size = packaged_encoder()
+    return Extractor(f"{name}, mean over places at each level", network, size, *HALVES)
+
+
+def packaged_encoder() -> tuple[str, "EncoderLevels", int]:
+    """What to call it, the network, and the side of the pictures it was trained on."""
     from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model
     from latentdiff.models import AutoencoderKL
 
     autoencoder = AutoencoderKL.from_pretrained(packaged_model() / "vae", use_safetensors=True)
-    name = f"encoder of the autoencoder of the packaged model {DEFAULT_MODEL!r}, mean over places at each level"
-    return Extractor(name, EncoderLevels(autoencoder.encoder), autoencoder.config.sample_size, *HALVES)
+    name = f"encoder of the autoencoder of the packaged model {DEFAULT_MODEL!r}"
+    return name, EncoderLevels(autoencoder.encoder), autoencoder.config.sample_size
 
 
 class EncoderLevels(nn.Module):
@@ -133,13 +139,18 @@ class EncoderLevels(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def levels(self, pixels: Tensor) -> list[Tensor]:
+        """The activations as they are, (B, C_i, h_i, w_i)."""
         x = self.encoder.conv_in(pixels)
-        levels = []
+        found = []
         for block in (*self.encoder.down_blocks, self.encoder.mid_block):
             x = block(x)
-            levels.append(F.rms_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).mean((1, 2)))  # (B, C)
-        return torch.cat(levels, dim=1)
+            found.append(x)
+        return found
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        levels = [x.permute(0, 2, 3, 1) for x in self.levels(pixels)]  # (B, h, w, C)
+        return torch.cat([F.rms_norm(x, x.shape[-1:]).mean((1, 2)) for x in levels], dim=1)
 
 
 def inception_extractor(file: Path | None) -> Extractor:
@@ -152,6 +163,17 @@ def inception_extractor(file: Path | None) -> Extractor:
 
 def timm_extractor(source: str) -> Extractor:
     """``NAME=FILE``: the pooled features of a timm model."""
+    name, network, config = timm_network(source)
+    return Extractor(f"timm {name}", network, config["input_size"][-1], config["mean"], config["std"])
+
+
+def timm_network(source: str) -> tuple[str, Any, dict[str, Any]]:
+    """``NAME=FILE``: the name, the network with its weights and without its head, and what pictures it takes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such model, or the file does not hold its weights.
+    """
     import timm
 
     from latentdiff.metrics.inception import read_weights
@@ -171,17 +193,30 @@ def timm_extractor(source: str) -> Extractor:
             f"{missing[0]}"
         )
     network.load_state_dict({key: weights[key] for key in wanted})
-    config = timm.data.resolve_model_data_config(network)
-    return Extractor(f"timm {name}", network, config["input_size"][-1], config["mean"], config["std"])
+    return name, network, timm.data.resolve_model_data_config(network)
 
 
 def transformers_extractor(source: str) -> Extractor:
     """The pooled features of a transformers model: a folder, or ``owner/name`` on the hub."""
-    from transformers import AutoModel
-
-    folder = find_transformers_model(
+    model, has_pooler, size, mean, std = vision_model(
         source, "--extractor takes auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
     )
+    network = PooledVision(model, use_pooler=has_pooler)
+    return Extractor(f"transformers {type(model).__name__} {shown_source(source)}", network, size, mean, std)
+
+
+def vision_model(source: str, others: str) -> tuple[Any, bool, int, Sequence[float], Sequence[float]]:
+    """A transformers model, whether it has its pooler's weights, and side, mean and deviation of what it takes.
+
+    others: what else might have been meant by `source`, for a message.
+
+    Raises:
+        FileNotFoundError: it is neither a model's folder nor a hub id.
+        ValueError: its weights do not fit, or how its pictures look is not known.
+    """
+    from transformers import AutoModel
+
+    folder = find_transformers_model(source, others)
     model, info = AutoModel.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
     )
@@ -190,10 +225,7 @@ def transformers_extractor(source: str) -> Extractor:
         raise ValueError(
             f"{source}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
-    config = getattr(model.config, "vision_config", model.config)
-    size, mean, std = preprocessing(folder, config)
-    network = PooledVision(model, use_pooler=not missing)
-    return Extractor(f"transformers {type(model).__name__} {shown_source(source)}", network, size, mean, std)
+    return model, not missing, *preprocessing(folder, getattr(model.config, "vision_config", model.config))
 
 
 def shown_source(source: str) -> str:

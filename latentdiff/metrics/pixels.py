@@ -27,7 +27,8 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
 def ssim(prediction: Tensor, target: Tensor) -> float:
     """Structural similarity (Wang et al. 2004), the mean over pictures, channels and window places; 1 is the same.
 
-    Each channel by itself, under an 11x11 Gaussian window (sigma 1.5) that stays inside the picture.
+    Each channel by itself, under an 11x11 Gaussian window (sigma 1.5) that stays inside the picture. Black counts as 0,
+    as in the paper, whose luminance term means nothing where values can be negative.
 
     Args:
         prediction: (N, C, H, W), clamped to [-1, 1]; H and W at least 11.
@@ -40,8 +41,8 @@ def ssim(prediction: Tensor, target: Tensor) -> float:
     if min(prediction.shape[-2:]) < WINDOW:
         height, width = prediction.shape[-2:]
         raise ValueError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, not {width}x{height}")
-    x, y = prediction.clamp(-1, 1).double(), target.double()
-    c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
+    x, y = (prediction.double().clamp(-1, 1) + 1) / RANGE, (target.double() + 1) / RANGE
+    c1, c2 = K1**2, K2**2  # of values from 0 to 1
     mean_x, mean_y = blur(x), blur(y)
     var_x = blur(x * x) - mean_x**2
     var_y = blur(y * y) - mean_y**2

@@ -27,17 +27,17 @@ def test_what_lies_outside_the_range_is_no_error() -> None:
 
 
 def test_ssim_of_other_code() -> None:
-    """The whole map of torchmetrics 1.9.0's structural_similarity_index_measure (data_range 2), its border of 5 pixels,
-    for which torchmetrics mirrors the picture, cut off."""
+    """scikit-image 0.26.0's structural_similarity of values from 0 to 1 (Gaussian weights, population covariance); and
+    the map of torchmetrics 1.9.0's without its border of 5 pixels, for which that mirrors the picture."""
     target = pictures(0.3)
-    assert ssim((target + 0.3 * pictures(1.7)).clamp(-1, 1), target) == pytest.approx(0.7459327769424482, rel=1e-9)
+    assert ssim((target + 0.3 * pictures(1.7)).clamp(-1, 1), target) == pytest.approx(0.9568479852640573, rel=1e-9)
 
 
 def test_ssim_of_the_same() -> None:
     assert ssim(pictures(0.1), pictures(0.1)) == pytest.approx(1.0, abs=1e-12)
     flat = torch.zeros(1, 1, 12, 12)
-    # Two even pictures differ in luminance only: (2 a b + c1) / (a^2 + b^2 + c1) with c1 = 0.02^2.
-    assert ssim(flat + 0.5, flat + 0.25) == pytest.approx((0.25 + 4e-4) / (0.3125 + 4e-4), rel=1e-6)
+    # Two even pictures, 3/4 and 1/4 of white, differ in luminance only: (2 a b + c1) / (a^2 + b^2 + c1), c1 = 0.01^2.
+    assert ssim(flat + 0.5, flat - 0.5) == pytest.approx((0.375 + 1e-4) / (0.625 + 1e-4), rel=1e-6)
 
 
 def test_what_cannot_be_compared() -> None:

@@ -72,3 +72,19 @@ def test_a_vq_autoencoder_decodes() -> None:
     )
     with torch.no_grad():
         assert steps.decode(vae, torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("shift", [None, 0.75])
+def test_latents_are_shifted_and_scaled_both_ways(shift: float | None) -> None:
+    """As the pipelines of Stable Diffusion 3 do it: (latents - shift) * scale, and back."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=2.0, shift_factor=shift
+    ).eval()
+    pixels, taken = torch.rand(1, 3, 16, 16) * 2 - 1, shift or 0.0
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        drawn = posterior.sample(torch.Generator().manual_seed(3))
+        for generator in (torch.Generator().manual_seed(3), [torch.Generator().manual_seed(3)]):
+            scaled = steps.encode(vae, pixels, generator, 1)
+            torch.testing.assert_close(scaled, (drawn - taken) * 2.0)
+        torch.testing.assert_close(steps.decode(vae, scaled), vae.decode(drawn).sample, rtol=1e-5, atol=1e-5)

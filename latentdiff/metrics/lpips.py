@@ -1,0 +1,193 @@
+"""LPIPS, how different two pictures look: The Unreasonable Effectiveness of Deep Features (Zhang et al. 2018).
+
+Its weights are in two parts, and this package has neither: an ImageNet classifier's, which torchvision gives, and how
+much each of its channels counts, the authors' "lin" layers of version 0.1 (BSD-2-Clause). The second part lies in the
+packages ``lpips`` and ``torchmetrics``. A checkpoint of an autoencoder of Latent Diffusion's holds both.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdiff.metrics.inception import cache_folder, read_weights
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]; ImageNet's, as released
+RELEASED = "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"
+NAMES = re.compile(
+    r"(?:^|\.)(?:(?:features|net\.slice\d)\.(?P<layer>\d+)\.(?P<kind>weight|bias)|lins?\.?(?P<lin>\d)\.model\.\d\.weight)$"
+)
+"""torchvision's names and those of the released code, behind any prefix."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A classifier of torchvision's.
+
+    taps: layers of its ``features``, all ReLUs, whose outputs are compared; widths: their channels.
+    least: the smallest side of a picture that reaches the last of them.
+    files: what torchvision calls its weights in torch hub's cache.
+    """
+
+    model: str
+    taps: tuple[int, ...]
+    widths: tuple[int, ...]
+    least: int
+    files: tuple[str, ...]
+
+
+BACKBONES = {
+    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16, ("vgg16-397923af.pth",)),
+    "alex": Backbone("alexnet", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31, ("alexnet-owt-7be5be79.pth",)),
+}
+
+
+def level_distance(have: Tensor, want: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Zhang et al. 2018, Eq. 1, of one level: squared difference of unit vectors, mean over places. (B,) float32
+
+    Args:
+        have, want: (B, C, h, w).
+        weight: (1, C, 1, 1), of the squares; by default 1.
+    """
+    # A place where all channels are 0 has no direction; it stays 0, and so does its gradient.
+    squares = (F.normalize(have.float(), dim=1, eps=1e-10) - F.normalize(want.float(), dim=1, eps=1e-10)).square()
+    return (squares if weight is None else squares * weight).sum(1).mean((1, 2))
+
+
+class LPIPS(nn.Module):
+    """Two pictures to their distance. It has no values until weights are loaded with ``assign=True``: see `load_lpips`.
+
+    Args:
+        network: "vgg", which is smooth enough to be a loss, or "alex", which agrees better with people.
+    """
+
+    def __init__(self, network: str = "vgg") -> None:
+        import torchvision
+
+        super().__init__()
+        self.network, self.backbone = network, BACKBONES[network]
+        with torch.device("meta"):  # the classifier's part is large, and not needed
+            layers = getattr(torchvision.models, self.backbone.model)(weights=None).features
+            self.features: nn.Sequential = layers[: self.backbone.taps[-1] + 1]
+            self.lin = nn.ParameterList(torch.empty(1, width, 1, 1) for width in self.backbone.widths)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+
+    def levels(self, pixels: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] to five levels of features, (B, C_i, h_i, w_i).
+
+        Raises:
+            ValueError: the pictures are too small for the network.
+        """
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.backbone.least:
+            least = self.backbone.least
+            raise ValueError(f"LPIPS ({self.network}) needs pictures of at least {least}x{least}, not {width}x{height}")
+        x, found = (pixels - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.backbone.taps:
+                found.append(x)
+        return found
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(B, 3, H, W) each, in [-1, 1]. Returns (B,), 0 where they are the same."""
+        levels = zip(self.levels(prediction), self.levels(target), self.lin, strict=True)
+        return torch.stack([level_distance(*level) for level in levels]).sum(0)
+
+
+def load_lpips(files: Sequence[Path] = (), network: str = "vgg") -> LPIPS:
+    """LPIPS with weights, frozen and in evaluation mode.
+
+    Args:
+        files: with the classifier's weights, those of the linear layers, or both. What they lack is looked for: the
+            classifier's in torch hub's cache, the linear layers' in an installed package.
+        network: "vgg" or "alex", if there are no files; else they say it.
+
+    Raises:
+        FileNotFoundError: something is missing, and where to get it.
+        ValueError: a file cannot be read, or holds no such weights.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= read_part(file)
+    if found:
+        network = network_of(found, files)
+    for part, file_of in (("features.", find_classifier), ("lin.", find_linear)):
+        if not any(name.startswith(part) for name in found):
+            found |= read_part(file_of(network))
+    model = LPIPS(network)
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    if missing:
+        told = ", ".join(map(str, files)) or "the files found"
+        raise ValueError(f"{told}: {missing[0]} of LPIPS ({network}) is missing, or of another shape")
+    model.load_state_dict({name: found[name].to(torch.float32, copy=True) for name in wanted}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def read_part(file: Path) -> dict[str, Tensor]:
+    """The weights of LPIPS in a file, by their names here. Nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read, or has none.
+    """
+    from latentdiff.interchange.single_file.pickles import SUFFIXES, read_pickle
+
+    if file.suffix in SUFFIXES and file.is_file():  # a whole checkpoint can have a trainer's objects beside its weights
+        weights: Mapping[str, Tensor] = read_pickle(file, allow=True)[0]
+    else:
+        weights = read_weights(file)
+    found = {}
+    for name, tensor in weights.items():
+        match = NAMES.search(name)
+        if match:
+            lin = match["lin"]
+            found[f"features.{match['layer']}.{match['kind']}" if lin is None else f"lin.{lin}"] = tensor
+    if not found:
+        raise ValueError(f"{file} has weights neither of VGG16 or AlexNet nor of LPIPS' linear layers ({RELEASED})")
+    return found
+
+
+def network_of(found: Mapping[str, Tensor], files: Sequence[Path]) -> str:
+    """The network that these weights are of, by their shapes."""
+    for network in BACKBONES:
+        wanted = LPIPS(network).state_dict()
+        if all(name in wanted and tensor.shape == wanted[name].shape for name, tensor in found.items()):
+            return network
+    told = ", ".join(map(str, files))
+    raise ValueError(f"{told}: these are not weights of one network, {' or '.join(BACKBONES)}, of LPIPS")
+
+
+def find_classifier(network: str) -> Path:
+    """The file in torch hub's cache. Raises FileNotFoundError, with where to get it, if there is none."""
+    backbone = BACKBONES[network]
+    for name in backbone.files:
+        if (cache_folder() / name).is_file():
+            return cache_folder() / name
+    raise FileNotFoundError(
+        f"LPIPS ({network}) needs {backbone.files[0]}, which is not in {cache_folder()}; put it there from "
+        f"https://download.pytorch.org/models/{backbone.files[0]}, or name it with lpips:FILE,FILE"
+    )
+
+
+def find_linear(network: str) -> Path:
+    """The file in an installed package. Raises FileNotFoundError, with where to get it, if there is none."""
+    for package, folder in (("lpips", "weights/v0.1"), ("torchmetrics", "functional/image/lpips_models")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            file = Path(place) / folder / f"{network}.pth"
+            if file.is_file():
+                return file
+    raise FileNotFoundError(
+        f"LPIPS ({network}) needs the weights of its linear layers: pip install lpips, or get {network}.pth from "
+        f"{RELEASED} and name it with lpips:FILE,FILE"
+    )
