@@ -16,6 +16,7 @@ from latentdiff.training.describe import describe
 from latentdiff.training.draws import POSTERIOR, PixelSamples, Views, loader, sample_generator, stack
 from latentdiff.training.latent_scale import measure_latents
 from latentdiff.training.order import PictureOrder
+from latentdiff.training.processes import spread_modules
 from latentdiff.training.reconstruction import Reconstructions
 from latentdiff.training.run import TrainingRun
 
@@ -67,6 +68,8 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
         judge = Judge(discriminator, settings)
     objective = AutoencoderObjective(autoencoder, settings, discriminator)
     run = TrainingRun(settings, objective, judge, settings.discriminator_learning_rate)
+    if objective.learner is not None and spread_modules(run.objective):
+        raise ValueError("FSDP cannot train a codebook; use several processes without FSDP, or kind=fsq")
     alarms = Alarms()
 
     def statistics() -> dict[str, float]:

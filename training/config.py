@@ -177,6 +177,8 @@ class AutoencoderSettings(RunSettings):
     def _check_levels(self) -> Self:
         if self.attention_levels and len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
+        if self.compile and self.discriminator_weight and self.adaptive_weight:
+            raise ValueError("compile=true does not go with adaptive_weight; set adaptive_weight=false")
         return self
 
     @property

@@ -75,8 +75,9 @@ class DiagonalGaussianDistribution:
 class GaussianBottleneck(nn.Module):
     """Latents drawn from the posterior, and its divergence from the standard normal.
 
-    Loss ``kl``: summed over C, h, w, mean over the batch, as in Latent Diffusion (Rombach et al. 2022, Appendix G),
-    where it is weighted by about 1e-6. It therefore grows with the size of the latents.
+    Loss ``kl``: summed over C, h, w, mean over the batch, as in Latent Diffusion (Rombach et al. 2022, Appendix G). It
+    therefore grows with the size of the latents. The weight there, about 1e-6, stands beside a likeness that is summed
+    over pixels too; beside one that is a mean it acts as many times as strongly as there are pixel values.
     Statistics: ``latent_mean``, ``latent_std``, and ``posterior_std``, the mean width of the posterior.
     """
 

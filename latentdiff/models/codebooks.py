@@ -72,6 +72,7 @@ class CodebookLearner(nn.Module):
         """(K, D)"""
         return self._quantizer[0].embedding.weight
 
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(self, vectors: Tensor, indices: Tensor) -> None:
         """Take note of one forward pass; values that are not finite are left out.

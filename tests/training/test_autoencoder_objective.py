@@ -148,3 +148,13 @@ def test_alarms(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3 * PATIENCE):
         alarms.hear({"codes_in_use": 0.9, "told_rightly": 0.7})
     assert len(caplog.records) == 1
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adaptive_weight=false"):
+        settings(tmp_path, **AGAINST, compile=True)
+    with pytest.raises(ValueError, match="attention_levels"):
+        settings(tmp_path, attention_levels=(True,))
+    for wrong in ({"num_vq_embeddings": 0}, {"fsq_levels": (5, 1)}, {"codebook": "averaged"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            settings(tmp_path, **wrong)

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lives import free_port, start, wait
 from safetensors.torch import load_file
 
+from latentdiff.models.codebooks import CodebookLearner
 from latentdiff.training import run
 from latentdiff.training.autoencoder import train_autoencoder
 from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
@@ -58,9 +59,15 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
     assert not torch.equal(trained(tmp_path / "one")["unet.conv_in.weight"], torch.zeros(1))
 
 
-def test_autoencoder_goes_on_with_another_number_of_processes(pictures: Path, tmp_path: Path) -> None:
+CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_start": "none", "codebook_restart": 0}
+
+
+@pytest.mark.parametrize("kind", [{}, CODES], ids=["kl", "vq"])
+def test_autoencoder_goes_on_with_another_number_of_processes(
+    kind: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
     def train(name: str, size: int, steps: int) -> None:
-        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1}
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1, **kind}
         values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
         train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1}))
 
@@ -69,6 +76,34 @@ def test_autoencoder_goes_on_with_another_number_of_processes(pictures: Path, tm
     assert wait(start(lambda: train("b", 2, 3), log, processes=2)) == [0, 0], log.read_text()
     assert wait(start(lambda: train("b", 4, 6), log)) == [0], log.read_text()
     assert_alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_processes_against_a_discriminator_hold_the_same_codes(pictures: Path, tmp_path: Path) -> None:
+    def train() -> None:
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1, **CODES}
+        values |= {"codebook_start": "kmeans", "codebook_restart": 2, "batch_size": 2, "max_steps": 8}
+        values |= {"discriminator_weight": 0.5, "discriminator_start": 2, "discriminator_channels": 4}
+        values |= {"discriminator_layers": 1, "data": str(pictures), "output": str(tmp_path / "out"), "log_every": 1}
+        settings = AutoencoderSettings.load(None, values)
+        codes: list[torch.Tensor] = []
+        original = CodebookLearner.update
+
+        def update(learner: CodebookLearner) -> None:
+            original(learner)
+            codes.append(learner.codes.clone())
+
+        CodebookLearner.update = update  # type: ignore[method-assign]
+        train_autoencoder(settings)
+        torch.save(codes, tmp_path / f"codes-{os.environ['RANK']}.pt")
+
+    log = tmp_path / "log.txt"
+    assert wait(start(train, log, processes=2)) == [0, 0], log.read_text()
+    first, second = (torch.load(tmp_path / f"codes-{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "out/training/metrics.jsonl").read_text().splitlines()]
+    assert sum("told_rightly" in row for row in rows) == 6
+    assert (sorted((tmp_path / "out/training/checkpoints").glob("step-*"))[-1] / "trained-1.safetensors").is_file()
 
 
 def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

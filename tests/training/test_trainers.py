@@ -205,9 +205,11 @@ def test_a_stopped_process_goes_on_to_the_same_weights(pictures: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_trains_the_same(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_compiled_run_trains_the_same(kind: str, pictures: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 2, "kind": kind, "num_vq_embeddings": 16}
     runs = [
-        train_autoencoder(autoencoder_settings(pictures, tmp_path / str(compiled), max_steps=2, compile=compiled))
+        train_autoencoder(autoencoder_settings(pictures, tmp_path / str(compiled), compile=compiled, **changes))
         for compiled in (False, True)
     ]
     eager, compiled = (weights(run) for run in runs)
