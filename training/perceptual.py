@@ -64,7 +64,7 @@ class PerceptualLoss:
 
     Attributes:
         name: of the network, for a report.
-        key: what its values are called, ``lpips`` or ``perceptual``.
+        is_lpips: whether its values are LPIPS.
 
     Raises:
         FileNotFoundError: a file or folder is missing, and where to get it.
@@ -74,7 +74,7 @@ class PerceptualLoss:
     def __init__(self, source: str | None = None) -> None:
         self.features = load_network(source)
         self.name = self.features.name
-        self.key = "perceptual" if self.features.weights is None else "lpips"
+        self.is_lpips = self.features.weights is not None
         self.network = self.features.network.eval().requires_grad_(False)
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.features.mean, self.features.std))
         logger.info("perceptual distances are of the %s", self.name)

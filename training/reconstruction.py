@@ -34,9 +34,10 @@ FIGURES = "evaluation.json"
 class Reconstructions:
     """Held-out pictures through an autoencoder, measured and drawn as often as its trainer asks.
 
-    Figures: ``psnr``; ``ssim``, if the pictures are large enough; ``lpips``, or ``perceptual`` with another network;
-    ``rfid``, or ``frechet`` with another extractor than FID's; of codes ``codes_used`` (share) and ``perplexity``, of
-    others ``latent_mean``, ``latent_std`` and ``posterior_std``. If reconstructions are not finite there is only
+    Figures: ``psnr``; ``ssim``, if the pictures are large enough; ``lpips``, or with another network
+    ``val_perceptual``; ``rfid``, or with another extractor than FID's ``frechet``; of codes ``val_codes_used`` (share)
+    and ``val_perplexity``, of others ``val_latent_mean``, ``val_latent_std`` and ``val_posterior_std``. Those with
+    ``val_`` are reported of training batches too, without it. If reconstructions are not finite there is only
     ``not_finite``, how many.
 
     Args:
@@ -128,7 +129,9 @@ class Reconstructions:
         if min(have.shape[-2:]) >= WINDOW:
             counted.sum("ssim", ssim(have, want), len(have))
         if self.perceptual is not None:
-            counted.sum(self.perceptual.key, float(self.perceptual(have, want)), len(have))
+            counted.sum(
+                "lpips" if self.perceptual.is_lpips else "val_perceptual", float(self.perceptual(have, want)), len(have)
+            )
         if self.extractor is not None:
             extractor = self.extractor.to(have.device)
             counted.features.append(extractor([to_image(picture) for picture in have]))
@@ -144,9 +147,10 @@ class Reconstructions:
             key = "rfid" if self.extractor.is_fid else "frechet"
             figures[key] = frechet_distance(torch.cat(counted.features), self._features)
         if counted.indices:
-            figures |= {name: float(value) for name, value in usage(torch.cat(counted.indices), counted.codes).items()}
+            used = usage(torch.cat(counted.indices), counted.codes)
+            figures |= {f"val_{name}": float(value) for name, value in used.items()}
         else:
-            figures |= {"latent_mean": counted.latents.mean, "latent_std": counted.latents.std}
+            figures |= {"val_latent_mean": counted.latents.mean, "val_latent_std": counted.latents.std}
         return figures
 
 
@@ -207,7 +211,7 @@ class Counted:
         if output.latents is not None:
             self.latents.add(output.latents)
         if "posterior_std" in output.statistics:
-            self.sum("posterior_std", float(output.statistics["posterior_std"]), len(output.pixels))
+            self.sum("val_posterior_std", float(output.statistics["posterior_std"]), len(output.pixels))
 
 
 def sheet(originals: Tensor, reconstructed: Tensor) -> Image.Image:

@@ -75,7 +75,7 @@ def target() -> Tensor:
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_distance_can_be_followed(source: str, target: Tensor, tmp_path: Path) -> None:
     loss = PerceptualLoss(SOURCES[source](tmp_path))
-    assert loss.key == ("lpips" if source == "lpips" else "perceptual")
+    assert loss.is_lpips == (source == "lpips")
     assert loss(target, target) == 0
 
     prediction = F.avg_pool2d(target, 5, stride=1, padding=2, count_include_pad=False).requires_grad_()

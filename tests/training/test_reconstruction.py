@@ -14,9 +14,12 @@ from tiny import VAE, autoencoder_settings
 from torch import Tensor, nn
 
 from latentdiff.metrics import psnr
+from latentdiff.metrics.lpips import BACKBONES, LPIPS
 from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.bottlenecks import BottleneckOutput
+from latentdiff.training.autoencoder import build_autoencoder
+from latentdiff.training.autoencoder_objective import AutoencoderObjective
 from latentdiff.training.data import prepare_pictures
 from latentdiff.training.reconstruction import Reconstructions, sheet
 from latentdiff.training.run import TrainingRun
@@ -77,15 +80,16 @@ def test_a_perfect_autoencoder(made: Any) -> None:
     reconstructions, run = made(model)
     reconstructions.report(run, model)
     figures = run.figures
-    assert set(figures) == {"psnr", "ssim", "perceptual", "frechet", "latent_mean", "latent_std", "posterior_std"}
+    of_latents = {"val_latent_mean", "val_latent_std", "val_posterior_std"}
+    assert set(figures) == {"psnr", "ssim", "val_perceptual", "frechet", *of_latents}
     assert figures["psnr"] == pytest.approx(106.02, abs=0.01)
     assert figures["ssim"] == pytest.approx(1.0)
-    assert figures["perceptual"] == 0
+    assert figures["val_perceptual"] == 0
     assert figures["frechet"] == pytest.approx(0.0, abs=1e-6)
-    assert figures["posterior_std"] == pytest.approx(0.5)
+    assert figures["val_posterior_std"] == pytest.approx(0.5)
     latents = reconstructions.pixels[..., ::2, ::2].double()
-    assert figures["latent_mean"] == pytest.approx(float(latents.mean()))
-    assert figures["latent_std"] == pytest.approx(float(latents.std(correction=0)))
+    assert figures["val_latent_mean"] == pytest.approx(float(latents.mean()))
+    assert figures["val_latent_std"] == pytest.approx(float(latents.std(correction=0)))
     assert last_row(run).items() >= figures.items()
     assert (run.folder / "samples" / "step-00000000.png").is_file()
 
@@ -101,7 +105,7 @@ def test_a_known_error(made: Any) -> None:
     assert 0.9 < run.figures["ssim"] < 1
     far, near = dict(run.figures), Changed(0.02)
     reconstructions.report(run, near)
-    for name in ("perceptual", "frechet"):
+    for name in ("val_perceptual", "frechet"):
         assert 0 < run.figures[name] < far[name]
 
 
@@ -116,10 +120,10 @@ def test_codes_are_counted_over_all_pictures(made: Any) -> None:
         expected = psnr(model(reconstructions.pixels).sample, reconstructions.pixels)
     shares = counts / counts.sum()
     assert len(counts) > 3
-    assert run.figures["codes_used"] == pytest.approx(len(counts) / 64)
-    assert run.figures["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    assert run.figures["val_codes_used"] == pytest.approx(len(counts) / 64)
+    assert run.figures["val_perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
     assert run.figures["psnr"] == pytest.approx(expected, abs=1e-3)
-    assert "latent_std" not in run.figures
+    assert "val_latent_std" not in run.figures
 
 
 def test_a_gaussian_autoencoder(made: Any) -> None:
@@ -132,9 +136,35 @@ def test_a_gaussian_autoencoder(made: Any) -> None:
     figures = dict(run.figures)
     assert figures["psnr"] == pytest.approx(psnr(output.sample, reconstructions.pixels), abs=1e-3)
     for name in ("latent_mean", "latent_std", "posterior_std"):
-        assert figures[name] == pytest.approx(float(output.bottleneck.statistics[name]), rel=1e-2)
+        assert figures[f"val_{name}"] == pytest.approx(float(output.bottleneck.statistics[name]), rel=1e-2)
     reconstructions.report(run, model)
     assert run.figures == figures
+
+
+def test_no_figure_is_called_as_one_of_a_training_batch(made: Any) -> None:
+    """They would share a curve in the trackers."""
+    for kind in ("kl", "vq", "gumbel", "fsq"):
+        settings = autoencoder_settings(Path("data"), Path("run"), kind=kind, perceptual_weight=1.0)
+        objective = AutoencoderObjective(build_autoencoder(settings), settings)
+        objective(torch.zeros(2, 3, SIZE, SIZE))
+        model = objective.autoencoder.eval()
+        reconstructions, run = made(model)
+        reconstructions.report(run, model)
+        assert objective.report()
+        assert not run.figures.keys() & objective.report().keys()
+
+
+def test_published_names_are_for_published_networks(made: Any, tmp_path: Path) -> None:
+    weights = {f"lin{i}.model.1.weight": torch.ones(1, width, 1, 1) for i, width in enumerate(BACKBONES["alex"].widths)}
+    weights |= {name: torch.randn(w.shape) for name, w in LPIPS("alex").state_dict().items() if "lin" not in name}
+    torch.save(weights, tmp_path / "lpips.pth")
+    model = Changed(0.1)
+    reconstructions, run = made(model, resolution=32, perceptual_network=f"lpips:{tmp_path}/lpips.pth")
+    reconstructions.extractor.is_fid = True
+    reconstructions.report(run, model)
+    assert run.figures["lpips"] > 0
+    assert run.figures["rfid"] > 0
+    assert not run.figures.keys() & {"val_perceptual", "frechet"}
 
 
 def test_only_so_many_pictures(made: Any) -> None:
