@@ -34,7 +34,7 @@ from latentdiff.models.bottlenecks import (
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
 from latentdiff.models.layers import SdpaModel
-from latentdiff.models.tiling import in_tiles
+from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 
 
 @dataclass
@@ -76,18 +76,17 @@ class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
         self.encoder = Encoder(config.in_channels, encoder_channels, block_types=config.down_block_types, **shared)
         self.decoder = Decoder(config.latent_channels, config.out_channels, block_types=config.up_block_types, **shared)
         self.use_slicing = self.use_tiling = False
-        size = config.sample_size
-        self.tile_sample_min_size = size if isinstance(size, int) else size[0]
-        self.tile_latent_min_size = self.tile_sample_min_size // 2 ** (len(config.block_out_channels) - 1)
-        self.tile_overlap_factor = 0.25
+        self.set_tiles(config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0])
+        self.tile_overlap_factor, self.tile_shared_norms = 0.25, False
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W), values in [-1, 1] -> (B, C', h, w), what ``bottleneck`` takes."""
         if self.use_slicing and len(pixels) > 1:
-            return torch.cat([self.encode_moments(image) for image in pixels.split(1)])
-        tile = self.tile_sample_min_size
-        if self.use_tiling and max(pixels.shape[-2:]) > tile:
-            return in_tiles(self._moments, pixels, tile, self.tile_latent_min_size, self.tile_overlap_factor)
+            return one_by_one(self.encode_moments, pixels)
+        if self.use_tiling:
+            tile, latent_tile, overlap = self.tiles()
+            if max(pixels.shape[-2:]) > tile:
+                return in_tiles(self._moments, pixels, tile, latent_tile, overlap, shared_norms=self.tile_shared_norms)
         return self._moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -97,10 +96,11 @@ class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w), what ``bottleneck`` gives -> (B, C, H, W), values about [-1, 1]."""
         if self.use_slicing and len(latents) > 1:
-            return torch.cat([self.decode_latents(image) for image in latents.split(1)])
-        tile = self.tile_latent_min_size
-        if self.use_tiling and max(latents.shape[-2:]) > tile:
-            return in_tiles(self._pixels, latents, tile, self.tile_sample_min_size, self.tile_overlap_factor)
+            return one_by_one(self.decode_latents, latents)
+        if self.use_tiling:
+            tile, latent_tile, overlap = self.tiles()
+            if max(latents.shape[-2:]) > latent_tile:
+                return in_tiles(self._pixels, latents, latent_tile, tile, overlap, shared_norms=self.tile_shared_norms)
         return self._pixels(latents)
 
     def _pixels(self, latents: Tensor) -> Tensor:
@@ -113,13 +113,50 @@ class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
-    def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Encode and decode pictures larger than ``tile_sample_min_size`` tile by tile, to save memory.
+    def enable_tiling(
+        self,
+        use_tiling: bool = True,
+        tile_sample_min_size: int | None = None,
+        tile_overlap_factor: float | None = None,
+        tile_shared_norms: bool | None = None,
+    ) -> None:
+        """Encode and decode pictures larger than a tile in tiles, each image of a batch in turn if sliced as well.
 
-        Sides of a tile (``tile_sample_min_size`` pixels, ``tile_latent_min_size`` latents, from the config's
-        ``sample_size``) and their overlap (``tile_overlap_factor``, 0.25) are attributes and may be set.
+        Args:
+            use_tiling: False: whole again.
+            tile_sample_min_size: a tile's side in pixels, rounded down to whole latents; at first the config's
+                ``sample_size``.
+            tile_overlap_factor: from 0 to below 1, the share of a tile's side that the next one covers too; at first
+                0.25.
+            tile_shared_norms: normalise all tiles of a picture alike: nearer to the whole one, in twice the time; at
+                first False.
+
+        They stay as attributes of these names, beside ``tile_latent_min_size``, the side in latents, as in diffusers.
+
+        Raises:
+            ValueError: there are no such tiles. Attributes are looked at when they are used.
         """
+        if tile_sample_min_size is not None:
+            self.set_tiles(tile_sample_min_size)
+        if tile_overlap_factor is not None:
+            self.tile_overlap_factor = tile_overlap_factor
+        if tile_shared_norms is not None:
+            self.tile_shared_norms = tile_shared_norms
         self.use_tiling = use_tiling
+        if use_tiling:
+            self.tiles()
+
+    def set_tiles(self, pixels: int) -> None:
+        """Tiles with sides of so many pixels, rounded down to whole latents."""
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        self.tile_latent_min_size = pixels // factor
+        self.tile_sample_min_size = self.tile_latent_min_size * factor or pixels
+
+    def tiles(self) -> tuple[int, int, float]:
+        """A tile's side in pixels and in latents, and the share that the next one covers too; `check_tiles` raises."""
+        tiles = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor
+        check_tiles(*tiles, factor=2 ** (len(self.config.block_out_channels) - 1))
+        return tiles
 
     def disable_tiling(self) -> None:
         self.use_tiling = False

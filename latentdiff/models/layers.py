@@ -136,7 +136,8 @@ class ResnetBlock2D(nn.Module):
                 h = self.norm2(h) * (1 + scale) + shift
             else:
                 h = self.norm2(h + shift)
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = F.silu(h)  # a name of its own would keep what it was made from through the convolution
+        h = self.conv2(self.dropout(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 

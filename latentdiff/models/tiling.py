@@ -1,38 +1,60 @@
-"""A network run over large pictures tile by tile, in the memory of a few tiles."""
+"""A network run over large pictures tile by tile, in the memory of one tile and of the result."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Run = Callable[[Tensor], Tensor]
 
 
-def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, out_tile: int, overlap: float) -> Tensor:
+def in_tiles(run: Run, x: Tensor, tile: int, out_tile: int, overlap: float, *, shared_norms: bool = False) -> Tensor:
     """`run` over overlapping square parts of `x`, blended linearly where they overlap; as diffusers' ``AutoencoderKL``.
 
     Every tile is run by itself, so what the network knows of the whole picture (normalisation, attention) it knows of
-    the tile only, and tiles can differ in colour; the overlap hides the seams.
+    the tile only, and tiles can differ in colour; the overlap hides the seams. Of tiles already run, only the strips
+    that the next ones need are kept.
 
     Args:
         run: (B, C, h, w) to (B, C', h', w'), larger or smaller by ``out_tile / tile``.
         x: (B, C, H, W).
-        tile, out_tile: sides of a tile before and after.
-        overlap: from 0 to below 1, the share of a tile's side that the next one covers too.
+        tile, out_tile: sides of a tile before and after; one is a multiple of the other.
+        overlap: from 0 to below 1, the share of a tile's side that the next one covers too. It is made a whole number
+            of the coarser side's places, rounded up. diffusers does not, and where it matters gives another size.
+        shared_norms: run all tiles twice, and the second time normalise them alike (`with_shared_norms`).
     """
-    step, blend = int(tile * (1 - overlap)), int(out_tile * overlap)
-    kept, rows = out_tile - blend, []
-    above: list[Tensor] = []
-    for top in range(0, x.shape[2], step):
+    places = min(tile, out_tile)
+    shared = min(math.ceil(places * overlap - 1e-6), places - 1)
+    step, blend = (places - shared) * (tile // places), shared * (out_tile // places)
+    kept, least = out_tile - blend, tile // places  # of a rest too small for one place outside, nothing comes
+    height, width = (side * out_tile // tile for side in x.shape[2:])
+    tops, lefts = (range(0, max(side - least, 0) + 1, step) for side in x.shape[2:])
+    if shared_norms:
+        parts = (x[:, :, top : top + tile, left : left + tile] for top in tops for left in lefts)
+        run = with_shared_norms(run, parts)
+    out: Tensor | None = None
+    above: list[Tensor] = []  # the lowest rows of the tiles above
+    for i, top in enumerate(tops):
         row: list[Tensor] = []
-        for left in range(0, x.shape[3], step):
+        before: Tensor | None = None  # the last columns of the tile to the left
+        for j, left in enumerate(lefts):
             part = run(x[:, :, top : top + tile, left : left + tile])
             if above:
-                part = blended(above[len(row)], part, blend, dim=2)
-            if row:
-                part = blended(row[-1], part, blend, dim=3)
-            row.append(part)
-        rows.append(torch.cat([part[:, :, :kept, :kept] for part in row], dim=3))
+                part = blended(above[j], part, blend, dim=2)
+            if before is not None:
+                part = blended(before, part, blend, dim=3)
+            if out is None:
+                out = part.new_empty(*part.shape[:2], height, width)
+            out[:, :, i * kept : (i + 1) * kept, j * kept : (j + 1) * kept] = part[:, :, :kept, :kept]
+            before = part[:, :, :, max(part.shape[3] - blend, 0) :].clone()
+            row.append(part[:, :, max(part.shape[2] - blend, 0) :].clone())
         above = row
-    return torch.cat(rows, dim=2)
+    assert out is not None
+    return out
 
 
 def blended(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
@@ -44,3 +66,97 @@ def blended(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
     end = before.narrow(dim, before.shape[dim] - extent, extent)
     mixed = end * (1 - ramp) + after.narrow(dim, 0, extent) * ramp
     return torch.cat([mixed, after.narrow(dim, extent, after.shape[dim] - extent)], dim=dim)
+
+
+def with_shared_norms(run: Run, parts: Iterable[Tensor]) -> Run:
+    """`run` with group normalisation by one mean and variance for all `parts`: the averages over a run of each.
+
+    Raises:
+        RuntimeError: gradients are wanted; they would be of something else where activations are recomputed.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("tile_shared_norms is for use without gradients: call the model within torch.no_grad()")
+    norms = SharedNorms()
+    for part in parts:
+        norms.over(run, part)
+    norms.average()
+    return lambda part: norms.over(run, part)
+
+
+class SharedNorms(TorchFunctionMode):
+    """Group normalisation of the tiles of one picture: each by itself until `average` is called, then all alike.
+
+    The calls of ``group_norm`` in a run are told apart by their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call, self.averaged = 0, False
+        self.seen: list[list[tuple[Tensor, Tensor, int]]] = []  # of every call, in every tile: mean, variance, places
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # of every call: mean and variance, (B, groups)
+
+    def over(self, run: Run, part: Tensor) -> Tensor:
+        self.call = 0
+        with self:
+            return run(part)
+
+    def average(self) -> None:
+        for tiles in self.seen:
+            means = torch.stack([mean for mean, _, _ in tiles])  # (tiles, B, groups)
+            variances = torch.stack([variance for _, variance, _ in tiles])
+            weights = torch.tensor([float(tile[2]) for tile in tiles], device=means.device)[:, None, None]
+            weights = weights / weights.sum()
+            mean = (weights * means).sum(dim=0)
+            self.statistics.append((mean, (weights * (variances + (means - mean).square())).sum(dim=0)))
+        self.averaged = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.group_norm:
+            return func(*args, **(kwargs or {}))
+        self.call += 1
+        return (self.normalise if self.averaged else self.observe)(*args, **(kwargs or {}))
+
+    def observe(self, x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> Tensor:
+        if self.call > len(self.seen):
+            self.seen.append([])
+        variance, mean = torch.var_mean(x.float().unflatten(1, (num_groups, -1)), dim=(2, 3, 4), correction=0)
+        self.seen[self.call - 1].append((mean, variance, x.shape[2:].numel()))
+        return F.group_norm(x, num_groups, *args, **kwargs)
+
+    def normalise(self, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        mean, variance = (s.repeat_interleave(x.shape[1] // num_groups, 1) for s in self.statistics[self.call - 1])
+        scale = weight * (variance + eps).rsqrt()  # (B, C)
+        return torch.addcmul((bias - mean * scale)[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+
+
+def one_by_one(run: Run, x: Tensor) -> Tensor:
+    """`run` over each image of a batch (B, C, H, W), in the memory of one image and of the result."""
+    first = run(x[:1])
+    out = first.new_empty(len(x), *first.shape[1:])
+    out[:1] = first
+    for i in range(1, len(x)):
+        out[i : i + 1] = run(x[i : i + 1])
+    return out
+
+
+def check_tiles(sample: int, latent: int, overlap: float, factor: int) -> None:
+    """Raises ValueError for settings of which no tiles can be made.
+
+    Args:
+        sample, latent: a tile's side in pixels and in latents.
+        overlap: the share of a tile's side that the next one covers too.
+        factor: pixels of a side to one latent.
+    """
+    if sample < factor:
+        raise ValueError(
+            f"tile_sample_min_size={sample} is too small: a tile needs one latent at least, {factor} pixels of this "
+            f"model, and gives good pictures from about 32 latents on."
+        )
+    if sample != latent * factor:
+        raise ValueError(
+            f"tile_sample_min_size={sample} and tile_latent_min_size={latent} do not fit: this model has {factor} "
+            f"pixels to a latent. Set them to {sample // factor * factor} and {sample // factor}, or call "
+            f"enable_tiling(tile_sample_min_size={sample})."
+        )
+    if not 0 <= overlap < 1:
+        raise ValueError(f"tile_overlap_factor must be from 0 to below 1 (0.25 is usual), not {overlap!r}")
