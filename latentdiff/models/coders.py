@@ -81,7 +81,11 @@ class MidBlock(nn.Module):
 
 
 class Encoder(Checkpointed):
-    """(B, in_channels, H, W) -> (B, out_channels, h, w) with h = H / 2^(levels - 1), rounded down at every level."""
+    """(B, in_channels, H, W) -> (B, out_channels, h, w) with h = H / 2^(levels - 1), rounded down at every level.
+
+    Raises:
+        ValueError: pictures with other channels, or too small for one latent.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class Encoder(Checkpointed):
     ) -> None:
         super().__init__()
         last = len(channels) - 1
+        self.in_channels, self.factor = in_channels, 2 ** (len(channels) - 1)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(before, after, layers=layers, attention="Attn" in kind, groups=groups, last=i == last)
@@ -108,11 +113,25 @@ class Encoder(Checkpointed):
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        self.check(pixels)
         x = self.conv_in(pixels)
         for block in self.down_blocks:
             x = self.run(block, x)
         x = self.run(self.mid_block, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def check(self, pixels: Tensor) -> None:
+        if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
+            raise ValueError(
+                f"pictures must be (B, {self.in_channels}, H, W), of {self.in_channels} channels; these are "
+                f"{tuple(pixels.shape)}"
+            )
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.factor:
+            raise ValueError(
+                f"{width}x{height} pixels are too few for an autoencoder with a factor of {self.factor}; it takes at "
+                f"least {self.factor} on each side"
+            )
 
 
 class Decoder(Checkpointed):
