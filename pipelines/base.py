@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
+import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines import steps
 from latentdiff.pipelines.drawing import Drawing, Extras, ImagesOutput, Progress, Steps
 from latentdiff.pipelines.folder import FolderPipeline
@@ -21,6 +23,15 @@ from latentdiff.pipelines.schedulers import without_learned_variance
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+AnyAutoencoder: TypeAlias = (
+    AutoencoderKL
+    | VQModel
+    | GumbelVQModel
+    | FSQModel
+    | IdentityAutoencoder
+    | diffusers.AutoencoderKL
+    | diffusers.VQModel
+)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 

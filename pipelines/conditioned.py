@@ -8,11 +8,11 @@ import diffusers
 import torch
 from torch import Tensor
 
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+from latentdiff.models import UNet2DConditionModel
 from latentdiff.models.lora_scale import lora_scaled
 from latentdiff.pipelines import steps
 from latentdiff.pipelines.adapters import AdapterPipeline
-from latentdiff.pipelines.base import LatentPipeline, check_count, check_output_type
+from latentdiff.pipelines.base import AnyAutoencoder, LatentPipeline, check_count, check_output_type
 from latentdiff.pipelines.drawing import Drawing, TextExtras, refuse_unknown
 from latentdiff.pipelines.noise import Generators
 from latentdiff.pipelines.pictures import are_latents, check_pictures
@@ -51,7 +51,7 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | VQModel | diffusers.AutoencoderKL | diffusers.VQModel,
+        vae: AnyAutoencoder,
         text_encoder: torch.nn.Module,
         tokenizer: Any,
         unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,

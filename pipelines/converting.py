@@ -1,6 +1,5 @@
 """Models from one form of file into another: what a source is, reading it, and writing it whole."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
-from latentdiff.interchange.folders import check_safetensors, find_model, read_json
-from latentdiff.pipelines.loading import WEIGHTS, only_variant
+from latentdiff.interchange.folders import check_component, check_safetensors, find_model, read_json
+from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
+from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
 from latentdiff.pipelines.saving import move_into, tidy_configs
 
 PIPELINES = (
@@ -26,7 +26,9 @@ FEW = 8  # so many words at most are in a file that cannot be told from a model 
 
 
 def kind_of_source(source: str, allow_pickle: bool = False) -> str:
-    """What is to be converted: "folder" (a pipeline, also on the hub), "checkpoint", "lora" or "embedding".
+    """What is to be converted: "folder" (a pipeline, also on the hub), "network", "checkpoint", "lora" or "embedding".
+
+    A network is the folder of a UNet or an autoencoder alone.
 
     Raises:
         FileNotFoundError: there is nothing there.
@@ -39,9 +41,11 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
         names = {file.name for file in place.iterdir()}
         if names & {*LORA_NAMES, "adapter_config.json"} or any(place.glob("*/adapter_config.json")):
             return "lora"
+        if network_class(place) is not None:
+            return "network"
         return "embedding" if names & set(EMBEDDING_NAMES) else "folder"
     if not place.is_file():
-        from latentdiff.pipelines.single_file_parts import ON_THE_HUB
+        from latentdiff.interchange.single_file import ON_THE_HUB
 
         address = ON_THE_HUB.fullmatch(source)
         if address and address[3].endswith((".safetensors", ".ckpt")) and not place.parent.exists():
@@ -58,6 +62,29 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
 
     content = load_pickle(place, allow_pickle)
     return kind_of_names(content.get("state_dict", content) if isinstance(content, dict) else [])
+
+
+def network_class(folder: Path) -> str | None:
+    """Which component of a pipeline a network's folder holds, "unet" or "vae"; None if neither."""
+    if not (folder / "config.json").is_file():
+        return None
+    name = read_json(folder / "config.json").get("_class_name")
+    return next((part for part in OUR_CLASSES if name in OUR_CLASSES[part] + OURS_ALONE[part]), None)
+
+
+def network_alone(source: str, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """The network of a folder that holds nothing else; see `folder_pipeline`."""
+    folder = Path(source).expanduser().absolute()
+    class_name = read_json(folder / "config.json")["_class_name"]
+    check_component(folder.parent, folder.name, class_name)
+    variant = variant or only_variant(folder.parent, folder.name)
+    return load_network(folder, class_name, dtype or stored_dtype(folder, variant) or torch.float32, variant)
+
+
+def only_part(source: str, allow_pickle: bool = False) -> str | None:
+    """Which component a checkpoint holds, if that is an autoencoder and nothing else; else None."""
+    weights = Checkpoint(find_file(source, allow_pickle), allow_pickle)
+    return "vae" if weights.has_vae and not weights.has_unet and text_kind(weights) is None else None
 
 
 def kind_of_names(names: Iterable[Any]) -> str:
@@ -123,23 +150,23 @@ def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> 
 
 def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """The precision of each component on disk, by that of its first weight."""
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {part.name: stored_dtype(part, variant) for part in parts}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def stored_dtype(part: Path, variant: str | None) -> torch.dtype | None:
+    """The precision of the first weight in a component's folder; None if it has none."""
     from safetensors import safe_open
 
-    dtypes = {}
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [
-            (file, match[1]) for file in sorted(part.glob("*.safetensors")) if (match := WEIGHTS.fullmatch(file.name))
-        ]
-        chosen = [file for file, its in files if its == variant] or [file for file, its in files if its is None]
-        if not chosen:
-            continue
-        check_safetensors(chosen[0])
-        with safe_open(chosen[0], "pt") as stream:
-            floating = (stream.get_tensor(name) for name in stream.keys())  # noqa: SIM118 (safe_open is no mapping)
-            first = next((tensor.dtype for tensor in floating if tensor.is_floating_point()), None)
-        if first is not None:
-            dtypes[part.name] = first
-    return dtypes
+    files = [(file, match[1]) for file in sorted(part.glob("*.safetensors")) if (match := WEIGHTS.fullmatch(file.name))]
+    chosen = [file for file, its in files if its == variant] or [file for file, its in files if its is None]
+    if not chosen:
+        return None
+    check_safetensors(chosen[0])
+    with safe_open(chosen[0], "pt") as stream:
+        floating = (stream.get_tensor(name) for name in stream.keys())  # noqa: SIM118 (safe_open is no mapping)
+        return next((tensor.dtype for tensor in floating if tensor.is_floating_point()), None)
 
 
 def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: Any) -> Any:
@@ -149,8 +176,8 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
         FileNotFoundError, ValueError, OSError: see ``from_single_file``.
     """
     from latentdiff import pipelines
-    from latentdiff.interchange.single_file import Checkpoint, check_checkpoint, unet_config, vae_config
-    from latentdiff.pipelines.single_file_parts import find_file, fitting_pipelines
+    from latentdiff.interchange.single_file import check_checkpoint, unet_config, vae_config
+    from latentdiff.pipelines.single_file_parts import fitting_pipelines
 
     file = find_file(source, allow_pickle)
     weights = Checkpoint(file, allow_pickle)
@@ -199,18 +226,14 @@ def part_weights(pipeline: Any, component: str) -> tuple[dict[str, torch.Tensor]
     As in the autoencoders that are passed around alone, an autoencoder's names lack their beginning.
     """
     from latentdiff.interchange import single_file
-    from latentdiff.pipelines.single_file_parts import header_of
 
     part = getattr(pipeline, component)
     if component == "vae":
-        weights = single_file.original_autoencoder(part)
-        weights = {name.removeprefix("first_stage_model."): tensor for name, tensor in weights.items()}
+        weights = single_file.autoencoder_alone(part)
     else:
         of = single_file.original_unet if component == "unet" else single_file.original_text_encoder
         weights = of(part)
-    header = header_of(pipeline)
-    configs = json.loads(header[single_file.HEADER])
-    return weights, {**header, single_file.HEADER: json.dumps({component: configs[component]}, sort_keys=True)}
+    return weights, single_file.header_of_parts({component: single_file.plain_config(part)})
 
 
 def is_free(target: Path, overwrite: bool) -> bool:

@@ -13,6 +13,9 @@ loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which t
 OUR_CLASSES = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 """Per component, the classes of diffusers that we have our own version of."""
 
+OURS_ALONE: dict[str, tuple[str, ...]] = {"vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"), "unet": ()}
+"""Per component, our classes that diffusers has nothing like. A folder names them with the module they are in."""
+
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
 UNSUPPORTED_OPTIONS = {
@@ -52,33 +55,41 @@ def load_networks(
     Raises:
         ValueError: a component is of a class that we have no version of, or lacks weights.
     """
-    import latentdiff.models as models
-
     networks = {}
-    for name, class_names in OUR_CLASSES.items():
+    for name, of_diffusers in OUR_CLASSES.items():
+        class_names = of_diffusers + OURS_ALONE[name]
         if name not in index or index[name][0] is None:
             continue
         class_name = index[name][1]
         if class_name not in class_names:
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {' or '.join(class_names)}")
-        has_variant = variant is not None and any((folder / name).glob(f"*.{variant}*.safetensors"))
-        try:
-            networks[name], info = getattr(models, class_name).from_pretrained(
-                folder / name,
-                dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
-                variant=variant if has_variant else None,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{folder / name}: {told_shortly(error)}") from error
+        own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+        networks[name] = load_network(folder / name, class_name, own, variant)
         loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
-        missing = sorted(info["missing_keys"])
-        if missing:  # diffusers would leave them at random values
-            raise ValueError(
-                f"{folder / name}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
-            )
     return networks
+
+
+def load_network(folder: Path, class_name: str, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
+    """The network in a component's folder, of one of our classes; see `load_networks`."""
+    import latentdiff.models as models
+
+    has_variant = variant is not None and any(folder.glob(f"*.{variant}*.safetensors"))
+    try:
+        network, info = getattr(models, class_name).from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant if has_variant else None,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {told_shortly(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # diffusers would leave them at random values
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
+        )
+    return network
 
 
 def told_shortly(error: Exception) -> str:
@@ -92,9 +103,9 @@ def told_shortly(error: Exception) -> str:
     return f"the weights do not fit config.json: {key} should have the shape {wanted}, and has {found}"
 
 
-def only_variant(folder: Path) -> str | None:
-    """The variant of a folder's weights, if its UNet has one and no plain weights."""
-    found = {match[1] for file in folder.glob("unet/*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
+def only_variant(folder: Path, part: str = "unet") -> str | None:
+    """The variant of a folder's weights, if `part`, its UNet, has one and no plain weights."""
+    found = {match[1] for file in (folder / part).glob("*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
     return found.pop() if len(found) == 1 else None
 
 

@@ -5,20 +5,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from latentdiff.interchange.adapters import save_whole
 from latentdiff.interchange.single_file import (
+    HUB_OPTIONS,
     Checkpoint,
     OriginalSettings,
+    find_file,
     original_autoencoder,
     original_text_encoder,
     original_unet,
+    write_checkpoint,
 )
-from latentdiff.pipelines.single_file_parts import Parts, check_kind, find_file, header_of, load_tokenizer
+from latentdiff.pipelines.single_file_parts import Parts, check_kind, header_of, load_tokenizer
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class SingleFilePipeline:
@@ -123,25 +123,6 @@ class SingleFilePipeline:
         write_checkpoint(
             {**weights, **original_text_encoder(self.text_encoder)}, header_of(self), file, dtype, overwrite
         )
-
-
-def write_checkpoint(
-    weights: dict[str, Tensor], header: dict[str, str], file: str | Path, dtype: torch.dtype | None, overwrite: bool
-) -> None:
-    """Write weights under their original names; see `SingleFilePipeline.save_single_file`."""
-    file = Path(file).expanduser()
-    check_target(file, overwrite)
-    if dtype is not None:
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    save_whole(weights, file, header)
-
-
-def check_target(file: Path, overwrite: bool) -> None:
-    """Raises ValueError or FileExistsError for a checkpoint that cannot or must not be written."""
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: the weights are written as safetensors; name it {file.stem}.safetensors")
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise FileExistsError(f"{file} is there already; choose another name, or ask to overwrite it")
 
 
 def check_arguments(pipeline: str, others: Any, known: Any) -> None:

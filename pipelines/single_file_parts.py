@@ -1,8 +1,6 @@
 """From a checkpoint to a pipeline's components, and what of a pipeline goes into a file's header."""
 
-import json
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from latentdiff.interchange.single_file import (
     build_unet,
     check_checkpoint,
     clip_tokenizer,
+    header_of_parts,
     is_guess,
+    plain_config,
     scheduler_settings,
     unet_config,
 )
@@ -26,45 +26,9 @@ from latentdiff.pipelines.folder import DEFAULTS
 
 logger = logging.getLogger(__name__)
 
-ON_THE_HUB = re.compile(
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/(?:(?:blob|resolve)/([^/]+)/)?([^?#]+\.\w+)"
-    r"(?:\?download=true)?"
-)
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 LARGE_V = 96
 """``sample_size`` of Stable Diffusion 2 that predicts v."""
-
-
-def find_file(source: str | Path, allow_pickle: bool = False, **hub: Any) -> Path:
-    """A local file, or one on the hub (downloaded, or from the local cache).
-
-    Args:
-        hub: of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
-
-    Raises:
-        FileNotFoundError: neither.
-        ValueError: it is on the hub, pickled, and `allow_pickle` is False.
-        OSError: the hub cannot be asked.
-    """
-    file = Path(source).expanduser()
-    if file.exists() or not isinstance(source, str):
-        return file
-    address = ON_THE_HUB.fullmatch(source)
-    is_url = source.startswith(("https://", "http://"))
-    if address is None or (not is_url and Path(source.split("/")[0]).exists()):
-        raise FileNotFoundError(
-            f"{source}: no such file; give a .safetensors file, or owner/name/file.safetensors on the Hugging Face hub"
-        )
-    repository, revision, name = address.groups()
-    if not name.endswith(".safetensors") and not allow_pickle:
-        raise ValueError(f"{source} is a pickle, which is only read if asked for: allow_pickle=True (--ckpt)")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, name, **{"revision": revision, **hub}))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{source} is not in the local cache, and the hub cannot be asked") from error
 
 
 class Parts:
@@ -189,21 +153,7 @@ def header_of(pipeline: Any) -> dict[str, str]:
     if "low_res_scheduler" in configs:
         configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
     configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
-    return {"format": "pt", "latentdiff": json.dumps(configs, sort_keys=True)}
-
-
-def plain_config(part: Any) -> dict[str, Any]:
-    """A component's config without what it notes for itself."""
-    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-    return {key: value for key, value in config.items() if not key.startswith("_") and is_plain(value)}
-
-
-def is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return header_of_parts(configs)
 
 
 def fitting_pipelines(unet_channels: int, latent_channels: int) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import StepCallback
+from latentdiff.pipelines.base import AnyAutoencoder, StepCallback
 from latentdiff.pipelines.conditioned import TextPipeline, refuse
 from latentdiff.pipelines.drawing import Drawing, ImagesOutput, Steps, TextExtras, whole
 from latentdiff.pipelines.pictures import Pictures, check_pictures, to_pixels
@@ -37,7 +37,7 @@ class SuperResolutionPipeline(TextPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | VQModel | diffusers.AutoencoderKL | diffusers.VQModel,
+        vae: AnyAutoencoder,
         text_encoder: torch.nn.Module,
         tokenizer: Any,
         unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,

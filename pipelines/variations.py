@@ -7,9 +7,9 @@ import diffusers
 import torch
 from torch import Generator, Tensor, nn
 
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import LatentPipeline, StepCallback, check_count, check_output_type
+from latentdiff.pipelines.base import AnyAutoencoder, LatentPipeline, StepCallback, check_count, check_output_type
 from latentdiff.pipelines.drawing import Drawing, Extras, ImagesOutput, Steps, refuse_unknown, whole
 from latentdiff.pipelines.pictures import Pictures, upright_rgb
 
@@ -33,7 +33,7 @@ class ImageVariationPipeline(LatentPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | VQModel | diffusers.AutoencoderKL | diffusers.VQModel,
+        vae: AnyAutoencoder,
         image_encoder: nn.Module,
         unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,
         scheduler: Any,

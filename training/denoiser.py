@@ -7,7 +7,8 @@ from typing import Any, cast
 from accelerate.utils import set_seed
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+from latentdiff.models import UNet2DConditionModel
+from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.text import load_text_encoder
 from latentdiff.training.config import DenoiserSettings
 from latentdiff.training.describe import describe
@@ -16,7 +17,7 @@ from latentdiff.training.inputs import Autoencoder, frozen, pixels_per_latent
 from latentdiff.training.objective import DenoiserObjective
 from latentdiff.training.run import TrainingRun
 
-AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+AUTOENCODERS = OUR_CLASSES["vae"] + OURS_ALONE["vae"]
 
 
 def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
@@ -93,15 +94,30 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is a model of another class.
+        ValueError: it is a model of another class, or its latents are not what its config says of them.
     """
+    from latentdiff import models
+
     for candidate in (Path(folder), Path(folder) / "vae"):
         if (candidate / "config.json").is_file():
             kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
             if kind not in AUTOENCODERS:
                 raise ValueError(f"{candidate}: its config.json is of a {kind}, not of {' or '.join(AUTOENCODERS)}")
-            return AUTOENCODERS[kind].from_pretrained(candidate)
+            autoencoder = getattr(models, kind).from_pretrained(candidate)
+            check_latents(candidate, autoencoder.config)
+            return cast(Autoencoder, autoencoder)
     raise FileNotFoundError(
         f"{folder}: no autoencoder found (no config.json there or in its vae/); train one with "
         f"'latentdiff train autoencoder --output {folder}'"
     )
+
+
+def check_latents(folder: Path, config: Any) -> None:
+    """Raises ValueError if codes have another number of channels than ``latent_channels``, by which pipelines go."""
+    channels = len(config["levels"]) if "levels" in config else config.get("vq_embed_dim") or config["latent_channels"]
+    if channels != config["latent_channels"]:
+        key = "levels" if "levels" in config else "vq_embed_dim"
+        raise ValueError(
+            f"{folder}: its latents have {channels} channels ({key}) and latent_channels={config['latent_channels']}; "
+            f"pipelines draw with autoencoders where both are the same"
+        )

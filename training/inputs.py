@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.models import AutoencoderKL, VQModel
+from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.text import encode_prompts, max_tokens
 from latentdiff.training.cache import LatentCache, TextCache
 from latentdiff.training.config import DiffusionSettings
@@ -19,7 +19,7 @@ from latentdiff.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-Autoencoder = AutoencoderKL | VQModel
+Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | IdentityAutoencoder
 
 
 def pixels_per_latent(autoencoder: Any) -> int:

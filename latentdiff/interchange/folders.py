@@ -14,6 +14,9 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion"
 """Where a pipeline's components may come from: two libraries, and two of diffusers' folders of pipelines. diffusers
 itself imports any module that a folder names."""
 
+OUR_MODULES = ("latentdiff.models.autoencoder", "latentdiff.models.identity")
+"""... and where ours are defined that diffusers has no class for."""
+
 
 def find_model(source: str | Path | None) -> Path | None:
     """Where a model is: the folder of a packaged name or of a path, or None for the id of a model on the hub.
@@ -85,7 +88,7 @@ def check_origin(index: Path, name: str, library: Any) -> None:
     """Raises ValueError for a component whose code would come from who knows where, or that lies outside the folder."""
     if not name.isidentifier():
         raise ValueError(f"{index}: {name!r} is no name for a component")
-    if library not in LIBRARIES:
+    if library not in (*LIBRARIES, *OUR_MODULES):
         raise ValueError(
             f"{index}: {name} is of {library!r}; only components of diffusers and transformers are loaded, "
             f"others could run any code"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentdiff.models.autoencoder import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
+    from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
 
@@ -15,6 +16,7 @@ _HOMES = {
     "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
     "FSQModel": "latentdiff.models.autoencoder",
     "GumbelVQModel": "latentdiff.models.autoencoder",
+    "IdentityAutoencoder": "latentdiff.models.identity",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
     "VQModel": "latentdiff.models.autoencoder",
@@ -26,6 +28,7 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "FSQModel",
     "GumbelVQModel",
+    "IdentityAutoencoder",
     "TextContext",
     "UNet2DConditionModel",
     "VQModel",

@@ -34,6 +34,7 @@ from latentdiff.models.bottlenecks import (
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
 from latentdiff.models.layers import SdpaModel
+from latentdiff.models.single_file import SingleFileModel
 from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 
 
@@ -48,7 +49,7 @@ class AutoencoderOutput(DecoderOutput):
     encoded: Tensor | None = None
 
 
-class Autoencoder(SdpaModel, ModelMixin, StrictConfig):
+class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
     """What both autoencoders share: pixels to what the bottleneck takes, latents to pixels, one image at a time or not.
 
     Subclasses set ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.

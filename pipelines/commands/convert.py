@@ -30,7 +30,7 @@ class Component(StrEnum):
 MODEL_FORMS = (None, Form.folder, Form.file, Form.onnx)
 USEFUL = {  # to read a component alone
     Component.unet: ("--prediction-type", "--original-config", "--ema"),
-    Component.vae: ("--original-config",),
+    Component.vae: ("--original-config", "--scaling-factor", "--ema"),
     Component.text_encoder: (),
 }
 LORA_FORMS = (Form.diffusers, Form.peft, Form.kohya)
@@ -42,7 +42,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Pipeline folder, .safetensors or .ckpt file, LoRA or embedding; models also by name or from the hub.",
+            help="Folder of a pipeline, UNet or autoencoder; .safetensors or .ckpt file; LoRA; embedding. Models also "
+            "by name or from the hub.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to write.")],
@@ -66,7 +67,12 @@ def convert(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet.")] = False,
+    scaling_factor: Annotated[
+        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not tell.")
+    ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
+    ] = False,
     ckpt: Annotated[
         bool, typer.Option("--ckpt", help="Read pickled files too (.ckpt, .pt, .bin); nothing in them is run.")
     ] = False,
@@ -78,6 +84,8 @@ def convert(
 
     latentdiff convert sd15 sd15-half.safetensors --dtype float16
 
+    latentdiff convert vq-f4/model.ckpt vq-f4-diffusers --ckpt
+
     latentdiff convert lora.safetensors kohya-lora.safetensors --to kohya
 
     What is written is written whole or not at all. Nothing is replaced without --overwrite.
@@ -86,11 +94,12 @@ def convert(
     if Path(source).expanduser().exists() and target.exists() and target.samefile(Path(source).expanduser()):
         raise ValueError(f"{target} is the source itself; choose another name")
     be_quiet()
-    from latentdiff.pipelines.converting import kind_of_source
+    from latentdiff.pipelines.converting import kind_of_source, network_class, only_part
 
     kind = kind_of_source(source, ckpt)
-    reading = {"--prediction-type": prediction_type, "--original-config": original_config, "--ema": ema or None}
-    reading["--tokenizer"] = tokenizer
+    held: str | None = None
+    reading: dict[str, Any] = {"--prediction-type": prediction_type, "--original-config": original_config}
+    reading |= {"--ema": ema or None, "--tokenizer": tokenizer, "--scaling-factor": scaling_factor}
     shaping = {"--dtype": dtype, "--variant": variant, "--component": component}
     if kind in ("lora", "embedding"):
         refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", {**reading, **shaping, "--from-variant": from_variant})
@@ -98,6 +107,12 @@ def convert(
         return
     check_form(to, MODEL_FORMS, "a model")
     form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
+    if kind == "network":
+        held = network_class(Path(source).expanduser())
+    elif kind == "checkpoint" and component is None:
+        held = only_part(source, ckpt)
+    if held is not None:
+        component = alone(source, held, component, form)
     check_options(form, variant, component, dtype, overwrite)
     if component is not None:
         refuse(f"the {component} alone", {key: value for key, value in reading.items() if key not in USEFUL[component]})
@@ -105,14 +120,21 @@ def convert(
     import torch
 
     precision = None if dtype is None else getattr(torch, dtype.value)
-    if kind == "folder":
+    pipeline: Any
+    if kind == "network":
+        refuse("a folder", reading)
+        from latentdiff.pipelines.converting import network_alone
+
+        pipeline = OnePart(**{str(component): network_alone(source, precision, from_variant)})
+    elif kind == "folder":
         refuse("a folder", reading)
         from latentdiff.pipelines.converting import folder_pipeline
 
         pipeline = folder_pipeline(source, precision, from_variant)
     else:
         refuse("a single file", {"--from-variant": from_variant})
-        pipeline = read_file(source, precision, component, ckpt, ema, prediction_type, original_config, tokenizer)
+        told = {"prediction_type": prediction_type, "scaling_factor": scaling_factor}
+        pipeline = read_file(source, precision, component, ckpt, ema, told, original_config, tokenizer)
     write(pipeline, form, target, variant, component, overwrite)
 
 
@@ -122,30 +144,48 @@ def read_file(
     component: Component | None,
     ckpt: bool,
     ema: bool,
-    prediction_type: str | None,
+    told: dict[str, Any],
     original_config: Path | None,
     tokenizer: str | None,
 ) -> Any:
     """The pipeline of a single file, or something with only the component that is wanted."""
-    from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
+    from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
     from latentdiff.pipelines.converting import checkpoint_pipeline
     from latentdiff.pipelines.single_file import check_prediction
-    from latentdiff.pipelines.single_file_parts import Parts, find_file
+    from latentdiff.pipelines.single_file_parts import Parts
 
-    check_prediction(prediction_type)
+    check_prediction(told["prediction_type"])
     if component is None:
         return checkpoint_pipeline(
             source,
             ckpt,
             ema,
             dtype=dtype,
-            prediction_type=prediction_type,
             original_config=original_config,
             tokenizer=tokenizer,
+            **told,
         )
-    weights = Checkpoint(find_file(source, ckpt), ckpt, ema)
-    parts = Parts(weights, dtype, OriginalSettings(prediction_type=prediction_type), original_config)
+    weights = Checkpoint(find_file(source, ckpt), ckpt)
+    if ema:
+        weights.use_averages("autoencoder" if component is Component.vae else "UNet")
+    if component is Component.vae:
+        scale = told["scaling_factor"]
+        return OnePart(vae=read_autoencoder(weights, None, dtype, scale, original_config=original_config))
+    parts = Parts(weights, dtype, OriginalSettings(**told), original_config)
     return OnePart(**{component.value: getattr(parts, component.value)()})
+
+
+def alone(source: str, held: str, component: Component | None, form: Form) -> Component:
+    """The component to convert where a source holds but one.
+
+    Raises:
+        ValueError: another is asked for, or a form that takes a whole model.
+    """
+    if component not in (None, held):
+        raise ValueError(f"{source} holds a {held} alone, no {component}")
+    if form is Form.onnx:
+        raise ValueError(f"{source} holds a {held} alone, and only whole models are converted to ONNX")
+    return Component(held)
 
 
 class OnePart:
@@ -166,7 +206,7 @@ def write(
 
         export_onnx(pipeline, target)
     elif component is not None and form is Form.file:
-        from latentdiff.pipelines.single_file import write_checkpoint
+        from latentdiff.interchange.single_file import write_checkpoint
 
         write_checkpoint(*converting.part_weights(pipeline, component.value), target, None, overwrite)
     elif component is not None:
@@ -221,8 +261,8 @@ def check_options(
 
 def check_place(form: Form, target: Path, overwrite: bool) -> None:
     """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
+    from latentdiff.interchange.single_file import check_target
     from latentdiff.pipelines.converting import is_free
-    from latentdiff.pipelines.single_file import check_target
 
     if form is Form.file:
         check_target(target, overwrite)

@@ -16,7 +16,7 @@ from tiny import tiny_pipeline
 from transformers import BertTokenizer
 from typer.testing import CliRunner
 
-from latentdiff import AutoencoderKL, ImageToImagePipeline, TextToImagePipeline
+from latentdiff import AutoencoderKL, ImageToImagePipeline, TextToImagePipeline, models
 from latentdiff.pipelines.commands.convert import convert
 
 app = typer.Typer()
@@ -121,10 +121,81 @@ def test_one_network_alone(model: Callable[[str], Any], tmp_path: Path, componen
     same(load_file(tmp_path / "part-2" / f"{name}.safetensors"), {key: one.bfloat16() for key, one in state.items()})
     if component == "vae":
         same(AutoencoderKL.from_pretrained(tmp_path / "part").state_dict(), state)
-        with pytest.raises(ValueError, match="has no unet; convert what it has alone, with --component vae"):
+        said = run(tmp_path / "one.safetensors", tmp_path / "whole")  # there is nothing else in it
+        assert said.replace("\n", "") == f"{tmp_path / 'whole'}: vae"
+        same(AutoencoderKL.from_pretrained(tmp_path / "whole").state_dict(), state)
+    if component == "unet":
+        with pytest.raises(ValueError, match="has no vae; convert what it has alone, with --component unet"):
             run(tmp_path / "one.safetensors", tmp_path / "whole")
     run(tmp_path / "folder", tmp_path / "part", "--component", component, "--overwrite", "--dtype", "float16")
     same(load_file(tmp_path / "part" / f"{name}.safetensors"), {key: one.half() for key, one in state.items()})
+
+
+CODER: dict[str, Any] = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    "latent_channels": 3,
+}
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel", "GumbelVQModel"])
+def test_an_autoencoder_from_file_to_folder_and_back(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    own = {"num_vq_embeddings": 8} if kind != "AutoencoderKL" else {}
+    model = getattr(models, kind)(**CODER, **own, scaling_factor=0.7)
+    model.save_single_file(tmp_path / "with header.safetensors")
+    weights = load_file(tmp_path / "with header.safetensors")
+    averages = {"model_ema." + name.replace(".", ""): tensor + 1 for name, tensor in weights.items()}
+    torch.save({"state_dict": {**weights, **averages, "loss.logvar": torch.zeros(1)}}, tmp_path / "model.ckpt")
+    said = run(tmp_path / "model.ckpt", tmp_path / "folder", "--ckpt", "--scaling-factor", "0.3")
+    assert said.replace("\n", "") == f"{tmp_path / 'folder'}: vae"
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (config["_class_name"], config["scaling_factor"], config["sample_size"]) == (kind, 0.3, 256)
+    same(getattr(models, kind).from_pretrained(tmp_path / "folder").state_dict(), model.state_dict())
+    run(tmp_path / "folder", tmp_path / "back.safetensors")
+    same(load_file(tmp_path / "back.safetensors"), weights)
+    assert getattr(models, kind).from_single_file(tmp_path / "back.safetensors").config.scaling_factor == 0.3
+    run(tmp_path / "folder", tmp_path / "half", "--dtype", "float16", "--variant", "fp16")
+    run(tmp_path / "half", tmp_path / "half.safetensors")  # the only variant is found
+    same(load_file(tmp_path / "half.safetensors"), {name: tensor.half() for name, tensor in weights.items()})
+    run(tmp_path / "model.ckpt", tmp_path / "averages.safetensors", "--ckpt", "--ema")
+    same(load_file(tmp_path / "averages.safetensors"), {name: tensor + 1 for name, tensor in weights.items()})
+    run(tmp_path / "with header.safetensors", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["scaling_factor"] == 0.7
+
+
+def test_a_network_alone_is_no_model(model: Callable[[str], Any], tmp_path: Path) -> None:
+    pipeline = model("sd1")
+    vae, unet = tmp_path / "folder" / "vae", tmp_path / "folder" / "unet"
+    run(unet, tmp_path / "unet.safetensors")
+    run(tmp_path / "unet.safetensors", tmp_path / "unet", "--component", "unet")
+    same(load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors"), pipeline.unet.state_dict())
+    for arguments, message in (
+        ((vae, tmp_path / "x", "--component", "unet"), "holds a vae alone, no unet"),
+        ((vae, tmp_path / "x", "--to", "onnx"), "holds a vae alone, and only whole models are converted to ONNX"),
+        ((vae, tmp_path / "x", "--scaling-factor", "1"), "--scaling-factor does nothing for a folder"),
+        ((tmp_path / "unet.safetensors", tmp_path / "x", "--component", "unet", "--scaling-factor", "1"), "unet alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*arguments)
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors is damaged"):
+        run(vae, tmp_path / "x")
+    models.IdentityAutoencoder().save_pretrained(tmp_path / "pixels")
+    with pytest.raises(ValueError, match="not IdentityAutoencoder, which the original code never had"):
+        run(tmp_path / "pixels", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_scale_of_a_whole_file(model: Callable[[str], Any], tmp_path: Path) -> None:
+    model("sd1")
+    run(tmp_path / "folder", tmp_path / "a.safetensors")
+    options = ("--tokenizer", tmp_path / "tokenizer", "--scaling-factor", "0.25")
+    run(tmp_path / "a.safetensors", tmp_path / "whole", *options)
+    run(tmp_path / "a.safetensors", tmp_path / "part", "--component", "vae", "--scaling-factor", "0.25")
+    for folder in (tmp_path / "whole" / "vae", tmp_path / "part"):
+        assert json.loads((folder / "config.json").read_text())["scaling_factor"] == 0.25
 
 
 def test_diffusers_folder_of_latent_diffusion(tmp_path: Path) -> None:

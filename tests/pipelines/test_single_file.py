@@ -27,8 +27,8 @@ from latentdiff import (
     SuperResolutionPipeline,
     TextToImagePipeline,
 )
-from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
-from latentdiff.interchange.single_file.configs import text_config, text_kind, unet_config, vae_config
+from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, vae_config
+from latentdiff.interchange.single_file.configs import text_config, text_kind, unet_config
 
 
 @pytest.fixture(scope="module")

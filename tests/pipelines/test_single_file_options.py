@@ -284,7 +284,7 @@ def test_a_pickle_on_the_hub_is_not_even_fetched() -> None:
     ],
 )
 def test_places_on_the_hub(source: str, wanted: Any) -> None:
-    from latentdiff.pipelines.single_file_parts import ON_THE_HUB
+    from latentdiff.interchange.single_file import ON_THE_HUB
 
     match = ON_THE_HUB.fullmatch(source)
     assert (match and match.groups()) == wanted

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from latentdiff.interchange.single_file.files import Checkpoint
-from latentdiff.interchange.single_file.names import BERT, CLIP, OPEN_CLIP, UNET, VAE
+from latentdiff.interchange.single_file.names import BERT, CLIP, OPEN_CLIP, UNET
 
 Config = dict[str, Any]
 
@@ -136,40 +136,6 @@ def class_config(weights: Checkpoint) -> Config:
             f"and unCLIP, which is not supported"
         )
     return {"class_embed_type": "timestep"}
-
-
-def vae_config(weights: Checkpoint) -> Config:
-    """diffusers' config of the autoencoder in a checkpoint, without its ``scaling_factor`` and ``sample_size``.
-
-    Raises:
-        ValueError: it is not one of Latent Diffusion's.
-    """
-    try:
-        conv_in = weights.shape(f"{VAE}encoder.conv_in.weight")
-        levels = numbers(weights, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
-        channels = [weights.shape(f"{VAE}encoder.down.{i}.block.0.conv2.weight")[0] for i in levels]
-        layers = numbers(weights, re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\.")
-        latent_channels = weights.shape(f"{VAE}decoder.conv_in.weight")[1]
-        out_channels = weights.shape(f"{VAE}decoder.conv_out.weight")[0]
-    except KeyError as error:
-        raise ValueError(f"{weights.file}: the autoencoder is not one of Latent Diffusion's; no {error}") from None
-    attends = [f"{VAE}encoder.down.{i}.attn.0.q.weight" in weights for i in levels]
-    config: Config = {
-        "in_channels": conv_in[1],
-        "out_channels": out_channels,
-        "latent_channels": latent_channels,
-        "block_out_channels": channels,
-        "layers_per_block": len(layers),
-        "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends],
-        "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in attends[::-1]],
-        "mid_block_add_attention": f"{VAE}encoder.mid.attn_1.q.weight" in weights,
-    }
-    codebook = f"{VAE}quantize.embedding.weight"
-    if codebook in weights:
-        config |= dict(zip(("num_vq_embeddings", "vq_embed_dim"), weights.shape(codebook), strict=True))
-    elif f"{VAE}quant_conv.weight" not in weights:
-        config |= {"use_quant_conv": False, "use_post_quant_conv": False}
-    return config
 
 
 def text_kind(weights: Checkpoint) -> str | None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from latentdiff.interchange.folders import check_safetensors
-from latentdiff.interchange.single_file.names import CLIP, UNET, VAE
+from latentdiff.interchange.single_file.names import CLIP, UNET, VAE, VAE_PARTS
 from latentdiff.interchange.single_file.pickles import read_pickle
 
 HEADER = "latentdiff"
@@ -25,7 +25,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Args:
         file: ``.safetensors``, or ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` with `allow_pickle`.
-        ema: take the averaged weights (``model_ema.``) of the UNet.
+        ema: take the averaged weights (``model_ema.``) of the UNet; in a file without one, of the autoencoder.
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,21 +50,32 @@ class Checkpoint(Mapping[str, Tensor]):
         else:
             self._tensors, self.global_step = read_pickle(file, allow_pickle)
             names = list(self._tensors)
-        self._places = original_names(names)
+        self.beginning = missing_beginning(names)
+        """What the names in the file lack of those in a whole checkpoint: an autoencoder's or a UNet's, or nothing."""
+        self._places = original_names(names, self.beginning)
         if ema:
-            self._use_averages()
+            self.use_averages("UNet" if any(name.startswith(UNET) for name in self._places) else "autoencoder")
 
-    def _use_averages(self) -> None:
-        """Let the UNet's names stand for their averages, which are named without dots."""
+    def use_averages(self, part: str) -> None:
+        """Let names of weights stand for their averages, which are named without dots.
+
+        Args:
+            part: "UNet" or "autoencoder". Of a whole model only the UNet is averaged.
+
+        Raises:
+            ValueError: there are none of it.
+        """
+        of: Any = UNET if part == "UNet" else VAE_PARTS
         averages = {
-            name: "model_ema." + name.removeprefix("model.").replace(".", "")
-            for name in self._places
-            if name.startswith(UNET)
+            name: "model_ema." + place.removeprefix("model.").replace(".", "")
+            for name, place in self._places.items()
+            if name.startswith(of) and name.endswith((".weight", ".bias"))
         }
-        missing = [name for name, average in averages.items() if average not in self._places]
+        there = set(self._places.values())
+        missing = [name for name, average in averages.items() if average not in there]
         if missing or not averages:
-            lacks = f"; {missing[0]} has none" if 0 < len(missing) < len(averages) else ""
-            raise ValueError(f"{self.file} has no averaged weights (model_ema.) of its UNet{lacks}; leave ema out")
+            lacks = f"; {self.own_name(missing[0])} has none" if 0 < len(missing) < len(averages) else ""
+            raise ValueError(f"{self.file} has no averaged weights (model_ema.) of its {part}{lacks}; leave ema out")
         self._places |= averages
 
     @property
@@ -73,7 +84,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def has_vae(self) -> bool:
-        return f"{VAE}encoder.conv_in.weight" in self._places
+        return any(name.startswith(VAE_PARTS[:2]) for name in self._places)
+
+    def own_name(self, name: str) -> str:
+        """How the file itself calls a weight."""
+        return name.removeprefix(self.beginning)
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
@@ -96,17 +111,21 @@ class Checkpoint(Mapping[str, Tensor]):
         return name in self._places
 
 
-def original_names(names: list[str]) -> dict[str, str]:
+def missing_beginning(names: list[str]) -> str:
+    """Some files hold the autoencoder or the UNet alone, without the beginnings of their names."""
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in names):
+        return VAE
+    return UNET if "input_blocks.0.0.weight" in names else ""
+
+
+def original_names(names: list[str], beginning: str) -> dict[str, str]:
     """The names that the weights have in a whole checkpoint, with those in the file.
 
-    Some files hold the autoencoder or the UNet alone, without the beginnings of their names; others leave out
-    ``text_model.`` in the text encoder's.
+    Some files leave out ``text_model.`` in the text encoder's.
     """
     known = set(names)
-    if "encoder.conv_in.weight" in known and any(name.startswith("encoder.down.0.") for name in names):
-        return {VAE + name: name for name in names}
-    if "input_blocks.0.0.weight" in known:
-        return {UNET + name: name for name in names}
+    if beginning:
+        return {beginning + name: name for name in names}
     if f"{CLIP}embeddings.token_embedding.weight" in known:
         old = tuple(CLIP + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
         return {name.replace(CLIP, f"{CLIP}text_model.") if name.startswith(old) else name: name for name in names}

@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE_PARTS = tuple(VAE + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize."))
+"""How the names of an autoencoder's weights begin; a training checkpoint has its losses' beside them."""
+
+CODEBOOK, GUMBEL_CODEBOOK = f"{VAE}quantize.embedding.weight", f"{VAE}quantize.embed.weight"
 CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model.transformer."
 
 RESNET = {  # the UNet's; the autoencoder's keep their names
@@ -82,6 +86,11 @@ def vae_name(key: str, config: Mapping[str, Any]) -> str:
     if inside:
         key = f"{inside[1]}.{VAE_ATTENTION[inside[2]]}.{inside[3]}"
     return VAE + key
+
+
+def gumbel_name(key: str, config: Mapping[str, Any]) -> str:
+    """Of a `GumbelVQModel`'s weight, in the code of Taming Transformers."""
+    return GUMBEL_CODEBOOK if key == "quantize.embedding.weight" else vae_name(key, config)
 
 
 def clip_name(key: str) -> str:

@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.interchange.single_file.configs import Config, text_config, text_kind, unet_config, vae_config
+from latentdiff.interchange.single_file.autoencoder_configs import autoencoder_kind, vae_config
+from latentdiff.interchange.single_file.configs import Config, text_config, text_kind, unet_config
 from latentdiff.interchange.single_file.files import Checkpoint, main_dtype
 from latentdiff.interchange.single_file.names import (
     CLIP,
     OPEN_CLIP,
     UNET,
     VAE,
+    VAE_PARTS,
     bert_name,
     clip_name,
+    gumbel_name,
     open_clip_name,
     unet_name,
     vae_name,
@@ -64,15 +67,15 @@ def fill(
     missing = [name for name, _ in places.values() if name not in weights]
     if missing:
         raise ValueError(
-            f"{weights.file}: {len(missing)} weights of the {part} are missing, such as {missing[0]}; the file is "
-            f"incomplete, or of another kind of model"
+            f"{weights.file}: {len(missing)} weights of the {part} are missing, such as "
+            f"{weights.own_name(missing[0])}; the file is incomplete, or of another kind of model"
         )
     used = {name for name, _ in places.values()}
     more = [name for name in weights if name.startswith(tuple(known)) and name not in used]
     if more:
         raise ValueError(
-            f"{weights.file}: {len(more)} weights have no place in the {part}, such as {more[0]}; the file is of "
-            f"another kind of model"
+            f"{weights.file}: {len(more)} weights have no place in the {part}, such as {weights.own_name(more[0])}; "
+            f"the file is of another kind of model"
         )
     state = {key: take(weights, *place, own[key].shape).to(dtype) for key, place in places.items()}
     network.load_state_dict(state, assign=True)
@@ -81,17 +84,17 @@ def fill(
 
 def take(weights: Checkpoint, name: str, third: int | None, shape: torch.Size) -> Tensor:
     """A weight, or the first, second or last third of it, in a shape that is the same but for 1x1 convolutions."""
-    tensor = weights[name]
+    tensor, own = weights[name], weights.own_name(name)
     found = (tensor.shape[0] // 3, *tensor.shape[1:]) if third is not None and tensor.ndim else tuple(tensor.shape)
     if plain_shape(found) != plain_shape(shape) or (third is not None and tensor.shape[0] % 3):
         raise ValueError(
-            f"{weights.file}: {name} should have the shape {list(shape)}{'' if third is None else ' three times'}, and "
+            f"{weights.file}: {own} should have the shape {list(shape)}{'' if third is None else ' three times'}, and "
             f"has {list(tensor.shape)}"
         )
     if tensor.is_meta:
-        raise ValueError(f"{weights.file}: {name} has a shape, but no values")
+        raise ValueError(f"{weights.file}: {own} has a shape, but no values")
     if not tensor.is_floating_point():
-        raise ValueError(f"{weights.file}: {name} is of {tensor.dtype}; quantised weights are not supported")
+        raise ValueError(f"{weights.file}: {own} is of {tensor.dtype}; quantised weights are not supported")
     part = tensor if third is None else tensor.chunk(3)[third]
     return part.reshape(shape).clone()  # the file may go, and parts of one tensor must not share memory
 
@@ -125,16 +128,18 @@ def build_unet(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) 
 
 def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) -> Any:
     """Our autoencoder with a checkpoint's weights; see `build_unet`."""
-    from latentdiff.models import AutoencoderKL, VQModel
+    from latentdiff import models
 
     if not weights.has_vae:
         raise ValueError(f"{weights.file} has no autoencoder; give one with vae=")
     config = {**(weights.header.get("vae") or vae_config(weights)), **changes}
-    kind: Any = VQModel if "num_vq_embeddings" in config else AutoencoderKL
+    kind = autoencoder_kind(weights)
     with torch.device("meta"):
-        vae = built(lambda: kind.from_config(config), weights)
-    dtype, known = dtype or main_dtype(weights, VAE), [f"{VAE}encoder.", f"{VAE}decoder."]
-    fill(vae, weights, whole(lambda key: vae_name(key, vae.config)), "autoencoder", dtype, known)
+        vae = built(lambda: getattr(models, kind).from_config(config), weights)
+    name_of = gumbel_name if kind == "GumbelVQModel" else vae_name
+    known = VAE_PARTS[:4]  # besides its codes, a codebook can have what it was learned with
+    dtype = dtype or main_dtype(weights, VAE)
+    fill(vae, weights, whole(lambda key: name_of(key, vae.config)), "autoencoder", dtype, known)
     return vae
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from latentdiff.interchange.single_file.configs import text_kind
 from latentdiff.interchange.single_file.files import Checkpoint
-from latentdiff.interchange.single_file.names import UNET, VAE
+from latentdiff.interchange.single_file.names import CODEBOOK, GUMBEL_CODEBOOK, UNET
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -49,14 +49,8 @@ class OriginalSettings:
             FileNotFoundError: no such file.
             ValueError: it is not such a file.
         """
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
-        try:
-            params = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
-            unet = params.get("unet_config", {}).get("params", {})
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{file} is not the YAML file of a Latent Diffusion model: {reason}") from None
+        params = read_params(file)
+        unet = section(section(params, "unet_config"), "params")
         return cls(
             prediction_type=choice(file, params, "parameterization", PREDICTIONS, "eps"),
             beta_schedule=choice(file, params, "beta_schedule", SCHEDULES, "linear"),
@@ -68,6 +62,24 @@ class OriginalSettings:
             heads=number(file, unet, "num_heads", int),
             head_channels=number(file, unet, "num_head_channels", int),
         )
+
+
+def read_params(file: Path) -> dict[str, Any]:
+    """``model.params`` of the YAML file of a released model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not such a file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        params = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
+        params.get("unet_config", {}).get("params", {})
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is not the YAML file of a Latent Diffusion model: {reason}") from None
+    return dict(params)
 
 
 def choice(file: Path, section: dict[str, Any], key: str, known: dict[str, str], usual: str) -> str:
@@ -107,13 +119,22 @@ def assumed_settings(weights: Checkpoint) -> OriginalSettings:
             sample_size=128,
             **process,
         )
-    if f"{VAE}quantize.embedding.weight" in weights:
+    if CODEBOOK in weights or GUMBEL_CODEBOOK in weights:
         stable |= OriginalSettings(scaling_factor=1.0)
+    stable |= OriginalSettings(scaling_factor=measured_scale(weights))
     if text == "bert":
         stable |= OriginalSettings(sample_size=32)
     if text == "open_clip" and weights.global_step != BASE_STEPS and takes_latents_only(weights):
         stable |= OriginalSettings(prediction_type="v_prediction", sample_size=96)
     return stable
+
+
+def measured_scale(weights: Checkpoint) -> float | None:
+    """The scale of the latents that a model was trained on, if it was measured; it stands beside the weights then."""
+    if "scale_factor" not in weights or weights.shape("scale_factor") not in ((), (1,)):
+        return None
+    scale = float(weights["scale_factor"])
+    return scale if 0 < scale < float("inf") else None
 
 
 def takes_latents_only(weights: Checkpoint) -> bool:
@@ -138,3 +159,26 @@ def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
         "set_alpha_to_one": False,
         "steps_offset": 1,
     }
+
+
+def autoencoder_settings(file: Path) -> dict[str, Any]:
+    """Of a YAML file that was released with an autoencoder or a whole model: its ``sample_size`` in pixels, and
+    ``scaling_factor`` if it says one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not such a file.
+    """
+    params = read_params(file)
+    stage = params if "ddconfig" in params else section(section(params, "first_stage_config"), "params")
+    read = {
+        "sample_size": number(file, section(stage, "ddconfig"), "resolution", int),
+        "scaling_factor": number(file, params, "scale_factor", float),
+    }
+    return {key: value for key, value in read.items() if value is not None}
+
+
+def section(params: Any, key: str) -> dict[str, Any]:
+    """A part of a YAML file; empty if there is none."""
+    found = params.get(key) if isinstance(params, dict) else None
+    return found if isinstance(found, dict) else {}

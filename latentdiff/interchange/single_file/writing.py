@@ -1,12 +1,24 @@
 """The networks of a pipeline under the names of the original checkpoints."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentdiff.interchange.single_file.names import bert_name, clip_name, open_clip_name, unet_name, vae_name
+from latentdiff.interchange.adapters import save_whole
+from latentdiff.interchange.single_file.files import HEADER
+from latentdiff.interchange.single_file.names import (
+    VAE,
+    bert_name,
+    clip_name,
+    gumbel_name,
+    open_clip_name,
+    unet_name,
+    vae_name,
+)
 
 
 def original_unet(unet: Any) -> dict[str, Tensor]:
@@ -20,7 +32,13 @@ def original_unet(unet: Any) -> dict[str, Tensor]:
 
 def original_autoencoder(vae: Any) -> dict[str, Tensor]:
     """An autoencoder's weights by their original names; see `original_unet`."""
-    state = named(vae, lambda key: vae_name(key, vae.config), "autoencoder")
+    if "levels" in vae.config or "layers_per_block" not in vae.config:
+        raise ValueError(
+            f"a single file holds an AutoencoderKL, VQModel or GumbelVQModel, not {type(vae).__name__}, which the "
+            f"original code never had; save_pretrained saves it as a folder"
+        )
+    name_of = gumbel_name if hasattr(getattr(vae, "quantize", None), "proj") else vae_name
+    state = named(vae, lambda key: name_of(key, vae.config), "autoencoder")
     return {
         # attention is made of 1x1 convolutions there
         name: tensor[..., None, None] if ".attn" in name and tensor.ndim == 2 else tensor
@@ -75,3 +93,51 @@ def named(network: Any, name_of: Callable[[str], Any], part: str) -> dict[Any, T
         except (KeyError, ValueError, IndexError):
             raise ValueError(f"original checkpoints have no name for the {part}'s {key}") from None
     return state
+
+
+def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
+    """An autoencoder's weights as in files that hold nothing else: without the beginning of their original names."""
+    return {name.removeprefix(VAE): tensor for name, tensor in original_autoencoder(vae).items()}
+
+
+def header_of_parts(configs: Mapping[str, Any]) -> dict[str, str]:
+    """A file's header with the configs of what it holds."""
+    return {"format": "pt", HEADER: json.dumps(configs, sort_keys=True)}
+
+
+def write_checkpoint(
+    weights: dict[str, Tensor], header: dict[str, str], file: str | Path, dtype: torch.dtype | None, overwrite: bool
+) -> None:
+    """Write weights under their original names; whole or not at all.
+
+    Raises:
+        FileExistsError: the file is there, and `overwrite` is False.
+        ValueError: it is not named ``.safetensors``.
+    """
+    file = Path(file).expanduser()
+    check_target(file, overwrite)
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_whole(weights, file, header)
+
+
+def check_target(file: Path, overwrite: bool) -> None:
+    """Raises ValueError or FileExistsError for a checkpoint that cannot or must not be written."""
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: the weights are written as safetensors; name it {file.stem}.safetensors")
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise FileExistsError(f"{file} is there already; choose another name, or ask to overwrite it")
+
+
+def plain_config(part: Any) -> dict[str, Any]:
+    """A component's config without what it notes for itself."""
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    return {key: value for key, value in config.items() if not key.startswith("_") and is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""Autoencoders from and to files of their own, as Latent Diffusion and Taming Transformers released theirs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.interchange.single_file.autoencoder_configs import autoencoder_kind, vae_config
+from latentdiff.interchange.single_file.configs import Config
+from latentdiff.interchange.single_file.files import Checkpoint
+from latentdiff.interchange.single_file.parts import build_autoencoder, check_checkpoint
+from latentdiff.interchange.single_file.settings import assumed_settings, autoencoder_settings, measured_scale
+from latentdiff.interchange.single_file.writing import (
+    autoencoder_alone,
+    header_of_parts,
+    plain_config,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+TRAINED_ON = 256
+"""Pixels on a side of the pictures that the released autoencoders were trained on, all of them."""
+
+XL_SCALE = 0.13025
+"""``scaling_factor`` of Stable Diffusion XL, whose autoencoder is of the others' shape."""
+
+
+def read_autoencoder(
+    weights: Checkpoint,
+    kind: str | None = None,
+    dtype: torch.dtype | None = None,
+    scaling_factor: float | None = None,
+    sample_size: int | None = None,
+    original_config: str | Path | None = None,
+) -> Any:
+    """The autoencoder in a checkpoint, which may hold a whole model; see `SingleFileModel.from_single_file`.
+
+    Args:
+        kind: the name of the class that it must be; any by default.
+
+    Raises:
+        FileNotFoundError, ValueError: see there.
+    """
+    if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
+        raise ValueError(f"scaling_factor={scaling_factor} should be a number above 0")
+    if not weights.has_vae:
+        check_checkpoint(weights)
+        raise ValueError(f"{weights.file} has no autoencoder")
+    found = autoencoder_kind(weights)
+    if kind not in (None, found):
+        raise ValueError(f"{weights.file} holds {DESCRIPTIONS[found]}; load it with {found}.from_single_file")
+    changes = {"sample_size": sample_size, "scaling_factor": scaling_factor}
+    if original_config is not None:
+        said = autoencoder_settings(Path(original_config).expanduser())
+        changes = {key: said.get(key) if value is None else value for key, value in changes.items()}
+    given = {key: value for key, value in changes.items() if value is not None}
+    if "vae" in weights.header:
+        return build_autoencoder(weights, dtype, given)
+    vae = build_autoencoder(weights, dtype, {**usual(weights), **given})
+    if "scaling_factor" not in given and is_unusual(weights, vae.config):
+        logger.warning(
+            "%s does not say how its latents are scaled; scaling_factor=%g is assumed. It matters only to a denoiser: "
+            "give scaling_factor= (--scaling-factor) as the one was trained with",
+            *(weights.file, vae.config["scaling_factor"]),
+        )
+    return vae
+
+
+DESCRIPTIONS = {
+    "AutoencoderKL": "no codebook but a Gaussian's mean and width (AutoencoderKL)",
+    "VQModel": "a codebook (VQModel)",
+    "GumbelVQModel": "a codebook and a distribution over it (GumbelVQModel)",
+}
+
+
+def usual(weights: Checkpoint) -> Config:
+    """What the weights do not tell, as it usually is: of an autoencoder alone, or of that of a whole model."""
+    assumed, size = assumed_settings(weights), TRAINED_ON
+    if weights.has_unet:
+        levels = len(vae_config(weights)["block_out_channels"])
+        size = (assumed.sample_size or 64) * 2 ** (levels - 1)
+    is_xl = any(name.startswith("conditioner.") for name in weights)
+    return {"sample_size": size, "scaling_factor": XL_SCALE if is_xl else assumed.scaling_factor}
+
+
+def is_unusual(weights: Checkpoint, config: Any) -> bool:
+    """Whether no released model says how a Gaussian's latents are scaled; Stable Diffusion 1 and 2 do."""
+    if "num_vq_embeddings" in config or measured_scale(weights) is not None or weights.has_unet:
+        return False
+    return (config["latent_channels"], len(config["block_out_channels"])) != (4, 4)
+
+
+def write_autoencoder(vae: Any, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+    """Write an autoencoder under its original names; see `SingleFileModel.save_single_file`."""
+    write_checkpoint(autoencoder_alone(vae), header_of_parts({"vae": plain_config(vae)}), file, dtype, overwrite)

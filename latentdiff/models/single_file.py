@@ -1,0 +1,78 @@
+"""``from_single_file`` and ``save_single_file`` of the autoencoders."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+
+class SingleFileModel:
+    """An autoencoder that goes from and to files with the original names of Latent Diffusion's weights."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        scaling_factor: float | None = None,
+        sample_size: int | None = None,
+        original_config: str | Path | None = None,
+        ema: bool = False,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load an autoencoder from one file: of its own, or of a whole model of which it is a part.
+
+        Latent Diffusion's and Stable Diffusion's, with a Gaussian or a codebook, and Taming Transformers' VQGANs. The
+        weights tell its shape; what a training run keeps beside them, such as its losses, is passed over.
+
+        Args:
+            source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
+            dtype: of the weights; None leaves the file's.
+            scaling_factor: for the config, since weights do not tell it; by default what the file or `original_config`
+                says, else Stable Diffusion's 0.18215, and 1 where there is a codebook. Where that is a guess, a warning
+                is logged.
+            sample_size: for the config, in pixels; likewise, else what the whole model draws, or 256, as all released
+                autoencoders were trained on.
+            original_config: the YAML file that was released with the autoencoder, or with a whole model.
+            ema: take the averaged weights (``model_ema.``), where the file of an autoencoder has both.
+            allow_pickle: read a ``.ckpt`` too, by ``torch.load(weights_only=True)``, which runs nothing.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``; and ``torch_dtype``,
+                the older name of ``dtype``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, holds something else or lacks weights, or is for another class, which is named.
+            TypeError: an unknown argument.
+            OSError: the hub cannot be asked.
+        """
+        from latentdiff.interchange.single_file import HUB_OPTIONS, Checkpoint, find_file, read_autoencoder
+
+        dtype = hub.pop("torch_dtype", None) or dtype
+        for name in hub:
+            if name not in HUB_OPTIONS:
+                raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {name!r}")
+        weights = Checkpoint(find_file(source, allow_pickle, **hub), allow_pickle)
+        if ema:
+            weights.use_averages("autoencoder")
+        model: Self = read_autoencoder(weights, cls.__name__, dtype, scaling_factor, sample_size, original_config)
+        return model
+
+    def save_single_file(self, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+        """Write the weights into one safetensors file with their original names, as autoencoders are passed around.
+
+        Its header holds the config, so `from_single_file` brings the same autoencoder back.
+
+        Args:
+            file: named ``.safetensors``; written whole or not at all.
+            dtype: of the weights in it, such as ``torch.float16``; by default as they are.
+            overwrite: replace a file that is there.
+
+        Raises:
+            FileExistsError: the file is there.
+            ValueError: another kind of file, or an autoencoder that the original code never had.
+        """
+        from latentdiff.interchange.single_file import write_autoencoder
+
+        write_autoencoder(self, file, dtype, overwrite)
