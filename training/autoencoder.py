@@ -37,7 +37,11 @@ def build_autoencoder(settings: AutoencoderSettings) -> Any:
         case "vq":
             return VQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
         case "gumbel":
-            return GumbelVQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+            return GumbelVQModel(
+                **shape,
+                num_vq_embeddings=settings.num_vq_embeddings,
+                logit_laplace=settings.logit_laplace_weight > 0,
+            )
         case "fsq":
             return FSQModel(**shape, levels=settings.fsq_levels)
     return AutoencoderKL(**shape)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from latentdiff.models.bottlenecks import GumbelQuantizer
 from latentdiff.models.codebooks import CodebookLearner
 from latentdiff.models.discriminator import PatchDiscriminator, deceiving_loss, gradient_penalty, judging_loss
+from latentdiff.models.logit_laplace import LogitLaplace
 from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.perceptual import PerceptualLoss
 
 
 class AutoencoderObjective(nn.Module):
-    """The loss of an autoencoder: reconstruction (L1, L2, perceptual), bottleneck, and discriminator.
+    """The loss of an autoencoder: reconstruction (L1, L2, likelihood, perceptual), bottleneck, and discriminator.
 
     The bottleneck's losses carry their own names; ``kl``, ``commitment`` and ``uniform_kl`` have weights in the
     settings, and a ``codebook`` that learns by moving averages needs no loss.
@@ -65,7 +66,7 @@ class AutoencoderObjective(nn.Module):
         output = self.autoencoder(pixels, sample_posterior=True, generator=generator)
         if self.learner is not None and self.training:
             self.learner.observe(output.encoded, output.bottleneck.indices)
-        likeness = self._likeness(output.sample, pixels)
+        likeness = self._likeness(output, pixels)
         loss = likeness
         for name, value in output.bottleneck.losses.items():
             loss = loss + self.weights[name] * value.float()
@@ -82,11 +83,16 @@ class AutoencoderObjective(nn.Module):
         whole = loss + self.settings.discriminator_weight * balance * deceiving
         return whole, loss, (pixels, output.sample.detach())
 
-    def _likeness(self, sample: Tensor, pixels: Tensor) -> Tensor:
+    def _likeness(self, output: Any, pixels: Tensor) -> Tensor:
+        sample = output.sample
         difference = sample.float() - pixels
         l1, l2 = difference.abs().mean(), difference.square().mean()
         self.statistics = {"l1": l1.detach(), "l2": l2.detach()}
         loss = self.settings.l1_weight * l1 + self.settings.l2_weight * l2
+        if self.settings.logit_laplace_weight > 0:
+            nll = LogitLaplace(output.raw).nll(pixels).mean()
+            self.statistics["nll"] = nll.detach()
+            loss = loss + self.settings.logit_laplace_weight * nll
         if self.perceptual is not None:
             distance = self.perceptual(sample, pixels)
             self.statistics["perceptual"] = distance.detach()

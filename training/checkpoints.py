@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,12 +96,13 @@ class Checkpoints:
         """Load the newest whole checkpoint; returns its state and averaged weights, or ``{}, []`` if there is none.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: it is of another model, or a file of it is damaged.
         """
         whole = self.whole()
         if not whole:
             return {}, []
         latest = whole[-1]
+        self._check_files(whole)
         try:
             self.accelerator.load_state(str(latest))
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -114,6 +116,13 @@ class Checkpoints:
         logger.info("resumed from %s", latest)
         state = json.loads((latest / "state.json").read_text(encoding="utf-8"))
         return state, [averaged[str(i)] for i in range(len(averaged))]
+
+    def _check_files(self, whole: list[Path]) -> None:
+        """Raises ValueError for a file of the newest checkpoint that is not as it was written, by its end."""
+        for file in sorted(whole[-1].iterdir()):
+            if reason := damage(file):
+                then = f"goes on from {whole[-2].name}" if len(whole) > 1 else "begins anew"
+                raise ValueError(f"{file} is damaged ({reason}); without the folder {whole[-1]} the run {then}")
 
     def whole(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -133,6 +142,21 @@ class Checkpoints:
         for i, model in enumerate(models):
             load_trained(self.accelerator.unwrap_model(model), Path(folder) / trained_name(i))
         models.clear()
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a file of a checkpoint as a whole, if anything is."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".bin" and not zipfile.is_zipfile(file):
+            return "not what torch.save wrote"
+    except (SafetensorError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def load_trained(model: nn.Module, file: Path) -> None:

@@ -155,6 +155,7 @@ class AutoencoderSettings(RunSettings):
 
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(1.0, ge=0)
+    logit_laplace_weight: float = Field(0.0, ge=0, description="of the likelihood by which DALL-E learned (gumbel)")
     perceptual_weight: float = Field(0.0, ge=0)
     perceptual_network: str | None = Field(None, description="what judges likeness; default: see the documentation")
 
@@ -177,6 +178,10 @@ class AutoencoderSettings(RunSettings):
     def _check_levels(self) -> Self:
         if self.attention_levels and len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
+        if self.logit_laplace_weight and self.kind != "gumbel":
+            raise ValueError(f"logit_laplace_weight is for kind=gumbel, not for kind={self.kind}")
+        if self.latent_shift and self.kind != "kl":
+            raise ValueError(f"latent_shift is for kind=kl; codes of kind={self.kind} are what they are")
         if self.compile and self.discriminator_weight and self.adaptive_weight:
             raise ValueError("compile=true does not go with adaptive_weight; set adaptive_weight=false")
         return self

@@ -72,18 +72,15 @@ def measure_latents(
 
 
 def set_shift(model: Any, found: LatentMoments, wanted: bool) -> None:
-    """Set `config.shift_factor` if `wanted`, or say whether it would matter."""
+    """Set `config.shift_factor` if `wanted`, or say whether it would matter; models with codes have none."""
     matters = abs(found.mean) > 0.1 * found.std
-    if "shift_factor" not in model.config:
-        if wanted:
-            logger.warning("latent_shift: a %s has no shift_factor, so none is saved", type(model).__name__)
-    elif wanted:
+    if wanted:
         model.register_to_config(shift_factor=found.mean)
         logger.info(
             "shift_factor=%.5g: plain diffusers' Stable Diffusion pipelines ignore it, and would draw off colour",
             found.mean,
         )
-    elif matters:
+    elif matters and "shift_factor" in model.config:
         logger.info(
             "their mean is %.2g deviations away from 0; latent_shift=true would save a shift_factor, which plain "
             "diffusers' Stable Diffusion pipelines ignore",

@@ -34,6 +34,7 @@ from latentdiff.models.bottlenecks import (
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
 from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
 from latentdiff.models.layers import SdpaModel
+from latentdiff.models.logit_laplace import LogitLaplace
 from latentdiff.models.single_file import SingleFileModel
 from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 
@@ -42,11 +43,13 @@ from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 class AutoencoderOutput(DecoderOutput):
     """What an autoencoder's ``forward`` returns.
 
-    ``sample``, ``commit_loss`` (of codes only), ``bottleneck``, and of codes ``encoded``, what was quantized.
+    ``sample``, ``commit_loss`` (of codes only), ``bottleneck``, of codes ``encoded``, what was quantized, and
+    ``raw``, what the decoder gave.
     """
 
     bottleneck: BottleneckOutput | None = None
     encoded: Tensor | None = None
+    raw: Tensor | None = None
 
 
 class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
@@ -65,7 +68,7 @@ class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
         "quantize",
     ]
 
-    def build_coders(self, encoder_channels: int) -> None:
+    def build_coders(self, encoder_channels: int, decoder_channels: int | None = None) -> None:
         config = self.config
         check_autoencoder(type(self).__name__, config)
         shared: dict[str, Any] = {
@@ -75,7 +78,8 @@ class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
             "mid_attention": config.mid_block_add_attention,
         }
         self.encoder = Encoder(config.in_channels, encoder_channels, block_types=config.down_block_types, **shared)
-        self.decoder = Decoder(config.latent_channels, config.out_channels, block_types=config.up_block_types, **shared)
+        decoder_channels = decoder_channels or config.out_channels
+        self.decoder = Decoder(config.latent_channels, decoder_channels, block_types=config.up_block_types, **shared)
         self.use_slicing = self.use_tiling = False
         self.set_tiles(config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0])
         self.tile_overlap_factor, self.tile_shared_norms = 0.25, False
@@ -96,8 +100,16 @@ class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w), what ``bottleneck`` gives -> (B, C, H, W), values about [-1, 1]."""
+        return self.pixels_of(self.decode_raw(latents))
+
+    def pixels_of(self, raw: Tensor) -> Tensor:
+        """What the decoder gives -> (B, C, H, W), values about [-1, 1]."""
+        return raw
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', H, W), what the decoder gives."""
         if self.use_slicing and len(latents) > 1:
-            return one_by_one(self.decode_latents, latents)
+            return one_by_one(self.decode_raw, latents)
         if self.use_tiling:
             tile, latent_tile, overlap = self.tiles()
             if max(latents.shape[-2:]) > latent_tile:
@@ -320,8 +332,9 @@ class CodeAutoencoder(Autoencoder):
         """
         h = self.encode_moments(sample)
         bottleneck = self.quantize(h, sample_posterior, generator)
-        reconstruction, loss = self.decode_latents(bottleneck.latents), commit_loss(bottleneck)
-        return AutoencoderOutput(reconstruction, loss, bottleneck, h) if return_dict else (reconstruction, loss)
+        raw, loss = self.decode_raw(bottleneck.latents), commit_loss(bottleneck)
+        reconstruction = self.pixels_of(raw)
+        return AutoencoderOutput(reconstruction, loss, bottleneck, h, raw) if return_dict else (reconstruction, loss)
 
 
 class VQModel(CodeAutoencoder):
@@ -372,8 +385,10 @@ class VQModel(CodeAutoencoder):
 class GumbelVQModel(CodeAutoencoder):
     """Autoencoder whose encoder gives a distribution over codes, as DALL-E's discrete VAE (Ramesh et al. 2021).
 
-    The config is `VQModel`'s; diffusers has no such class. In training, ``forward(..., sample_posterior=True)`` draws
-    relaxed codes at ``quantize.temperature``; everywhere else the likeliest code is taken.
+    The config is `VQModel`'s, and ``logit_laplace``: the decoder gives a distribution of every value, as DALL-E's does,
+    ``sample`` is its middle, and there is a likelihood to train by. diffusers has no such class. In training,
+    ``forward(..., sample_posterior=True)`` draws relaxed codes at ``quantize.temperature``; everywhere else the
+    likeliest code is taken.
 
     Raises:
         ValueError: a key is unknown or asks for what is not supported.
@@ -396,13 +411,14 @@ class GumbelVQModel(CodeAutoencoder):
         vq_embed_dim: int | None = None,
         scaling_factor: float = 0.18215,
         mid_block_add_attention: bool = True,
+        logit_laplace: bool = False,
         force_upcast: bool = False,
         **others: Any,
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
         per_level("GumbelVQModel", "num_vq_embeddings", num_vq_embeddings, 1)
-        self.build_coders(encoder_channels=latent_channels)
+        self.build_coders(latent_channels, decoder_channels=2 * out_channels if logit_laplace else None)
         code_dim = vq_embed_dim or latent_channels
         self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.quantize = GumbelQuantizer(latent_channels, num_vq_embeddings, code_dim)
@@ -411,6 +427,9 @@ class GumbelVQModel(CodeAutoencoder):
     @property
     def codes(self) -> int:
         return self.config.num_vq_embeddings
+
+    def pixels_of(self, raw: Tensor) -> Tensor:
+        return LogitLaplace(raw).pixels.to(raw.dtype) if self.config.logit_laplace else raw
 
 
 class FSQModel(CodeAutoencoder):

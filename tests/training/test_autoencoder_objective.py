@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "vq-learned": {"kind": "vq", "num_vq_embeddings": 16, "codebook": "learned", "codebook_start": "data"},
     "vq-cosine": {"kind": "vq", "num_vq_embeddings": 16, "codebook_distance": "cosine"},
     "gumbel": {"kind": "gumbel", "num_vq_embeddings": 16, "gumbel_steps": 5},
+    "logit-laplace": {"kind": "gumbel", "num_vq_embeddings": 16, "l1_weight": 0.0, "logit_laplace_weight": 1.0},
     "fsq": {"kind": "fsq", "fsq_levels": (5, 3, 3), "latent_channels": 3},
 }
 AGAINST: dict[str, Any] = {
