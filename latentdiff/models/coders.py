@@ -5,10 +5,16 @@ Taming Transformers (Esser et al. 2021), Appendix; Latent Diffusion (Rombach et 
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.models.layers import Checkpointed, Downsample2D, GridAttention, ResnetBlock2D, Upsample2D
+from latentdiff.models.layers import (
+    Checkpointed,
+    Downsample2D,
+    GridAttention,
+    ResnetBlock2D,
+    Upsample2D,
+    norm_silu,
+)
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -118,7 +124,7 @@ class Encoder(Checkpointed):
         for block in self.down_blocks:
             x = self.run(block, x)
         x = self.run(self.mid_block, x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     def check(self, pixels: Tensor) -> None:
         if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
@@ -166,4 +172,4 @@ class Decoder(Checkpointed):
         x = self.run(self.mid_block, x)
         for block in self.up_blocks:
             x = self.run(block, x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

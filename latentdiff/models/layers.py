@@ -96,6 +96,12 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of normalised activations; within ``torch.no_grad()`` in the memory of what was normalised."""
+    h = norm(x)
+    return F.silu(h, inplace=not torch.is_grad_enabled() and h is not x)
+
+
 class ResnetBlock2D(nn.Module):
     """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding enters between the two.
 
@@ -126,19 +132,18 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and (B or 1, D), the time embedding after its SiLU -> (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is None:
-            h = self.norm2(h)
-        else:
+        h = self.conv1(norm_silu(self.norm1, x))
+        if self.time_emb_proj is not None:
             shift = self.time_emb_proj(time)[:, :, None, None]  # (B, C' or 2C', 1, 1)
-            if self.scale_shift:
-                scale, shift = shift.chunk(2, dim=1)
-                h = self.norm2(h) * (1 + scale) + shift
-            else:
-                h = self.norm2(h + shift)
-        h = F.silu(h)  # a name of its own would keep what it was made from through the convolution
+            h = self._scale_shift(h, shift) if self.scale_shift else norm_silu(self.norm2, h + shift)
+        else:
+            h = norm_silu(self.norm2, h)
         h = self.conv2(self.dropout(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+    def _scale_shift(self, h: Tensor, scale_shift: Tensor) -> Tensor:
+        scale, shift = scale_shift.chunk(2, dim=1)
+        return F.silu(self.norm2(h) * (1 + scale) + shift)
 
 
 class Downsample2D(nn.Module):
@@ -161,9 +166,39 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if size is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+        if size is not None:
+            return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+        if in_one(self.conv, x):
+            return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+def in_one(conv: nn.Module, x: Tensor) -> bool:
+    """Whether doubling and this convolution may be made in one: where that was measured, on processors in float32, and
+    where the convolution is nothing else, such as one with a LoRA, quantised, or with weights that are elsewhere."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and type(conv) is nn.Conv2d
+        and type(conv.weight) is nn.Parameter
+        and conv.weight.dtype == torch.float32
+        and conv.weight.device == x.device
+        and "forward" not in vars(conv)
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+    )
+
+
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """A 3x3 convolution of an image doubled by nearest neighbours, as one transposed convolution of the image itself.
+
+    Of nine neighbours there, four are different, so their weights are added up first: 4/9 of the products.
+
+    (C', C, 3, 3) -> (C, C', 4, 4), for stride 2 and padding 1.
+    """
+    spread = weight.new_tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    return torch.einsum("yk,xl,oikl->ioyx", spread, spread, weight).contiguous()
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.models.config import StrictConfig
-from latentdiff.models.layers import ResnetBlock2D, SdpaModel
+from latentdiff.models.layers import ResnetBlock2D, SdpaModel, norm_silu
 from latentdiff.models.text_context import TextContext, TextInput
 from latentdiff.models.transformer import Attention, SpatialTransformer
 from latentdiff.models.unet_arguments import check_residuals, refuse_given, with_lora_scale
@@ -281,7 +281,7 @@ class UNet2DConditionModel(TimeConditioned, SdpaModel, ModelMixin, StrictConfig,
         for block in way_up:
             skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             x = block(x, taken, time, text, mask, skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     @with_lora_scale
     def forward(
