@@ -5,21 +5,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.diffusion.losses import hybrid_bound, simple_loss
+from latentdiff.diffusion.losses import simple_loss, training_losses
 
 
 class DenoiserObjective(nn.Module):
-    """The squared error of what the network predicts, and with learned variances the bound that teaches them.
+    """The loss that a process says: DDPM's simple one, the hybrid one of learned variances, or another.
 
-    A process with ``variance_type="learned_range"`` makes it the hybrid loss of Improved DDPM (Nichol & Dhariwal 2021,
-    Eq. 16), for a network that gives 2C channels; otherwise it is DDPM's simple loss (Ho et al. 2020, Eq. 14) of
-    whatever the process says is predicted.
+    With ``variance_type="learned_range"`` the network gives 2C channels.
 
     Args:
         unet: called with (latents, timesteps, encoder_hidden_states); ``.sample`` is the prediction.
         process: says what is predicted.
-        min_snr_gamma: weigh the squared error by min-SNR-gamma (Hang et al. 2023); None: not at all. The bound of the
-            hybrid loss is not weighted.
+        min_snr_gamma: weigh the error of the prediction by min-SNR-gamma (Hang et al. 2023); None: not at all. A
+            bound is not weighted.
         text_encoder: of transformers, where the text is trained; `forward` then takes tokens. It is part of this
             module so that what wraps the module, for several processes, sees its parameters.
     """
@@ -80,13 +78,10 @@ class DenoiserObjective(nn.Module):
         """Each picture's loss, with its weights or, if `held_out`, without any: (B,) float32. Arguments as above."""
         states = self.text_states(encoder_hidden_states, input_ids, attention_mask)
         prediction = self.predict(latents, noise, timesteps, states)
-        losses = simple_loss(self.process, prediction, latents, timesteps, noise)  # (B,)
         if held_out:
-            return losses
-        if self.min_snr_gamma is not None:
-            losses = losses * self.process.min_snr_weight(timesteps, self.min_snr_gamma)
-        if self.process.learns_variance:
-            losses = losses + hybrid_bound(self.process, prediction, latents, timesteps, noise)
+            return simple_loss(self.process, prediction, latents, timesteps, noise)
+        weight = 1.0 if self.min_snr_gamma is None else self.process.min_snr_weight(timesteps, self.min_snr_gamma)
+        losses = training_losses(self.process, prediction, latents, timesteps, noise, weight)
         return losses if loss_weight is None else losses * loss_weight
 
     def text_states(

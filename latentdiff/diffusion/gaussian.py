@@ -6,11 +6,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.respacing import space_timesteps
 from latentdiff.diffusion.scheduler_configs import process_settings
 from latentdiff.diffusion.schedules import check_betas, make_betas, rescale_zero_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+LOSS_TYPES = ("simple", "l1", "hybrid", "bound")
 
 
 class Prediction(NamedTuple):
@@ -38,11 +40,16 @@ class GaussianDiffusion:
         variance_type: of the reverse steps. ``"fixed_small"`` is the posterior's beta-tilde, ``"fixed_large"`` is beta
             (both DDPM, Sec. 3.2). With ``"learned_range"`` the network gives C more channels, which say where between
             the two each variance lies (Improved DDPM, Nichol & Dhariwal 2021, Eq. 15).
+        loss_type: what `training_losses` minimises: ``"simple"``, the squared error of the prediction (DDPM, Eq. 14);
+            ``"l1"``, the absolute one; ``"hybrid"``, the squared error and, for the variances alone, the bound
+            (Improved DDPM, Eq. 16); ``"bound"``, all of it (DDPM, Eq. 5). By default hybrid where variances are
+            learned, else simple.
         beta_start, beta_end: instead of the schedule's own.
         betas: (T,), instead of a schedule; `num_timesteps` is then their number.
 
     Raises:
-        ValueError: an unknown schedule or type, betas that cannot be, or epsilon with zero terminal SNR.
+        ValueError: an unknown schedule or type, betas that cannot be, a hybrid loss without learned variances, or
+            epsilon with zero terminal SNR.
     """
 
     def __init__(
@@ -53,17 +60,24 @@ class GaussianDiffusion:
         zero_terminal_snr: bool = False,
         *,
         variance_type: str = "fixed_small",
+        loss_type: str | None = None,
         beta_start: float | None = None,
         beta_end: float | None = None,
         betas: Tensor | Sequence[float] | None = None,
     ) -> None:
+        if loss_type is None:
+            loss_type = "hybrid" if variance_type == "learned_range" else "simple"
         for name, value, choices in (
             ("prediction_type", prediction_type, PREDICTION_TYPES),
             ("variance_type", variance_type, VARIANCE_TYPES),
+            ("loss_type", loss_type, LOSS_TYPES),
         ):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        if loss_type == "hybrid" and variance_type != "learned_range":
+            raise ValueError(f"loss_type='hybrid' teaches variances, and variance_type={variance_type!r} has none")
         self.schedule, self.prediction_type, self.variance_type = schedule, prediction_type, variance_type
+        self.loss_type = loss_type
         self.zero_terminal_snr, self.beta_start, self.beta_end = zero_terminal_snr, beta_start, beta_end
         self.given_betas: Tensor | None = None
         if betas is None:
@@ -72,6 +86,7 @@ class GaussianDiffusion:
             self.given_betas = check_betas(torch.as_tensor(betas, dtype=torch.float64, device="cpu"))
             self.betas = rescale_zero_terminal_snr(self.given_betas) if zero_terminal_snr else self.given_betas
         self.num_timesteps = len(self.betas)
+        self.kept: Tensor | None = None  # timesteps of the process that this one takes only some steps of
         self._fill_tables()
         if prediction_type == "epsilon" and self.alphas_cumprod[-1] <= 0:
             raise ValueError(
@@ -89,6 +104,31 @@ class GaussianDiffusion:
             ValueError: it is of a process that this class cannot be (flow matching, another schedule or prediction).
         """
         return cls(**process_settings(config))
+
+    def respaced(self, sections: int | str | Sequence[int]) -> "GaussianDiffusion":
+        """The same process in fewer steps, for few-step sampling and its bound; see `space_timesteps`.
+
+        Its timesteps count from 0; `model_timesteps` gives those that the network knows them by. Improved DDPM
+        (Nichol & Dhariwal 2021), Sec. 4, Eq. 19.
+
+        Raises:
+            ValueError: there are no such timesteps, or fewer than two.
+        """
+        kept = torch.tensor(space_timesteps(self.num_timesteps, sections))
+        alphas_cumprod = self.alphas_cumprod[kept]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        process = GaussianDiffusion(
+            betas=1 - alphas_cumprod / before,
+            prediction_type=self.prediction_type,
+            variance_type=self.variance_type,
+            loss_type=self.loss_type,
+        )
+        process.kept = self.model_timesteps(kept)
+        return process
+
+    def model_timesteps(self, timesteps: Tensor) -> Tensor:
+        """What a network calls these timesteps, (B,) long: the same, but for a process with fewer steps."""
+        return timesteps if self.kept is None else self.kept.to(timesteps.device)[timesteps]
 
     def _fill_tables(self) -> None:
         """The tables of DDPM (Ho et al. 2020), each (T,) float64."""
@@ -120,8 +160,7 @@ class GaussianDiffusion:
     def snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha-bar / (1 - alpha-bar) of each timestep, (B,) float64."""
         self._check(timesteps)
-        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return alpha_bar / (1 - alpha_bar)
+        return self._snr.to(timesteps.device)[timesteps]
 
     def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0) (DDPM, Eq. 4); the latter two are (B, 1, ...)."""
@@ -169,12 +208,39 @@ class GaussianDiffusion:
 
     def predict_start(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """x_0 from the network's prediction (DDPM Eq. 15 for epsilon; Salimans & Ho 2022 for v). (B, ...)"""
-        signal, sigma = self._coefficients(timesteps, x_t)
         if self.prediction_type == "epsilon":
-            return (x_t - sigma * prediction) / signal
+            return self.predict_start_from_noise(x_t, timesteps, prediction)
         if self.prediction_type == "sample":
             return prediction
-        return signal * x_t - sigma * prediction
+        return self.predict_start_from_velocity(x_t, timesteps, prediction)
+
+    def predict_start_from_noise(self, x_t: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """x_0 = (x_t - sigma_t eps) / alpha_t (DDPM, Eq. 15). (B, ...)"""
+        signal, sigma = self._coefficients(timesteps, x_t)
+        return (x_t - sigma * noise) / signal
+
+    def predict_noise_from_start(self, x_t: Tensor, timesteps: Tensor, x_start: Tensor) -> Tensor:
+        """eps = (x_t - alpha_t x_0) / sigma_t, the same solved for the noise. (B, ...)"""
+        signal, sigma = self._coefficients(timesteps, x_t)
+        return (x_t - signal * x_start) / sigma
+
+    def predict_start_from_velocity(self, x_t: Tensor, timesteps: Tensor, velocity: Tensor) -> Tensor:
+        """x_0 = alpha_t x_t - sigma_t v (Salimans & Ho 2022, App. D). (B, ...)"""
+        signal, sigma = self._coefficients(timesteps, x_t)
+        return signal * x_t - sigma * velocity
+
+    def predict_noise_from_velocity(self, x_t: Tensor, timesteps: Tensor, velocity: Tensor) -> Tensor:
+        """eps = sigma_t x_t + alpha_t v. (B, ...)"""
+        signal, sigma = self._coefficients(timesteps, x_t)
+        return sigma * x_t + signal * velocity
+
+    def predict_noise(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
+        """eps from the network's prediction, by `prediction_type`. (B, ...)"""
+        if self.prediction_type == "epsilon":
+            return prediction
+        if self.prediction_type == "sample":
+            return self.predict_noise_from_start(x_t, timesteps, prediction)
+        return self.predict_noise_from_velocity(x_t, timesteps, prediction)
 
     def split_variance(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network predicts of the mean, (B, C, ...), and its variance channels, if it learns variances.
@@ -229,16 +295,33 @@ class GaussianDiffusion:
     def min_snr_weight(self, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
         """Min-SNR-gamma loss weights (Hang et al. 2023, Sec. 3.4), (B,) float32.
 
-        The paper weighs the loss of x_0 by min(SNR, gamma). Written for other targets: a squared error of epsilon is
-        SNR times that of x_0, a squared error of v is SNR + 1 times, so those divide by it.
+        The paper weighs the loss of x_0 by min(SNR, gamma).
+        """
+        return self._loss_weight(self._snr.clamp(max=gamma), timesteps)
+
+    def p2_weight(self, timesteps: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
+        """P2 loss weights (Choi et al. 2022, Eq. 8), (B,) float32.
+
+        The paper weighs the loss of epsilon by 1 / (k + SNR)^gamma, and so that of x_0 by SNR times that.
+        """
+        return self._loss_weight(self._snr / (k + self._snr) ** gamma, timesteps)
+
+    @property
+    def _snr(self) -> Tensor:
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)  # (T,)
+
+    def _loss_weight(self, of_start: Tensor, timesteps: Tensor) -> Tensor:
+        """Weights of the loss of x_0, (T,), as those of the loss of what is predicted, (B,) float32.
+
+        A squared error of epsilon is SNR times that of x_0, a squared error of v is SNR + 1 times, so those divide by
+        it.
         """
         self._check(timesteps)
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)  # (T,)
-        weight = snr.clamp(max=gamma)
+        weight = of_start
         if self.prediction_type == "epsilon":
-            weight = weight / snr
+            weight = weight / self._snr
         elif self.prediction_type == "v_prediction":
-            weight = weight / (snr + 1)
+            weight = weight / (self._snr + 1)
         return weight.to(timesteps.device, torch.float32)[timesteps]
 
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

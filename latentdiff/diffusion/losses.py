@@ -1,4 +1,4 @@
-"""What a prediction costs, for each picture of a batch: the simple loss, and the bound with its parts."""
+"""What a prediction costs, for each picture of a batch: errors of the prediction, and the bound with its parts."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +11,40 @@ from latentdiff.diffusion.gaussian import GaussianDiffusion
 
 LogLikelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, mean, log_variance) -> log likelihood in nats, elementwise; see `latentdiff.diffusion.bounds`."""
+
+
+def training_losses(
+    process: GaussianDiffusion,
+    prediction: Tensor,
+    x_start: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    weight: Tensor | float = 1.0,
+    log_likelihood: LogLikelihood = gaussian_log_likelihood,
+) -> Tensor:
+    """The loss that `process.loss_type` names, for each picture, (B,).
+
+    Args:
+        prediction: for ``process.q_sample(x_start, timesteps, noise)``; (B, C, ...) or (B, 2C, ...).
+        weight: (B,), of the error of the prediction, such as ``process.min_snr_weight``; a bound has its own weights.
+        log_likelihood: of the bound's last step; the default suits latents.
+    """
+    if process.loss_type == "bound":
+        x_t = process.q_sample(x_start, timesteps, noise)
+        return process.num_timesteps * bound_term(process, prediction, x_start, timesteps, x_t, log_likelihood)
+    error = l1_loss if process.loss_type == "l1" else simple_loss
+    losses = weight * error(process, prediction, x_start, timesteps, noise)
+    if process.loss_type == "hybrid":
+        losses = losses + hybrid_bound(process, prediction, x_start, timesteps, noise, log_likelihood)
+    return losses
+
+
+def l1_loss(
+    process: GaussianDiffusion, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean absolute error of the prediction, (B,). Arguments as of `simple_loss`."""
+    target = process.training_target(x_start, timesteps, noise)
+    return per_picture((process.split_variance(prediction)[0] - target).abs())
 
 
 def simple_loss(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from released import check, wave
 from torch import Tensor
 
 from latentdiff.diffusion import GaussianDiffusion
@@ -28,12 +29,6 @@ CASES = [
     for prediction in ("epsilon", "sample")
     for variance in ("fixed_small", "fixed_large", "learned_range")
 ]
-
-
-def wave(pace: float) -> Tensor:
-    """Numbers without a pattern that need no random generator, (6, 2, 2, 2) float32."""
-    count = torch.arange(1, 49, dtype=torch.float64)
-    return torch.sin(count * pace).float().reshape(SHAPE)
 
 
 @pytest.fixture
@@ -55,11 +50,6 @@ def prediction_of(variance_type: str) -> tuple[Tensor, list[Tensor]]:
     for leaf in leaves:
         leaf.requires_grad_()
     return torch.cat(leaves, dim=1), leaves
-
-
-def check(found: Tensor, wanted: list[float], rtol: float = 2e-6, atol: float = 2e-6) -> None:
-    wanted_tensor = torch.tensor(wanted, dtype=found.dtype).reshape(found.shape)
-    torch.testing.assert_close(found.detach(), wanted_tensor, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
