@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentdiff.training.checkpoints import Checkpoints
 from latentdiff.training.config import RunSettings
@@ -127,7 +128,7 @@ class TrainingRun:
             dynamic_ncols=True,
             mininterval=2.0,
         )
-        with self._signals(), self._bar:
+        with self._signals(), self._bar, logging_redirect_tqdm():
             while self.step < self.settings.max_steps and not self._must_stop():
                 first, self.accelerator.step = self.step * per_step, 0  # it counts the passes of an accumulation
                 yield from range(first, first + per_step)
