@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
+    from latentdiff.models.unet2d import UNet2DModel
 
 _HOMES = {
     "AutoencoderKL": "latentdiff.models.autoencoder",
@@ -19,6 +20,7 @@ _HOMES = {
     "IdentityAutoencoder": "latentdiff.models.identity",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
+    "UNet2DModel": "latentdiff.models.unet2d",
     "VQModel": "latentdiff.models.autoencoder",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "IdentityAutoencoder",
     "TextContext",
     "UNet2DConditionModel",
+    "UNet2DModel",
     "VQModel",
 ]
 

@@ -6,6 +6,7 @@ and width (of pixels or of the latent grid), L tokens, D width, N attention head
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class ResnetBlock2D(nn.Module):
     """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding enters between the two.
 
     ADM (Dhariwal & Nichol 2021), Sec. 3: added before the second norm, or, with ``scale_shift``, as a scale and a
-    shift after it.
+    shift after it. ``resample``, `halve` or `double`, acts on both ways between the first activation and convolution.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class ResnetBlock2D(nn.Module):
         time_dim: int | None = None,
         scale_shift: bool = False,
         dropout: float = 0.0,
+        resample: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
+        self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels * (1 + scale_shift)) if time_dim is not None else None
@@ -132,7 +134,10 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and (B or 1, D), the time embedding after its SiLU -> (B, C', H, W)."""
-        h = self.conv1(norm_silu(self.norm1, x))
+        h = norm_silu(self.norm1, x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(time)[:, :, None, None]  # (B, C' or 2C', 1, 1)
             h = self._scale_shift(h, shift) if self.scale_shift else norm_silu(self.norm2, h + shift)
@@ -144,6 +149,14 @@ class ResnetBlock2D(nn.Module):
     def _scale_shift(self, h: Tensor, scale_shift: Tensor) -> Tensor:
         scale, shift = scale_shift.chunk(2, dim=1)
         return F.silu(self.norm2(h) * (1 + scale) + shift)
+
+
+def halve(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample2D(nn.Module):
@@ -170,7 +183,7 @@ class Upsample2D(nn.Module):
             return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
         if in_one(self.conv, x):
             return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+        return self.conv(double(x))  # (B, C, 2H, 2W)
 
 
 def in_one(conv: nn.Module, x: Tensor) -> bool:
@@ -222,13 +235,17 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class GridAttention(nn.Module):
-    """Self-attention with one head over all positions of a feature map; the autoencoders' attention."""
+    """Self-attention over all positions of a feature map; the autoencoders' has one head.
+
+    ``groups``: of the normalisation before it; None: there is none.
+    """
 
     _from_deprecated_attn_block = True  # diffusers' loader renames the parameters of files from before 2023
 
-    def __init__(self, channels: int, *, groups: int, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int, *, groups: int | None, eps: float = 1e-6, heads: int = 1) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.heads = heads
+        self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -236,8 +253,9 @@ class GridAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        tokens = to_tokens(self.group_norm(x))  # (B, HW, C)
-        q, k, v = (split_heads(layer(tokens), 1) for layer in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C)
+        tokens = to_tokens(x if self.group_norm is None else self.group_norm(x))  # (B, HW, C)
+        projections = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (split_heads(layer(tokens), self.heads) for layer in projections)  # (B, N, HW, C/N)
         attended = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, HW, C)
         # The first summand decides the memory format: channels-last from here on, which is faster in the decoder.
         return to_grid(self.to_out[0](attended), height, width) + x

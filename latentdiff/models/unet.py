@@ -3,12 +3,11 @@
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3; the UNet itself is ADM's (Dhariwal & Nichol 2021), Sec. 3.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -17,16 +16,16 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.models.config import StrictConfig
-from latentdiff.models.layers import ResnetBlock2D, SdpaModel, norm_silu
-from latentdiff.models.text_context import TextContext, TextInput
+from latentdiff.models.layers import Downsample2D, ResnetBlock2D, SdpaModel, Upsample2D
+from latentdiff.models.text_context import TextContext
 from latentdiff.models.transformer import Attention, SpatialTransformer
 from latentdiff.models.unet_arguments import check_residuals, refuse_given, with_lora_scale
-from latentdiff.models.unet_blocks import DownBlock, MidBlock, UpBlock
+from latentdiff.models.unet_blocks import MidBlock, UShaped, build_ways
 from latentdiff.models.unet_config import NEUTRAL_KEYS, UNetLevels
 from latentdiff.models.unet_time import TimeConditioned
 
 
-class UNet2DConditionModel(TimeConditioned, SdpaModel, ModelMixin, StrictConfig, PeftAdapterMixin):
+class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig, PeftAdapterMixin):
     """Predicts noise (or v, or the picture) from noisy latents, a timestep and the states of a text encoder.
 
     The config is that of diffusers' class. ``attention_head_dim`` is, there as here, the *number* of heads, for all
@@ -124,43 +123,26 @@ class UNet2DConditionModel(TimeConditioned, SdpaModel, ModelMixin, StrictConfig,
                 only_cross=only_cross,
             )
 
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        width = levels.channels[0]
-        skips = [width]  # the widths of what the way down leaves for the way up
-        for i, (channels, layers) in enumerate(zip(levels.channels, levels.layers, strict=True)):
-            block = DownBlock(
-                width,
-                channels,
-                layers=layers,
-                depths=levels.down[i],
-                resnet=resnet,
-                transformer=transformer(i, levels.only_cross[i]),
-                last=i == last,
-            )
-            self.down_blocks.append(block)
-            skips += [channels] * (layers + (i < last))
-            width = channels
-
-        self.mid_block = None
+        middle: MidBlock | None = None
+        self.down_blocks, self.up_blocks = build_ways(
+            levels.channels,
+            levels.layers,
+            down=levels.down,
+            up=levels.up,
+            resnet=resnet,
+            transformer=lambda level: transformer(level, levels.only_cross[level]),
+            downsampler=lambda _: Downsample2D,
+            upsampler=lambda _: Upsample2D,
+        )
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(
-                width, depths=levels.middle, resnet=resnet, transformer=transformer(last, only_cross=False)
+            middle = MidBlock(
+                levels.channels[last],
+                layers=1 + len(levels.middle),
+                depths=levels.middle,
+                resnet=resnet,
+                transformer=transformer(last, only_cross=False),
             )
-
-        for i, depths in zip(range(last, -1, -1), levels.up, strict=True):
-            taken = [skips.pop() for _ in range(levels.layers[i] + 1)]
-            self.up_blocks.append(
-                UpBlock(
-                    width,
-                    levels.channels[i],
-                    skip_channels=taken,
-                    depths=depths,
-                    resnet=resnet,
-                    transformer=transformer(i, levels.only_cross[i]),
-                    last=i == 0,
-                )
-            )
-            width = levels.channels[i]
+        self.mid_block = middle
 
     @property
     def cross_attentions(self) -> list[Attention]:
@@ -255,33 +237,6 @@ class UNet2DConditionModel(TimeConditioned, SdpaModel, ModelMixin, StrictConfig,
                 f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
             )
         return self._denoise(sample, time, iter(text.keys_values), text.mask, residuals, mid_residual)
-
-    def _denoise(
-        self,
-        sample: Tensor,
-        time: Tensor,
-        text: Iterator[TextInput],
-        mask: Tensor | None,
-        residuals: Sequence[Tensor],
-        mid_residual: Tensor | None,
-    ) -> Tensor:
-        time = F.silu(time)
-        x = self.conv_in(sample)  # (B, channels, H, W)
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, time, text, mask)
-            skips += outputs
-        if residuals:
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
-        if self.mid_block is not None:
-            x = self.mid_block(x, time, text, mask)
-        if mid_residual is not None:
-            x = x + mid_residual
-        way_up: list[Any] = list(self.up_blocks)
-        for block in way_up:
-            skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            x = block(x, taken, time, text, mask, skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     @with_lora_scale
     def forward(

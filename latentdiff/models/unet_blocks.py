@@ -6,17 +6,21 @@ which each takes the next, and the text's mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor, nn
 
-from latentdiff.models.layers import Checkpointed, Downsample2D, ResnetBlock2D, Upsample2D
+from latentdiff.models.layers import Checkpointed, Downsample2D, ResnetBlock2D, Upsample2D, norm_silu
 from latentdiff.models.text_context import TextInput
-from latentdiff.models.transformer import SpatialTransformer
 
-Transformers = Callable[..., SpatialTransformer]
+Transformers = Callable[..., nn.Module]
+"""Makes what stands after a resnet block, as deep as ``depth`` says."""
 Resnets = Callable[[int, int], ResnetBlock2D]
+Resamplers = Callable[[int], nn.Module]
+"""Makes what halves or doubles the resolution: a convolution, or a resnet block."""
 
 
 class Block(Checkpointed):
@@ -27,7 +31,7 @@ class Block(Checkpointed):
             self.attentions = nn.ModuleList(transformer(depth=depth) for depth in depths)
 
     @property
-    def transformers(self) -> Sequence[SpatialTransformer]:
+    def transformers(self) -> Sequence[nn.Module]:
         return getattr(self, "attentions", ())
 
 
@@ -41,13 +45,13 @@ class DownBlock(Block):
         depths: Sequence[int],
         resnet: Resnets,
         transformer: Transformers,
-        last: bool,
+        resampler: Resamplers | None,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (layers - 1)
         self.resnets = nn.ModuleList(resnet(width, out_channels) for width in widths)
         self.add_transformers(depths, transformer)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample2D(out_channels)])
+        self.downsamplers = nn.ModuleList([] if resampler is None else [resampler(out_channels)])
 
     def forward(
         self, x: Tensor, time: Tensor, text: Iterator[TextInput], mask: Tensor | None
@@ -60,24 +64,26 @@ class DownBlock(Block):
                 x = self.transformers[i](x, text, mask)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample(x) if isinstance(downsample, Downsample2D) else self.run(downsample, x, time)
             skips.append(x)
         return x, skips
 
 
 class MidBlock(Block):
-    """Resnet block, transformer, resnet block; without a transformer a single resnet block."""
+    """Resnet block, transformer, resnet block; without a transformer there may be a single resnet block."""
 
-    def __init__(self, channels: int, *, depths: Sequence[int], resnet: Resnets, transformer: Transformers) -> None:
+    def __init__(
+        self, channels: int, *, layers: int, depths: Sequence[int], resnet: Resnets, transformer: Transformers
+    ) -> None:
         super().__init__()
         self.add_transformers(depths, transformer)
-        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(1 + len(depths)))
+        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(layers))
 
     def forward(self, x: Tensor, time: Tensor, text: Iterator[TextInput], mask: Tensor | None) -> Tensor:
-        x = self.run(self.resnets[0], x, time)
-        if self.transformers:
-            x = self.transformers[0](x, text, mask)
-            x = self.run(self.resnets[1], x, time)
+        for i, resnet in enumerate(self.resnets):
+            if i and self.transformers:
+                x = self.transformers[0](x, text, mask)
+            x = self.run(resnet, x, time)
         return x
 
 
@@ -91,7 +97,7 @@ class UpBlock(Block):
         depths: Sequence[int],
         resnet: Resnets,
         transformer: Transformers,
-        last: bool,
+        resampler: Resamplers | None,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
@@ -99,7 +105,7 @@ class UpBlock(Block):
             resnet(width + skip, out_channels) for width, skip in zip(widths, skip_channels, strict=True)
         )
         self.add_transformers(depths, transformer)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample2D(out_channels)])
+        self.upsamplers = nn.ModuleList([] if resampler is None else [resampler(out_channels)])
         self.freeu: tuple[float, float] | None = None
 
     def forward(
@@ -119,8 +125,96 @@ class UpBlock(Block):
             if self.transformers:
                 x = self.transformers[i](x, text, mask)
         for upsample in self.upsamplers:
-            x = upsample(x, size)
+            x = upsample(x, size) if isinstance(upsample, Upsample2D) else self.run(upsample, x, time)
         return x
+
+
+class UShaped:
+    """A part of the UNets: ``conv_in``, the way down, the middle, the way up, ``conv_norm_out`` and ``conv_out``."""
+
+    conv_in: nn.Module
+    down_blocks: Any
+    mid_block: Any
+    up_blocks: Any
+    conv_norm_out: nn.Module
+    conv_out: nn.Module
+
+    def _denoise(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        text: Iterator[TextInput],
+        mask: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        time = F.silu(time)
+        x = self.conv_in(sample)  # (B, channels, H, W)
+        skips = [x]
+        for block in self.down_blocks:
+            x, outputs = block(x, time, text, mask)
+            skips += outputs
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, text, mask)
+        if mid_residual is not None:
+            x = x + mid_residual
+        for block in self.up_blocks:
+            skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            x = block(x, taken, time, text, mask, skips[-1].shape[-2:] if skips else None)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+
+def build_ways(
+    channels: Sequence[int],
+    layers: Sequence[int],
+    *,
+    down: Sequence[Sequence[int]],
+    up: Sequence[Sequence[int]],
+    resnet: Resnets,
+    transformer: Callable[[int], Transformers],
+    downsampler: Callable[[int], Resamplers],
+    upsampler: Callable[[int], Resamplers],
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The blocks of the way down and of the way up.
+
+    Args:
+        channels, layers: of every level, from the full resolution down.
+        down, up: how deep the transformers are on each way, level by level in the order of the way.
+        transformer, downsampler, upsampler: what makes those of a level.
+    """
+    last, width = len(channels) - 1, channels[0]
+    downward, upward = nn.ModuleList(), nn.ModuleList()
+    skips = [width]  # the widths of what the way down leaves for the way up
+    for i, number in enumerate(layers):
+        block = DownBlock(
+            width,
+            channels[i],
+            layers=number,
+            depths=down[i],
+            resnet=resnet,
+            transformer=transformer(i),
+            resampler=None if i == last else downsampler(i),
+        )
+        downward.append(block)
+        skips += [channels[i]] * (number + (i < last))
+        width = channels[i]
+    for i, depths in zip(range(last, -1, -1), up, strict=True):
+        taken = [skips.pop() for _ in range(layers[i] + 1)]
+        upward.append(
+            UpBlock(
+                width,
+                channels[i],
+                skip_channels=taken,
+                depths=depths,
+                resnet=resnet,
+                transformer=transformer(i),
+                resampler=None if i == 0 else upsampler(i),
+            )
+        )
+        width = channels[i]
+    return downward, upward
 
 
 def reweighed(x: Tensor, skip: Tensor, skip_scale: float, backbone_scale: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from latentdiff.models.layers import TimestepEmbedding, Timesteps
 
 
 class TimeConditioned:
-    """A part of ``UNet2DConditionModel``, of whose config it reads what concerns the time."""
+    """A part of the UNets, of whose config it reads what concerns the time."""
 
     config: Any
     device: Any
@@ -22,9 +22,9 @@ class TimeConditioned:
         width = config.block_out_channels[0]
         dim = config.time_embedding_dim or width * 4
         self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimestepEmbedding(width, dim, config.time_cond_proj_dim)
+        self.time_embedding = TimestepEmbedding(width, dim, config.get("time_cond_proj_dim"))
         self.class_embedding = class_embedding(config, dim)
-        return dim * 2 if config.class_embeddings_concat else dim
+        return dim * 2 if config.get("class_embeddings_concat") else dim
 
     @apply_forward_hook
     def embed_time(
@@ -48,7 +48,7 @@ class TimeConditioned:
                 given to a UNet that takes none.
         """
         if timestep_cond is not None and self.time_embedding.cond_proj is None:
-            raise ValueError("UNet2DConditionModel: timestep_cond was given, but the UNet has no time_cond_proj_dim.")
+            raise ValueError(f"{type(self).__name__}: timestep_cond was given, but the UNet has no time_cond_proj_dim.")
         layer, timesteps = self.time_embedding.linear_1, torch.as_tensor(timesteps)
         # Hooks of diffusers may keep the weights elsewhere, or in another dtype, than they compute.
         at_work = self if hasattr(layer, "_diffusers_hook") else layer.weight
@@ -59,14 +59,14 @@ class TimeConditioned:
         if class_labels is None and self.class_embedding is None:
             return time
         label = self._embed_class(class_labels, features)
-        return torch.cat([time, label], dim=-1) if self.config.class_embeddings_concat else time + label
+        return torch.cat([time, label], dim=-1) if self.config.get("class_embeddings_concat") else time + label
 
     def _embed_class(self, class_labels: Tensor | None, features: Tensor) -> Tensor:
         """(B,) or (B, D) -> (B, D), on the device and in the dtype of the time's ``features``."""
         if self.class_embedding is None:
-            raise ValueError("UNet2DConditionModel: class_labels were given, but the UNet has no class embeddings.")
+            raise ValueError(f"{type(self).__name__}: class_labels were given, but the UNet has no class embeddings.")
         if class_labels is None:
-            raise ValueError("UNet2DConditionModel: class_labels are missing; this UNet has class embeddings.")
+            raise ValueError(f"{type(self).__name__}: class_labels are missing; this UNet has class embeddings.")
         class_labels = class_labels.to(features.device)
         if self.config.class_embed_type == "timestep":
             class_labels = self.time_proj(class_labels.reshape(-1)).to(features.dtype)
@@ -75,7 +75,7 @@ class TimeConditioned:
 
 def class_embedding(config: Any, dim: int) -> nn.Module | None:
     """What turns ``class_labels`` into something as wide as the time embedding, `dim`."""
-    given = config.projection_class_embeddings_input_dim
+    given = config.get("projection_class_embeddings_input_dim")
     if config.class_embed_type is None:
         return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, dim)
     if config.class_embed_type == "timestep":

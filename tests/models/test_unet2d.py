@@ -1,0 +1,137 @@
+"""The UNet without text against diffusers', at equal weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from latentdiff.models import UNet2DModel
+
+DDPM: dict[str, Any] = {  # as google/ddpm-cifar10-32
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+ADM: dict[str, Any] = {
+    "block_out_channels": (16, 24, 32),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "attn_norm_num_groups": 8,
+    "resnet_time_scale_shift": "scale_shift",
+    "out_channels": 6,
+    "num_class_embeds": 11,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ddpm": DDPM,
+    "adm": ADM,
+    "no_norm_in_the_middle": ADM | {"attn_norm_num_groups": None},
+    "convolutions": ADM | {"downsample_type": "conv", "upsample_type": "conv"},
+    "no_attention_in_the_middle": DDPM | {"add_attention": False},
+    "no_middle": DDPM | {"mid_block_type": None},
+    "latents": DDPM | {"in_channels": 4, "out_channels": 8, "attention_head_dim": 8, "class_embed_type": "timestep"},
+    "identity": DDPM | {"class_embed_type": "identity", "time_embedding_dim": 20},
+}
+
+
+def inputs(config: dict[str, Any]) -> dict[str, Any]:
+    labels: dict[str, Any] = {}
+    if "num_class_embeds" in config:
+        labels = {"class_labels": torch.tensor([3, 10])}
+    elif config.get("class_embed_type") == "timestep":
+        labels = {"class_labels": torch.tensor([30, 10])}
+    elif config.get("class_embed_type") == "identity":
+        labels = {"class_labels": torch.randn(2, 20)}
+    sample = torch.randn(2, config.get("in_channels", 3), 16, 8)
+    return {"sample": sample, "timestep": torch.tensor([1, 977]), **labels}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_and_gradients_are_diffusers(name: str, pair: Callable, same_gradients: Callable) -> None:
+    ours, theirs = pair("UNet2DModel", **CONFIGS[name])
+    given = inputs(CONFIGS[name])
+    found, wanted = ours(**given).sample, theirs(**given).sample
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(found)
+    for output in (found, wanted):
+        (output * weights).sum().backward()
+    same_gradients(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given, return_dict=False)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "adm"])
+def test_folders_go_both_ways(name: str, pair: Callable, tmp_path: Path) -> None:
+    ours, theirs = pair("UNet2DModel", **CONFIGS[name])
+    given = inputs(CONFIGS[name])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for again in (
+        UNet2DModel.from_pretrained(tmp_path / "theirs"),
+        diffusers.UNet2DModel.from_pretrained(tmp_path / "ours"),
+    ):
+        torch.testing.assert_close(again(**given).sample, ours(**given).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_a_fixed_number() -> None:
+    """Four at every level, which diffusers has no key for: each level by itself is as one of its width."""
+    unet = UNet2DModel(**ADM | {"attention_head_dim": [4, 6, 8]})
+    assert [block.attentions[0].heads for block in unet.down_blocks[1:]] == [4, 4]
+    assert unet.mid_block.attentions[0].heads == 4
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    unet = UNet2DModel(**ADM)
+    given = inputs(ADM)
+    plain = torch.autograd.grad(unet(**given).sample.square().sum(), list(unet.parameters()))
+    unet.enable_gradient_checkpointing()
+    again = torch.autograd.grad(unet(**given).sample.square().sum(), list(unet.parameters()))
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_traces_as_one_graph() -> None:
+    torch._dynamo.reset()
+    unet = UNet2DModel(**ADM).eval()
+    given = inputs(ADM)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**given).sample, unet(**given).sample)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "down_block_types='CrossAttnDownBlock2D'"),
+        ({"up_block_types": ("UpBlock2D",)}, "up_block_types=.* has 1 entries for 2 levels"),
+        ({"attention_head_dim": 7}, "block_out_channels=32 is not a multiple of attention_head_dim=7"),
+        ({"norm_num_groups": 5}, "norm_num_groups=5"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported"),
+        ({"downsample_type": "pool"}, "downsample_type='pool'"),
+        ({"cross_attention_dim": 8}, "unknown config key 'cross_attention_dim'"),
+        ({"out_channels": 0}, "out_channels=0"),
+    ],
+)
+def test_what_it_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet2DModel(**DDPM | changes)
+
+
+def test_labels_that_are_missing_or_too_many() -> None:
+    with pytest.raises(ValueError, match="UNet2DModel: class_labels are missing"):
+        UNet2DModel(**ADM)(torch.randn(1, 3, 8, 8), 5)
+    with pytest.raises(ValueError, match="UNet2DModel: class_labels were given"):
+        UNet2DModel(**DDPM)(torch.randn(1, 3, 8, 8), 5, torch.tensor([1]))
