@@ -93,3 +93,43 @@ def test_a_scheduler_that_cannot_sample_from_the_process_is_refused() -> None:
         build_scheduler(process, "PNDMScheduler")
     with pytest.raises(ValueError, match="no prediction_type, so it cannot sample"):
         build_scheduler(process, "FlowMatchEulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize(
+    ("name", "prediction_type"),
+    [
+        (name, prediction_type)
+        for name in (
+            "DDIMScheduler",
+            "DPMSolverMultistepScheduler",
+            "EulerDiscreteScheduler",
+            "UniPCMultistepScheduler",
+        )
+        for prediction_type in ("epsilon", "v_prediction", "sample")
+    ],
+)
+def test_every_step_lies_on_the_way_that_training_knows(name: str, prediction_type: str, schedule: str) -> None:
+    """With the true prediction each sampler without noise goes from q_sample(x_0, t, eps) to q_sample(x_0, t', eps)."""
+    process = GaussianDiffusion(schedule, prediction_type=prediction_type)
+    scheduler = build_scheduler(process, name)
+    scheduler.set_timesteps(10)  # diffusers' DDIM steps beside its own timesteps where their number does not divide T
+    torch.manual_seed(0)
+    x_start, noise = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    timesteps = [int(t) for t in scheduler.timesteps]
+    assert timesteps[0] == 999
+
+    def on_the_way(t: int) -> torch.Tensor:
+        return process.q_sample(x_start, torch.tensor([t]), noise)
+
+    # The cosine schedule's last alpha-bar is 2e-9, of which the float32 of schedulers keeps few digits.
+    tolerance = 1e-2 if (schedule, prediction_type) == ("cosine", "epsilon") else 2e-3
+    x = on_the_way(999)
+    if name == "EulerDiscreteScheduler":
+        x = x_start + scheduler.sigmas[0] * noise
+    for i, t in enumerate(timesteps):
+        seen = scheduler.scale_model_input(x, scheduler.timesteps[i])
+        torch.testing.assert_close(seen, on_the_way(t), atol=tolerance, rtol=tolerance)
+        target = process.training_target(x_start, torch.tensor([t]), noise)
+        x = scheduler.step(target, scheduler.timesteps[i], x).prev_sample
+    torch.testing.assert_close(x, x_start, atol=2e-2, rtol=2e-2)
