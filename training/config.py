@@ -224,13 +224,23 @@ class DenoiserSettings(DiffusionSettings):
     num_train_timesteps: int = Field(1000, ge=2)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     zero_terminal_snr: bool = True
-    loss: Literal["simple", "hybrid"] = Field("simple", description="hybrid: learn the variances too (DDPM sampler)")
+    loss: Literal["simple", "l1", "hybrid", "bound"] = Field(
+        "simple", description="hybrid, bound: learn the variances too (DDPM sampler)"
+    )
+    p2_gamma: float = Field(0.0, ge=0, description="P2 weighting in the place of min_snr_gamma; 0: none")
+    timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
+        "uniform", description="loss_second_moment: more of the timesteps with large losses; for loss=bound"
+    )
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         if len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
         return self
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.loss in ("hybrid", "bound")
 
 
 class FinetuneSettings(DiffusionSettings):

@@ -7,7 +7,10 @@ from typing import Any, cast
 from accelerate.utils import set_seed
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
-from latentdiff.models import UNet2DConditionModel
+from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
+from latentdiff.diffusion.losses import LogLikelihood
+from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.models import IdentityAutoencoder, UNet2DConditionModel
 from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.text import load_text_encoder
 from latentdiff.training.config import DenoiserSettings
@@ -27,7 +30,8 @@ def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
         settings.num_train_timesteps,
         settings.prediction_type,
         settings.zero_terminal_snr,
-        variance_type="learned_range" if settings.loss == "hybrid" else "fixed_small",
+        variance_type="learned_range" if settings.learns_variance else "fixed_small",
+        loss_type=settings.loss,
     )
 
 
@@ -40,7 +44,7 @@ def build_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_width:
     return UNet2DConditionModel(
         sample_size=settings.resolution // pixels_per_latent(autoencoder),
         in_channels=config.latent_channels,
-        out_channels=config.latent_channels * (2 if settings.loss == "hybrid" else 1),
+        out_channels=config.latent_channels * (2 if settings.learns_variance else 1),
         down_block_types=tuple(down),
         up_block_types=tuple(up),
         block_out_channels=settings.block_out_channels,
@@ -81,12 +85,31 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         pipeline.save_pretrained(settings.output)
         describe(run, settings, "text-to-image pipeline", len(data.pictures))
 
-    return train_diffusion(settings, parts, data, DenoiserObjective(unet, process, settings.min_snr_gamma), finish)
+    objective = DenoiserObjective(
+        unet,
+        process,
+        settings.min_snr_gamma,
+        p2_gamma=settings.p2_gamma,
+        timestep_sampler=LossSecondMoment(process.num_timesteps) if draws_by_loss(settings) else None,
+        log_likelihood=likelihood_of(autoencoder),
+    )
+    return train_diffusion(settings, parts, data, objective, finish)
+
+
+def draws_by_loss(settings: DenoiserSettings) -> bool:
+    return settings.timestep_sampler == "loss_second_moment"
+
+
+def likelihood_of(autoencoder: Autoencoder) -> LogLikelihood:
+    """Of the last step: pixels are whole numbers, latents are not."""
+    if isinstance(autoencoder, IdentityAutoencoder) and autoencoder.config.scaling_factor == 1:
+        return discretized_gaussian_log_likelihood
+    return gaussian_log_likelihood
 
 
 def sampler_of(settings: DenoiserSettings) -> str:
     """The scheduler that a new model is saved with."""
-    return "DDPMScheduler" if settings.loss == "hybrid" else "DDIMScheduler"
+    return "DDPMScheduler" if settings.learns_variance else "DDIMScheduler"
 
 
 def load_autoencoder(folder: str) -> Autoencoder:

@@ -144,10 +144,11 @@ class Check:
     ) -> None:
         self.run, self.settings, self.parts = run, settings, parts
         self.prompts = list(settings.sample_prompts) or [picture.captions[0] for picture in pictures[:16]]
-        self.loss = HeldOutLoss(parts.process, BANDS)
+        bands = min(BANDS, parts.process.num_timesteps)
+        self.loss = HeldOutLoss(parts.process, bands)
         idle = ((parts.vae, inputs.autoencoder), (parts.text_encoder, inputs.text_encoder))
         self.resting = [network for network, used in idle if used is None and not is_trained(network)]
-        self.batches = [inputs(stack(chunk)) for chunk in chunks_alike(held_out_samples(held_out, BANDS))]
+        self.batches = [inputs(stack(chunk)) for chunk in chunks_alike(held_out_samples(held_out, bands))]
 
     def __call__(self) -> None:
         """Record the held-out loss, and draw."""

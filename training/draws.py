@@ -191,18 +191,20 @@ class DiffusionSamples(Dataset[dict[str, Any]]):
         picture = self.pictures[place.index]
         caption = self.captions.pick(picture.captions, choices[:3])
         view = self.views.pick(place.index, choices[3:6])
-        return self.sample(picture, view, caption, self._timestep(place, float(choices[6])), generator)
+        return self.sample(picture, view, caption, self._timestep_draw(place, float(choices[6])), generator)
 
     def sample(
-        self, picture: CaptionedPicture, view: View, caption: str, timestep: int, generator: torch.Generator
+        self, picture: CaptionedPicture, view: View, caption: str, timestep_draw: float, generator: torch.Generator
     ) -> dict[str, Any]:
-        """One picture's share of a batch, with random draws from `generator`."""
+        """One picture's share of a batch, with random draws from `generator`; `timestep_draw`: from [0, 1)."""
+        timestep = min(int(timestep_draw * self.num_timesteps), self.num_timesteps - 1)
         shape = (self.latent_channels, view.height // self.factor, view.width // self.factor)
         posterior_noise = torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)
         if self.settings.noise_offset:  # so that a whole picture can become lighter or darker
             noise = noise + self.settings.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
-        sample: dict[str, Any] = {"posterior_noise": posterior_noise, "noise": noise, "timesteps": timestep}
+        sample: dict[str, Any] = {"posterior_noise": posterior_noise, "noise": noise}
+        sample |= {"timesteps": timestep, "timestep_draws": timestep_draw}
         if self.sources.latents is not None:
             sample["moments"] = self.sources.latents[picture, view]  # (2, C, h, w) float16
         else:
@@ -215,13 +217,13 @@ class DiffusionSamples(Dataset[dict[str, Any]]):
             sample["caption"] = caption
         return {**sample, "loss_weight": picture.loss_weight, "name": picture.name}
 
-    def _timestep(self, place: Place, within: float) -> int:
-        """Uniform, but each of the B equal bands of an update has one picture, which lowers the loss's variance.
+    def _timestep_draw(self, place: Place, within: float) -> float:
+        """Uniform in [0, 1), but each of an update's B equal bands has one picture, which lowers the loss's variance.
 
         Variational Diffusion Models (Kingma et al. 2021), App. I.1.
         """
         band = int(strata(self.settings.seed, place.step, self.update_size)[place.slot])
-        return min(int((band + within) / self.update_size * self.num_timesteps), self.num_timesteps - 1)
+        return (band + within) / self.update_size
 
 
 @lru_cache(maxsize=8)
@@ -245,9 +247,9 @@ def held_out_samples(samples: DiffusionSamples, bands: int, most: int = 32) -> l
     for i in range(count):
         for band in range(bands):
             generator = torch.Generator().manual_seed(seed_of(HELD_OUT, i, band))
-            timestep = int((band + (i + 0.5) / count) / bands * samples.num_timesteps)
+            draw = (band + (i + 0.5) / count) / bands
             picture = samples.pictures[i]
-            chosen.append(samples.sample(picture, samples.views.centred(i), picture.captions[0], timestep, generator))
+            chosen.append(samples.sample(picture, samples.views.centred(i), picture.captions[0], draw, generator))
     return chosen
 
 

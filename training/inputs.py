@@ -48,7 +48,7 @@ class Inputs:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `DenoiserObjective`, and ``names``."""
-        inputs = {key: batch[key] for key in ("noise", "timesteps", "loss_weight")}
+        inputs = {key: batch[key] for key in ("noise", "timesteps", "timestep_draws", "loss_weight")}
         inputs["latents"] = self.latents(batch)
         if "caption" in batch:
             assert self.text_encoder is not None

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from accelerate.utils import gather
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.diffusion.losses import simple_loss, training_losses
+from latentdiff.diffusion.bounds import gaussian_log_likelihood
+from latentdiff.diffusion.losses import LogLikelihood, simple_loss, training_losses
+from latentdiff.diffusion.timesteps import LossSecondMoment
 
 
 class DenoiserObjective(nn.Module):
@@ -18,6 +21,9 @@ class DenoiserObjective(nn.Module):
         process: says what is predicted.
         min_snr_gamma: weigh the error of the prediction by min-SNR-gamma (Hang et al. 2023); None: not at all. A
             bound is not weighted.
+        p2_gamma: weigh it by P2 (Choi et al. 2022) with k = 1 instead; 0: not at all.
+        timestep_sampler: draws the timesteps in training, by the losses of those before.
+        log_likelihood: of the last step of a bound; the default suits latents.
         text_encoder: of transformers, where the text is trained; `forward` then takes tokens. It is part of this
             module so that what wraps the module, for several processes, sees its parameters.
     """
@@ -28,12 +34,19 @@ class DenoiserObjective(nn.Module):
         process: GaussianDiffusion,
         min_snr_gamma: float | None = None,
         text_encoder: nn.Module | None = None,
+        *,
+        p2_gamma: float = 0.0,
+        timestep_sampler: LossSecondMoment | None = None,
+        log_likelihood: LogLikelihood = gaussian_log_likelihood,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.process = process
-        self.min_snr_gamma = min_snr_gamma
+        self.min_snr_gamma, self.p2_gamma = min_snr_gamma, p2_gamma
         self.text_encoder = text_encoder
+        self.timestep_sampler = timestep_sampler
+        self.log_likelihood = log_likelihood
+        self._seen: list[tuple[Tensor, Tensor]] = []  # timesteps and losses of the passes of an update
 
     def forward(
         self,
@@ -44,6 +57,7 @@ class DenoiserObjective(nn.Module):
         loss_weight: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        timestep_draws: Tensor | None = None,
         *,
         held_out: bool = False,
     ) -> Tensor:
@@ -55,13 +69,27 @@ class DenoiserObjective(nn.Module):
             encoder_hidden_states: (B, L, D), where the text is not trained.
             loss_weight: (B,); by default 1.
             input_ids, attention_mask: (B, L), where it is.
+            timestep_draws: (B,), uniform in [0, 1), from which a `timestep_sampler` draws other timesteps.
             held_out: return (B,) squared errors instead, without any weight and without the bound, which can be
                 compared between runs. (An argument, because only ``forward`` passes through what wraps a module for
                 several processes.)
         """
+        drawn: Tensor | None = None
+        if self.timestep_sampler is not None and timestep_draws is not None and not held_out:
+            timesteps, drawn = (x.to(latents.device) for x in self.timestep_sampler.draw(timestep_draws))
         inputs = (latents, noise, timesteps, encoder_hidden_states, loss_weight, input_ids, attention_mask)
         losses = self.per_sample(*inputs, held_out=held_out)
+        if drawn is not None:
+            self._seen.append((timesteps, losses.detach()))
+            losses = losses * drawn
         return losses if held_out else losses.mean()
+
+    def after_update(self, sound: bool) -> None:
+        """Called by the run after every update; `sound`: it was made."""
+        if self.timestep_sampler is not None:
+            for timesteps, losses in self._seen if sound else []:
+                self.timestep_sampler.update(gather(timesteps), gather(losses))
+        self._seen.clear()
 
     def per_sample(
         self,
@@ -80,8 +108,12 @@ class DenoiserObjective(nn.Module):
         prediction = self.predict(latents, noise, timesteps, states)
         if held_out:
             return simple_loss(self.process, prediction, latents, timesteps, noise)
-        weight = 1.0 if self.min_snr_gamma is None else self.process.min_snr_weight(timesteps, self.min_snr_gamma)
-        losses = training_losses(self.process, prediction, latents, timesteps, noise, weight)
+        weight: Tensor | float = 1.0
+        if self.p2_gamma:
+            weight = self.process.p2_weight(timesteps, self.p2_gamma)
+        elif self.min_snr_gamma is not None:
+            weight = self.process.min_snr_weight(timesteps, self.min_snr_gamma)
+        losses = training_losses(self.process, prediction, latents, timesteps, noise, weight, self.log_likelihood)
         return losses if loss_weight is None else losses * loss_weight
 
     def text_states(

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.losses import bound_term, simple_loss
+from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.objective import DenoiserObjective
 
@@ -177,3 +178,30 @@ def test_what_does_not_fit_is_refused(batch: dict[str, Tensor]) -> None:
     del batch["encoder_hidden_states"]
     with pytest.raises(ValueError, match="has no text_encoder"):
         objective(**batch, input_ids=ids)
+
+
+def test_drawn_timesteps_are_weighted_and_remembered(batch: dict[str, Tensor]) -> None:
+    process = GaussianDiffusion("linear", 4)
+    sampler = LossSecondMoment(4, history=1, uniform=0.0)
+    sampler.update(torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    objective = DenoiserObjective(Answer(torch.zeros(3, 4, 8, 8)), process, timestep_sampler=sampler)
+    given = {**batch, "timesteps": torch.zeros(3, dtype=torch.long)}
+    drawn, weights = torch.tensor([0, 2, 3]), torch.tensor([2.0, 1.0, 0.5])
+    draws = torch.tensor([0.1, 0.3, 0.9])
+    losses = objective.per_sample(**{**given, "timesteps": drawn})
+    torch.testing.assert_close(objective(**given, timestep_draws=draws), (weights * losses).mean())
+    assert torch.equal(objective(**given, timestep_draws=draws, held_out=True), objective(**given, held_out=True))
+    for sound, remembered in ((False, [1.0, 1.0, 2.0, 4.0]), (True, [1.0, 1.0, 2.0, 4.0])):
+        objective.after_update(sound)  # the second time there is nothing new
+        assert sampler.history[:, 0].tolist() == remembered
+    objective(**given, timestep_draws=draws)
+    objective.after_update(True)
+    wanted = [losses[0].item(), 1.0, losses[1].item(), losses[2].item()]
+    assert sampler.history[:, 0].tolist() == wanted
+
+
+def test_p2_takes_the_place_of_min_snr(batch: dict[str, Tensor]) -> None:
+    process, answer = GaussianDiffusion("linear"), Answer(torch.randn(3, 4, 8, 8))
+    plain = DenoiserObjective(answer, process).per_sample(**batch)
+    found = DenoiserObjective(answer, process, 5.0, p2_gamma=0.5).per_sample(**batch)
+    torch.testing.assert_close(found, plain * process.p2_weight(TIMESTEPS, 0.5))
