@@ -13,10 +13,12 @@ PATHS = frozenset(
 AUTOENCODER_USAGE = """## How to use it
 
 ```python
-from latentdiff.models import AutoencoderKL  # or VQModel; diffusers' classes of these names load it as well
+from latentdiff.models import CLASS
 
-autoencoder = AutoencoderKL.from_pretrained("THIS_FOLDER")
+autoencoder = CLASS.from_pretrained("THIS_FOLDER")
 ```"""
+
+AUTOENCODERS = {"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"}
 
 PIPELINE_USAGE = """## How to draw with it
 
@@ -43,7 +45,9 @@ StableDiffusionPipeline.from_pretrained("THIS_FOLDER")(PROMPT).images[0]
 def usage(draws: bool, settings: Mapping[str, Any]) -> str:
     """How to use it, with a prompt of the run's own if it has one."""
     if not draws:
-        return AUTOENCODER_USAGE
+        kind = settings.get("kind", "kl")
+        text = AUTOENCODER_USAGE.replace("CLASS", AUTOENCODERS[kind])
+        return text + "\n\ndiffusers' class of this name loads it as well." if kind in ("kl", "vq") else text
     prompts = [*(settings.get("sample_prompts") or ()), "a red car"]
     plain = next(prompt for prompt in prompts if not set(prompt) & set('"\\`$!\n'))  # needs no quoting in a shell
     return PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')

@@ -84,6 +84,10 @@ def test_an_autoencoder_and_a_folder_as_base(tmp_path: Path) -> None:
     assert "AutoencoderKL.from_pretrained" in text
     assert "generate" not in text
     assert str(tmp_path) not in text
+    assert "diffusers' class of this name" in text
+    text = write(tmp_path / "fsq", kind="autoencoder", settings={"kind": "fsq"}, figures={})
+    assert "import FSQModel" in text
+    assert "diffusers' class" not in text
 
 
 def test_text_of_somebody_else_survives(tmp_path: Path) -> None:
