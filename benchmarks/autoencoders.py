@@ -2,7 +2,7 @@
 
     python benchmarks/autoencoders.py                         # sizes of Latent Diffusion, at 256 pixels
     python benchmarks/autoencoders.py --kinds kl-f8 --sizes 128 512 --batch 2
-    python benchmarks/autoencoders.py --kinds kl-f8 --sizes 2048 --tiles 512 --repeats 1
+    python benchmarks/autoencoders.py --peak ours kl-f8 decode 1 2048 512     # memory alone, in tiles of 512
 
 Speed is the median of runs in turn within one process, on a quiet machine. Memory is the peak above the loaded model,
 of one call in a process of its own, as Linux counts it. A difference is the largest, in the unit of the output (pixels
@@ -79,7 +79,7 @@ def peak_alone(*arguments: Any) -> float:
     command = [sys.executable, __file__, "--peak", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+    return float(done.stdout.rsplit(maxsplit=1)[-1])
 
 
 def compare(kind: str, operation: str, arguments: argparse.Namespace, size: int) -> str:
@@ -100,11 +100,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tiles", type=int, default=0, help="side of a tile in pixels; 0: whole pictures")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=6, metavar=("LIBRARY", "KIND", "OPERATION", "BATCH", "SIZE", "TILES"))
     arguments = parser.parse_args()
     if arguments.peak:
         library, kind, operation, *numbers = arguments.peak
-        print(peak(library, kind, operation, *map(int, numbers)))
+        print(f"MiB above the model: {peak(library, kind, operation, *map(int, numbers)):.0f}")
         return
     tiles = f", tiles of {arguments.tiles}" if arguments.tiles else ""
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, float32")

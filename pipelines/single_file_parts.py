@@ -22,11 +22,13 @@ from latentdiff.interchange.single_file import (
     scheduler_settings,
     unet_config,
 )
+from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.pipelines.folder import DEFAULTS
 
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = ("scheduler", "low_res_scheduler")
+AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
 LARGE_V = 96
 """``sample_size`` of Stable Diffusion 2 that predicts v."""
 
@@ -65,7 +67,8 @@ class Parts:
         size, changes = self.settings.sample_size, self.heads()
         if "unet" in self.weights.header:
             size = self.told.sample_size
-        return build_unet(self.weights, self.dtype, changes if size is None else {**changes, "sample_size": size})
+        changes = changes if size is None else {**changes, "sample_size": size}
+        return build_unet(self.weights, self.dtype, changes, UNet2DConditionModel)
 
     def heads(self) -> dict[str, Any]:
         """How many attention heads there are, if that was told. In the original code their width counts first."""
@@ -78,8 +81,10 @@ class Parts:
     def vae(self) -> Any:
         if "vae" in self.weights.header:
             factor = self.told.scaling_factor
-            return build_autoencoder(self.weights, self.dtype, {} if factor is None else {"scaling_factor": factor})
-        vae = build_autoencoder(self.weights, self.dtype, {"scaling_factor": self.settings.scaling_factor})
+            changes = {} if factor is None else {"scaling_factor": factor}
+            return build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
+        changes = {"scaling_factor": self.settings.scaling_factor}
+        vae = build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
         size = (self.settings.sample_size or 64) * 2 ** (len(vae.config.block_out_channels) - 1)
         vae.register_to_config(sample_size=size)
         return vae

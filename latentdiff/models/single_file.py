@@ -56,7 +56,9 @@ class SingleFileModel:
         weights = Checkpoint(find_file(source, allow_pickle, **hub), allow_pickle)
         if ema:
             weights.use_averages("autoencoder")
-        model: Self = read_autoencoder(weights, cls.__name__, dtype, scaling_factor, sample_size, original_config)
+        model: Self = read_autoencoder(
+            weights, {cls.__name__: cls}, dtype, scaling_factor, sample_size, original_config
+        )
         return model
 
     def save_single_file(self, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:

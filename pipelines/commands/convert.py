@@ -152,7 +152,7 @@ def read_file(
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
     from latentdiff.pipelines.converting import checkpoint_pipeline
     from latentdiff.pipelines.single_file import check_prediction
-    from latentdiff.pipelines.single_file_parts import Parts
+    from latentdiff.pipelines.single_file_parts import AUTOENCODERS, Parts
 
     check_prediction(told["prediction_type"])
     if component is None:
@@ -170,7 +170,7 @@ def read_file(
         weights.use_averages("autoencoder" if component is Component.vae else "UNet")
     if component is Component.vae:
         scale = told["scaling_factor"]
-        return OnePart(vae=read_autoencoder(weights, None, dtype, scale, original_config=original_config))
+        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=original_config))
     parts = Parts(weights, dtype, OriginalSettings(**told), original_config)
     return OnePart(**{component.value: getattr(parts, component.value)()})
 

@@ -1,12 +1,13 @@
 """Autoencoders from and to files of their own, as Latent Diffusion and Taming Transformers released theirs."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentdiff.interchange.single_file.autoencoder_configs import autoencoder_kind, vae_config
+from latentdiff.interchange.single_file.autoencoder_configs import vae_config
 from latentdiff.interchange.single_file.configs import Config
 from latentdiff.interchange.single_file.files import Checkpoint
 from latentdiff.interchange.single_file.parts import build_autoencoder, check_checkpoint
@@ -29,7 +30,7 @@ XL_SCALE = 0.13025
 
 def read_autoencoder(
     weights: Checkpoint,
-    kind: str | None = None,
+    kinds: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     scaling_factor: float | None = None,
     sample_size: int | None = None,
@@ -38,7 +39,7 @@ def read_autoencoder(
     """The autoencoder in a checkpoint, which may hold a whole model; see `SingleFileModel.from_single_file`.
 
     Args:
-        kind: the name of the class that it must be; any by default.
+        kinds: classes by name, of which it must be one.
 
     Raises:
         FileNotFoundError, ValueError: see there.
@@ -48,17 +49,14 @@ def read_autoencoder(
     if not weights.has_vae:
         check_checkpoint(weights)
         raise ValueError(f"{weights.file} has no autoencoder")
-    found = autoencoder_kind(weights)
-    if kind not in (None, found):
-        raise ValueError(f"{weights.file} holds {DESCRIPTIONS[found]}; load it with {found}.from_single_file")
     changes = {"sample_size": sample_size, "scaling_factor": scaling_factor}
     if original_config is not None:
         said = autoencoder_settings(Path(original_config).expanduser())
         changes = {key: said.get(key) if value is None else value for key, value in changes.items()}
     given = {key: value for key, value in changes.items() if value is not None}
     if "vae" in weights.header:
-        return build_autoencoder(weights, dtype, given)
-    vae = build_autoencoder(weights, dtype, {**usual(weights), **given})
+        return build_autoencoder(weights, dtype, given, kinds)
+    vae = build_autoencoder(weights, dtype, {**usual(weights), **given}, kinds)
     if "scaling_factor" not in given and is_unusual(weights, vae.config):
         logger.warning(
             "%s does not say how its latents are scaled; scaling_factor=%g is assumed. It matters only to a denoiser: "
@@ -66,13 +64,6 @@ def read_autoencoder(
             *(weights.file, vae.config["scaling_factor"]),
         )
     return vae
-
-
-DESCRIPTIONS = {
-    "AutoencoderKL": "no codebook but a Gaussian's mean and width (AutoencoderKL)",
-    "VQModel": "a codebook (VQModel)",
-    "GumbelVQModel": "a codebook and a distribution over it (GumbelVQModel)",
-}
 
 
 def usual(weights: Checkpoint) -> Config:

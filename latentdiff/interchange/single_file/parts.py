@@ -1,6 +1,6 @@
 """The networks of a checkpoint: built and filled."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ def check_checkpoint(weights: Checkpoint) -> None:
 
 def whole(name_of: Callable[[str], str]) -> Names:
     return lambda key: (name_of(key), None)
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": "no codebook but a Gaussian's mean and width (AutoencoderKL)",
+    "VQModel": "a codebook (VQModel)",
+    "GumbelVQModel": "a codebook and a distribution over it (GumbelVQModel)",
+}
 
 
 def fill(
@@ -104,38 +111,44 @@ def plain_shape(shape: Iterable[int]) -> tuple[int, ...]:
     return sizes[:2] if sizes[2:] == (1, 1) else sizes
 
 
-def build_unet(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) -> Any:
-    """Our UNet with a checkpoint's weights.
+def build_unet(weights: Checkpoint, dtype: torch.dtype | None, changes: Config, kind: Any) -> Any:
+    """A UNet with a checkpoint's weights.
 
     Args:
+        kind: the class.
         dtype: of the weights; None leaves the file's.
         changes: of the config that is told from the shapes, or that the file holds.
 
     Raises:
         ValueError: there is no UNet in it, or none that ours can be; see `fill`.
     """
-    from latentdiff.models import UNet2DConditionModel
-
     if not weights.has_unet:
         raise ValueError(f"{weights.file} has no UNet; give one with unet=")
     config = {**(weights.header.get("unet") or unet_config(weights)), **changes}
     with torch.device("meta"):
-        unet = built(lambda: UNet2DConditionModel.from_config(config), weights)
+        unet = built(lambda: kind.from_config(config), weights)
     dtype = dtype or main_dtype(weights, UNET)
     fill(unet, weights, whole(lambda key: unet_name(key, unet.config)), "UNet", dtype, [UNET])
     return unet
 
 
-def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: Config) -> Any:
-    """Our autoencoder with a checkpoint's weights; see `build_unet`."""
-    from latentdiff import models
+def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: Config, kinds: Mapping[str, Any]) -> Any:
+    """An autoencoder with a checkpoint's weights; see `build_unet`.
 
+    Args:
+        kinds: classes by name, of which it must be one.
+
+    Raises:
+        ValueError: it is of none of them, which is said.
+    """
     if not weights.has_vae:
         raise ValueError(f"{weights.file} has no autoencoder; give one with vae=")
     config = {**(weights.header.get("vae") or vae_config(weights)), **changes}
     kind = autoencoder_kind(weights)
+    if kind not in kinds:
+        raise ValueError(f"{weights.file} holds {AUTOENCODERS[kind]}; load it with {kind}.from_single_file")
     with torch.device("meta"):
-        vae = built(lambda: getattr(models, kind).from_config(config), weights)
+        vae = built(lambda: kinds[kind].from_config(config), weights)
     name_of = gumbel_name if kind == "GumbelVQModel" else vae_name
     known = VAE_PARTS[:4]  # besides its codes, a codebook can have what it was learned with
     dtype = dtype or main_dtype(weights, VAE)
