@@ -81,8 +81,8 @@ class Parts:
     def vae(self) -> Any:
         if "vae" in self.weights.header:
             factor = self.told.scaling_factor
-            changes = {} if factor is None else {"scaling_factor": factor}
-            return build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
+            told = {} if factor is None else {"scaling_factor": factor}
+            return build_autoencoder(self.weights, self.dtype, told, AUTOENCODERS)
         changes = {"scaling_factor": self.settings.scaling_factor}
         vae = build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
         size = (self.settings.sample_size or 64) * 2 ** (len(vae.config.block_out_channels) - 1)

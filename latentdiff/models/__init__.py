@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentdiff.models.autoencoder import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
+    from latentdiff.models.classifier import NoisyClassifier
     from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
@@ -18,6 +19,7 @@ _HOMES = {
     "FSQModel": "latentdiff.models.autoencoder",
     "GumbelVQModel": "latentdiff.models.autoencoder",
     "IdentityAutoencoder": "latentdiff.models.identity",
+    "NoisyClassifier": "latentdiff.models.classifier",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
     "UNet2DModel": "latentdiff.models.unet2d",
@@ -31,6 +33,7 @@ __all__ = [
     "FSQModel",
     "GumbelVQModel",
     "IdentityAutoencoder",
+    "NoisyClassifier",
     "TextContext",
     "UNet2DConditionModel",
     "UNet2DModel",

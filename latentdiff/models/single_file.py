@@ -1,4 +1,4 @@
-"""``from_single_file`` and ``save_single_file`` of the autoencoders."""
+"""``from_single_file`` of networks, and ``save_single_file`` of the autoencoders."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -78,3 +78,58 @@ class SingleFileModel:
         from latentdiff.interchange.single_file import write_autoencoder
 
         write_autoencoder(self, file, dtype, overwrite)
+
+
+class ReleasedNetwork:
+    """A network that can be read from files of the layout of DDPM, Improved DDPM and ADM, as OpenAI released theirs."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        head_channels: int | None = None,
+        heads: int = 1,
+        heads_first: bool = True,
+        sample_size: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a network from a checkpoint; its shape is told from the weights.
+
+        ::
+
+            UNet2DModel.from_single_file("256x256_diffusion.pt", head_channels=64, allow_pickle=True)
+            NoisyClassifier.from_single_file("256x256_classifier.pt", head_channels=64, allow_pickle=True)
+
+        Args:
+            source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
+            head_channels: the width of an attention's head, ``--num_head_channels`` in the original; ADM's models have
+                64. Without it `heads` counts, ``--num_heads``; Improved DDPM's models have 4.
+            heads_first: False for a model trained with ``--use_new_attention_order True``; none was released.
+            sample_size: for the config, in pixels.
+            dtype: of the weights; None leaves the file's.
+            allow_pickle: read a ``.pt`` too, by ``torch.load(weights_only=True)``, which runs nothing.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, holds something else or lacks weights, or heads do not fit.
+            TypeError: an unknown argument.
+            OSError: the hub cannot be asked.
+        """
+        from latentdiff.interchange.single_file import HUB_OPTIONS, AdmCheckpoint, find_file, read_adm
+
+        for name in hub:
+            if name not in HUB_OPTIONS:
+                raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {name!r}")
+        weights = AdmCheckpoint(
+            find_file(source, allow_pickle, **hub),
+            allow_pickle,
+            head_channels=head_channels,
+            heads=heads,
+            heads_first=heads_first,
+        )
+        network: Self = read_adm(weights, cls, dtype, {} if sample_size is None else {"sample_size": sample_size})
+        return network

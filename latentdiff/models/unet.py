@@ -20,7 +20,7 @@ from latentdiff.models.layers import Downsample2D, ResnetBlock2D, SdpaModel, Ups
 from latentdiff.models.text_context import TextContext
 from latentdiff.models.transformer import Attention, SpatialTransformer
 from latentdiff.models.unet_arguments import check_residuals, refuse_given, with_lora_scale
-from latentdiff.models.unet_blocks import MidBlock, UShaped, build_ways
+from latentdiff.models.unet_blocks import MidBlock, UShaped, build_down, build_up
 from latentdiff.models.unet_config import NEUTRAL_KEYS, UNetLevels
 from latentdiff.models.unet_time import TimeConditioned
 
@@ -112,7 +112,7 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
             dropout=config.dropout,
         )
 
-        def transformer(level: int, only_cross: bool) -> partial[SpatialTransformer]:
+        def transformer(level: int, only_cross: bool | None = None) -> partial[SpatialTransformer]:
             return partial(
                 SpatialTransformer,
                 levels.channels[level],
@@ -120,20 +120,14 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
                 text_dim=levels.text_dims[level],
                 groups=groups,
                 linear=config.use_linear_projection,
-                only_cross=only_cross,
+                only_cross=levels.only_cross[level] if only_cross is None else only_cross,
             )
 
+        sizes = levels.channels, levels.layers
+        made: dict[str, Any] = {"resnet": resnet, "transformer": transformer}
+        self.down_blocks = build_down(*sizes, levels.down, resampler=lambda _: Downsample2D, **made)
+        self.up_blocks = build_up(*sizes, levels.up, resampler=lambda _: Upsample2D, **made)
         middle: MidBlock | None = None
-        self.down_blocks, self.up_blocks = build_ways(
-            levels.channels,
-            levels.layers,
-            down=levels.down,
-            up=levels.up,
-            resnet=resnet,
-            transformer=lambda level: transformer(level, levels.only_cross[level]),
-            downsampler=lambda _: Downsample2D,
-            upsampler=lambda _: Upsample2D,
-        )
         if config.mid_block_type is not None:
             middle = MidBlock(
                 levels.channels[last],

@@ -5,10 +5,10 @@ at several resolutions, heads of fixed width, adaptive group normalisation (``re
 resnet blocks that halve and double (``"resnet"``), class embeddings.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -25,8 +25,9 @@ from latentdiff.models.layers import (
     double,
     halve,
 )
+from latentdiff.models.single_file import ReleasedNetwork
 from latentdiff.models.text_context import TextInput
-from latentdiff.models.unet_blocks import MidBlock, Resamplers, UShaped, build_ways
+from latentdiff.models.unet_blocks import MidBlock, Resamplers, UShaped, build_down, build_up
 from latentdiff.models.unet_time import TimeConditioned
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -40,7 +41,7 @@ class SelfAttention(GridAttention):
         return super().forward(x)
 
 
-class UNet2DModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig):
+class UNet2DModel(ReleasedNetwork, UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig):
     """Predicts noise (or v, or the picture), and maybe variances, from pixels or latents, a timestep and a class.
 
     The config is that of diffusers' class, and ``attention_head_dim`` is what it says, the width of a head (None: one
@@ -101,54 +102,17 @@ class UNet2DModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig)
 
     def build_blocks(self, head_widths: Sequence[int], time_dim: int) -> None:
         config = self.config
-        channels, groups = config.block_out_channels, config.norm_num_groups
-        layers = (config.layers_per_block,) * len(channels)
-        resnet = partial(
-            ResnetBlock2D,
-            groups=groups,
-            eps=config.norm_eps,
-            time_dim=time_dim,
-            scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            dropout=config.dropout,
-        )
-
-        def attention(level: int, groups: int | None = groups) -> Any:
-            heads = channels[level] // head_widths[level]
-            return lambda depth: SelfAttention(channels[level], groups=groups, eps=config.norm_eps, heads=heads)
-
-        def downsampler(level: int) -> Resamplers:
-            if is_resnet(config.down_block_types[level], config.downsample_type):
-                return lambda width: resnet(width, width, resample=halve)
-            return partial(Downsample2D, padding=config.downsample_padding)
+        parts = down_parts(config, head_widths, time_dim)
 
         def upsampler(level: int) -> Resamplers:
             if is_resnet(config.up_block_types[-1 - level], config.upsample_type):
-                return lambda width: resnet(width, width, resample=double)
+                return lambda width: parts.made["resnet"](width, width, resample=double)
             return Upsample2D
 
-        self.down_blocks, self.up_blocks = build_ways(
-            channels,
-            layers,
-            down=[(1,) * layers[0] if "Attn" in kind else () for kind in config.down_block_types],
-            up=[(1,) * (layers[0] + 1) if "Attn" in kind else () for kind in config.up_block_types],
-            resnet=resnet,
-            transformer=attention,
-            downsampler=downsampler,
-            upsampler=upsampler,
-        )
-        middle: MidBlock | None = None
-        if config.mid_block_type is not None:
-            in_middle = config.attn_norm_num_groups
-            if in_middle is None and config.resnet_time_scale_shift == "default":
-                in_middle = groups
-            middle = MidBlock(
-                channels[-1],
-                layers=2,
-                depths=(1,) if config.add_attention else (),
-                resnet=resnet,
-                transformer=attention(len(channels) - 1, in_middle),
-            )
-        self.mid_block = middle
+        up = [(1,) * (config.layers_per_block + 1) if "Attn" in kind else () for kind in config.up_block_types]
+        self.down_blocks = build_down(*parts.sizes, parts.depths, resampler=parts.resampler, **parts.made)
+        self.up_blocks = build_up(*parts.sizes, up, resampler=upsampler, **parts.made)
+        self.mid_block = None if config.mid_block_type is None else middle_block(config, parts)
 
     def forward(
         self,
@@ -167,6 +131,56 @@ class UNet2DModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
 
+class DownParts(NamedTuple):
+    """What a config says of the way down."""
+
+    sizes: tuple[Sequence[int], Sequence[int]]
+    """Channels and layers of every level."""
+    depths: list[tuple[int, ...]]
+    resampler: Callable[[int], Resamplers]
+    made: dict[str, Any]
+    """What makes resnet blocks and attentions."""
+
+
+def down_parts(config: Any, head_widths: Sequence[int], time_dim: int) -> DownParts:
+    """What `build_down` takes, for a config that `check_blocks` has seen."""
+    channels, layers = config.block_out_channels, config.layers_per_block
+    resnet = partial(
+        ResnetBlock2D,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        time_dim=time_dim,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        dropout=config.dropout,
+    )
+
+    def attention(level: int, groups: int | None = config.norm_num_groups) -> Any:
+        heads = channels[level] // head_widths[level]
+        return lambda depth: SelfAttention(channels[level], groups=groups, eps=config.norm_eps, heads=heads)
+
+    def downsampler(level: int) -> Resamplers:
+        if is_resnet(config.down_block_types[level], config.downsample_type):
+            return lambda width: resnet(width, width, resample=halve)
+        return partial(Downsample2D, padding=config.downsample_padding)
+
+    depths = [(1,) * layers if "Attn" in kind else () for kind in config.down_block_types]
+    sizes = channels, (layers,) * len(channels)
+    return DownParts(sizes, depths, downsampler, {"resnet": resnet, "transformer": attention})
+
+
+def middle_block(config: Any, parts: DownParts) -> MidBlock:
+    groups = config.attn_norm_num_groups
+    if groups is None and config.resnet_time_scale_shift == "default":
+        groups = config.norm_num_groups
+    return MidBlock(
+        config.block_out_channels[-1],
+        layers=2,
+        depths=(1,) if config.add_attention else (),
+        resnet=parts.made["resnet"],
+        transformer=parts.made["transformer"](len(config.block_out_channels) - 1, groups),
+    )
+
+
 def is_resnet(block: str, sampling: str) -> bool:
     """Whether a block of that name changes the resolution by a resnet block."""
     return block.startswith("Resnet") or ("Attn" in block and sampling == "resnet")
@@ -174,28 +188,34 @@ def is_resnet(block: str, sampling: str) -> bool:
 
 def check_unet(config: Any) -> tuple[int, ...]:
     """The width of a head at every level. Raises ValueError with key and value for what the UNet cannot be."""
-    name, levels = "UNet2DModel", len(config.block_out_channels)
-    channels = per_level(name, "block_out_channels", config.block_out_channels, levels)
-    check_choice(name, "act_fn", config.act_fn, ("silu", "swish"))
+    name = "UNet2DModel"
     check_choice(name, "mid_block_type", config.mid_block_type, ("UNetMidBlock2D", None))
-    check_choice(name, "resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
     check_choice(name, "class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
     check_choice(name, "down_block_types", config.down_block_types, DOWN_BLOCKS)
     check_choice(name, "up_block_types", config.up_block_types, UP_BLOCKS)
+    check_choice(name, "upsample_type", config.upsample_type, ("conv", "resnet"))
+    per_level(name, "out_channels", config.out_channels, 1)
+    return check_blocks(name, config, ["down_block_types", "up_block_types"])
+
+
+def check_blocks(name: str, config: Any, kinds: Sequence[str]) -> tuple[int, ...]:
+    """The same for what the way down and the middle are; `kinds`: the keys of the blocks' types."""
+    levels = len(config.block_out_channels)
+    channels = per_level(name, "block_out_channels", config.block_out_channels, levels)
+    check_choice(name, "act_fn", config.act_fn, ("silu", "swish"))
+    check_choice(name, "resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
     check_choice(name, "downsample_padding", config.downsample_padding, (0, 1))
-    for key in ("downsample_type", "upsample_type"):
-        check_choice(name, key, config[key], ("conv", "resnet"))
-    for key in ("down_block_types", "up_block_types"):
+    check_choice(name, "downsample_type", config.downsample_type, ("conv", "resnet"))
+    for key in kinds:
         if len(config[key]) != levels:
             raise ValueError(f"{name}: {key}={config[key]!r} has {len(config[key])} entries for {levels} levels.")
-    for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+    for key in ("in_channels", "layers_per_block", "norm_num_groups"):
         per_level(name, key, config[key], 1)
     check_multiple(name, "block_out_channels", channels, "norm_num_groups", [config.norm_num_groups] * levels)
     given = config.attention_head_dim
     widths = channels if given is None else per_level(name, "attention_head_dim", given, levels)
-    attends = [
-        "Attn" in a or "Attn" in b for a, b in zip(config.down_block_types, config.up_block_types[::-1], strict=True)
-    ]
+    ways = [config[key][::-1] if key == "up_block_types" else config[key] for key in kinds]
+    attends = [any("Attn" in kind for kind in level) for level in zip(*ways, strict=True)]
     attends[-1] = attends[-1] or (config.mid_block_type is not None and config.add_attention)
     for width, head, there in zip(channels, widths, attends, strict=True):
         if there:

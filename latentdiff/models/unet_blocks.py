@@ -166,55 +166,64 @@ class UShaped:
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
-def build_ways(
+def build_down(
     channels: Sequence[int],
     layers: Sequence[int],
+    depths: Sequence[Sequence[int]],
     *,
-    down: Sequence[Sequence[int]],
-    up: Sequence[Sequence[int]],
     resnet: Resnets,
     transformer: Callable[[int], Transformers],
-    downsampler: Callable[[int], Resamplers],
-    upsampler: Callable[[int], Resamplers],
-) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The blocks of the way down and of the way up.
+    resampler: Callable[[int], Resamplers],
+) -> nn.ModuleList:
+    """The blocks of the way down.
 
     Args:
-        channels, layers: of every level, from the full resolution down.
-        down, up: how deep the transformers are on each way, level by level in the order of the way.
-        transformer, downsampler, upsampler: what makes those of a level.
+        channels, layers, depths: of every level, from the full resolution down; how deep the transformers are.
+        transformer, resampler: what makes those of a level.
     """
-    last, width = len(channels) - 1, channels[0]
-    downward, upward = nn.ModuleList(), nn.ModuleList()
-    skips = [width]  # the widths of what the way down leaves for the way up
-    for i, number in enumerate(layers):
-        block = DownBlock(
-            width,
+    last, before = len(channels) - 1, [channels[0], *channels]
+    return nn.ModuleList(
+        DownBlock(
+            before[i],
             channels[i],
-            layers=number,
-            depths=down[i],
+            layers=layers[i],
+            depths=depths[i],
             resnet=resnet,
             transformer=transformer(i),
-            resampler=None if i == last else downsampler(i),
+            resampler=None if i == last else resampler(i),
         )
-        downward.append(block)
+        for i in range(len(channels))
+    )
+
+
+def build_up(
+    channels: Sequence[int],
+    layers: Sequence[int],
+    depths: Sequence[Sequence[int]],
+    *,
+    resnet: Resnets,
+    transformer: Callable[[int], Transformers],
+    resampler: Callable[[int], Resamplers],
+) -> nn.ModuleList:
+    """The blocks of the way up; as `build_down`, but for `depths`, of which the lowest level's come first."""
+    last, width = len(channels) - 1, channels[-1]
+    skips = [channels[0]]  # the widths of what the way down leaves for the way up
+    for i, number in enumerate(layers):
         skips += [channels[i]] * (number + (i < last))
-        width = channels[i]
-    for i, depths in zip(range(last, -1, -1), up, strict=True):
-        taken = [skips.pop() for _ in range(layers[i] + 1)]
-        upward.append(
-            UpBlock(
-                width,
-                channels[i],
-                skip_channels=taken,
-                depths=depths,
-                resnet=resnet,
-                transformer=transformer(i),
-                resampler=None if i == 0 else upsampler(i),
-            )
+    blocks = nn.ModuleList()
+    for i, depth in zip(range(last, -1, -1), depths, strict=True):
+        block = UpBlock(
+            width,
+            channels[i],
+            skip_channels=[skips.pop() for _ in range(layers[i] + 1)],
+            depths=depth,
+            resnet=resnet,
+            transformer=transformer(i),
+            resampler=None if i == 0 else resampler(i),
         )
+        blocks.append(block)
         width = channels[i]
-    return downward, upward
+    return blocks
 
 
 def reweighed(x: Tensor, skip: Tensor, skip_scale: float, backbone_scale: float) -> tuple[Tensor, Tensor]:

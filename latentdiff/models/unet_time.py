@@ -75,13 +75,14 @@ class TimeConditioned:
 
 def class_embedding(config: Any, dim: int) -> nn.Module | None:
     """What turns ``class_labels`` into something as wide as the time embedding, `dim`."""
-    given = config.get("projection_class_embeddings_input_dim")
-    if config.class_embed_type is None:
-        return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, dim)
-    if config.class_embed_type == "timestep":
+    kind, given = config.get("class_embed_type"), config.get("projection_class_embeddings_input_dim")
+    if kind is None:
+        number = config.get("num_class_embeds")
+        return None if number is None else nn.Embedding(number, dim)
+    if kind == "timestep":
         return TimestepEmbedding(config.block_out_channels[0], dim)
-    if config.class_embed_type == "projection":
+    if kind == "projection":
         return TimestepEmbedding(given, dim)
-    if config.class_embed_type == "simple_projection":
+    if kind == "simple_projection":
         return nn.Linear(given, dim)
     return nn.Identity()

@@ -1,5 +1,6 @@
 """Checkpoints that hold a whole model in one file, as Stable Diffusion and Latent Diffusion were released."""
 
+from latentdiff.interchange.single_file.adm import AdmCheckpoint, read_adm
 from latentdiff.interchange.single_file.autoencoder_configs import autoencoder_kind, vae_config
 from latentdiff.interchange.single_file.autoencoders import read_autoencoder, write_autoencoder
 from latentdiff.interchange.single_file.configs import text_kind, unet_config
@@ -33,6 +34,7 @@ __all__ = [
     "HEADER",
     "HUB_OPTIONS",
     "ON_THE_HUB",
+    "AdmCheckpoint",
     "Checkpoint",
     "OriginalSettings",
     "assumed_settings",
@@ -51,6 +53,7 @@ __all__ = [
     "original_text_encoder",
     "original_unet",
     "plain_config",
+    "read_adm",
     "read_autoencoder",
     "scheduler_settings",
     "text_kind",

@@ -1,0 +1,137 @@
+"""``NoisyClassifier``: what an ADM asks which way a class lies; a UNet's way down, pooled.
+
+ADM (Dhariwal & Nichol 2021), Sec. 4 and App. H. Its gradient with respect to the noisy picture guides a sampler.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
+from latentdiff.models.layers import SdpaModel, merge_heads, norm_silu, split_heads, to_tokens
+from latentdiff.models.single_file import ReleasedNetwork
+from latentdiff.models.text_context import TextInput
+from latentdiff.models.unet2d import DOWN_BLOCKS, check_blocks, down_parts, middle_block
+from latentdiff.models.unet_blocks import build_down
+from latentdiff.models.unet_time import TimeConditioned
+
+
+class AttentionPool(nn.Module):
+    """One token that looks at all places: (B, C, H, W) -> (B, D). CLIP (Radford et al. 2021), Sec. 2.4."""
+
+    def __init__(self, places: int, channels: int, heads: int, out_features: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.position = nn.Parameter(torch.randn(1 + places, channels) / channels**0.5)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.Linear(channels, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)  # (B, HW, C)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.position
+        q = split_heads(self.to_q(tokens[:, :1]), self.heads)  # (B, N, 1, C/N)
+        k, v = (split_heads(layer(tokens), self.heads) for layer in (self.to_k, self.to_v))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v))[:, 0])
+
+
+class NoisyClassifier(ReleasedNetwork, TimeConditioned, SdpaModel, ModelMixin, StrictConfig):
+    """Says of noisy pixels or latents which of ``num_classes`` they are.
+
+    The config is `UNet2DModel`'s as far as it concerns the way down and the middle. diffusers has no such class.
+
+    Args:
+        sample_size: of what it sees, height and width; a pool of attention works at no other.
+        pool: ``"attention"``, or ``"adaptive"``, the mean over all places.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"mid_block_type": ("UNetMidBlock2D",), "add_attention": (True,)}
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 32,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: Sequence[str] = ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        block_out_channels: Sequence[int] = (128, 256, 384),
+        layers_per_block: int = 2,
+        downsample_padding: int = 1,
+        downsample_type: str = "resnet",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | Sequence[int] | None = 64,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = 32,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "scale_shift",
+        pool: str = "attention",
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        name, last = "NoisyClassifier", block_out_channels[-1]
+        per_level(name, "num_classes", num_classes, 1)
+        check_choice(name, "pool", pool, ("attention", "adaptive"))
+        check_choice(name, "down_block_types", down_block_types, DOWN_BLOCKS)
+        heads = check_blocks(name, self.config, ["down_block_types"])
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        parts = down_parts(self.config, heads, time_dim=self.build_time())
+        self.down_blocks = build_down(*parts.sizes, parts.depths, resampler=parts.resampler, **parts.made)
+        self.mid_block = middle_block(self.config, parts)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, last, norm_eps)
+        if pool == "attention":
+            sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+            shrunk = 2 ** (len(block_out_channels) - 1)
+            check_multiple(name, "sample_size", sides, "the factor of its levels,", [shrunk] * 2)
+            places = (sides[0] // shrunk) * (sides[1] // shrunk)
+            self.head: nn.Module = AttentionPool(places, last, last // heads[-1], num_classes)
+        else:
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy pixels or latents (B, C, H, W), timestep (one, or (B,)) -> logits (B, num_classes).
+
+        Raises:
+            ValueError: the sample has other channels, or another size where the pool has one.
+        """
+        self._check(sample)
+        time = F.silu(self.embed_time(timestep, sample.device, sample.dtype))
+        text: Iterator[TextInput] = repeat(sample)  # in the place of text, at which nobody looks
+        x = self.conv_in(sample)
+        for block in self.down_blocks:
+            x, _ = block(x, time, text, None)
+        return self.head(norm_silu(self.conv_norm_out, self.mid_block(x, time, text, None)))
+
+    def log_probability_gradient(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:
+        """The gradient of log p(class | sample) with respect to the sample, (B, C, H, W). ADM, Sec. 4.1, Alg. 1.
+
+        class_labels: (B,) long.
+        """
+        with torch.enable_grad():
+            sample = sample.detach().requires_grad_()
+            chosen = F.log_softmax(self(sample, timestep).float(), dim=-1).gather(1, class_labels[:, None])
+            return torch.autograd.grad(chosen.sum(), sample)[0]
+
+    def _check(self, sample: Tensor) -> None:
+        channels, size = self.config.in_channels, self.config.sample_size
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"NoisyClassifier: it takes (B, {channels}, H, W), and this is {tuple(sample.shape)}")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if self.config.pool == "attention" and tuple(sample.shape[2:]) != sides:
+            raise ValueError(
+                f"NoisyClassifier: it takes {sides[1]}x{sides[0]} and this is {sample.shape[3]}x{sample.shape[2]}; one "
+                f"with pool='adaptive' takes any size"
+            )
