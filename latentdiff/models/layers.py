@@ -179,11 +179,11 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if size is not None:
-            return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
-        if in_one(self.conv, x):
+        if in_one(self.conv, x) and size in (None, (2 * x.shape[2], 2 * x.shape[3])):
             return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
-        return self.conv(double(x))  # (B, C, 2H, 2W)
+        if size is None:
+            return self.conv(double(x))  # (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
 
 
 def in_one(conv: nn.Module, x: Tensor) -> bool:

@@ -30,13 +30,16 @@ def test_doubling_and_convolution_in_one(size: tuple[int, int]) -> None:
     torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
-def test_it_is_taken_in_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_taken_in_float32_and_to_the_double_only() -> None:
     layer, x = Upsample2D(4), torch.randn(1, 4, 5, 5)
     assert in_one(layer.conv, x)
     torch.testing.assert_close(layer(x), in_two(layer, x), atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert not in_one(layer.conv, x)
         assert torch.equal(layer(x), in_two(layer, x))
+    torch.testing.assert_close(layer(x, (10, 10)), in_two(layer, x), atol=1e-5, rtol=1e-5)
+    other = layer(x, torch.Size((9, 10)))
+    assert torch.equal(other, layer.conv(F.interpolate(x, size=(9, 10), mode="nearest")))
     layer.bfloat16()
     assert not in_one(layer.conv, x.bfloat16())
     assert torch.equal(layer(x.bfloat16()), in_two(layer, x.bfloat16()))
