@@ -9,34 +9,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
+    from latentdiff.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
     from latentdiff.pipelines import (
+        ClassConditionalPipeline,
         ImageToImagePipeline,
         ImageVariationPipeline,
         InpaintPipeline,
         SuperResolutionPipeline,
         TextToImagePipeline,
+        UnconditionalPipeline,
     )
 
 _HOMES = {
     "AutoencoderKL": "latentdiff.models",
     "UNet2DConditionModel": "latentdiff.models",
+    "UNet2DModel": "latentdiff.models",
     "VQModel": "latentdiff.models",
+    "ClassConditionalPipeline": "latentdiff.pipelines",
     "ImageToImagePipeline": "latentdiff.pipelines",
     "ImageVariationPipeline": "latentdiff.pipelines",
     "InpaintPipeline": "latentdiff.pipelines",
     "SuperResolutionPipeline": "latentdiff.pipelines",
     "TextToImagePipeline": "latentdiff.pipelines",
+    "UnconditionalPipeline": "latentdiff.pipelines",
 }
 
 __all__ = [
     "AutoencoderKL",
+    "ClassConditionalPipeline",
     "ImageToImagePipeline",
     "ImageVariationPipeline",
     "InpaintPipeline",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
     "UNet2DConditionModel",
+    "UNet2DModel",
+    "UnconditionalPipeline",
     "VQModel",
     "__version__",
 ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.base import LatentPipeline
+    from latentdiff.pipelines.class_conditional import ClassConditionalPipeline
     from latentdiff.pipelines.drawing import ImagesOutput, Progress
     from latentdiff.pipelines.image_to_image import ImageToImagePipeline
     from latentdiff.pipelines.inpaint import InpaintPipeline
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.previews import filmstrip
     from latentdiff.pipelines.super_resolution import SuperResolutionPipeline
     from latentdiff.pipelines.text_to_image import TextToImagePipeline
+    from latentdiff.pipelines.unconditional import UnconditionalPipeline
     from latentdiff.pipelines.variations import ImageVariationPipeline
 
 _HOMES = {
+    "ClassConditionalPipeline": "class_conditional",
     "ImageToImagePipeline": "image_to_image",
     "ImageVariationPipeline": "variations",
     "ImagesOutput": "drawing",
@@ -23,11 +26,13 @@ _HOMES = {
     "Progress": "drawing",
     "SuperResolutionPipeline": "super_resolution",
     "TextToImagePipeline": "text_to_image",
+    "UnconditionalPipeline": "unconditional",
     "draw_many": "many",
     "filmstrip": "previews",
 }
 
 __all__ = [
+    "ClassConditionalPipeline",
     "ImageToImagePipeline",
     "ImageVariationPipeline",
     "ImagesOutput",
@@ -36,6 +41,7 @@ __all__ = [
     "Progress",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
+    "UnconditionalPipeline",
     "draw_many",
     "filmstrip",
 ]

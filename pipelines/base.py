@@ -59,7 +59,7 @@ class LatentPipeline(FolderPipeline):
         if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
             raise ValueError("a safety_checker needs its feature_extractor")
         self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
-        vae = parts["vae"]  # None in a pipeline that only encodes prompts
+        vae = self.vae  # None in a pipeline that only encodes prompts
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
@@ -400,8 +400,8 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"unknown output_type {output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
 
 
-def check_count(num_images_per_prompt: int | None) -> int:
-    count = 1 if num_images_per_prompt is None else num_images_per_prompt
+def check_count(given: int | None, name: str = "num_images_per_prompt") -> int:
+    count = 1 if given is None else given
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_images_per_prompt must be a whole number from 1, not {num_images_per_prompt!r}")
+        raise ValueError(f"{name} must be a whole number from 1, not {given!r}")
     return count

@@ -91,8 +91,8 @@ class Progress:
 class Drawing:
     """What the parts of one call share once its prompts are read: B images of P prompts."""
 
-    embeds: Tensor
-    """(B, L, D), with guidance (2B, L, D), those without the prompt first."""
+    embeds: Any
+    """(B, L, D), with guidance (2B, L, D), those without the prompt first; None where there is no text."""
     count: int
     """B, candidates among them."""
     noise: NoiseSource

@@ -32,6 +32,8 @@ class FolderPipeline(DiffusionPipeline):
 
     saved_class_name: ClassVar[str]
     usual_defaults: ClassVar[dict[str, Any]] = DEFAULTS
+    unet_classes: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
+    """Of a folder's UNet."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any) -> Self:
@@ -61,7 +63,7 @@ class FolderPipeline(DiffusionPipeline):
         wanted = {name: value for name, value in index.items() if name not in options}
         if options.get("variant") is None:
             options["variant"] = only_variant(folder)
-        networks = load_networks(folder, wanted, dtype, options["variant"])
+        networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
         options |= {**networks, "dtype": dtype, "use_safetensors": True}
         pipeline = super().from_pretrained(str(folder), **options)
         pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
@@ -144,9 +146,14 @@ class FolderPipeline(DiffusionPipeline):
             if name not in DEFAULTS:
                 raise ValueError(f"unknown default {name!r}; a model can have {', '.join(DEFAULTS)}")
         if defaults:
-            self.register_to_config(**{DEFAULTS_KEY: {**self.config.get(DEFAULTS_KEY, {}), **defaults}})
+            self.register_to_config(**{DEFAULTS_KEY: {**self.registered_defaults, **defaults}})
 
     @property
     def defaults(self) -> dict[str, Any]:
         """``num_inference_steps`` and ``guidance_scale`` of a call that does not give them."""
-        return {**self.usual_defaults, **self.config.get(DEFAULTS_KEY, {})}
+        return {**self.usual_defaults, **self.registered_defaults}
+
+    @property
+    def registered_defaults(self) -> dict[str, Any]:
+        """What was set by ``register_defaults``."""
+        return dict(self.config.get(DEFAULTS_KEY, {}))

@@ -1,7 +1,7 @@
 """Pipeline folders to components: our networks where diffusers would build its own."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,20 @@ from diffusers.utils import logging
 from torch import nn
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which tells of the other components
-OUR_CLASSES = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
+OUR_CLASSES: dict[str, tuple[str, ...]] = {
+    "vae": ("AutoencoderKL", "VQModel"),
+    "vqvae": ("AutoencoderKL", "VQModel"),  # what diffusers calls the autoencoder where there is no text
+    "unet": ("UNet2DConditionModel", "UNet2DModel"),
+    "classifier": (),
+}
 """Per component, the classes of diffusers that we have our own version of."""
 
-OURS_ALONE: dict[str, tuple[str, ...]] = {"vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"), "unet": ()}
+OURS_ALONE: dict[str, tuple[str, ...]] = {
+    "vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
+    "vqvae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
+    "unet": (),
+    "classifier": ("NoisyClassifier",),
+}
 """Per component, our classes that diffusers has nothing like. A folder names them with the module they are in."""
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
@@ -42,22 +52,27 @@ def refuse_options(options: Mapping[str, Any]) -> None:
 
 
 def load_networks(
-    folder: Path, index: Mapping[str, Any], dtype: torch.dtype | dict[str, torch.dtype], variant: str | None
+    folder: Path,
+    index: Mapping[str, Any],
+    dtype: torch.dtype | dict[str, torch.dtype],
+    variant: str | None,
+    unet_classes: Sequence[str],
 ) -> dict[str, nn.Module]:
-    """The autoencoder and the UNet of a pipeline folder, as our classes.
+    """The autoencoder, the UNet and the classifier, if there is one, of a pipeline folder, as our classes.
 
     Args:
         folder: checked already.
         index: of the folder, less what need not be loaded.
         dtype: of all weights, or per component, with "default" for the rest.
         variant: such as "fp16": the weight files to take where a component has them.
+        unet_classes: what the UNet may be.
 
     Raises:
         ValueError: a component is of a class that we have no version of, or lacks weights.
     """
     networks = {}
     for name, of_diffusers in OUR_CLASSES.items():
-        class_names = of_diffusers + OURS_ALONE[name]
+        class_names = tuple(unet_classes) if name == "unet" else of_diffusers + OURS_ALONE[name]
         if name not in index or index[name][0] is None:
             continue
         class_name = index[name][1]
