@@ -49,7 +49,7 @@ class ClassConditionalPipeline(TextlessPipeline):
         scheduler: Any,
         vqvae: AnyAutoencoder | None = None,
         classifier: NoisyClassifier | None = None,
-        id2label: Mapping[int | str, str] | None = None,
+        id2label: Mapping[Any, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_parts(scheduler, unet=unet, vqvae=vqvae, classifier=classifier)

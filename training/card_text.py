@@ -41,6 +41,15 @@ from diffusers import StableDiffusionPipeline
 StableDiffusionPipeline.from_pretrained("THIS_FOLDER")(PROMPT).images[0]
 ```"""
 
+TEXTLESS_USAGE = """## How to draw with it
+
+```python
+from latentdiff import PIPELINE
+
+pipeline = PIPELINE.from_pretrained("THIS_FOLDER")
+pipeline(CALL, seed=0).images[0].save("picture.png")
+```"""
+
 
 def usage(draws: bool, settings: Mapping[str, Any]) -> str:
     """How to use it, with a prompt of the run's own if it has one."""
@@ -48,6 +57,10 @@ def usage(draws: bool, settings: Mapping[str, Any]) -> str:
         kind = settings.get("kind", "kl")
         text = AUTOENCODER_USAGE.replace("CLASS", AUTOENCODERS[kind])
         return text + "\n\ndiffusers' class of this name loads it as well." if kind in ("kl", "vq") else text
+    if settings.get("condition") == "class":
+        return TEXTLESS_USAGE.replace("PIPELINE", "ClassConditionalPipeline").replace("CALL", "0")
+    if settings.get("condition") == "none":
+        return TEXTLESS_USAGE.replace("PIPELINE", "UnconditionalPipeline").replace("CALL", "batch_size=1")
     prompts = [*(settings.get("sample_prompts") or ()), "a red car"]
     plain = next(prompt for prompt in prompts if not set(prompt) & set('"\\`$!\n'))  # needs no quoting in a shell
     return PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')

@@ -212,7 +212,12 @@ class DiffusionSettings(RunSettings):
 class DenoiserSettings(DiffusionSettings):
     """Settings of ``latentdiff train denoiser``."""
 
-    autoencoder: str = Field(description="folder of a trained autoencoder, or a pipeline folder that has one")
+    autoencoder: str = Field(
+        description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
+    )
+    condition: Literal["text", "class", "none"] = Field(
+        "text", description="what the denoiser is told: the caption; as a class, of which it has one embedding; nothing"
+    )
     text_encoder: str = Field("emoji", description="folder with text_encoder/ and tokenizer/, or a packaged model")
     block_out_channels: tuple[int, ...] = (128, 256, 256)
     layers_per_block: int = Field(1, ge=1)
@@ -220,6 +225,12 @@ class DenoiserSettings(DiffusionSettings):
     attention_head_dim: int = Field(64, ge=8, description="width of one attention head")
     transformer_layers_per_block: int = Field(1, ge=1)
     norm_num_groups: int = Field(32, ge=1)
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
+        "default", description="scale_shift: ADM's adaptive group normalisation"
+    )
+    resample_type: Literal["conv", "resnet"] = Field(
+        "conv", description="what halves and doubles; resnet: ADM's blocks (not with condition=text)"
+    )
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     num_train_timesteps: int = Field(1000, ge=2)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -236,6 +247,8 @@ class DenoiserSettings(DiffusionSettings):
     def _check_levels(self) -> Self:
         if len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
+        if self.condition == "text" and self.resample_type != "conv":
+            raise ValueError("resample_type=resnet is for condition=class or none; with text leave it at conv")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Training a text-conditioned denoiser on the latents of an autoencoder."""
+"""Training a denoiser, told a text, a class or nothing, on the latents of an autoencoder or on pixels."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,24 @@ from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.text import load_text_encoder
 from latentdiff.training.config import DenoiserSettings
 from latentdiff.training.describe import describe
-from latentdiff.training.diffusion_run import Parts, load_data, train_diffusion
+from latentdiff.training.diffusion_run import Data, Parts, load_data, train_diffusion
 from latentdiff.training.inputs import Autoencoder, frozen, pixels_per_latent
 from latentdiff.training.objective import DenoiserObjective
 from latentdiff.training.run import TrainingRun
+from latentdiff.training.textless import (
+    ClassLabels,
+    TextlessParts,
+    build_textless_unet,
+    class_names,
+    is_pixels,
+    nothing,
+)
 
+KINDS = {
+    "text": "text-to-image pipeline",
+    "class": "class-conditional image pipeline",
+    "none": "unconditional image pipeline",
+}
 AUTOENCODERS = OUR_CLASSES["vae"] + OURS_ALONE["vae"]
 
 
@@ -54,6 +67,7 @@ def build_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_width:
         cross_attention_dim=text_width,
         norm_num_groups=settings.norm_num_groups,
         use_linear_projection=True,
+        resnet_time_scale_shift=settings.resnet_time_scale_shift,
     )
 
 
@@ -68,41 +82,59 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     if settings.resolution % factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
     process = build_process(settings)
-    tokenizer, text_encoder = cast(tuple[Any, Any], load_text_encoder(settings.text_encoder))
-    frozen(autoencoder, text_encoder)
-    data = load_data(settings)
-    set_seed(settings.seed)  # the first weights
-    unet = build_unet(settings, autoencoder, text_encoder.config.hidden_size)
+    data = load_data(settings, captions_needed=settings.condition != "none")
+    parts = build_parts(settings, autoencoder, process, data)
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    parts = Parts(autoencoder, text_encoder, tokenizer, unet, build_scheduler(process, sampler_of(settings)), process)
+        parts.unet.enable_gradient_checkpointing()
 
     def finish(run: TrainingRun) -> None:
         pipeline = parts.pipeline()
-        pipeline.register_defaults(
-            num_inference_steps=settings.sample_steps, guidance_scale=settings.sample_guidance_scale
-        )
+        defaults: dict[str, float] = {"num_inference_steps": settings.sample_steps}
+        if settings.condition != "none":
+            defaults["guidance_scale"] = settings.sample_guidance_scale
+        pipeline.register_defaults(**defaults)
         pipeline.save_pretrained(settings.output)
-        describe(run, settings, "text-to-image pipeline", len(data.pictures))
+        describe(run, settings, KINDS[settings.condition], len(data.pictures))
 
+    by_loss = settings.timestep_sampler == "loss_second_moment"
     objective = DenoiserObjective(
-        unet,
+        parts.unet,
         process,
         settings.min_snr_gamma,
         p2_gamma=settings.p2_gamma,
-        timestep_sampler=LossSecondMoment(process.num_timesteps) if draws_by_loss(settings) else None,
+        timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
         log_likelihood=likelihood_of(autoencoder),
+        takes_text=settings.condition == "text",
     )
     return train_diffusion(settings, parts, data, objective, finish)
 
 
-def draws_by_loss(settings: DenoiserSettings) -> bool:
-    return settings.timestep_sampler == "loss_second_moment"
+def build_parts(settings: DenoiserSettings, autoencoder: Autoencoder, process: GaussianDiffusion, data: Data) -> Parts:
+    """A new network with its first weights, what conditions it, and its scheduler; what is not trained is frozen.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such text encoder, or the captions are no classes.
+    """
+    scheduler = build_scheduler(process, sampler_of(settings))
+    frozen(autoencoder)
+    if settings.condition == "text":
+        tokenizer, text_encoder = cast(tuple[Any, Any], load_text_encoder(settings.text_encoder))
+        frozen(text_encoder)
+        set_seed(settings.seed)
+        unet = build_unet(settings, autoencoder, text_encoder.config.hidden_size)
+        return Parts(autoencoder, text_encoder, tokenizer, unet, scheduler, process)
+    if is_pixels(autoencoder):
+        scheduler.register_to_config(clip_sample=True)
+    classes = class_names(data.pictures) if settings.condition == "class" else []
+    read = ClassLabels({name: i for i, name in enumerate(classes)}) if classes else nothing
+    set_seed(settings.seed)
+    network = build_textless_unet(settings, autoencoder, len(classes))
+    return TextlessParts(autoencoder, None, None, network, scheduler, process, read, classes)
 
 
 def likelihood_of(autoencoder: Autoencoder) -> LogLikelihood:
     """Of the last step: pixels are whole numbers, latents are not."""
-    if isinstance(autoencoder, IdentityAutoencoder) and autoencoder.config.scaling_factor == 1:
+    if is_pixels(autoencoder):
         return discretized_gaussian_log_likelihood
     return gaussian_log_likelihood
 
@@ -113,7 +145,8 @@ def sampler_of(settings: DenoiserSettings) -> str:
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """The autoencoder in `folder`, or in the ``vae`` folder of a pipeline there.
+    """The autoencoder in `folder`, or in the ``vae`` or ``vqvae`` folder of a pipeline there; one that does nothing for
+    "pixels".
 
     Raises:
         FileNotFoundError: there is none.
@@ -121,7 +154,9 @@ def load_autoencoder(folder: str) -> Autoencoder:
     """
     from latentdiff import models
 
-    for candidate in (Path(folder), Path(folder) / "vae"):
+    if folder == "pixels":
+        return IdentityAutoencoder()
+    for candidate in (Path(folder), Path(folder) / "vae", Path(folder) / "vqvae"):
         if (candidate / "config.json").is_file():
             kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
             if kind not in AUTOENCODERS:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from latentdiff.diffusion import GaussianDiffusion
@@ -36,10 +37,22 @@ class Parts:
     unet: Any
     scheduler: Any
     process: GaussianDiffusion
+    read_caption: Any = None
+    """Where there is no text encoder: caption -> dict of what the network is told."""
 
-    def pipeline(self) -> TextToImagePipeline:
+    def pipeline(self) -> Any:
         """A pipeline of these very networks."""
         return TextToImagePipeline(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler)
+
+    def draw(self, prompts: list[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
+        """A picture of each prompt, with seed 0."""
+        return self._pictures(device, settings, prompts, guidance_scale=settings.sample_guidance_scale)
+
+    def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
+        pipeline = self.pipeline().to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        size = {"height": settings.resolution, "width": settings.resolution}
+        return pipeline(*args, **size, num_inference_steps=settings.sample_steps, seed=0, **call).images
 
 
 @dataclass
@@ -50,13 +63,13 @@ class Data:
     held_out: list[CaptionedPicture]
 
 
-def load_data(settings: DiffusionSettings) -> Data:
+def load_data(settings: DiffusionSettings, captions_needed: bool = True) -> Data:
     """The usable pictures of both splits; one process looks at them first, the others read what it found."""
     with processes().main_process_first():
-        pictures = prepare_pictures(settings)
+        pictures = prepare_pictures(settings, captions_needed=captions_needed)
         seen = {picture.digest for picture in pictures}
         try:
-            held_out = prepare_pictures(settings, "validation")
+            held_out = prepare_pictures(settings, "validation", captions_needed)
         except NoPicturesError as error:
             logger.info("no held-out pictures: %s", error)
             held_out = []
@@ -99,7 +112,15 @@ def train_diffusion(
     other_views = Views(settings, data.held_out, step if settings.buckets else factor)
     wanted = all_views(views, data.pictures) + centred_views(other_views, data.held_out)
     sources = open_sources(
-        run, settings, wanted, parts.vae, parts.tokenizer, parts.text_encoder, text_is_trained, prepare_caption
+        run,
+        settings,
+        wanted,
+        parts.vae,
+        parts.tokenizer,
+        parts.text_encoder,
+        text_is_trained,
+        prepare_caption,
+        parts.read_caption,
     )
     inputs = Inputs(parts.vae, parts.tokenizer, parts.text_encoder, sources, run.device)
 
@@ -147,7 +168,9 @@ class Check:
         bands = min(BANDS, parts.process.num_timesteps)
         self.loss = HeldOutLoss(parts.process, bands)
         idle = ((parts.vae, inputs.autoencoder), (parts.text_encoder, inputs.text_encoder))
-        self.resting = [network for network, used in idle if used is None and not is_trained(network)]
+        self.resting = [
+            network for network, used in idle if used is None and network is not None and not is_trained(network)
+        ]
         self.batches = [inputs(stack(chunk)) for chunk in chunks_alike(held_out_samples(held_out, bands))]
 
     def __call__(self) -> None:
@@ -163,22 +186,13 @@ class Check:
     def draw(self) -> None:
         """Draw the sample prompts with seed 0."""
         settings, run = self.settings, self.run
-        pipeline = self.parts.pipeline().to(run.device)
-        pipeline.set_progress_bar_config(disable=True)
-        output: Any = pipeline(
-            self.prompts,
-            height=settings.resolution,
-            width=settings.resolution,
-            num_inference_steps=settings.sample_steps,
-            guidance_scale=settings.sample_guidance_scale,
-            seed=0,
-        )
+        images = self.parts.draw(self.prompts, settings, run.device)
         for network in self.resting:  # a GPU's memory is the denoiser's
             network.to("cpu")
         if not run.accelerator.is_main_process:
             return
         file = run.folder / "samples" / f"step-{run.step:08d}.png"
-        save_picture(image_grid(output.images, 8), file)
+        save_picture(image_grid(images, 8), file)
         run.show("samples", file)
 
 

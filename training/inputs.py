@@ -59,7 +59,7 @@ class Inputs:
         elif "encoder_hidden_states" in batch:
             inputs["encoder_hidden_states"] = batch["encoder_hidden_states"].to(self.device).float()
         else:
-            inputs |= {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+            inputs |= {key: batch[key] for key in ("input_ids", "attention_mask", "class_labels") if key in batch}
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
         return {**on_device, "names": batch["name"]}
 
@@ -86,8 +86,11 @@ def open_sources(
     text_encoder: Any,
     text_is_trained: bool,
     prepare_caption: Callable[[str], str] | None = None,
+    read_caption: Callable[[str], dict[str, Tensor]] | None = None,
 ) -> Sources:
     """The caches that the settings ask for, filled with all of `pictures` in these views.
+
+    read_caption: what becomes of a caption where there is no text encoder.
 
     Encoders are back on the CPU afterwards, so that a GPU's memory is the denoiser's.
     """
@@ -99,7 +102,7 @@ def open_sources(
         wanted = [(picture, view) for picture, views in pictures for view in views]
         latents.fill(wanted, autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
         autoencoder.to("cpu")
-    if settings.cache_text and not text_is_trained:
+    if settings.cache_text and not text_is_trained and read_caption is None:
         text_encoder.to(run.device)
         text = TextCache(folder / "text", tokenizer, text_encoder)
         captions = Captions(settings)
@@ -107,7 +110,7 @@ def open_sources(
         distinct |= {picture.captions[0] for picture, _ in pictures} | {""}
         text.fill(sorted(distinct), tokenizer, text_encoder, run.accelerator)
         text_encoder.to("cpu")
-    tokenize = None
+    tokenize: Any = read_caption
     if text_is_trained:
         mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
         tokenize = Tokenize(tokenizer, max_tokens(tokenizer, text_encoder), mask, prepare_caption)

@@ -56,9 +56,10 @@ def write_model_card(
     draws = "autoencoder" not in kind.lower()
     base = last_part(base_model) if base_model else None
     data.library_name = data.library_name or "diffusers"
+    task = "text-to-image" if settings.get("condition", "text") == "text" else "unconditional-image-generation"
     if draws:
-        data.pipeline_tag = data.pipeline_tag or "text-to-image"
-    ours = ["latentdiff", "diffusers", *(["text-to-image"] if draws else ["autoencoder"])]
+        data.pipeline_tag = data.pipeline_tag or task
+    ours = ["latentdiff", "diffusers", task if draws else "autoencoder"]
     data.tags = list(dict.fromkeys([*(data.tags or []), *ours, *(["lora"] if "lora" in kind.lower() else [])]))
     if base_model and is_hub_id(base_model):  # the hub refuses anything else
         data.base_model = base_model

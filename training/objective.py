@@ -17,7 +17,8 @@ class DenoiserObjective(nn.Module):
     With ``variance_type="learned_range"`` the network gives 2C channels.
 
     Args:
-        unet: called with (latents, timesteps, encoder_hidden_states); ``.sample`` is the prediction.
+        unet: called with latents, timesteps and ``encoder_hidden_states`` or ``class_labels``; ``.sample`` is the
+            prediction.
         process: says what is predicted.
         min_snr_gamma: weigh the error of the prediction by min-SNR-gamma (Hang et al. 2023); None: not at all. A
             bound is not weighted.
@@ -26,6 +27,7 @@ class DenoiserObjective(nn.Module):
         log_likelihood: of the last step of a bound; the default suits latents.
         text_encoder: of transformers, where the text is trained; `forward` then takes tokens. It is part of this
             module so that what wraps the module, for several processes, sees its parameters.
+        takes_text: False: the network knows no text, but maybe classes.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class DenoiserObjective(nn.Module):
         p2_gamma: float = 0.0,
         timestep_sampler: LossSecondMoment | None = None,
         log_likelihood: LogLikelihood = gaussian_log_likelihood,
+        takes_text: bool = True,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -45,6 +48,7 @@ class DenoiserObjective(nn.Module):
         self.min_snr_gamma, self.p2_gamma = min_snr_gamma, p2_gamma
         self.text_encoder = text_encoder
         self.timestep_sampler = timestep_sampler
+        self.takes_text = takes_text
         self.log_likelihood = log_likelihood
         self._seen: list[tuple[Tensor, Tensor]] = []  # timesteps and losses of the passes of an update
 
@@ -58,6 +62,7 @@ class DenoiserObjective(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         timestep_draws: Tensor | None = None,
+        class_labels: Tensor | None = None,
         *,
         held_out: bool = False,
     ) -> Tensor:
@@ -70,6 +75,7 @@ class DenoiserObjective(nn.Module):
             loss_weight: (B,); by default 1.
             input_ids, attention_mask: (B, L), where it is.
             timestep_draws: (B,), uniform in [0, 1), from which a `timestep_sampler` draws other timesteps.
+            class_labels: (B,) long, for a network that is told classes.
             held_out: return (B,) squared errors instead, without any weight and without the bound, which can be
                 compared between runs. (An argument, because only ``forward`` passes through what wraps a module for
                 several processes.)
@@ -77,7 +83,16 @@ class DenoiserObjective(nn.Module):
         drawn: Tensor | None = None
         if self.timestep_sampler is not None and timestep_draws is not None and not held_out:
             timesteps, drawn = (x.to(latents.device) for x in self.timestep_sampler.draw(timestep_draws))
-        inputs = (latents, noise, timesteps, encoder_hidden_states, loss_weight, input_ids, attention_mask)
+        inputs = (
+            latents,
+            noise,
+            timesteps,
+            encoder_hidden_states,
+            loss_weight,
+            input_ids,
+            attention_mask,
+            class_labels,
+        )
         losses = self.per_sample(*inputs, held_out=held_out)
         if drawn is not None:
             self._seen.append((timesteps, losses.detach()))
@@ -100,12 +115,15 @@ class DenoiserObjective(nn.Module):
         loss_weight: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
         *,
         held_out: bool = False,
     ) -> Tensor:
         """Each picture's loss, with its weights or, if `held_out`, without any: (B,) float32. Arguments as above."""
-        states = self.text_states(encoder_hidden_states, input_ids, attention_mask)
-        prediction = self.predict(latents, noise, timesteps, states)
+        told = {} if class_labels is None else {"class_labels": class_labels}
+        if self.takes_text:
+            told["encoder_hidden_states"] = self.text_states(encoder_hidden_states, input_ids, attention_mask)
+        prediction = self.predict(latents, noise, timesteps, told)
         if held_out:
             return simple_loss(self.process, prediction, latents, timesteps, noise)
         weight: Tensor | float = 1.0
@@ -132,13 +150,13 @@ class DenoiserObjective(nn.Module):
             raise ValueError("input_ids were given to an objective that has no text_encoder")
         return self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
         """What the network makes of the noisy latents: (B, C, h, w) float32, or 2C channels with the variances.
 
         Raises:
             ValueError: another number of channels.
         """
-        output: Any = self.unet(self.process.q_sample(latents, timesteps, noise), timesteps, states)
+        output: Any = self.unet(self.process.q_sample(latents, timesteps, noise), timesteps, **told)
         prediction = output.sample.float()
         wanted = latents.shape[1] * (2 if self.process.learns_variance else 1)
         if prediction.shape[1] != wanted:

@@ -42,11 +42,11 @@ def autoencoder(
 def denoiser(
     data: Data,
     output: Output,
-    autoencoder: Annotated[str, typer.Option(help="Folder of the autoencoder, or of a pipeline.")],
+    autoencoder: Annotated[str, typer.Option(help="Folder of the autoencoder, or of a pipeline; pixels: none.")],
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a text-conditioned denoiser; OUTPUT becomes a pipeline folder that draws."""
+    """Train a denoiser (condition=text, class or none); OUTPUT becomes a pipeline folder that draws."""
     from latentdiff.training.config import DenoiserSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}

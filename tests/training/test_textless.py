@@ -1,0 +1,82 @@
+"""Denoisers that are told a class or nothing: trained, saved and drawn with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import DENOISER
+
+from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.training.config import DenoiserSettings
+from latentdiff.training.denoiser import train_denoiser
+
+SMALL = {**DENOISER, "block_out_channels": (8, 16), "autoencoder": "pixels", "max_steps": 4}
+DRAW = {"seed": 0, "num_inference_steps": 2, "output_type": "pt"}
+
+
+@pytest.fixture
+def labelled(pictures: Path) -> Path:
+    """The pictures with their colour as a class."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({**row, "colour": row["text"][1]}) for row in rows))
+    return pictures
+
+
+def settings(data: Path, output: Path, **changes: object) -> DenoiserSettings:
+    return DenoiserSettings.load(None, {**SMALL, "data": str(data), "output": str(output), **changes})
+
+
+@pytest.mark.parametrize("loss", ["simple", "hybrid"])
+def test_nothing_is_told(pictures: Path, tmp_path: Path, loss: str) -> None:
+    for file in pictures.glob("*.jsonl"):
+        file.unlink()  # a folder of pictures without captions is enough
+    out = train_denoiser(settings(pictures, tmp_path / "out", condition="none", loss=loss))
+    pipeline = UnconditionalPipeline.from_pretrained(out)
+    assert pipeline.vqvae is None
+    assert pipeline.scheduler.config.clip_sample
+    assert pipeline.defaults["num_inference_steps"] == 2
+    assert pipeline.unet.config.out_channels == (6 if loss == "hybrid" else 3)
+    images = pipeline(2, **DRAW).images
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.isfinite(images).all()
+    assert "UnconditionalPipeline.from_pretrained" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_class_is_told(labelled: Path, tmp_path: Path, cached: bool) -> None:
+    adm = {"resnet_time_scale_shift": "scale_shift", "resample_type": "resnet"}
+    given = settings(
+        labelled, tmp_path / "out", condition="class", caption_column="colour", cache_latents=cached, **adm
+    )
+    pipeline = ClassConditionalPipeline.from_pretrained(train_denoiser(given))
+    assert pipeline.id2label == dict(enumerate(sorted(["red", "green", "blue", "yellow", "purple", "orange"])))
+    assert (pipeline.null_label, pipeline.unet.config.num_class_embeds) == (6, 7)
+    assert pipeline("red", guidance_scale=2.0, **DRAW).images.shape == (1, 3, 16, 16)
+    assert list((tmp_path / "out/training/samples").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_it_learns_the_class(labelled: Path, tmp_path: Path) -> None:
+    more = {"max_steps": 400, "batch_size": 8, "learning_rate": 2e-3, "ema_decay": 0.95, "sample_every": 400}
+    given = settings(
+        labelled, tmp_path / "out", condition="class", caption_column="colour", resolution=8, random_flip=False, **more
+    )
+    pipeline = ClassConditionalPipeline.from_pretrained(train_denoiser(given))
+    red, blue = (
+        pipeline(name, **{**DRAW, "num_inference_steps": 10}).images[0].mean((1, 2)) for name in ("red", "blue")
+    )
+    assert red[0] - red[2] > 0.2
+    assert blue[2] - blue[0] > 0.2
+
+
+def test_what_are_no_classes_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a picture is of one class, and this is of 2; name the column"):
+        train_denoiser(settings(pictures, tmp_path / "a", condition="class"))
+    with pytest.raises(ValueError, match="resample_type=resnet is for condition=class or none"):
+        settings(pictures, tmp_path / "b", resample_type="resnet")
+    rows = [{"file_name": f"{i}.png", "text": "same"} for i in range(4)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="all pictures are of the class 'same'; with condition=none"):
+        train_denoiser(settings(pictures, tmp_path / "c", condition="class"))
