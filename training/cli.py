@@ -5,16 +5,17 @@ import typer
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.commands.evaluate import evaluate
 from latentdiff.training.commands.finetune import finetune
-from latentdiff.training.commands.train import autoencoder, denoiser
+from latentdiff.training.commands.train import autoencoder, classifier, denoiser
 
 AGAIN = "Repeat a command to go on where it stopped."
 
 train = typer.Typer(no_args_is_help=True, help=f"Train an autoencoder, then a denoiser on its latents. {AGAIN}")
 train.command()(autoencoder)
 train.command()(denoiser)
+train.command()(classifier)
 
 launched = typer.Typer(name="latentdiff.training", no_args_is_help=True, help=f"Training, on several devices. {AGAIN}")
-for command in (autoencoder, denoiser, finetune):
+for command in (autoencoder, denoiser, classifier, finetune):
     launched.command()(command)
 
 

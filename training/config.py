@@ -256,6 +256,31 @@ class DenoiserSettings(DiffusionSettings):
         return self.loss in ("hybrid", "bound")
 
 
+class ClassifierSettings(DiffusionSettings):
+    """Settings of ``latentdiff train classifier``."""
+
+    model: str = Field(description="pipeline folder of the class-conditional or unconditional model to be guided")
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    layers_per_block: int = Field(1, ge=1)
+    attention_levels: tuple[bool, ...] = (False, True, True)
+    attention_head_dim: int = Field(32, ge=8, description="width of one attention head")
+    norm_num_groups: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    pool: Literal["attention", "adaptive"] = "attention"
+    resolution: int = Field(0, ge=0, description="0: the model's own")
+    weight_decay: float = Field(0.05, ge=0)
+    caption_dropout: float = Field(0.0, ge=0, le=0, description="a classifier always sees the class")
+    sample_classifier_scale: float = Field(2.0, ge=0)
+    condition: Literal["class"] = "class"
+    sample_guidance_scale: float = Field(1.0, ge=1)
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if len(self.attention_levels) != len(self.block_out_channels):
+            raise ValueError("attention_levels and block_out_channels must have the same length")
+        return self
+
+
 class FinetuneSettings(DiffusionSettings):
     """Settings of ``latentdiff finetune``."""
 

@@ -8,7 +8,8 @@ import torch
 from tiny import DENOISER
 
 from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
-from latentdiff.training.config import DenoiserSettings
+from latentdiff.training.classifier import train_classifier
+from latentdiff.training.config import ClassifierSettings, DenoiserSettings
 from latentdiff.training.denoiser import train_denoiser
 
 SMALL = {**DENOISER, "block_out_channels": (8, 16), "autoencoder": "pixels", "max_steps": 4}
@@ -80,3 +81,48 @@ def test_what_are_no_classes_is_refused(pictures: Path, tmp_path: Path) -> None:
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="all pictures are of the class 'same'; with condition=none"):
         train_denoiser(settings(pictures, tmp_path / "c", condition="class"))
+
+
+def classifier_settings(data: Path, model: Path, output: Path, **changes: object) -> ClassifierSettings:
+    small = {key: SMALL[key] for key in ("batch_size", "warmup_steps", "sample_steps", "norm_num_groups", "max_steps")}
+    levels = {"block_out_channels": (8, 16), "attention_levels": (False, True), "attention_head_dim": 8}
+    given = {"data": str(data), "model": str(model), "output": str(output), "caption_column": "colour"}
+    return ClassifierSettings.load(None, {**small, **levels, **given, **changes})
+
+
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_a_classifier_joins_a_model(labelled: Path, tmp_path: Path, condition: str) -> None:
+    model = train_denoiser(settings(labelled, tmp_path / "m", condition=condition, caption_column="colour"))
+    before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    given = classifier_settings(labelled, model, tmp_path / "out")
+    pipeline = ClassConditionalPipeline.from_pretrained(train_classifier(given))
+    assert pipeline.classifier.config.sample_size == 16
+    assert pipeline("red", classifier_scale=2.0, **DRAW).images.shape == (1, 3, 16, 16)
+    assert {file: file.read_bytes() for file in model.rglob("*") if file.is_file()} == before
+    rows = [json.loads(line) for line in (tmp_path / "out/training/metrics.jsonl").read_text().splitlines()]
+    assert any("val_loss" in row for row in rows)
+
+
+@pytest.mark.slow
+def test_a_classifier_learns(labelled: Path, tmp_path: Path) -> None:
+    """It tells colours where there is little noise, and guides a model that knows nothing to them."""
+    model = train_denoiser(settings(labelled, tmp_path / "m", condition="none", resolution=8, random_flip=False))
+    more = {"max_steps": 300, "batch_size": 12, "learning_rate": 2e-3, "ema_decay": 0.9, "checkpoint_every": 300}
+    pipeline = ClassConditionalPipeline.from_pretrained(
+        train_classifier(classifier_settings(labelled, model, tmp_path / "out", **more))
+    )
+    red = torch.ones(1, 3, 8, 8)
+    red[:, 1:, 1:7, 2:6] = -1  # on white
+    with torch.no_grad():
+        found = pipeline.classifier(red, 20).softmax(-1)[0]
+    assert pipeline.id2label is not None
+    assert pipeline.id2label[int(found.argmax())] == "red"
+
+
+def test_a_classifier_for_what_cannot_be_guided(labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such folder|no pipeline folder"):
+        train_classifier(classifier_settings(labelled, tmp_path / "nothing", tmp_path / "out"))
+    with pytest.raises(ValueError, match="emoji is a StableDiffusionPipeline; a classifier guides models without text"):
+        train_classifier(classifier_settings(labelled, Path("emoji"), tmp_path / "out"))
+    with pytest.raises(ValueError, match="caption_dropout"):
+        classifier_settings(labelled, tmp_path, tmp_path / "out", caption_dropout=0.1)

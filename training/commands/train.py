@@ -1,4 +1,4 @@
-"""``latentdiff train autoencoder`` and ``latentdiff train denoiser``."""
+"""``latentdiff train autoencoder``, ``latentdiff train denoiser`` and ``latentdiff train classifier``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -55,3 +55,21 @@ def denoiser(
     from latentdiff.training.denoiser import train_denoiser
 
     announce(f"The pipeline is in {train_denoiser(settings)}")
+
+
+def classifier(
+    data: Data,
+    output: Output,
+    model: Annotated[str, typer.Option(help="Pipeline folder of the class-conditional or unconditional model.")],
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a classifier of noisy pictures that guides a model; OUTPUT becomes a pipeline folder with both."""
+    from latentdiff.training.config import ClassifierSettings
+
+    given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
+    settings = ClassifierSettings.load(config, {**given, "model": model})
+    show_progress()
+    from latentdiff.training.classifier import train_classifier
+
+    announce(f"The pipeline with its classifier is in {train_classifier(settings)}")
