@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.models import UNet2DModel
+from latentdiff.models import IdentityAutoencoder, UNet2DModel
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.config import DenoiserSettings, DiffusionSettings
 from latentdiff.training.data import CaptionedPicture
@@ -72,7 +72,7 @@ class TextlessParts(Parts):
 
 def is_pixels(autoencoder: Any) -> bool:
     """Whether latents are pixels in [-1, 1]."""
-    return type(autoencoder).__name__ == "IdentityAutoencoder" and autoencoder.config.scaling_factor == 1
+    return isinstance(autoencoder, IdentityAutoencoder) and autoencoder.config.scaling_factor == 1
 
 
 def build_textless_unet(settings: DenoiserSettings, autoencoder: Autoencoder, classes: int) -> UNet2DModel:
