@@ -205,7 +205,7 @@ def test_unquoted_words_are_pointed_out(
 def test_the_installed_command() -> None:
     run = subprocess.run([sys.executable, "-m", "latentdiff", "--help"], capture_output=True, text=True)
     assert run.returncode == 0
-    for command in ("generate", "replay", "many", "convert", "train", "finetune", "doctor", "evaluate"):
+    for command in ("generate", "replay", "many", "convert", "train", "finetune", "doctor", "evaluate", "likelihood"):
         assert f" {command} " in run.stdout
     version = subprocess.run([sys.executable, "-m", "latentdiff.cli", "--version"], capture_output=True, text=True)
     assert version.stdout.startswith("latentdiff ")

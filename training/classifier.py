@@ -11,15 +11,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.interchange.folders import find_model, read_json
 from latentdiff.models import NoisyClassifier
-from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.pipelines import ClassConditionalPipeline
 from latentdiff.training.config import ClassifierSettings, DiffusionSettings
 from latentdiff.training.describe import describe
 from latentdiff.training.diffusion_run import load_data, train_diffusion
 from latentdiff.training.inputs import frozen
 from latentdiff.training.run import TrainingRun
-from latentdiff.training.textless import ClassLabels, TextlessParts, class_names
+from latentdiff.training.textless import ClassLabels, TextlessParts, class_names, load_textless
 
 
 class ClassifierObjective(nn.Module):
@@ -78,7 +77,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings, pictures or a model that cannot be trained for, and what to do.
     """
-    model = load_model(settings.model)
+    model = load_textless(settings.model)
     if Path(settings.output).resolve() == Path(settings.model).resolve():
         raise ValueError(f"{settings.output} is the model to be guided, which is not changed; choose another --output")
     if settings.resolution == 0:
@@ -111,24 +110,6 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         describe(run, settings, "class-conditional image pipeline with a classifier", len(data.pictures))
 
     return train_diffusion(settings, parts, data, ClassifierObjective(classifier, process), finish)
-
-
-def load_model(folder: str) -> ClassConditionalPipeline | UnconditionalPipeline:
-    """The model to be guided.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is conditioned by text.
-    """
-    found = find_model(folder)
-    if found is None or not (found / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder}: no pipeline folder; train one with 'latentdiff train denoiser'")
-    kind = read_json(found / "model_index.json").get("_class_name")
-    if kind == ClassConditionalPipeline.saved_class_name:
-        return ClassConditionalPipeline.from_pretrained(found)
-    if kind not in ("DDPMPipeline", "LDMPipeline", "DDIMPipeline"):
-        raise ValueError(f"{folder} is a {kind}; a classifier guides models without text (condition=class or none)")
-    return UnconditionalPipeline.from_pretrained(found)
 
 
 def build_classifier(settings: ClassifierSettings, model: Any, classes: int) -> NoisyClassifier:

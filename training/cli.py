@@ -5,6 +5,7 @@ import typer
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.commands.evaluate import evaluate
 from latentdiff.training.commands.finetune import finetune
+from latentdiff.training.commands.likelihood import likelihood
 from latentdiff.training.commands.train import autoencoder, classifier, denoiser
 
 AGAIN = "Repeat a command to go on where it stopped."
@@ -20,7 +21,7 @@ for command in (autoencoder, denoiser, classifier, finetune):
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add ``train``, ``finetune``, ``doctor`` and ``evaluate`` to the program's own commands."""
+    """Add ``train``, ``finetune``, ``doctor``, ``evaluate`` and ``likelihood`` to the program's own commands."""
     app.add_typer(train, name="train")
-    for command in (finetune, doctor, evaluate):
+    for command in (finetune, doctor, evaluate, likelihood):
         app.command()(command)

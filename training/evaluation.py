@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 from pydantic import Field
 
 from latentdiff import __version__
-from latentdiff.interchange.folders import find_model, read_json
+from latentdiff.interchange.folders import find_model
 from latentdiff.interchange.packaged import packaged_models
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
@@ -19,13 +18,14 @@ from latentdiff.metrics.extractors import Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW
 from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
+from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card_text import last_part
-from latentdiff.training.config import DataSettings, Settings
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, read_pixels, read_source
-from latentdiff.training.data.prepare import check_share, sort_out, survey_source, wanted_of
+from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.evaluation_drawings import Drawing, call_settings, draw_missing, plan
 from latentdiff.training.evaluation_report import markdown, short_table
+from latentdiff.training.held_out import HeldOutSettings, check_report, held_out_pictures
 from latentdiff.training.model_card import update_evaluation, write_whole
+from latentdiff.training.textless import is_pixels, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +33,14 @@ REPORT = "evaluation.json"
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(HeldOutSettings):
     """Settings of ``latentdiff evaluate``. None is the model's own."""
 
-    model: str
-    data: str
-    split: str = "validation"
     count: int | None = Field(None, ge=2, description="pictures to draw; by default one for each held-out picture")
     steps: int | None = Field(None, ge=1)
     guidance: float | None = None
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(8, ge=1)
     extractor: str = "auto"
     clip: str | None = None
-    output: str | None = None
-    image_column: str = "image"
-    caption_column: str = "text"
-
-    def folder(self) -> Path:
-        """Where the evaluation goes.
-
-        Raises:
-            ValueError: it has to be given, as the model is no folder of the user's.
-        """
-        if self.output is not None:
-            return Path(self.output).expanduser()
-        folder = find_model(self.model)
-        if folder is None or self.model in packaged_models():
-            raise ValueError(f"{self.model} is no folder of yours; say with --output where the evaluation should go")
-        return folder / "evaluation"
 
 
 def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, Any]:
@@ -71,7 +50,8 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     latentdiff wrote that.
 
     Args:
-        pipeline: a `TextToImagePipeline`, where it shall compute.
+        pipeline: a `TextToImagePipeline`, `ClassConditionalPipeline` or `UnconditionalPipeline`, where it shall
+            compute.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -85,7 +65,12 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     check_report(folder / REPORT)
     extractor = load_extractor(settings.extractor)  # what can go wrong goes wrong before hours of drawing
     clip = load_clip(settings.clip) if settings.clip is not None else None
-    pictures, left_out = held_out_pictures(settings, folder)
+    blind = isinstance(pipeline, UnconditionalPipeline)
+    if blind and (clip is not None or settings.guidance is not None):
+        raise ValueError(f"{settings.model} draws without captions: --clip and --guidance are not for it")
+    pictures, left_out = held_out_pictures(settings, folder, captions_needed=not blind)
+    if isinstance(pipeline, ClassConditionalPipeline):
+        labels_of(pipeline, pictures)
     count = settings.count or len(pictures)
     if min(count, len(pictures)) < 2:
         raise ValueError(f"{settings.data}: one picture is too few to evaluate on; two are needed at least")
@@ -96,8 +81,10 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     measured = Measured(pictures, drawings, common["height"], common["width"])
     notes: list[str] = []
     metrics = set_metrics(measured, extractor.to(device), settings.batch_size, notes)
-    metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
-    metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
+    if not blind:
+        metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
+    if not is_pixels(pipeline.vae):
+        metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
     report = {
         "made_by": f"latentdiff {__version__}",
         "model": {"name": last_part(settings.model), "weights_sha256": common["weights"]},
@@ -121,43 +108,6 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
         logger.info("%s", line)
     note_in_card(settings, report)
     return report
-
-
-def check_report(file: Path) -> None:
-    """Raises FileExistsError if `file` is there and was not written by an evaluation."""
-    if not file.exists():
-        return
-    try:
-        ours = str(read_json(file).get("made_by", "")).startswith("latentdiff")
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{file} exists and was not written by latentdiff evaluate; choose another --output")
-
-
-def held_out_pictures(settings: EvaluationSettings, folder: Path) -> tuple[list[CaptionedPicture], int]:
-    """The usable pictures of the split, and the number of those left out.
-
-    Raises:
-        NoPicturesError: there are none, and what to do.
-    """
-    chosen = ("data", "split", "image_column", "caption_column")
-    data = DataSettings.load(None, {name: getattr(settings, name) for name in chosen})
-    try:
-        source = read_source(settings.data, wanted_of(data))
-    except NoPicturesError as error:
-        raise NoPicturesError(
-            f"{error}; give held-out pictures a split of that name, or choose one with --split: figures of "
-            f"--split train, which a model has seen, flatter it"
-        ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = survey_source(source, folder / "pictures.jsonl", settings.data, settings.split)
-    good, bad = sort_out(source, entries)
-    refused = source.refused + bad
-    for finding in refused[:20]:
-        logger.warning("left out: %s: %s", finding.name, finding.reason)
-    check_share(settings.data, len(good), refused, data.max_bad_share)
-    return good, len(refused)
 
 
 class Measured:

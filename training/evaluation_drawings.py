@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from latentdiff import __version__
 from latentdiff.interchange.png import check_output, read_settings, save_picture
 from latentdiff.metrics.extractors import weights_digest
+from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card_text import last_part
 from latentdiff.training.data import CaptionedPicture
 
@@ -48,13 +49,14 @@ def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float 
     """
     height, width = pipeline.picture_size(None, None)
     defaults = pipeline.defaults
-    networks = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    parts = ("unet", "vae", "text_encoder", "classifier")
+    networks = {part: net for part in parts if (net := getattr(pipeline, part, None)) is not None}
     tensors = {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
     return {
         "count": 1,
         "negative_prompt": None,
         "num_inference_steps": defaults["num_inference_steps"] if steps is None else steps,
-        "guidance_scale": defaults["guidance_scale"] if guidance is None else guidance,
+        "guidance_scale": defaults.get("guidance_scale", 1.0) if guidance is None else guidance,
         "model": last_part(model),
         "weights": weights_digest(tensors),
         "scheduler": type(pipeline.scheduler).__name__,
@@ -84,10 +86,14 @@ def draw_missing(pipeline: Any, drawings: Sequence[Drawing], common: dict[str, A
     with tqdm(total=len(missing), desc="drawing", unit="", disable=None, leave=False, dynamic_ncols=True) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
+            told: dict[str, Any] = {"batch_size": len(batch)}
+            if not isinstance(pipeline, UnconditionalPipeline):
+                captions = [drawing.caption for drawing in batch]
+                which = "class_labels" if isinstance(pipeline, ClassConditionalPipeline) else "prompt"
+                told = {which: captions, "guidance_scale": common["guidance_scale"]}
             images = pipeline(
-                [drawing.caption for drawing in batch],
+                **told,
                 num_inference_steps=common["num_inference_steps"],
-                guidance_scale=common["guidance_scale"],
                 seed=[drawing.seed for drawing in batch],
                 return_dict=False,
             )[0]

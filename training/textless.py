@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff import pipelines
+from latentdiff.interchange.folders import find_model, read_json
 from latentdiff.models import IdentityAutoencoder, UNet2DModel
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.config import DenoiserSettings, DiffusionSettings
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.diffusion_run import Parts
 from latentdiff.training.inputs import Autoencoder, pixels_per_latent
+
+TEXTLESS_KINDS = {
+    "ClassConditionalPipeline": "ClassConditionalPipeline",
+    "DDPMPipeline": "UnconditionalPipeline",
+    "DDIMPipeline": "UnconditionalPipeline",
+    "LDMPipeline": "UnconditionalPipeline",
+}  # as saved, and as loaded
 
 
 @dataclass
@@ -49,6 +58,21 @@ def class_names(pictures: Sequence[CaptionedPicture]) -> list[str]:
     if len(names) < 2:
         raise ValueError(f"all pictures are of the class {names[0]!r}; with condition=none no class is needed")
     return names
+
+
+def labels_of(pipeline: Any, pictures: Sequence[CaptionedPicture]) -> list[int]:
+    """Numbers of the pictures' classes, which are their captions.
+
+    Raises:
+        ValueError: the model does not know one of them.
+    """
+    labels = []
+    for picture in pictures:
+        try:
+            labels += pipeline.label_numbers(picture.captions[0])
+        except ValueError as error:
+            raise ValueError(f"{picture.name}: {error}; name the column with the class by --caption-column") from error
+    return labels
 
 
 @dataclass
@@ -95,3 +119,30 @@ def build_textless_unet(settings: DenoiserSettings, autoencoder: Autoencoder, cl
         upsample_type=kind,
         num_class_embeds=classes + 1 if classes else None,
     )
+
+
+def textless_kind(model: str) -> str | None:
+    """The class of `latentdiff.pipelines` that loads a folder with a model without text; None: it holds another.
+
+    Raises:
+        FileNotFoundError: there is no pipeline folder, here or among the packaged models.
+    """
+    folder = find_model(model)
+    if folder is None or not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{model}: no pipeline folder; train one with 'latentdiff train denoiser'")
+    return TEXTLESS_KINDS.get(str(read_json(folder / "model_index.json").get("_class_name")))
+
+
+def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassConditionalPipeline | UnconditionalPipeline:
+    """A model without text, from its folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is conditioned by text.
+    """
+    kind = textless_kind(model)
+    if kind is None:
+        raise ValueError(
+            f"{model} is no model without text, such as condition=class or none trains, and this needs one"
+        )
+    return getattr(pipelines, kind).from_pretrained(find_model(model), dtype=dtype)

@@ -27,6 +27,15 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def labelled(pictures: Path) -> Path:
+    """The pictures with their colour as a class."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({**row, "colour": row["text"][1]}) for row in rows))
+    return pictures
+
+
+@pytest.fixture
 def text_encoder(tmp_path: Path) -> Path:
     """A folder with a tiny BERT and a tokenizer that knows letters."""
     from tiny import bert_parts  # heavy, and not every test needs it

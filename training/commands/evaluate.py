@@ -56,6 +56,7 @@ def evaluate(
     find_model(model)  # what can be told quickly is told before torch is loaded
     show_progress()
     from latentdiff.training.evaluation import EvaluationSettings, evaluate_pipeline
+    from latentdiff.training.textless import textless_kind
 
     settings = EvaluationSettings(
         model=model,
@@ -73,7 +74,8 @@ def evaluate(
         caption_column=caption_column,
     )
     folder = settings.folder()
-    pipeline = load_pipeline(model, device, precision, None)
+    kind = (find_model(model) and textless_kind(model)) or "TextToImagePipeline"
+    pipeline = load_pipeline(model, device, precision, None, kind)
     pipeline.set_progress_bar_config(disable=True)
     evaluate_pipeline(pipeline, settings)
     typer.echo(f"The figures are in {folder / 'evaluation.json'}")
