@@ -22,13 +22,24 @@ from .icons import Emoji, Icon, Names, read_icons, read_names
 
 SHORTCODES = ("github", "iamcal", "emojibase", "joypixels")
 LETTERS = {"alphanum", "keycap", "arrow", "av-symbol", "punctuation", "math", "currency"}
+GROUPS = {
+    0: "smileys",
+    1: "people",
+    3: "animals and nature",
+    4: "food and drink",
+    5: "travel and places",
+    6: "activities",
+    7: "objects",
+    8: "symbols",
+    9: "flags",
+}  # Unicode's groups, by their numbers in the names' tables
 TURNED_WEIGHT = 0.12  # of the drawing's own; a drawing has up to six turned copies
 COMMON = {2.0: 1.0, 3.0: 7.5}  # the weights that make the subset `common`, and how often it shows them
 
 
 @dataclass(frozen=True)
 class Job:
-    """One drawing to make: of which set, of which thing, how often to show it, whether to hold it out."""
+    """One drawing to make: of which set, thing and group, how often to show it, whether to hold it out."""
 
     set_name: str
     style: str
@@ -36,6 +47,7 @@ class Job:
     concept: Concept
     weight: float
     split: str
+    group: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Row:
 
     file_name: str
     text: list[str]
+    group: str
     weight: float
     split: str
 
@@ -91,7 +104,8 @@ def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subs
             if weight == 0:
                 continue
             split = "validation" if held_out(f"{set_name}-{hexcode}", share) else "train"
-            yield Job(set_name, styles.get(set_name, set_name), icon, concept or concept_of(emoji), weight, split)
+            style, group = styles.get(set_name, set_name), GROUPS.get(emoji.group, "")
+            yield Job(set_name, style, icon, concept or concept_of(emoji), weight, split, group)
 
 
 def draw(job: Job, folder: Path, size: int) -> list[Row]:
@@ -100,7 +114,7 @@ def draw(job: Job, folder: Path, size: int) -> list[Row]:
     concept = job.concept
     colour = None if concept.flag == "n" else colour_name(rgba)
     name = f"images/{job.set_name}-{concept.hexcode}"
-    rows = [Row(f"{name}.png", captions(concept, colour, job.style), job.weight, job.split)]
+    rows = [Row(f"{name}.png", captions(concept, colour, job.style), job.group, job.weight, job.split)]
     on_white(rgba).save(folder / rows[0].file_name)
     if concept.flag != "t":
         return rows
@@ -110,7 +124,7 @@ def draw(job: Job, folder: Path, size: int) -> list[Row]:
             continue
         text = captions(concept, target, job.style, must=True)
         weight = round(job.weight * TURNED_WEIGHT, 4)
-        rows.append(Row(f"{name}-{target}.png", text, weight, job.split))
+        rows.append(Row(f"{name}-{target}.png", text, job.group, weight, job.split))
         on_white(turned).save(folder / rows[-1].file_name)
     return rows
 
