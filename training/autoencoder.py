@@ -56,7 +56,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
     with processes().main_process_first():
-        pictures = prepare_pictures(settings, captions_needed=False)
+        pictures = prepare_pictures(settings, condition="none")
         held_out = validation_pictures(settings)
     set_seed(settings.seed)  # the first weights
     autoencoder = build_autoencoder(settings)
@@ -110,6 +110,6 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
 def validation_pictures(settings: AutoencoderSettings) -> list[CaptionedPicture]:
     """Those of the split "validation", if there is one."""
     try:
-        return prepare_pictures(settings, "validation", captions_needed=False)
+        return prepare_pictures(settings, "validation", condition="none")
     except NoPicturesError:
         return []

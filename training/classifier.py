@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +44,14 @@ class ClassifierObjective(nn.Module):
         *,
         held_out: bool = False,
     ) -> Tensor:
-        """The mean over B, in nats; (B,) without weights if `held_out`. Arguments as of `DenoiserObjective`."""
+        """The mean over B, in nats. Arguments as of `DenoiserObjective`.
+
+        If `held_out`: without weights, (2, B) of each picture, and whether its class was found.
+        """
         logits = self.classifier(self.process.q_sample(latents, timesteps, noise), timesteps)
         losses = F.cross_entropy(logits.float(), class_labels, reduction="none")
         if held_out:
-            return losses
+            return torch.stack([losses, (logits.argmax(1) == class_labels).to(losses)])
         return (losses if loss_weight is None else losses * loss_weight).mean()
 
 
@@ -57,6 +60,7 @@ class GuidedParts(TextlessParts):
     """A model, and as ``unet`` the classifier that is trained for it."""
 
     model: Any = None
+    held_out_figures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy")
 
     def pipeline(self) -> ClassConditionalPipeline:
         model, names = self.model, dict(enumerate(self.classes))
@@ -88,7 +92,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         )
     process = GaussianDiffusion.from_scheduler_config(model.scheduler.config)
     frozen(model.unet, model.vae)
-    data = load_data(settings)
+    data = load_data(settings, "class")
     classes = class_names(data.pictures)
     known: Mapping[int, str] | None = getattr(model, "id2label", None)
     if known is not None:

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+Condition = Literal["text", "class", "none"]
+"""What a model is told of a picture."""
+
 
 def yaml_no(value: Any) -> Any:
     """YAML reads a bare ``no`` as False; where "no" is a choice, that is what was meant."""
@@ -215,7 +218,7 @@ class DenoiserSettings(DiffusionSettings):
     autoencoder: str = Field(
         description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
     )
-    condition: Literal["text", "class", "none"] = Field(
+    condition: Condition = Field(
         "text", description="what the denoiser is told: the caption; as a class, of which it has one embedding; nothing"
     )
     text_encoder: str = Field("emoji", description="folder with text_encoder/ and tokenizer/, or a packaged model")

@@ -82,7 +82,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     if settings.resolution % factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
     process = build_process(settings)
-    data = load_data(settings, captions_needed=settings.condition != "none")
+    data = load_data(settings, settings.condition)
     parts = build_parts(settings, autoencoder, process, data)
     if settings.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.processes import processes
-from latentdiff.training.config import DiffusionSettings
+from latentdiff.training.config import Condition, DiffusionSettings
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.draws import DiffusionSamples, Views, chunks_alike, held_out_samples, loader, stack
 from latentdiff.training.inputs import Inputs, all_views, centred_views, open_sources, pixels_per_latent
@@ -39,6 +39,8 @@ class Parts:
     process: GaussianDiffusion
     read_caption: Any = None
     """Where there is no text encoder: caption -> dict of what the network is told."""
+    held_out_figures: ClassVar[tuple[str, ...]] = ("val_loss",)
+    """What the objective gives of each held-out picture."""
 
     def pipeline(self) -> Any:
         """A pipeline of these very networks."""
@@ -63,13 +65,13 @@ class Data:
     held_out: list[CaptionedPicture]
 
 
-def load_data(settings: DiffusionSettings, captions_needed: bool = True) -> Data:
+def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
     """The usable pictures of both splits; one process looks at them first, the others read what it found."""
     with processes().main_process_first():
-        pictures = prepare_pictures(settings, captions_needed=captions_needed)
+        pictures = prepare_pictures(settings, condition=condition)
         seen = {picture.digest for picture in pictures}
         try:
-            held_out = prepare_pictures(settings, "validation", captions_needed)
+            held_out = prepare_pictures(settings, "validation", condition)
         except NoPicturesError as error:
             logger.info("no held-out pictures: %s", error)
             held_out = []
@@ -166,7 +168,7 @@ class Check:
         self.run, self.settings, self.parts = run, settings, parts
         self.prompts = list(settings.sample_prompts) or [picture.captions[0] for picture in pictures[:16]]
         bands = min(BANDS, parts.process.num_timesteps)
-        self.loss = HeldOutLoss(parts.process, bands)
+        self.loss = HeldOutLoss(parts.process, bands, parts.held_out_figures)
         idle = ((parts.vae, inputs.autoencoder), (parts.text_encoder, inputs.text_encoder))
         self.resting = [
             network for network, used in idle if used is None and network is not None and not is_trained(network)

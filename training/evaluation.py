@@ -20,6 +20,7 @@ from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card_text import last_part
+from latentdiff.training.config import Condition
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.evaluation_drawings import Drawing, call_settings, draw_missing, plan
 from latentdiff.training.evaluation_report import markdown, short_table
@@ -68,8 +69,10 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     blind = isinstance(pipeline, UnconditionalPipeline)
     if blind and (clip is not None or settings.guidance is not None):
         raise ValueError(f"{settings.model} draws without captions: --clip and --guidance are not for it")
-    pictures, left_out = held_out_pictures(settings, folder, captions_needed=not blind)
-    if isinstance(pipeline, ClassConditionalPipeline):
+    of_classes = isinstance(pipeline, ClassConditionalPipeline)
+    condition: Condition = "none" if blind else "class" if of_classes else "text"
+    pictures, left_out = held_out_pictures(settings, folder, condition)
+    if of_classes:
         labels_of(pipeline, pictures)
     count = settings.count or len(pictures)
     if min(count, len(pictures)) < 2:

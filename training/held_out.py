@@ -7,7 +7,7 @@ from pydantic import Field
 
 from latentdiff.interchange.folders import find_model, read_json
 from latentdiff.interchange.packaged import packaged_models
-from latentdiff.training.config import DataSettings, Settings
+from latentdiff.training.config import Condition, DataSettings, Settings
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, read_source
 from latentdiff.training.data.prepare import check_share, sort_out, survey_source, wanted_of
 
@@ -53,7 +53,7 @@ def check_report(file: Path) -> None:
 
 
 def held_out_pictures(
-    settings: HeldOutSettings, folder: Path, captions_needed: bool = True
+    settings: HeldOutSettings, folder: Path, condition: Condition = "text"
 ) -> tuple[list[CaptionedPicture], int]:
     """The usable pictures of the split, and the number of those left out.
 
@@ -63,7 +63,7 @@ def held_out_pictures(
     chosen = ("data", "split", "image_column", "caption_column")
     data = DataSettings.load(None, {name: getattr(settings, name) for name in chosen})
     try:
-        source = read_source(settings.data, wanted_of(data, captions_needed=captions_needed))
+        source = read_source(settings.data, wanted_of(data, condition=condition))
     except NoPicturesError as error:
         raise NoPicturesError(
             f"{error}; give held-out pictures a split of that name, or choose one with --split: figures of "

@@ -110,7 +110,7 @@ def evaluate_likelihood(
     check_report(folder / REPORT)
     bound = Bound(pipeline, process_of(pipeline, settings.steps, settings.variance))
     told = pipeline.unet.config.num_class_embeds is not None
-    pictures, left_out = held_out_pictures(settings, folder, captions_needed=told)
+    pictures, left_out = held_out_pictures(settings, folder, "class" if told else "none")
     pictures = pictures[: settings.count]
     figures = measure(bound, pictures, labels_of(pipeline, pictures) if told else None, settings)
     report = {

@@ -43,7 +43,7 @@ def nothing(caption: str) -> dict[str, Tensor]:
 
 
 def class_names(pictures: Sequence[CaptionedPicture]) -> list[str]:
-    """The classes of pictures whose captions they are, sorted.
+    """The classes of pictures whose captions they are, sorted; numbers by what they are.
 
     Raises:
         ValueError: a picture is of several classes, or of none, or all are of one.
@@ -54,7 +54,8 @@ def class_names(pictures: Sequence[CaptionedPicture]) -> list[str]:
                 f"{picture.name}: a picture is of one class, and this is of {len(picture.captions)}; name the column "
                 f"with the class by caption_column="
             )
-    names = sorted({picture.captions[0] for picture in pictures})
+    found = {picture.captions[0] for picture in pictures}
+    names = sorted(found, key=int if all(name.isdecimal() for name in found) else None)
     if len(names) < 2:
         raise ValueError(f"all pictures are of the class {names[0]!r}; with condition=none no class is needed")
     return names

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures, with the same noise every time, told apart by bands of timesteps."""
+"""Losses and the like on held-out pictures, with the same noise every time, told apart by bands of timesteps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,12 +19,13 @@ class HeldOutLoss:
     Args:
         process: whose timesteps are divided.
         bands: into how many ranges of equal length.
+        names: of the figures that the objective gives of each picture; the first is the loss.
     """
 
-    def __init__(self, process: GaussianDiffusion, bands: int = 4) -> None:
+    def __init__(self, process: GaussianDiffusion, bands: int = 4, names: Sequence[str] = ("val_loss",)) -> None:
         if not 1 <= bands <= process.num_timesteps:
             raise ValueError(f"bands must lie in [1, {process.num_timesteps}], not {bands}")
-        self.num_timesteps = process.num_timesteps
+        self.num_timesteps, self.names = process.num_timesteps, names
         self.edges = [process.num_timesteps * i // bands for i in range(bands + 1)]
 
     @torch.no_grad()
@@ -42,11 +43,11 @@ class HeldOutLoss:
             accelerator: None is one process.
 
         Returns:
-            ``val_loss``, the mean over all pictures, and ``val_loss_<first>_<last>`` for each band of timesteps that
-            has any. Empty without batches.
+            By name, such as ``val_loss``, the mean over all pictures, and as ``val_loss_<first>_<last>`` that of each
+            band of timesteps that has any. Empty without batches.
         """
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        sums = torch.zeros(2, len(self.edges) - 1, dtype=torch.float64)  # losses, pictures
+        sums = torch.zeros(len(self.names) + 1, len(self.edges) - 1, dtype=torch.float64)  # the last: pictures
         modes = {module: module.training for module in objective.modules()}
         objective.eval()
         try:
@@ -54,9 +55,9 @@ class HeldOutLoss:
             for start in range(0, len(batches), count):
                 counts = start + rank < len(batches)
                 batch = batches[start + rank if counts else 0]
-                losses = self._losses(objective, batch)
+                found = self._measure(objective, batch)
                 if counts:
-                    self._add(sums, batch["timesteps"].cpu(), losses)
+                    self._add(sums, batch["timesteps"].cpu(), found)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -64,22 +65,22 @@ class HeldOutLoss:
             sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
         return self._figures(sums)
 
-    def _losses(self, objective: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """(B,) float64, on the CPU"""
+    def _measure(self, objective: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """(names, B) float64, on the CPU"""
         inputs = {key: value for key, value in batch.items() if key != "names"}
-        return objective(**inputs, held_out=True).detach().double().cpu()
+        return objective(**inputs, held_out=True).detach().double().cpu().reshape(len(self.names), -1)
 
-    def _add(self, sums: Tensor, timesteps: Tensor, losses: Tensor) -> None:
+    def _add(self, sums: Tensor, timesteps: Tensor, found: Tensor) -> None:
         bands = torch.bucketize(timesteps, torch.tensor(self.edges[1:]), right=True)
-        sums[0].index_add_(0, bands, losses)
-        sums[1].index_add_(0, bands, torch.ones_like(losses))
+        sums.index_add_(1, bands, torch.cat([found, torch.ones_like(found[:1])]))
 
     def _figures(self, sums: Tensor) -> dict[str, float]:
-        losses, counts = sums.tolist()
+        *rows, counts = sums.tolist()
         if not sum(counts):
             return {}
-        figures = {"val_loss": sum(losses) / sum(counts)}
-        for i, (loss, number) in enumerate(zip(losses, counts, strict=True)):
-            if number:
-                figures[f"val_loss_{self.edges[i]}_{self.edges[i + 1] - 1}"] = loss / number
+        figures = {name: sum(row) / sum(counts) for name, row in zip(self.names, rows, strict=True)}
+        for name, row in zip(self.names, rows, strict=True):
+            for i, (total, number) in enumerate(zip(row, counts, strict=True)):
+                if number:
+                    figures[f"{name}_{self.edges[i]}_{self.edges[i + 1] - 1}"] = total / number
         return figures

@@ -28,7 +28,7 @@ def gaussian(means: tuple[float, ...], std: float) -> AutoencoderKL:
 def measured(pictures: Path, tmp_path: Path) -> Any:
     def measure(model: Any, **changes: Any) -> Any:
         settings = autoencoder_settings(pictures, tmp_path / "run", batch_size=3, **changes)
-        return measure_latents(model, prepare_pictures(settings, captions_needed=False), settings)
+        return measure_latents(model, prepare_pictures(settings, condition="none"), settings)
 
     return measure
 

@@ -64,8 +64,8 @@ def made(noise: Path, tmp_path: Path) -> Callable[..., tuple[Reconstructions, Tr
     def make(model: nn.Module, held_out: str = "validation", **changes: Any) -> tuple[Reconstructions, TrainingRun]:
         changes = {"resolution": SIZE, "batch_size": 4, "perceptual_network": "autoencoder", **changes}
         settings = autoencoder_settings(noise, tmp_path / "run", validation_extractor="autoencoder", **changes)
-        pictures = prepare_pictures(settings, "train", captions_needed=False)
-        chosen = prepare_pictures(settings, held_out, captions_needed=False)
+        pictures = prepare_pictures(settings, "train", condition="none")
+        chosen = prepare_pictures(settings, held_out, condition="none")
         return Reconstructions(settings, chosen, pictures), TrainingRun(settings, nn.ModuleList([model]))
 
     return make

@@ -91,7 +91,9 @@ def test_a_classifier_joins_a_model(labelled: Path, tmp_path: Path, condition: s
     assert pipeline("red", classifier_scale=2.0, **DRAW).images.shape == (1, 3, 16, 16)
     assert {file: file.read_bytes() for file in model.rglob("*") if file.is_file()} == before
     rows = [json.loads(line) for line in (tmp_path / "out/training/metrics.jsonl").read_text().splitlines()]
-    assert any("val_loss" in row for row in rows)
+    measured = next(row for row in rows if "val_loss" in row)
+    assert 0 <= measured["val_accuracy"] <= 1
+    assert {name for name in measured if name.startswith("val_accuracy_")}
 
 
 @pytest.mark.slow

@@ -10,12 +10,11 @@ from typing import Any
 from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, shorten
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.rows import Row, read_rows
-from latentdiff.training.data.source import PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
+from latentdiff.training.data.source import CAPTION_SUFFIXES, PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TRAIN = "train"  # the split of whatever names none
 SPLITS = {TRAIN, "validation", "valid", "val", "dev", "test"}
-CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 def metadata_of(folder: Path) -> Path | None:
@@ -163,6 +162,8 @@ class _Table:
 def read_beside(folder: Path, wanted: Wanted, whole: Path | None = None) -> Source:
     """The pictures below `folder`, each with its caption in a ``.txt`` or ``.caption`` file beside it.
 
+    Without one, its class is the name of the folder that it lies in, as in the `datasets` library's ImageFolder.
+
     Args:
         whole: the folder that `folder` is one split of.
     """
@@ -207,17 +208,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _caption_beside(root: Path, picture: Path, wanted: Wanted) -> tuple[str, ...]:
-    if not wanted.captions_needed:
+    if wanted.condition == "none":
         return wanted.captions(None)
     for suffix in CAPTION_SUFFIXES:
         file = picture.with_suffix(suffix)
         if os.path.lexists(file):
             return _read_caption(root, file, wanted)
+    if wanted.condition == "class" and picture.parent != root:
+        return wanted.captions(picture.parent.name)
     if wanted.caption is None:
         file = picture.with_suffix(".txt")
-        raise ValueError(
-            f"no caption; write one into {shorten(file.name)} beside it, or a metadata.jsonl for the folder"
-        )
+        lacks = "no class; lay it into a folder named like it," if wanted.condition == "class" else "no caption;"
+        raise ValueError(f"{lacks} write one into {shorten(file.name)} beside it, or a metadata.jsonl for the folder")
     return wanted.captions(None)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.config import Condition
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.folder import metadata_of, read_beside, read_metadata, split_folder
 from latentdiff.training.data.pictures import CaptionedPicture
@@ -25,7 +26,7 @@ def load_pictures(
     caption: str | None = None,
     streaming: bool = False,
     max_pictures: int | None = None,
-    captions_needed: bool = True,
+    condition: Condition = "text",
     cache_dir: Path | None = None,
 ) -> list[CaptionedPicture]:
     """The captioned pictures of `source`. Entries that cannot be used are logged by name; `read_source` gives them too.
@@ -45,7 +46,9 @@ def load_pictures(
         caption: caption of every picture that has none of its own.
         streaming: read a dataset as a stream, once, into a copy below `cache_dir`.
         max_pictures: take the first so many.
-        captions_needed: False where nobody looks at captions; every picture then has the caption "".
+        condition: what captions are for: "text", "class" or "none". Classes may be whole numbers, labels of
+            `datasets`, ``.cls`` files in shards, and names of folders, where a picture in a folder without a table has
+            no caption beside it. With "none" every picture has the caption "".
         cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
 
     Raises:
@@ -57,7 +60,7 @@ def load_pictures(
         image_column=image_column,
         caption_column=caption_column,
         caption=caption,
-        captions_needed=captions_needed,
+        condition=condition,
         streaming=streaming,
         max_pictures=max_pictures,
         cache_dir=cache_dir,

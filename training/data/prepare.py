@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from latentdiff.training.config import DataSettings, RunSettings
+from latentdiff.training.config import Condition, DataSettings, RunSettings
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.load import NAMED, log_findings, read_source
 from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def wanted_of(
-    settings: DataSettings, split: str | None = None, captions_needed: bool = True, cache_dir: Path | None = None
+    settings: DataSettings, split: str | None = None, condition: Condition = "text", cache_dir: Path | None = None
 ) -> Wanted:
     """What `settings` ask of their source."""
     return Wanted(
@@ -24,7 +24,7 @@ def wanted_of(
         image_column=settings.image_column,
         caption_column=settings.caption_column,
         caption=settings.caption,
-        captions_needed=captions_needed,
+        condition=condition,
         streaming=settings.streaming,
         max_pictures=settings.max_pictures,
         cache_dir=cache_dir,
@@ -32,7 +32,7 @@ def wanted_of(
 
 
 def prepare_pictures(
-    settings: RunSettings, split: str | None = None, captions_needed: bool = True
+    settings: RunSettings, split: str | None = None, condition: Condition = "text"
 ) -> list[CaptionedPicture]:
     """The usable pictures of ``settings.data``, each decoded once, with digest and size; always in the same order.
 
@@ -42,7 +42,7 @@ def prepare_pictures(
 
     Args:
         split: by default ``settings.split``.
-        captions_needed: False where captions are not used; every picture then has the caption "".
+        condition: what captions are for; with "none" every picture has the caption "".
 
     Raises:
         FileNotFoundError: there is no such source, split or manifest, or nothing in it can be used.
@@ -50,7 +50,7 @@ def prepare_pictures(
     """
     folder = Path(settings.output) / "training"
     cache_dir = Path(getattr(settings, "cache_dir", None) or folder) / "stream"
-    wanted = wanted_of(settings, split, captions_needed, cache_dir)
+    wanted = wanted_of(settings, split, condition, cache_dir)
     source = read_source(settings.data, wanted)
     if settings.manifest is not None:
         leave_out(source, read_manifest(Path(settings.manifest).expanduser()))

@@ -11,7 +11,7 @@ from typing import Any
 from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, printable
 from latentdiff.training.data.pictures import CaptionedPicture, PartReader
 from latentdiff.training.data.rows import json_object
-from latentdiff.training.data.source import PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
+from latentdiff.training.data.source import CAPTION_SUFFIXES, PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
 
 MOST_JSON = 2**22  # bytes of a sample's .json
 Parts = dict[str, tarfile.TarInfo]
@@ -119,8 +119,9 @@ def _sample(archive: tarfile.TarFile, shard: Path, parts: Parts, wanted: Wanted)
             raise ValueError(f".json: {found}")
         fields = found
     caption = fields.get(wanted.caption_column)
-    suffix = next((suffix for suffix in (".txt", ".caption") if suffix in parts), None)
-    if caption is None and suffix is not None and wanted.captions_needed:
+    suffixes = ((".cls",) if wanted.condition == "class" else ()) + CAPTION_SUFFIXES
+    suffix = next((suffix for suffix in suffixes if suffix in parts), None)
+    if caption is None and suffix is not None and wanted.condition != "none":
         caption = decode_text(_content(archive, parts[suffix], 4 * LONGEST + 4)).strip()
     elif caption is None and fields and not wanted.may_lack_captions:
         raise ValueError(f".json: no {wanted.caption_column!r}; it has {printable(', '.join(fields)[:200])}")

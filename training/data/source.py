@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.config import Condition
 from latentdiff.training.data.captions import check_captions
 from latentdiff.training.data.pictures import CaptionedPicture
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 )
+CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 class NoPicturesError(FileNotFoundError):
@@ -32,20 +34,25 @@ class Wanted:
     image_column: str = "image"
     caption_column: str = "text"
     caption: str | None = None
-    captions_needed: bool = True
+    condition: Condition = "text"
     streaming: bool = False
     max_pictures: int | None = None
     cache_dir: Path | None = None
 
     def captions(self, value: Any, column: str | None = None) -> tuple[str, ...]:
-        """Captions from what an entry has in its caption column. Raises ValueError; see `check_captions`."""
-        if not self.captions_needed:
+        """Captions from what an entry has in its caption column. Raises ValueError; see `check_captions`.
+
+        Classes may be whole numbers; without condition there is the caption "" alone.
+        """
+        if self.condition == "none":
             return ("",)
+        if self.condition == "class" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
         return check_captions(value, column or self.caption_column, self.caption)
 
     @property
     def may_lack_captions(self) -> bool:
-        return not self.captions_needed or self.caption is not None
+        return self.condition == "none" or self.caption is not None
 
 
 @dataclass

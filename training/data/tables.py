@@ -118,7 +118,24 @@ def _rows(dataset: Any, name: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
     columns = [c for c in (wanted.caption_column, "weight") if c in dataset.column_names]
     if not columns:
         return ({} for _ in range(len(dataset)))
-    return iter(dataset.with_format(None).select_columns(columns))
+    names = _label_names(dataset.features, wanted)
+    return (_named(row, names, wanted) for row in dataset.with_format(None).select_columns(columns))
+
+
+def _label_names(features: Any, wanted: Wanted) -> list[str] | None:
+    """What the numbers in the caption column stand for, if it is a column of labels."""
+    import datasets
+
+    feature = (features or {}).get(wanted.caption_column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _named(row: dict[str, Any], names: list[str] | None, wanted: Wanted) -> dict[str, Any]:
+    """A row with its label's name in the place of the number; -1 stands for no label."""
+    label = row.get(wanted.caption_column)
+    if names is None or not isinstance(label, int):
+        return row
+    return {**row, wanted.caption_column: names[label] if 0 <= label < len(names) else None}
 
 
 def _check_columns(have: list[str], name: str, wanted: Wanted) -> None:
@@ -166,7 +183,9 @@ def stream_rows(stream: Any, name: str, wanted: Wanted) -> Iterator[dict[str, An
         stream = stream._resolve_features()
     _check_columns(list(stream.column_names or []), name, wanted)
     stream = stream.cast_column(wanted.image_column, datasets.Image(decode=False))
+    names = _label_names(stream.features, wanted)
     for row in itertools.islice(stream, wanted.max_pictures):
+        row = _named(row, names, wanted)
         rest = {column: row.get(column) for column in (wanted.caption_column, "weight")}
         yield {"image": _fetched(row[wanted.image_column]), "row": json.dumps(rest, default=str)}
 

@@ -148,7 +148,7 @@ def test_captions_beside_the_pictures(tmp_path: Path) -> None:
     assert "write one into d.txt beside it" in found.refused[0].reason
     everything = read(tmp_path, caption="a photo")
     assert [p.captions for p in everything.pictures] == [("first",), ("a red square",), ("a photo",), ("deep",)]
-    assert [p.captions for p in read(tmp_path, captions_needed=False).pictures] == [("",)] * 4
+    assert [p.captions for p in read(tmp_path, condition="none").pictures] == [("",)] * 4
     with pytest.raises(NoPicturesError, match="no pictures of split 'validation'"):
         read(tmp_path, split="validation")
 

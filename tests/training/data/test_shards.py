@@ -95,7 +95,7 @@ def test_json_captions(tmp_path: Path) -> None:
     assert "no caption" in reasons["data.tar/e"]
     assert reasons["data.tar/f"] == "no picture, only .txt"
     assert [p.captions for p in read(tmp_path, caption_column="caption").pictures][1:] == [("other",)]
-    assert len(read(tmp_path, captions_needed=False).pictures) == 4
+    assert len(read(tmp_path, condition="none").pictures) == 4
 
 
 def test_damaged_shards_lose_only_what_is_lost(shards: Path) -> None:

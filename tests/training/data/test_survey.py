@@ -119,7 +119,7 @@ def test_captions_may_not_be_needed(pictures: Path) -> None:
     (pictures / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="12 of 12 pictures cannot be used"):
         prepare_pictures(settings(pictures))
-    assert len(prepare_pictures(settings(pictures), captions_needed=False)) == 12
+    assert len(prepare_pictures(settings(pictures), condition="none")) == 12
     assert {p.captions for p in prepare_pictures(settings(pictures, caption="a disc"))} == {("a disc",)}
 
 
