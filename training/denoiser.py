@@ -82,8 +82,9 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     if settings.resolution % factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
     process = build_process(settings)
+    text = cast(tuple[Any, Any], load_text_encoder(settings.text_encoder)) if settings.condition == "text" else None
     data = load_data(settings, settings.condition)
-    parts = build_parts(settings, autoencoder, process, data)
+    parts = build_parts(settings, autoencoder, process, text, data)
     if settings.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
 
@@ -109,16 +110,24 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     return train_diffusion(settings, parts, data, objective, finish)
 
 
-def build_parts(settings: DenoiserSettings, autoencoder: Autoencoder, process: GaussianDiffusion, data: Data) -> Parts:
+def build_parts(
+    settings: DenoiserSettings,
+    autoencoder: Autoencoder,
+    process: GaussianDiffusion,
+    text: tuple[Any, Any] | None,
+    data: Data,
+) -> Parts:
     """A new network with its first weights, what conditions it, and its scheduler; what is not trained is frozen.
 
+    text: tokenizer and text encoder, with condition=text.
+
     Raises:
-        ValueError, FileNotFoundError: there is no such text encoder, or the captions are no classes.
+        ValueError: the captions are no classes.
     """
     scheduler = build_scheduler(process, sampler_of(settings))
     frozen(autoencoder)
-    if settings.condition == "text":
-        tokenizer, text_encoder = cast(tuple[Any, Any], load_text_encoder(settings.text_encoder))
+    if text is not None:
+        tokenizer, text_encoder = text
         frozen(text_encoder)
         set_seed(settings.seed)
         unet = build_unet(settings, autoencoder, text_encoder.config.hidden_size)

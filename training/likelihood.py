@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentdiff import __version__
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
-from latentdiff.diffusion.likelihood import BitsPerDimension, bits_per_dimension
+from latentdiff.diffusion.likelihood import BitsPerDimension
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline, steps
 from latentdiff.training.card_text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentdiff.diffusion.bounds import gaussian_log_likelihood
@@ -50,6 +49,8 @@ def bits_per_dimension(
         log_likelihood: of the last step; the default suits latents, pixels want `discretized_gaussian_log_likelihood`.
         clip_denoised: keep the predicted x_0 in [-1, 1], for pixels.
     """
+    from diffusers.utils.torch_utils import randn_tensor  # not with the module: it takes a while
+
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(process.num_timesteps):
         timesteps = torch.full((len(x_start),), t, device=x_start.device)

@@ -26,6 +26,18 @@ def test_tables_agree_with_diffusers(schedule: str, zero_terminal_snr: bool) -> 
     torch.testing.assert_close(process.alphas_cumprod.float(), theirs.alphas_cumprod, atol=2e-6, rtol=1e-4)
 
 
+def test_what_the_papers_say_of_their_schedules() -> None:
+    linear, cosine = GaussianDiffusion("linear"), GaussianDiffusion("cosine")
+    assert (float(linear.betas[0]), float(linear.betas[-1])) == pytest.approx((1e-4, 0.02))  # DDPM, Sec. 4
+    assert 0.9 / 127.5 > float(cosine.betas[0].sqrt()) > 0.4 / 127.5  # Improved DDPM, Sec. 3.2: less than a pixel's bin
+    assert float(cosine.betas.max()) == pytest.approx(0.999)  # the same: no larger, against singularities
+    ratio = (
+        linear.posterior_variance / linear.betas
+    )  # Fig. 1: the two fixed variances are almost equal but at the start
+    assert float(ratio[0]) == 0
+    assert float(ratio[100:].min()) > 0.98
+
+
 def test_cosine_alpha_bar_is_the_papers() -> None:
     """Improved DDPM, Eq. 17: alpha-bar is cos^2, where the clip of beta has not set in."""
     alpha_bar = GaussianDiffusion("cosine").alphas_cumprod
