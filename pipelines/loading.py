@@ -77,7 +77,11 @@ def load_networks(
             continue
         class_name = index[name][1]
         if class_name not in class_names:
-            raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {' or '.join(class_names)}")
+            hint = ""
+            if class_name == "UNet2DModel":
+                hint = " (without text, draw from Python with UnconditionalPipeline or ClassConditionalPipeline)"
+            wanted = " or ".join(class_names)
+            raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")
         own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
         networks[name] = load_network(folder / name, class_name, own, variant)
         loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
