@@ -84,6 +84,12 @@ class DataSettings(Settings):
     random_flip: bool = True
 
 
+class DoctorSettings(DataSettings):
+    """Settings of ``latentdiff doctor``."""
+
+    condition: Condition = Field("text", description="what captions are for; see DenoiserSettings")
+
+
 class RunSettings(DataSettings):
     """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
 

@@ -34,7 +34,7 @@ def doctor(
     No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
     max_bad_share cannot be used.
     """
-    from latentdiff.training.config import DataSettings
+    from latentdiff.training.config import DoctorSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
     if drop_duplicates and manifest is None:
@@ -43,7 +43,7 @@ def doctor(
     resolution, step = model_shape(model) if model is not None else (None, None)
     if resolution is not None and "resolution" not in given and config is None:
         given["resolution"] = resolution
-    settings = DataSettings.load(config, given)
+    settings = DoctorSettings.load(config, given)
     from latentdiff.training.data.doctor import examine_source, token_counter
 
     tokens = token_counter(model) if model is not None else None

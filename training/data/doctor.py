@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.config import DataSettings
+from latentdiff.training.config import DoctorSettings
 from latentdiff.training.data.folder import metadata_of
 from latentdiff.training.data.load import read_source
 from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
@@ -20,7 +20,7 @@ Tokens = tuple[Callable[[Sequence[str]], list[int]], int]
 
 
 def examine_source(
-    settings: DataSettings,
+    settings: DoctorSettings,
     manifest: Path | None = None,
     step: int = 8,
     tokens: Tokens | None = None,
@@ -58,11 +58,11 @@ def examine_source(
     return report
 
 
-def _both_splits(settings: DataSettings) -> Source:
-    source = read_source(settings.data, wanted_of(settings))
+def _both_splits(settings: DoctorSettings) -> Source:
+    source = read_source(settings.data, wanted_of(settings, condition=settings.condition))
     if settings.split == "train":
         try:
-            held_out = read_source(settings.data, wanted_of(settings, "validation"))
+            held_out = read_source(settings.data, wanted_of(settings, "validation", settings.condition))
         except NoPicturesError:
             return source
         listed = {picture.name for picture in source.pictures}
@@ -72,7 +72,7 @@ def _both_splits(settings: DataSettings) -> Source:
     return source
 
 
-def _unlisted(settings: DataSettings, source: Source) -> list[Finding]:
+def _unlisted(settings: DoctorSettings, source: Source) -> list[Finding]:
     """Pictures that lie in the folder, but not in its table."""
     folder = Path(settings.data).expanduser()
     table = metadata_of(folder) if folder.is_dir() else None

@@ -119,3 +119,12 @@ def test_tokens_are_counted_as_a_model_does(album: Path) -> None:
 def test_mistakes_are_explained(album: Path, tmp_path: Path) -> None:
     assert "unknown setting 'resolutoin'; did you mean 'resolution'" in str(run(album, "resolutoin=3").exception)
     assert isinstance(run(tmp_path / "nowhere").exception, FileNotFoundError)
+
+
+def test_folders_that_are_classes(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(hostile.encode(hostile.noise(len(name))))
+    assert "3 pictures: 0 can be used, 3 cannot." in run(tmp_path).output
+    assert "3 pictures: 3 can be used, 0 cannot." in run(tmp_path, "condition=class").output
+    assert "3 pictures: 3 can be used, 0 cannot." in run(tmp_path, "condition=none").output

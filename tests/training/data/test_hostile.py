@@ -7,7 +7,7 @@ import hostile
 import pytest
 import torch
 
-from latentdiff.training.config import AutoencoderSettings, DataSettings
+from latentdiff.training.config import AutoencoderSettings, DoctorSettings
 from latentdiff.training.data import prepare_pictures, read_pixels
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.doctor import examine_source
@@ -20,7 +20,7 @@ Make = Callable[[Path], tuple[Path, list[str], list[str]]]
 def test_doctor(make: Make, tmp_path: Path) -> None:
     folder, good, bad = make(tmp_path / "data")
     before = hostile.state(tmp_path / "data")
-    report = examine_source(DataSettings(data=str(folder)), manifest=tmp_path / "manifest.jsonl")
+    report = examine_source(DoctorSettings(data=str(folder)), manifest=tmp_path / "manifest.jsonl")
     assert sorted(entry.name for entry in report.entries) == sorted(good)
     for name in bad:
         found = [f for f in report.refused if f.name == name or f.name.startswith(f"{name} (")]
