@@ -1,4 +1,4 @@
-"""The notebook in docs/ runs from its first cell to its last."""
+"""The notebook in docs/ runs from its first cell to its last, and was left as it ran."""
 
 import json
 import re
@@ -51,3 +51,10 @@ def test_it_runs(cells: list[dict[str, Any]], tmp_path: Path, capsys: pytest.Cap
     assert [float(x) for x in walked] == pytest.approx([float(x) for x in at_once], abs=0.02)
     losses = [float(found) for found in re.findall(r"step \d+: loss (\S+),", said)]
     assert losses[-1] < losses[0]
+
+
+def test_it_was_left_as_it_ran(cells: list[dict[str, Any]]) -> None:
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
