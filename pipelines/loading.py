@@ -1,5 +1,6 @@
 """Pipeline folders to components: our networks where diffusers would build its own."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ OURS_ALONE: dict[str, tuple[str, ...]] = {
     "classifier": ("NoisyClassifier",),
 }
 """Per component, our classes that diffusers has nothing like. A folder names them with the module they are in."""
+
+ALIGNMENT = 64  # bytes
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
@@ -108,7 +111,19 @@ def load_network(folder: Path, class_name: str, dtype: torch.dtype, variant: str
         raise ValueError(
             f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
+    align(network)
     return network
+
+
+def align(network: nn.Module) -> None:
+    """Move weights that begin anywhere in memory, as in a mapped file, to where torch puts tensors of its own.
+
+    Some kernels add up in another order where weights begin elsewhere, so that the same pictures would differ in their
+    last bits before saving and after loading.
+    """
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def told_shortly(error: Exception) -> str:

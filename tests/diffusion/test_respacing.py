@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import torch_utils
 from released import check, wave
 from torch import Tensor
 
-from latentdiff.diffusion import GaussianDiffusion, likelihood
+from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood
 from latentdiff.diffusion.losses import bound_term, training_losses
 from latentdiff.diffusion.respacing import space_timesteps
@@ -70,11 +71,11 @@ def test_bound_of_fewer_steps(
     check(process.betas, reference["betas"], rtol=1e-8, atol=1e-12)
     calls = count()  # theirs begin with the last timestep
     monkeypatch.setattr(
-        likelihood, "randn_tensor", lambda *_args, **_: 1.4 * wave(2.3 + (process.num_timesteps - next(calls)) / 100)
+        torch_utils, "randn_tensor", lambda *_args, **_: 1.4 * wave(2.3 + (process.num_timesteps - next(calls)) / 100)
     )
     x_start = torch.round((wave(1.7) + 1) * 127.5) / 127.5 - 1
     x_start[0, 0, 0, 0], x_start[0, 0, 0, 1] = -1, 1
-    found = likelihood.bits_per_dimension(
+    found = bits_per_dimension(
         process,
         network(process.learns_variance),
         x_start,
