@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.pipelines.commands.options import Device, Precision, load_pipeline
-from latentdiff.training.commands.options import show_progress
+from latentdiff.pipelines.commands.options import Device, DeviceOption, Precision, PrecisionOption, load_pipeline
+from latentdiff.training.commands.options import HeldOutSplit, ImageColumn, show_progress
 
 
 def evaluate(
@@ -14,9 +14,7 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A pipeline folder, a packaged model, or owner/name on the hub.")
     ],
     data: Annotated[str, typer.Option(help="Folder of captioned pictures, *.tar shards, or a dataset's name.")],
-    split: Annotated[str, typer.Option(help="Which of its pictures; best those the model was not trained on.")] = (
-        "validation"
-    ),
+    split: HeldOutSplit = "validation",
     count: Annotated[
         int | None, typer.Option(min=2, help="Pictures to draw; by default one for each real picture.")
     ] = None,
@@ -39,10 +37,10 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder for samples and evaluation.json; by default MODEL/evaluation.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Of a dataset.")] = "image",
+    image_column: ImageColumn = "image",
     caption_column: Annotated[str, typer.Option(help="Of a dataset or table.")] = "text",
-    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.auto,
-    precision: Annotated[Precision, typer.Option(help="Of weights and computation.")] = Precision.float32,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Measure a model: draw from the captions of held-out pictures, and compare.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.pipelines.commands.options import Device, DeviceOption, Precision, PrecisionOption, pick_device
-from latentdiff.training.commands.options import show_progress
+from latentdiff.training.commands.options import HeldOutSplit, ImageColumn, show_progress
 
 
 class Variance(StrEnum):
@@ -21,9 +21,7 @@ class Variance(StrEnum):
 def likelihood(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model without text.")],
     data: Annotated[str, typer.Option(help="Folder of pictures, *.tar shards, or a dataset's name.")],
-    split: Annotated[str, typer.Option(help="Which of its pictures; best those the model was not trained on.")] = (
-        "validation"
-    ),
+    split: HeldOutSplit = "validation",
     steps: Annotated[
         str | None,
         typer.Option(help="Of the process: 25, or by sections 10,10,5, or ddim25. By default all, which is slow."),
@@ -35,7 +33,7 @@ def likelihood(
     output: Annotated[
         Path | None, typer.Option(help="Folder for likelihood.json; by default MODEL/evaluation.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Of a dataset.")] = "image",
+    image_column: ImageColumn = "image",
     caption_column: Annotated[str, typer.Option(help="Of a dataset or table: the class, if the model knows any.")] = (
         "text"
     ),

@@ -13,6 +13,8 @@ Data = Annotated[
 ]
 Output = Annotated[Path, typer.Option(help="Folder for the model; its training/ keeps checkpoints and samples.")]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings.", exists=True, dir_okay=False)]
+HeldOutSplit = Annotated[str, typer.Option(help="Which of its pictures; best those the model was not trained on.")]
+ImageColumn = Annotated[str, typer.Option(help="Of a dataset.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's.")]
 
 
