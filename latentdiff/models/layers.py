@@ -107,7 +107,7 @@ class ResnetBlock2D(nn.Module):
     """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding enters between the two.
 
     ADM (Dhariwal & Nichol 2021), Sec. 3: added before the second norm, or, with ``scale_shift``, as a scale and a
-    shift after it. ``resample``, `halve` or `double`, acts on both ways between the first activation and convolution.
+    shift after it. ``resample``, `halve` or `double`, acts on both paths between the first activation and convolution.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ResnetBlock2D(nn.Module):
         time_dim: int | None = None,
         scale_shift: bool = False,
         dropout: float = 0.0,
-        resample: Callable[[Tensor], Tensor] | None = None,
+        resample: Callable[[Tensor, tuple[int, int] | None], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
@@ -132,11 +132,14 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) and (B or 1, D), the time embedding after its SiLU -> (B, C', H, W)."""
+    def forward(self, x: Tensor, time: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) and (B or 1, D), the time embedding after its SiLU -> (B, C', H, W).
+
+        With ``resample`` height and width are half, rounded down, or double, or ``size`` where it is given.
+        """
         h = norm_silu(self.norm1, x)
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            h, x = self.resample(h, size), self.resample(x, size)
         h = self.conv1(h)
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(time)[:, :, None, None]  # (B, C' or 2C', 1, 1)
@@ -151,12 +154,27 @@ class ResnetBlock2D(nn.Module):
         return F.silu(self.norm2(h) * (1 + scale) + shift)
 
 
-def halve(x: Tensor) -> Tensor:
+def halve(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """(B, C, H, W) -> (B, C, H/2, W/2), rounded down, by averages; ``size`` is there to be called like `double`."""
+    check_divisible(x)
     return F.avg_pool2d(x, 2)
 
 
-def double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+def double(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W), or (B, C, *size), by nearest neighbours."""
+    if size is None:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def check_divisible(x: Tensor) -> None:
+    """Raises ValueError if a side is too short to be halved."""
+    height, width = x.shape[-2:]
+    if min(height, width) < 2:
+        raise ValueError(
+            f"a feature map of {width}x{height} (width x height) cannot be halved; give the network a larger input, or "
+            f"one of fewer levels"
+        )
 
 
 class Downsample2D(nn.Module):
@@ -168,7 +186,10 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+        if self.padding:
+            return self.conv(x)  # (B, C, H/2, W/2), rounded up
+        check_divisible(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2), rounded down
 
 
 class Upsample2D(nn.Module):
@@ -181,9 +202,7 @@ class Upsample2D(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if in_one(self.conv, x) and size in (None, (2 * x.shape[2], 2 * x.shape[3])):
             return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
-        if size is None:
-            return self.conv(double(x))  # (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+        return self.conv(double(x, size))  # (B, C, 2H, 2W) or (B, C, *size)
 
 
 def in_one(conv: nn.Module, x: Tensor) -> bool:

@@ -125,7 +125,7 @@ class UpBlock(Block):
             if self.transformers:
                 x = self.transformers[i](x, text, mask)
         for upsample in self.upsamplers:
-            x = upsample(x, size) if isinstance(upsample, Upsample2D) else self.run(upsample, x, time)
+            x = upsample(x, size) if isinstance(upsample, Upsample2D) else self.run(upsample, x, time, size)
         return x
 
 

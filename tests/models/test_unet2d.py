@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from latentdiff.models import UNet2DModel
+from latentdiff.models.layers import ResnetBlock2D, double
 
 DDPM: dict[str, Any] = {  # as google/ddpm-cifar10-32
     "sample_size": 8,
@@ -85,6 +86,33 @@ def test_folders_go_both_ways(name: str, pair: Callable, tmp_path: Path) -> None
         diffusers.UNet2DModel.from_pretrained(tmp_path / "ours"),
     ):
         torch.testing.assert_close(again(**given).sample, ours(**given).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "adm", "convolutions"])
+@pytest.mark.parametrize("size", [(13, 9), (16, 11), (7, 8)])
+def test_sizes_that_do_not_divide(name: str, size: tuple[int, int]) -> None:
+    unet = UNet2DModel(**CONFIGS[name]).eval()
+    given = inputs(CONFIGS[name]) | {"sample": torch.randn(2, 3, *size, requires_grad=True)}
+    found = unet(**given).sample
+    assert found.shape == (2, unet.config.out_channels, *size)
+    found.square().mean().backward()
+    assert given["sample"].grad.abs().amin(dim=1).min() > 0  # every pixel counts
+    unet.train().enable_gradient_checkpointing()
+    torch.testing.assert_close(unet(**given).sample, found)
+
+
+def test_sizes_that_divide_are_resampled_alike_with_and_without_a_size() -> None:
+    resnet = ResnetBlock2D(8, 8, groups=4, resample=double)
+    x = torch.randn(1, 8, 3, 5)
+    assert torch.equal(resnet(x), resnet(x, size=(6, 10)))
+    assert resnet(x, size=(5, 9)).shape == (1, 8, 5, 9)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "adm"])
+def test_sizes_with_too_few_pixels_are_refused(name: str) -> None:
+    config = CONFIGS[name]
+    with pytest.raises(ValueError, match="a feature map of .*x1 .*cannot be halved; give the network a larger input"):
+        UNet2DModel(**config)(**inputs(config) | {"sample": torch.randn(2, 3, 1, 8)})
 
 
 def test_heads_of_a_fixed_number() -> None:
