@@ -1,11 +1,12 @@
 """Captions as a person types them: the bare thing first, then its colour, other words for it, and the style."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .colour import COLOURS
+from .grammar import article, coloured, is_plural
 from .icons import Emoji, normalise
 
 FLAGS = ("t", "n", "-")
@@ -14,12 +15,16 @@ MOST = 10
 
 @dataclass(frozen=True)
 class Concept:
-    """A common thing: its names (a leading `~` means no article), weight, and flag (see `concepts.txt`)."""
+    """A common thing: its names (a leading `~` means no article), weight, and flag (see `concepts.txt`).
+
+    `unseen` are further names that no training caption uses; a trained model is asked for them.
+    """
 
     hexcode: str
     weight: float
     flag: str
     names: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
 
 
 def read_concepts(path: Path | None = None) -> dict[str, Concept]:
@@ -32,10 +37,21 @@ def read_concepts(path: Path | None = None) -> dict[str, Concept]:
         parts = line.split(maxsplit=4)
         if len(parts) != 5 or parts[3] not in FLAGS:
             raise ValueError(f"{path.name}, line {number}: expected 'HEXCODE EMOJI WEIGHT FLAG NAMES', got {line!r}")
-        names = tuple(name.strip() for name in parts[4].split(","))
-        concept = Concept(normalise(parts[0]), float(parts[2]), parts[3], names)
+        words = [name.strip() for name in parts[4].split(",")]
+        names = tuple(name for name in words if not name.startswith("?"))
+        unseen = tuple(name[1:] for name in words if name.startswith("?"))
+        if not names or "" in (*names, *unseen):
+            raise ValueError(f"{path.name}, line {number}: an empty name, or none that captions may use, in {line!r}")
+        concept = Concept(normalise(parts[0]), float(parts[2]), parts[3], names, unseen)
         concepts[concept.hexcode] = concept
     return concepts
+
+
+def without_unseen(concept: Concept, unseen: Iterable[str]) -> Concept | None:
+    """The concept without the names that contain one of `unseen` as whole words; None if no name is left."""
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in unseen) or r"(?!)")
+    names = tuple(name for name in concept.names if not pattern.search(name))
+    return replace(concept, names=names) if names else None
 
 
 def concept_of(emoji: Emoji) -> Concept:
@@ -66,29 +82,8 @@ def clean(name: str) -> str:
     return " ".join(re.sub(r"[:;_/]", " ", name).split())
 
 
-def is_plural(name: str) -> bool:
-    thing = name.split(" with ")[0]
-    return (thing.endswith("s") and not thing.endswith(("ss", "us"))) or thing.startswith(("people", "women", "men "))
-
-
 def is_plain(name: str) -> bool:
     return re.fullmatch(r"[a-z][a-z' ]{2,28}", name) is not None
-
-
-def article(name: str) -> str:
-    """`car` to `a car`, `apple` to `an apple`; `~grapes` to `grapes`."""
-    if name.startswith("~"):
-        return name[1:]
-    vowel = (name[0] in "aeiou8" and not re.match(r"(uni|uk|eu|one|use|ufo)", name)) or name.startswith(("hour", "suv"))
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def coloured(name: str, colour: str) -> str | None:
-    """`car` to `red car`, `~grapes` to `~red grapes`; None where the name says a colour or begins with an article."""
-    bare = name.removeprefix("~")
-    if any(word in bare.split() for word in COLOURS) or bare.startswith(("a ", "an ", "two ")):
-        return None
-    return f"{'~' if name.startswith('~') else ''}{colour} {bare}"
 
 
 def captions(concept: Concept, colour: str | None, style: str, must: bool = False) -> list[str]:

@@ -1,6 +1,10 @@
-"""Writes a folder of captioned emoji pictures: `images/SET-HEXCODE[-COLOUR].png` and `metadata.jsonl`.
+"""Writes a folder of captioned emoji pictures, `images/` and `metadata.jsonl`, or a bundle to draw them from elsewhere.
 
-python -m latentdiff.training.recipes.emoji.prepare OUT --subset common
+    python -m latentdiff.training.recipes.emoji.prepare OUT --subset common
+    python -m latentdiff.training.recipes.emoji.prepare OUT --scenes 20000
+    python -m latentdiff.training.recipes.emoji.prepare --bundle OUT.xz
+
+The first folder holds each drawing once, with its copies in other colours; the second holds composed scenes.
 """
 
 import argparse
@@ -11,14 +15,19 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .captions import Concept, captions, concept_of, read_concepts
-from .colour import TARGETS, colour_name, turn
-from .draw import on_white, render
+from PIL import Image
+
+from .captions import captions, concept_of, read_concepts, without_unseen
+from .draw import on_white
+from .drawings import SPLITS, Job, draw_job, render_all, write_bundle
 from .fetch import ICON_SETS, NAMES, Package, fetch, read_json
+from .held_out import colour_held_out
 from .icons import Emoji, Icon, Names, read_icons, read_names
+from .scenes import Composer
 
 SHORTCODES = ("github", "iamcal", "emojibase", "joypixels")
 LETTERS = {"alphanum", "keycap", "arrow", "av-symbol", "punctuation", "math", "currency"}
@@ -35,19 +44,6 @@ GROUPS = {
 }  # Unicode's groups, by their numbers in the names' tables
 TURNED_WEIGHT = 0.12  # of the drawing's own; a drawing has up to six turned copies
 COMMON = {2.0: 1.0, 3.0: 7.5}  # the weights that make the subset `common`, and how often it shows them
-
-
-@dataclass(frozen=True)
-class Job:
-    """One drawing to make: of which set, thing and group, how often to show it, whether to hold it out."""
-
-    set_name: str
-    style: str
-    icon: Icon
-    concept: Concept
-    weight: float
-    split: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -91,90 +87,116 @@ def weight_of(emoji: Emoji, letters: set[int]) -> float:
 def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subset: str, share: float) -> Iterator[Job]:
     """The drawings of a subset, `all` or `common`, with their captions' concept and their weight."""
     common = read_concepts()
+    unseen = [name for concept in common.values() for name in concept.unseen]
     styles = {package.short_name: package.style for package in ICON_SETS}
     for set_name, icons in sets.items():
         for hexcode, icon in icons.items():
             emoji = names.emoji[hexcode]
-            concept = common.get(hexcode)
-            if subset == "common" and (concept is None or concept.weight not in COMMON):
+            concept = common.get(hexcode) or without_unseen(concept_of(emoji), unseen)
+            if concept is None:
                 continue
-            weight = concept.weight if concept else weight_of(emoji, letters)
+            if subset == "common" and (hexcode not in common or concept.weight not in COMMON):
+                continue
+            weight = concept.weight if hexcode in common else weight_of(emoji, letters)
             if subset == "common":
                 weight = COMMON[weight]
             if weight == 0:
                 continue
             split = "validation" if held_out(f"{set_name}-{hexcode}", share) else "train"
             style, group = styles.get(set_name, set_name), GROUPS.get(emoji.group, "")
-            yield Job(set_name, style, icon, concept or concept_of(emoji), weight, split, group)
+            yield Job(set_name, style, icon, concept, weight, split, group)
 
 
-def draw(job: Job, folder: Path, size: int) -> list[Row]:
-    """Draws `job` and its hue-turned copies into `folder/images`; their rows."""
-    rgba = render(job.icon, size)
-    concept = job.concept
-    colour = None if concept.flag == "n" else colour_name(rgba)
-    name = f"images/{job.set_name}-{concept.hexcode}"
-    rows = [Row(f"{name}.png", captions(concept, colour, job.style), job.group, job.weight, job.split)]
-    on_white(rgba).save(folder / rows[0].file_name)
-    if concept.flag != "t":
-        return rows
-    for target in TARGETS:
-        turned = None if target == colour else turn(rgba, target)
-        if turned is None or colour_name(turned, 0.4) != target:
-            continue
-        text = captions(concept, target, job.style, must=True)
-        weight = round(job.weight * TURNED_WEIGHT, 4)
-        rows.append(Row(f"{name}-{target}.png", text, job.group, weight, job.split))
-        on_white(turned).save(folder / rows[-1].file_name)
-    return rows
-
-
-def _draw_or_say(job: Job, folder: Path, size: int) -> list[Row] | str:
+def draw(job: Job, folder: Path, size: int) -> list[Row] | str:
+    """Draws `job` and its hue-turned copies into `folder/images`: their rows, or why it cannot be drawn."""
     try:
-        return draw(job, folder, size)
+        found = draw_job(job, size)
     except ValueError as error:
         return f"{job.set_name} {job.concept.hexcode}: {error}"
+    rows = []
+    for one in found:
+        unsaid = one.colour is None or colour_held_out(one.colour, one.concept.hexcode)
+        text = captions(one.concept, None if unsaid else one.colour, job.style, must=one.turned)
+        name = f"images/{job.set_name}-{one.concept.hexcode}{f'-{one.colour}' if one.turned else ''}.png"
+        weight = round(job.weight * TURNED_WEIGHT, 4) if one.turned else job.weight
+        rows.append(Row(name, text, job.group, weight, job.split))
+        on_white(one.rgba).save(folder / name)
+    return rows
 
 
 def write(todo: Sequence[Job], output: Path, size: int, workers: int) -> int:
     """Writes the dataset folder whole: drawn beside `output`, then renamed. Returns how many pictures it holds."""
+    with _whole(output) as folder, ProcessPoolExecutor(workers) as pool:
+        n = len(todo)
+        rows: list[Row] = []
+        for result in pool.map(draw, todo, [folder] * n, [size] * n, chunksize=16):
+            if isinstance(result, str):
+                print(f"left out: {result}", file=sys.stderr)
+            else:
+                rows += result
+        _write_rows(folder, rows)
+    return len(rows)
+
+
+def write_scenes(todo: Sequence[Job], output: Path, count: int, size: int, workers: int, seed: int = 0) -> int:
+    """Writes `count` composed scenes as a dataset folder, whole; validation's are 1 in 50. Returns how many."""
+    with _whole(output) as folder:
+        drawings = render_all(todo, size, workers)
+        composer = {split: Composer(drawings, size, seed, split) for split in SPLITS}
+        rows = []
+        for index in range(count):
+            split = SPLITS[index % 50 == 49]
+            scene = composer[split](index)
+            name = f"images/{index:07d}.png"
+            Image.fromarray(scene.picture).save(folder / name)
+            rows.append(Row(name, list(scene.captions), scene.kind, 1.0, split))
+        _write_rows(folder, rows)
+    return count
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """A folder with an `images` in it that becomes `output` when all went well, and is gone when not."""
     if output.exists():
         raise FileExistsError(f"{output} exists already; name another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary) / output.name
         (folder / "images").mkdir(parents=True)
-        count = 0
-        with (
-            ProcessPoolExecutor(workers) as pool,
-            (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata,
-        ):
-            n = len(todo)
-            for result in pool.map(_draw_or_say, todo, [folder] * n, [size] * n, chunksize=16):
-                if isinstance(result, str):
-                    print(f"left out: {result}", file=sys.stderr)
-                    continue
-                count += len(result)
-                metadata.writelines(json.dumps(asdict(row)) + "\n" for row in result)
+        yield folder
         os.replace(folder, output)
-    return count
+
+
+def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    lines = [f"{json.dumps(asdict(row))}\n" for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="prepare", description="Make a folder of captioned emoji pictures.")
-    parser.add_argument("output", type=Path, help="the folder to write; it must not exist yet")
+    parser = argparse.ArgumentParser(prog="prepare", description="Make captioned emoji pictures, or a bundle of them.")
+    parser.add_argument("output", type=Path, nargs="?", help="the folder to write; it must not exist yet")
+    parser.add_argument("--bundle", type=Path, help="write the drawings as one small file")
+    parser.add_argument("--scenes", type=int, help="fill the folder with this many composed scenes")
     parser.add_argument("--subset", choices=("all", "common"), default="all")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/latentdiff/emoji", help="npm archives")
     parser.add_argument("--size", type=int, default=128, help="pixels on a side")
     parser.add_argument("--validation", type=float, default=0.01, help="share of the drawings held out")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
+    if options.output is None and options.bundle is None:
+        parser.error("name a folder to write, or --bundle FILE, or both")
     try:
         todo = list(jobs(*load(options.cache), options.subset, options.validation))
-        count = write(todo, options.output, options.size, options.workers)
+        if options.bundle:
+            print(f"{options.bundle}: {write_bundle(todo, options.bundle)} bytes, {len(todo)} drawings")
+        if options.output and options.scenes is not None:
+            count = write_scenes(todo, options.output, options.scenes, options.size, options.workers)
+            print(f"{options.output}: {count} scenes of {len(todo)} drawings")
+        elif options.output:
+            count = write(todo, options.output, options.size, options.workers)
+            print(f"{options.output}: {count} pictures of {len(todo)} drawings")
     except (RuntimeError, FileExistsError, ValueError) as error:
         sys.exit(f"prepare: {error}")
-    print(f"{options.output}: {count} pictures of {len(todo)} drawings")
 
 
 if __name__ == "__main__":
