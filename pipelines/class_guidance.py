@@ -1,14 +1,14 @@
 """A UNet that is told a class, and a classifier that shows it the way there."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from latentdiff.diffusion import Process, process_of
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.diffusion.schedulers import takes_variance
-from latentdiff.pipelines.steps import DenoisingState, GuidedDenoiser, alpha_bar
+from latentdiff.pipelines.steps import DenoisingState, GuidedDenoiser
 
 MEANS = ("DDPMScheduler", "DDPMParallelScheduler")
 """Schedulers that draw each step from a Gaussian, whose mean is shifted."""
@@ -38,6 +38,10 @@ class ClassifierGuidance:
         x = x.to(self.classifier.dtype)
         return self.scale * self.classifier.log_probability_gradient(x, timestep, self.class_labels).float()
 
+    @cached_property
+    def process(self) -> Process:
+        return process_of(self.scheduler)
+
     @property
     def shifts_means(self) -> bool:
         return type(self.scheduler).__name__ in MEANS
@@ -49,16 +53,7 @@ class ClassifierGuidance:
             prediction: (B, C, h, w), or twice the channels with learned variances, which stay.
             x: what the network saw, (B, C, h, w).
         """
-        kept = float(alpha_bar(self.scheduler, timestep))
-        kind = self.scheduler.config.prediction_type
-        if kept < 1e-8 and kind != "epsilon":  # pure noise says nothing of a class
-            return prediction
-        noise = (1 - kept) ** 0.5
-        factor = {"epsilon": -noise, "v_prediction": -noise / max(kept, 1e-8) ** 0.5}.get(kind)
-        if factor is None:
-            factor = noise**2 / kept**0.5
-        shift = (factor * self.gradient(x, timestep)).to(prediction.dtype)
-        return torch.cat([prediction[:, : x.shape[1]] + shift, prediction[:, x.shape[1] :]], dim=1)
+        return self.process.with_gradient(prediction, x, timestep, self.gradient(x, timestep))
 
     def shifted_step(self, state: DenoisingState) -> Tensor:
         """Alg. 1: the latents after a step, (B, C, h, w), moved by variance times gradient, but for the last step."""
@@ -66,32 +61,9 @@ class ClassifierGuidance:
         assert state.prediction is not None
         if int(state.timestep) == 0:
             return state.latents
-        variance = step_variance(self.scheduler, state.timestep, state.prediction)
+        before = int(self.scheduler.previous_timestep(state.timestep))
+        variance = self.process.step_variance(int(state.timestep), before, state.prediction)
         return state.latents + (variance * self.gradient(state.scaled, state.timestep)).to(state.latents.dtype)
-
-
-def step_variance(scheduler: Any, timestep: Any, prediction: Tensor) -> Tensor:
-    """The variance with which a DDPM scheduler draws this step: a scalar, or (B, C, h, w) where it is learned.
-
-    DDPM (Ho et al. 2020), Eq. 7; Improved DDPM (Nichol & Dhariwal 2021), Eq. 15.
-
-    Raises:
-        ValueError: the scheduler's ``variance_type`` is not one of ours.
-    """
-    before = int(scheduler.previous_timestep(timestep))
-    kept = alpha_bar(scheduler, timestep)
-    kept_before = alpha_bar(scheduler, before) if before >= 0 else torch.ones_like(kept)
-    beta = 1 - kept / kept_before
-    small = ((1 - kept_before) / (1 - kept) * beta).clamp(min=1e-20)
-    kind = scheduler.config.variance_type
-    if takes_variance(scheduler):
-        share = (prediction.chunk(2, dim=1)[1].float() + 1) / 2
-        ends = torch.stack([small, beta]).log().tolist()
-        return (share * ends[1] + (1 - share) * ends[0]).exp()
-    variances = {"fixed_small": small, "fixed_small_log": small, "fixed_large": beta, "fixed_large_log": beta}
-    if kind not in variances:
-        raise ValueError(f"classifier guidance knows no scheduler with variance_type={kind!r}; try 'fixed_small'")
-    return variances[kind].to(prediction.device, torch.float32)
 
 
 class ClassDenoiser(GuidedDenoiser):

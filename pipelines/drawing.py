@@ -10,8 +10,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.diffusion import process_of
 from latentdiff.pipelines.noise import NoiseSource
-from latentdiff.pipelines.steps import clean_latents
 
 P = ParamSpec("P")
 Owner = TypeVar("Owner")
@@ -80,7 +80,7 @@ class Progress:
     @property
     def clean(self) -> Tensor:
         """(B, C, h, w), the latents that this step takes for the picture, without noise."""
-        return clean_latents(self.scheduler, self.scaled, self.prediction, self.timestep)
+        return process_of(self.scheduler).clean(self.scaled, self.prediction, self.timestep)
 
     def preview(self) -> list[Image.Image]:
         """B small pictures, (h, w), of what this step takes for the picture; costs next to nothing."""

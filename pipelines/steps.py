@@ -7,12 +7,14 @@ L tokens, D width, C latent channels, h w the latent grid, H W pixels.
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from torch import Tensor
 
+from latentdiff.diffusion import Process, process_of
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models.layers import timestep_features
@@ -94,54 +96,6 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Latents (B, C, h, w) as they are at `timestep` on the way, in the scheduler's own scale."""
     return scheduler.add_noise(latents, noise, timestep.reshape(1).repeat(len(latents)))
-
-
-def alpha_bar(scheduler: Any, timestep: Any) -> Tensor:
-    """What is left of the picture's variance at `timestep`: DDPM's alpha-bar (Ho et al. 2020, Eq. 4), a float64 scalar.
-
-    Between the training's whole timesteps the noise level is interpolated, as Euler's schedulers do it.
-
-    Raises:
-        ValueError: the scheduler has no such process.
-    """
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
-        raise ValueError(f"the {type(scheduler).__name__} has no noise levels of a diffusion process")
-    table = table.double().cpu()
-    where = float(timestep)
-    below = min(max(int(where), 0), len(table) - 1)
-    share = where - below
-    if share <= 0 or below + 1 == len(table):
-        return table[below]
-    sigmas = ((1 - table[below : below + 2]) / table[below : below + 2]).sqrt()
-    return 1 / (1 + torch.lerp(sigmas[0], sigmas[1], share) ** 2)
-
-
-def noise_level(scheduler: Any, timestep: Any) -> float:
-    """sigma, the noise's standard deviation where the picture's is 1, from 0 to infinity."""
-    kept = alpha_bar(scheduler, timestep)
-    return float(((1 - kept) / kept).sqrt())
-
-
-def clean_latents(scheduler: Any, scaled: Tensor, prediction: Tensor, timestep: Any) -> Tensor:
-    """The latents without noise that a prediction stands for.
-
-    Args:
-        scheduler: says what is predicted: the noise (DDPM, Ho et al. 2020, Eq. 15), v (Salimans & Ho 2022, App. D) or
-            the latents themselves.
-        scaled: what the network saw, (B, C, h, w), noise and picture of variance 1 together.
-        prediction: (B, C, h, w); learned variances after it are passed over.
-    """
-    kept = alpha_bar(scheduler, timestep).clamp(min=1e-8).to(scaled.device, torch.float32)
-    x, prediction = scaled.float(), prediction[:, : scaled.shape[1]].float()
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        x = (x - (1 - kept).sqrt() * prediction) / kept.sqrt()
-    elif kind == "v_prediction":
-        x = kept.sqrt() * x - (1 - kept).sqrt() * prediction
-    else:
-        x = prediction
-    return x.to(scaled.dtype)
 
 
 def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
@@ -250,7 +204,16 @@ class DenoisingState:
         """
         if self.scaled is None or self.prediction is None:
             raise ValueError("there was no step yet")
-        return clean_latents(self.scheduler, self.scaled, self.prediction, self.timestep)
+        return self.process.clean(self.scaled, self.prediction, self.timestep)
+
+    @cached_property
+    def process(self) -> Process:
+        """What the scheduler samples from.
+
+        Raises:
+            ValueError: a process that is not known.
+        """
+        return process_of(self.scheduler)
 
 
 def denoise(
@@ -273,7 +236,7 @@ def denoise(
     for state.index, state.timestep in enumerate(timesteps):
         state.scaled = scheduler.scale_model_input(state.latents, state.timestep)
         guidance = denoiser.guidance
-        guided = guidance.interval is None or guidance.acts_at(noise_level(scheduler, state.timestep))
+        guided = guidance.interval is None or guidance.acts_at(state.process.noise_level(state.timestep))
         state.prediction = denoiser(state.scaled, state.timestep, guided)[:, :channels]
         stepped = scheduler.step(state.prediction, state.timestep, state.latents, **options, return_dict=False)[0]
         state.latents = stepped.to(dtype)

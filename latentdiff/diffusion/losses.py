@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.bounds import gaussian_log_likelihood, normal_kl
-from latentdiff.diffusion.gaussian import GaussianDiffusion
+from latentdiff.diffusion.posterior import GaussianProcess
 
 LogLikelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, mean, log_variance) -> log likelihood in nats, elementwise; see `latentdiff.diffusion.bounds`."""
 
 
 def training_losses(
-    process: GaussianDiffusion,
+    process: GaussianProcess,
     prediction: Tensor,
     x_start: Tensor,
     timesteps: Tensor,
@@ -39,16 +39,14 @@ def training_losses(
     return losses
 
 
-def l1_loss(
-    process: GaussianDiffusion, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor
-) -> Tensor:
+def l1_loss(process: GaussianProcess, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
     """Mean absolute error of the prediction, (B,). Arguments as of `simple_loss`."""
     target = process.training_target(x_start, timesteps, noise)
     return per_picture((process.split_variance(prediction)[0] - target).abs())
 
 
 def simple_loss(
-    process: GaussianDiffusion, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor
+    process: GaussianProcess, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor
 ) -> Tensor:
     """Mean squared error of the prediction (DDPM, Eq. 14, for any target), (B,).
 
@@ -59,7 +57,7 @@ def simple_loss(
 
 
 def hybrid_bound(
-    process: GaussianDiffusion,
+    process: GaussianProcess,
     prediction: Tensor,
     x_start: Tensor,
     timesteps: Tensor,
@@ -79,7 +77,7 @@ def hybrid_bound(
 
 
 def bound_term(
-    process: GaussianDiffusion,
+    process: GaussianProcess,
     prediction: Tensor,
     x_start: Tensor,
     timesteps: Tensor,
@@ -104,7 +102,7 @@ def bound_term(
     return torch.where(timesteps == 0, decoder, divergence) / math.log(2)
 
 
-def prior_term(process: GaussianDiffusion, x_start: Tensor) -> Tensor:
+def prior_term(process: GaussianProcess, x_start: Tensor) -> Tensor:
     """L_T of the bound: how far q(x_T | x_0) is from N(0, 1), in bits per dimension, (B,) (DDPM, Eq. 5)."""
     last = torch.full((len(x_start),), process.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = process.q_mean_variance(x_start, last)

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from latentdiff import ImageToImagePipeline
+from latentdiff.diffusion import process_of
 from latentdiff.pipelines import filmstrip
 from latentdiff.pipelines.previews import LatentPreview
 from latentdiff.pipelines.schedulers import SHORT_NAMES, change_scheduler
-from latentdiff.pipelines.steps import alpha_bar, decode, noise_level
+from latentdiff.pipelines.steps import decode
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 
@@ -72,8 +73,10 @@ def test_the_clean_latents_of_a_perfect_network_are_the_picture(name: str, kind:
     picture = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     scheduler = change_scheduler(diffusers.DDIMScheduler(prediction_type=kind, clip_sample=False), name)
 
+    process = process_of(scheduler)
+
     def network(scaled: torch.Tensor, timestep: Any, guided: bool) -> torch.Tensor:
-        kept = alpha_bar(scheduler, timestep).float()
+        kept = process.alpha_bar(timestep).float()
         noise = (scaled - kept.sqrt() * picture) / (1 - kept).sqrt()
         return {"epsilon": noise, "v_prediction": kept.sqrt() * noise - (1 - kept).sqrt() * picture}.get(kind, picture)
 
@@ -90,10 +93,10 @@ def test_the_clean_latents_of_a_perfect_network_are_the_picture(name: str, kind:
 def test_noise_levels_between_timesteps_are_eulers() -> None:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="linspace")
     scheduler.set_timesteps(7)
-    levels = [noise_level(scheduler, timestep) for timestep in scheduler.timesteps]
+    levels = [process_of(scheduler).noise_level(timestep) for timestep in scheduler.timesteps]
     np.testing.assert_allclose(levels, scheduler.sigmas[:-1], rtol=1e-4)
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no noise levels"):
-        noise_level(diffusers.FlowMatchEulerDiscreteScheduler(), 3)
+        process_of(diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def test_previews_have_the_pictures_colours(pipeline: Any) -> None:

@@ -1,0 +1,255 @@
+"""The Gaussian process of DDPM in closed form: forward, posterior and reverse step. Tensors in, tensors out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.tables import Table
+
+
+class Reverse(NamedTuple):
+    """The distribution p(x_{t-1} | x_t) and the x_0 that it comes from; each (B, C, ...), or broadcast to that."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+
+
+class GaussianProcess(Process):
+    """The forward process q, its posterior, and the reverse process p, under the papers' names.
+
+    x_t, noise and predictions are (B, C, ...), timesteps (B,) long; results have the dtype of x_t. Timesteps out of
+    range are an error; on a GPU it is the device that finds them. Subclasses call `fill_tables`.
+    """
+
+    prediction_type: str
+    variance_type: str
+    loss_type: str
+    betas: Tensor
+    """(T,) float64, as all tables."""
+
+    def fill_tables(self, betas: Tensor, alphas_cumprod: Tensor | None = None) -> None:
+        """Make the tables of DDPM (Ho et al. 2020) from betas (T,), and alpha-bar (T,) where it is known better."""
+        self.betas, alphas = betas, 1 - betas
+        self.num_timesteps = len(betas)
+        kept = alphas.cumprod(0).clamp(0, 1) if alphas_cumprod is None else alphas_cumprod
+        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+        self._alpha_bar, self._alpha_bar_before = Table(kept), Table(before)
+        self._signal, self._sigma = Table(kept.sqrt()), Table((1 - kept).sqrt())
+        self._snr = Table(kept / (1 - kept))
+        self._noise_variance, self._log_noise_variance = Table(1 - kept), Table((1 - kept).log())
+        # q(x_{t-1} | x_t, x_0): Eq. 6, 7
+        posterior = betas * (1 - before) / (1 - kept)
+        self._posterior_variance = Table(posterior)
+        self._clean_share = Table(betas * before.sqrt() / (1 - kept))
+        self._noisy_share = Table((1 - before) * alphas.sqrt() / (1 - kept))
+        # At t = 0 the posterior has no spread and its logarithm would be infinite; that of t = 1 takes its place.
+        self._posterior_log_variance = Table(torch.cat([posterior[1:2], posterior[1:]]).log())
+        self._log_betas = Table(betas.log())
+        # fixed_large: beta, but at t = 0, where beta is far too large for the likelihood, as the posterior above
+        self.fixed_large_variance = torch.cat([posterior[1:2], betas[1:]])
+        self._fixed_large, self._log_fixed_large = (
+            Table(self.fixed_large_variance),
+            Table(self.fixed_large_variance.log()),
+        )
+
+    # The tables under the papers' names, (T,) float64
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        return self._alpha_bar.values
+
+    @property
+    def alphas_cumprod_prev(self) -> Tensor:
+        return self._alpha_bar_before.values
+
+    @property
+    def sqrt_alphas_cumprod(self) -> Tensor:
+        return self._signal.values
+
+    @property
+    def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
+        return self._sigma.values
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        return self._posterior_variance.values
+
+    @property
+    def posterior_mean_coef1(self) -> Tensor:
+        return self._clean_share.values
+
+    @property
+    def posterior_mean_coef2(self) -> Tensor:
+        return self._noisy_share.values
+
+    @property
+    def posterior_log_variance_clipped(self) -> Tensor:
+        return self._posterior_log_variance.values
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network gives 2C channels."""
+        return self.variance_type == "learned_range"
+
+    def prediction_channels(self, channels: int) -> int:
+        return 2 * channels if self.learns_variance else channels
+
+    # The forward process
+
+    def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), each (B, 1, ...) in the dtype and on the device of `like`."""
+        return self._at(self._signal, times, like), self._at(self._sigma, times, like)
+
+    def snr(self, times: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha-bar / (1 - alpha-bar) of each timestep, (B,) float64."""
+        self._check(times)
+        exact = torch.float32 if times.device.type == "mps" else torch.float64
+        return self._snr.on(times.device, exact)[times]
+
+    def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0) (DDPM, Eq. 4); the latter two are (B, 1, ...)."""
+        return (
+            self._at(self._signal, timesteps, x_start) * x_start,
+            self._at(self._noise_variance, timesteps, x_start),
+            self._at(self._log_noise_variance, timesteps, x_start),
+        )
+
+    def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0) (DDPM, Eq. 4): `mix`. x_start, noise: (B, ...); timesteps: (B,) long."""
+        return self.mix(x_start, noise, timesteps)
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6, 7).
+
+        The latter two are (B, 1, ...). The clipped log-variance is that of t = 1 also at t = 0.
+        """
+        mean = self._at(self._clean_share, timesteps, x_t) * x_start
+        mean = mean + self._at(self._noisy_share, timesteps, x_t) * x_t
+        return (
+            mean,
+            self._at(self._posterior_variance, timesteps, x_t),
+            self._at(self._posterior_log_variance, timesteps, x_t),
+        )
+
+    # What the network predicts
+
+    def velocity(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """v = alpha_t eps - sigma_t x_0 (Salimans & Ho 2022, Sec. 4). Shapes as in `q_sample`."""
+        signal, sigma = self.coefficients(timesteps, x_start)
+        return signal * noise - sigma * x_start
+
+    def training_target(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """What the network must predict from x_t: `target`. (B, ...)"""
+        return self.target(x_start, noise, timesteps)
+
+    def predict_start(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
+        """x_0 from the network's prediction. (B, ...)"""
+        return self.predicts.clean(x_t, prediction, *self.coefficients(timesteps, x_t))
+
+    def predict_noise(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
+        """eps from the network's prediction. (B, ...)"""
+        return self.predicts.noise(x_t, prediction, *self.coefficients(timesteps, x_t))
+
+    def predict_noise_from_start(self, x_t: Tensor, timesteps: Tensor, x_start: Tensor) -> Tensor:
+        """eps = (x_t - alpha_t x_0) / sigma_t. (B, ...)"""
+        signal, sigma = self.coefficients(timesteps, x_t)
+        return (x_t - signal * x_start) / sigma
+
+    def split_variance(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network predicts of the mean, (B, C, ...), and its variance channels, if it learns variances.
+
+        Raises:
+            ValueError: it should give both, and the number of channels is odd.
+        """
+        if not self.learns_variance:
+            return prediction, None
+        if prediction.shape[1] % 2:
+            raise ValueError(f"a network that learns variances gives 2C channels, not {prediction.shape[1]}")
+        mean, variance = prediction.chunk(2, dim=1)
+        return mean, variance
+
+    # The reverse process
+
+    def p_mean_variance(
+        self, prediction: Tensor, x_t: Tensor, timesteps: Tensor, clip_denoised: bool = False
+    ) -> Reverse:
+        """The reverse step p(x_{t-1} | x_t) that a prediction makes (DDPM, Eq. 11).
+
+        Args:
+            prediction: (B, C, ...), or (B, 2C, ...) with learned variances.
+            clip_denoised: keep x_0 in [-1, 1], for pixels.
+
+        Raises:
+            ValueError: the prediction has not as many channels as x_t, or twice as many.
+        """
+        wanted = self.prediction_channels(x_t.shape[1])
+        if prediction.shape[1] != wanted:
+            raise ValueError(
+                f"with variance_type={self.variance_type!r} a prediction for {x_t.shape[1]} channels has {wanted}, "
+                f"not {prediction.shape[1]}"
+            )
+        prediction, learned = self.split_variance(prediction)
+        if learned is not None:
+            small = self._at(self._posterior_log_variance, timesteps, x_t)
+            log_variance = interpolated(learned, small, self._at(self._log_betas, timesteps, x_t))
+            variance = log_variance.exp()
+        elif self.variance_type == "fixed_large":
+            variance = self._at(self._fixed_large, timesteps, x_t)
+            log_variance = self._at(self._log_fixed_large, timesteps, x_t)
+        else:
+            variance = self._at(self._posterior_variance, timesteps, x_t)
+            log_variance = self._at(self._posterior_log_variance, timesteps, x_t)
+        x_start = self.predict_start(prediction, timesteps, x_t)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        mean = self.q_posterior_mean_variance(x_start, x_t, timesteps)[0]
+        return Reverse(mean, variance, log_variance, x_start)
+
+    def step_variance(self, time: int, before: int, prediction: Tensor) -> Tensor:
+        """The variance of a step from `time` to `before`, which may lie further back than the timestep before.
+
+        DDPM (Ho et al. 2020), Eq. 7; Improved DDPM (Nichol & Dhariwal 2021), Eq. 15.
+
+        Args:
+            before: below 0 for a step to the clean picture.
+            prediction: the network's, (B, 2C, ...) with learned variances.
+
+        Returns:
+            A scalar, or (B, C, ...) where variances are learned; float32.
+        """
+        kept = self.alphas_cumprod[time]
+        kept_before = self.alphas_cumprod[before] if before >= 0 else torch.ones_like(kept)
+        beta = 1 - kept / kept_before
+        small = ((1 - kept_before) / (1 - kept) * beta).clamp(min=1e-20)
+        learned = self.split_variance(prediction)[1]
+        if learned is not None:
+            return interpolated(learned.float(), *torch.stack([small, beta]).log().tolist()).exp()
+        variance = beta if self.variance_type == "fixed_large" else small
+        return variance.to(prediction.device, torch.float32)
+
+    def _at(self, table: Table, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Each timestep's entry of a table, (B, 1, ...) in the dtype and on the device of `like`."""
+        self._check(timesteps)
+        return table.at(timesteps, like)
+
+    def _check(self, timesteps: Tensor) -> None:
+        # On a GPU a look at the values would make the host wait at every step; compiled, it would split the graph.
+        if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if timesteps.min() < 0 or timesteps.max() >= self.num_timesteps:
+            raise ValueError(
+                f"timesteps must lie in [0, {self.num_timesteps - 1}], "
+                f"not [{int(timesteps.min())}, {int(timesteps.max())}]"
+            )
+
+
+def interpolated(learned: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
+    """The log-variance at a network's place in [-1, 1] between two. Improved DDPM, Eq. 15, with v in [0, 1] there."""
+    share = (learned + 1) / 2
+    return share * large + (1 - share) * small

@@ -1,0 +1,167 @@
+"""The contract of a diffusion process.
+
+Trainers, pipelines, previews, guidance and likelihoods ask the process; none of them asks what is predicted. A process
+of your own is a subclass in a file of its own, made known by `processes.register_process`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.targets import SMALLEST_SIGNAL, Target
+
+
+class Process(ABC):
+    """How noise is mixed into pictures, and what a network learns of it: x_t = signal(t) x_0 + sigma(t) eps.
+
+    Pictures, noise and predictions are (B, C, ...), times (B,). A *time* is what the process counts in: whole timesteps
+    for Gaussian diffusion. A scheduler's timesteps are what the network receives, `model_time`.
+    """
+
+    name: ClassVar[str]
+    """For settings and messages."""
+    predicts: Target
+    """What the network predicts."""
+    num_timesteps: int
+    """T, the length of the scale that times are counted on."""
+
+    # What a process must say
+
+    @abstractmethod
+    def times(self, uniform: Tensor) -> Tensor:
+        """Training times for uniform numbers in [0, 1), (B,) -> (B,)."""
+
+    @abstractmethod
+    def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """signal and sigma at the times (B,), each (B, 1, ...) in the dtype and on the device of `like`."""
+
+    @abstractmethod
+    def level(self, time: Any) -> tuple[float, float]:
+        """signal and sigma at one time, also between those that training draws."""
+
+    @abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """The settings with which a diffusers scheduler samples from this process."""
+
+    @abstractmethod
+    def scheduler(self, name: str | None = None) -> Any:
+        """The diffusers scheduler of that class name that samples from this process; None: a good one.
+
+        Raises:
+            ValueError: there is no such scheduler, or it cannot sample from this process.
+        """
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a scheduler with this config samples from a process of this class."""
+
+    @classmethod
+    @abstractmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:
+        """The process that a diffusers scheduler with this config samples from.
+
+        Raises:
+            ValueError: there is none; the message names the key.
+        """
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> Self:
+        """The process that this diffusers scheduler samples from."""
+        return cls.from_scheduler_config(scheduler.config)
+
+    # What follows from it; a subclass may replace it
+
+    def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """x_t, the clean picture with noise in it. (B, C, ...)"""
+        signal, sigma = self.coefficients(times, clean)
+        return signal * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The correct prediction for ``mix(clean, noise, times)``. (B, C, ...)"""
+        return self.predicts.of(clean, noise, *self.coefficients(times, clean))
+
+    def prediction_channels(self, channels: int) -> int:
+        """How many channels the network must give for pictures or latents of `channels`."""
+        return channels
+
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Mean squared error of the prediction, for each picture, (B,). It compares runs: no weights, no bound."""
+        wanted = self.target(clean, noise, times)
+        return (prediction[:, : clean.shape[1]] - wanted).square().flatten(1).mean(1)
+
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, weight: Tensor | float = 1.0
+    ) -> Tensor:
+        """What training minimises, for each picture, (B,).
+
+        prediction: the network's, for ``mix(clean, noise, times)``; weight: (B,), of the error of the prediction.
+        """
+        return weight * self.error(prediction, clean, noise, times)
+
+    def clean(self, noisy: Tensor, prediction: Tensor, time: Any) -> Tensor:
+        """The picture x_0 that a prediction stands for at one time, computed in float32. (B, C, ...)
+
+        prediction: (B, C, ...); channels after the first C are ignored.
+        """
+        signal, sigma = self.level(time)
+        wanted = prediction[:, : noisy.shape[1]].float()
+        return self.predicts.clean(noisy.float(), wanted, max(signal, SMALLEST_SIGNAL), sigma).to(noisy.dtype)
+
+    def noise_level(self, time: Any) -> float:
+        """The noise's standard deviation where the picture's is 1, sigma / signal, from 0 to infinity."""
+        signal, sigma = self.level(time)
+        return sigma / signal if signal > 0 else math.inf
+
+    def model_time(self, times: Tensor) -> Tensor:
+        """What the network receives for these times, (B,) -> (B,)."""
+        return times
+
+    def snr(self, times: Tensor) -> Tensor:
+        """Signal-to-noise ratio signal^2 / sigma^2, (B,) float64."""
+        levels = [self.level(time) for time in times.tolist()]
+        ratios = [signal**2 / sigma**2 if sigma > 0 else math.inf for signal, sigma in levels]
+        return torch.tensor(ratios, dtype=torch.float64).to(times.device)
+
+    def min_snr_weight(self, times: Tensor, gamma: float = 5.0) -> Tensor:
+        """Min-SNR-gamma loss weights (Hang et al. 2023, Sec. 3.4), (B,) float32.
+
+        The paper weighs the loss of x_0 by min(SNR, gamma).
+        """
+        snr = self.snr(times)
+        return (snr.clamp(max=gamma) / self.predicts.error_ratio(snr)).float()
+
+    def p2_weight(self, times: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
+        """P2 loss weights (Choi et al. 2022, Eq. 8), (B,) float32.
+
+        The paper weighs the loss of epsilon by 1 / (k + SNR)^gamma, and so that of x_0 by SNR times that.
+        """
+        snr = self.snr(times)
+        return (snr / (k + snr) ** gamma / self.predicts.error_ratio(snr)).float()
+
+    def step_variance(self, time: int, before: int, prediction: Tensor) -> Tensor:
+        """The variance with which a sampler draws the step from `time` to `before`; a scalar, or (B, C, ...).
+
+        Raises:
+            ValueError: steps of this process are not drawn.
+        """
+        raise ValueError(f"the {self.name} process has no variance of a step")
+
+    def with_gradient(self, prediction: Tensor, noisy: Tensor, time: Any, gradient: Tensor) -> Tensor:
+        """A prediction moved along a gradient of log p(x_t): the noise less sigma times the gradient.
+
+        ADM (Dhariwal & Nichol 2021), Alg. 2, for any target.
+
+        Args:
+            prediction: (B, C, ...); channels after the first C stay.
+            gradient: (B, C, ...).
+        """
+        signal, sigma = self.level(time)
+        factor = -sigma * self.predicts.per_noise(signal, sigma)
+        channels = noisy.shape[1]
+        moved = prediction[:, :channels] + (factor * gradient).to(prediction.dtype)
+        return torch.cat([moved, prediction[:, channels:]], dim=1)
