@@ -1,0 +1,135 @@
+"""Pixels to scaled latents and back, with any autoencoder: the one place where latents are scaled.
+
+What a denoiser works on is (latents - shift) * scale, by the autoencoder's ``scaling_factor`` and ``shift_factor`` (the
+latter as in Stable Diffusion 3), so that it has about unit variance.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What an encoder says of a picture's latents, unscaled: a normal distribution, or a point."""
+
+    mean: Tensor
+    """(B, C, h, w)"""
+    std: Tensor | None = None
+    """(B, C, h, w); None where there is no spread: codes, before they are quantized."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A draw by standard normal noise (B, C, h, w)."""
+        return self.mean if self.std is None else self.mean + self.std * noise
+
+    def repeat(self, times: int) -> "Posterior":
+        """Every picture's `times` times in a row."""
+        std = None if self.std is None else self.std.repeat_interleave(times, dim=0)
+        return Posterior(self.mean.repeat_interleave(times, dim=0), std)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """An autoencoder, ours or diffusers': Gaussian, with codes, or none at all (pixels as latents).
+
+    Tiles and slices are the autoencoder's own options. Whatever is given is brought to the device and the precision in
+    which the autoencoder computes, also while offloading keeps its weights elsewhere.
+    """
+
+    autoencoder: Any
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+
+    @property
+    def channels(self) -> int:
+        """C, of the latents."""
+        return int(self.autoencoder.config.latent_channels)
+
+    @property
+    def scale(self) -> float:
+        return float(self.autoencoder.config.scaling_factor)
+
+    @property
+    def shift(self) -> float:
+        return float(getattr(self.autoencoder.config, "shift_factor", None) or 0.0)
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether latents are pixels in [-1, 1], with all values of 8 bits among them."""
+        from latentdiff.models.identity import IdentityAutoencoder
+
+        return isinstance(self.autoencoder, IdentityAutoencoder) and self.scale == 1
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents of the autoencoder -> those of the denoiser. (B, C, h, w)"""
+        return (latents - self.shift) * self.scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents of the denoiser -> those of the autoencoder. (B, C, h, w)"""
+        return latents / self.scale + self.shift
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """Pixels (B, 3, H, W), values in [-1, 1] -> their unscaled latents (B, C, h, w)."""
+        encoded = self.autoencoder.encode(self._placed(pixels))
+        if hasattr(encoded, "latent_dist"):
+            return Posterior(encoded.latent_dist.mean, encoded.latent_dist.std)
+        return Posterior(encoded.latents)
+
+    def encode(self, pixels: Tensor, generator: Generators = None, count: int | None = None) -> Tensor:
+        """Pixels (P, 3, H, W), values in [-1, 1] -> scaled latents (count, C, h, w), each picture's in a row.
+
+        A posterior with a spread is sampled: with a list of generators each of the `count` images separately, otherwise
+        once for each picture.
+
+        count: a multiple of P; by default P.
+        """
+        from diffusers.utils.torch_utils import randn_tensor  # not with the module: it takes a while
+
+        posterior, repeats = self.posterior(pixels), (count or len(pixels)) // len(pixels)
+        if posterior.std is None:
+            return self.scaled(posterior.mean.repeat_interleave(repeats, dim=0))
+        if isinstance(generator, list):
+            posterior, repeats = posterior.repeat(repeats), 1
+        mean = posterior.mean
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.scaled(posterior.sample(noise).repeat_interleave(repeats, dim=0))
+
+    def encode_with(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) -> scaled latents (B, C, h, w), drawn by standard normal `noise` of their shape."""
+        posterior = self.posterior(pixels)
+        return self.scaled(posterior.sample(noise.to(posterior.mean)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), values about [-1, 1]."""
+        return self.autoencoder.decode(self.unscaled(self._placed(latents)), return_dict=False)[0]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(execution_device(self.autoencoder), self.autoencoder.dtype)
+
+
+def execution_device(network: nn.Module) -> torch.device:
+    """Where a network computes, which is not where its weights are while they are offloaded.
+
+    Accelerate's and diffusers' offloading leaves hooks on the network or on its layers that say so; methods other than
+    ``forward`` have the weights brought there, but not their arguments.
+    """
+    for module in network.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        group = None if registry is None else registry.get_hook("group_offloading")
+        if group is not None:
+            return torch.device(group.config.onload_device)
+    weight = next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device

@@ -1,0 +1,1 @@
+"""What all pipelines are made of: calls, denoisers, sampling, noise, pictures."""

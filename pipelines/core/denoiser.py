@@ -1,0 +1,167 @@
+"""A network with what conditions it, and guidance between two of its predictions: what sampling asks at every step."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import Tensor
+
+from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.models.layers import timestep_features
+from latentdiff.models.lora_scale import lora_scaled
+
+ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
+"""(prediction, what the network saw, timestep) -> another prediction."""
+
+
+class ConditionedNetwork:
+    """Latents and a timestep in, a prediction out.
+
+    What a network of ours makes of the text (keys and values of its cross-attentions) is computed once, and not at
+    every step. A network of diffusers, or a compiled one, is called as a whole.
+
+    Args:
+        network: any UNet of ours or diffusers'.
+        conditioning: of B images.
+        lora_scale: how strongly the network's LoRAs act; None: as they are set.
+    """
+
+    def __init__(self, network: Any, conditioning: Conditioning, lora_scale: float | None = None) -> None:
+        self.network, self.conditioning, self.lora_scale = network, conditioning, lora_scale
+        in_parts = getattr(network, "works_in_parts", False)  # ours, unless its weights come and go with a plain call
+        self.remembers = (
+            in_parts
+            and conditioning.states is not None
+            and not is_compiled_module(network)
+            and not network._compiled_call_impl
+        )
+        self._text: Any = None
+        self._made_by: Any = None
+        if self.remembers:
+            self._read_text()
+
+    def _read_text(self) -> None:
+        with self._scaled():
+            self._text = self.network.encode_text(self.conditioning.states, self.conditioning.mask)
+        self._made_by = weights_state(self.network.cross_attentions)
+
+    def _scaled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.lora_scale is None else lora_scaled([self.network], self.lora_scale)
+
+    def refresh(self) -> None:
+        """Compute anew what was computed once, if weights or LoRAs that it depends on have changed since."""
+        if self.remembers and weights_state(self.network.cross_attentions) != self._made_by:
+            self._read_text()
+
+    def select(self, rows: slice) -> "ConditionedNetwork":
+        """The same network for some of the images; nothing is computed anew."""
+        part = object.__new__(ConditionedNetwork)
+        vars(part).update(vars(self))
+        part.conditioning = self.conditioning.select(rows)
+        part._text = None if self._text is None else self._text.select(rows)
+        return part
+
+    def __call__(self, latents: Tensor, timestep: Any) -> Tensor:
+        """(B, C, h, w) -> the prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
+        given = self.conditioning
+        if given.channels is not None:
+            latents = torch.cat([latents, given.channels], dim=1)
+        with self._scaled():
+            if self._text is None:
+                return self.network(latents, timestep, return_dict=False, **given.arguments())[0]
+            time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
+            return self.network.denoise(latents, time, self._text)
+
+
+class GuidedDenoiser:
+    """A conditioned network under classifier-free guidance.
+
+    Args:
+        network: ours or diffusers'.
+        conditioning: with active guidance of both, what to draw and what to keep away from.
+        guidance: may be replaced between steps.
+        change: what becomes of the guided prediction, such as a classifier's guidance.
+        lora_scale: how strongly the network's LoRAs act.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        conditioning: GuidedConditioning,
+        guidance: ClassifierFreeGuidance,
+        change: ChangePrediction | None = None,
+        lora_scale: float | None = None,
+    ) -> None:
+        self.network, self.guidance, self.change, self.lora_scale = network, guidance, change, lora_scale
+        self.conditioning = conditioning
+
+    @property
+    def conditioning(self) -> GuidedConditioning:
+        return self._conditioning
+
+    @conditioning.setter
+    def conditioning(self, value: GuidedConditioning) -> None:
+        self._conditioning = value
+        self._both = ConditionedNetwork(self.network, value.joint, self.lora_scale)
+        self._select()
+
+    def _select(self) -> None:
+        count = self._conditioning.positive.batch_size
+        guided = self._conditioning.negative is not None and count is not None
+        self._positive = self._both.select(slice(count, None)) if guided else self._both
+
+    def refresh(self) -> None:
+        """Take account of LoRAs or weights that were changed between steps."""
+        self._both.refresh()
+        self._select()
+
+    def __call__(self, latents: Tensor, timestep: Any, guided: bool = True) -> Tensor:
+        """(B, C, h, w) -> the guided prediction, (B, C, h, w).
+
+        After it come learned variances, if the network has any, as they are with the prompt: guidance shifts the mean.
+        With ``guided=False`` it is the plain prediction with the prompt.
+
+        Raises:
+            ValueError: guidance is active, and nothing says what to keep away from.
+        """
+        prediction = self._guided(latents, timestep) if guided and self.guidance.active else None
+        if prediction is None:
+            prediction = self._positive(latents, timestep)
+        return prediction if self.change is None else self.change(prediction, latents, timestep)
+
+    def _guided(self, latents: Tensor, timestep: Any) -> Tensor:
+        if self._conditioning.negative is None:
+            raise ValueError(
+                f"a guidance scale of {self.guidance.scale} needs embeddings of the negative prompt too; a callback "
+                f"that leaves them out must also set the scale to 1"
+            )
+        without, with_prompt = self._both(torch.cat([latents] * 2), timestep).chunk(2)
+        if with_prompt.shape[1] != 2 * latents.shape[1]:
+            return self.guidance(without, with_prompt)
+        (without, _), (with_prompt, variance) = without.chunk(2, dim=1), with_prompt.chunk(2, dim=1)
+        return torch.cat([self.guidance(without, with_prompt), variance], dim=1)
+
+
+def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
+    """Guidance scales (B,) -> (B, dim), for a UNet that guides itself: sinusoids of 1000 (scale - 1).
+
+    On Distillation of Guided Diffusion Models (Meng et al. 2023), Sec. 3; the layout is that of diffusers' LCM.
+    """
+    return timestep_features((scales - 1) * 1000.0, dim, flip_sin_to_cos=False, freq_shift=1)
+
+
+def weights_state(modules: Any) -> list[Any]:
+    """What differs after the modules' weights were changed in place or replaced, or their LoRAs switched or scaled."""
+    state: list[Any] = []
+    for module in modules:
+        for part in module.modules():
+            scaling = getattr(part, "scaling", None)  # PEFT's: a LoRA layer's, by adapter
+            if isinstance(scaling, dict):
+                merged, active = getattr(part, "merged_adapters", ()), getattr(part, "active_adapters", ())
+                state.append((dict(scaling), list(active), getattr(part, "disable_adapters", False), list(merged)))
+        for weight in module.parameters():
+            state.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+    return state
