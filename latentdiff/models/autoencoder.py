@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
@@ -32,9 +31,9 @@ from latentdiff.models.bottlenecks import (
     VectorQuantizer,
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
-from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
-from latentdiff.models.layers import SdpaModel
+from latentdiff.models.config import check_choice, check_multiple, per_level
 from latentdiff.models.logit_laplace import LogitLaplace
+from latentdiff.models.network import Network
 from latentdiff.models.single_file import SingleFileModel
 from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 
@@ -52,7 +51,7 @@ class AutoencoderOutput(DecoderOutput):
     raw: Tensor | None = None
 
 
-class Autoencoder(SingleFileModel, SdpaModel, ModelMixin, StrictConfig):
+class Autoencoder(SingleFileModel, Network):
     """What both autoencoders share: pixels to what the bottleneck takes, latents to pixels, one image at a time or not.
 
     Subclasses set ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.

@@ -1,29 +1,26 @@
-"""``NoisyClassifier``: what an ADM asks which way a class lies; a UNet's way down, pooled.
+"""``NoisyClassifier``: the class of a noisy picture, by a UNet's way down and a pool.
 
 ADM (Dhariwal & Nichol 2021), Sec. 4 and App. H. Its gradient with respect to the noisy picture guides a sampler.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from latentdiff.models.config import StrictConfig, check_choice, check_multiple, per_level
-from latentdiff.models.layers import SdpaModel, merge_heads, norm_silu, split_heads, to_tokens
+from latentdiff.models.config import check_choice, check_multiple, per_level
+from latentdiff.models.layers import merge_heads, norm_silu, split_heads, to_tokens
 from latentdiff.models.single_file import ReleasedNetwork
-from latentdiff.models.text_context import TextInput
-from latentdiff.models.unet2d import DOWN_BLOCKS, check_blocks, down_parts, middle_block
-from latentdiff.models.unet_blocks import build_down
-from latentdiff.models.unet_time import TimeConditioned
+from latentdiff.models.time_embedding import TimeConditioned
+from latentdiff.models.unet_builder import PlainUNetBuilder
+from latentdiff.models.unet_config import plain_levels
 
 
 class AttentionPool(nn.Module):
-    """One token that looks at all places: (B, C, H, W) -> (B, D). CLIP (Radford et al. 2021), Sec. 2.4."""
+    """Attention of one token to all places: (B, C, H, W) -> (B, D). CLIP (Radford et al. 2021), Sec. 2.4."""
 
     def __init__(self, places: int, channels: int, heads: int, out_features: int) -> None:
         super().__init__()
@@ -40,13 +37,13 @@ class AttentionPool(nn.Module):
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v))[:, 0])
 
 
-class NoisyClassifier(ReleasedNetwork, TimeConditioned, SdpaModel, ModelMixin, StrictConfig):
-    """Says of noisy pixels or latents which of ``num_classes`` they are.
+class NoisyClassifier(ReleasedNetwork, TimeConditioned):
+    """Logits of ``num_classes`` classes for noisy pixels or latents.
 
     The config is `UNet2DModel`'s as far as it concerns the way down and the middle. diffusers has no such class.
 
     Args:
-        sample_size: of what it sees, height and width; a pool of attention works at no other.
+        sample_size: height and width of the input; a pool of attention works at no other.
         pool: ``"attention"``, or ``"adaptive"``, the mean over all places.
 
     Raises:
@@ -85,19 +82,18 @@ class NoisyClassifier(ReleasedNetwork, TimeConditioned, SdpaModel, ModelMixin, S
         name, last = "NoisyClassifier", block_out_channels[-1]
         per_level(name, "num_classes", num_classes, 1)
         check_choice(name, "pool", pool, ("attention", "adaptive"))
-        check_choice(name, "down_block_types", down_block_types, DOWN_BLOCKS)
-        heads = check_blocks(name, self.config, ["down_block_types"])
+        levels = plain_levels(name, self.config)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        parts = down_parts(self.config, heads, time_dim=self.build_time())
-        self.down_blocks = build_down(*parts.sizes, parts.depths, resampler=parts.resampler, **parts.made)
-        self.mid_block = middle_block(self.config, parts)
+        builder = PlainUNetBuilder(self.config, levels, time_dim=self.build_time())
+        self.down_blocks = builder.down_blocks()
+        self.mid_block = builder.mid_block()
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, last, norm_eps)
         if pool == "attention":
             sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-            shrunk = 2 ** (len(block_out_channels) - 1)
-            check_multiple(name, "sample_size", sides, "the factor of its levels,", [shrunk] * 2)
-            places = (sides[0] // shrunk) * (sides[1] // shrunk)
-            self.head: nn.Module = AttentionPool(places, last, last // heads[-1], num_classes)
+            factor = self.downscale_factor
+            check_multiple(name, "sample_size", sides, "the factor of its levels,", [factor] * 2)
+            places = (sides[0] // factor) * (sides[1] // factor)
+            self.head: nn.Module = AttentionPool(places, last, levels.heads[-1], num_classes)
         else:
             self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))
 
@@ -109,11 +105,11 @@ class NoisyClassifier(ReleasedNetwork, TimeConditioned, SdpaModel, ModelMixin, S
         """
         self._check(sample)
         time = F.silu(self.embed_time(timestep, sample.device, sample.dtype))
-        text: Iterator[TextInput] = repeat(sample)  # in the place of text, at which nobody looks
         x = self.conv_in(sample)
         for block in self.down_blocks:
-            x, _ = block(x, time, text, None)
-        return self.head(norm_silu(self.conv_norm_out, self.mid_block(x, time, text, None)))
+            x, _ = block(x, time)
+        x = self.mid_block(x, time)
+        return self.head(norm_silu(self.conv_norm_out, x))
 
     def log_probability_gradient(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:
         """The gradient of log p(class | sample) with respect to the sample, (B, C, H, W). ADM, Sec. 4.1, Alg. 1.

@@ -73,6 +73,21 @@ def check_choice(name: str, key: str, value: Any, choices: Sequence[Any]) -> Non
             raise ValueError(f"{name}: {key}={v!r} is not supported; use one of {', '.join(map(repr, choices))}.")
 
 
+def check_block_types(name: str, key: str, types: Sequence[str], known: Sequence[str], levels: int) -> None:
+    """One of the `known` types of blocks for each of so many `levels`."""
+    check_choice(name, key, types, known)
+    if len(types) != levels:
+        raise ValueError(f"{name}: {key}={types!r} has {len(types)} entries for {levels} levels.")
+
+
+def downscale_factor(config: Mapping[str, Any]) -> int:
+    """By how much the last level of a network is smaller than its input: every level but the last halves.
+
+    Of an autoencoder: pixels of a side to one latent. Of a UNet: what sides are multiples of where nothing is rounded.
+    """
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def check_multiple(name: str, key: str, values: Sequence[int], divisor_key: str, divisors: Sequence[int]) -> None:
     """Every value must be a multiple of the divisor beside it."""
     for value, divisor in zip(values, divisors, strict=True):

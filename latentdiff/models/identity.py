@@ -6,7 +6,6 @@ Latent Diffusion (Rombach et al. 2022), Sec. 4.1, has it as LDM-1.
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution, Generators
-from latentdiff.models.config import StrictConfig, per_level
+from latentdiff.models.config import per_level
+from latentdiff.models.network import Network
 
 
 class PixelDistribution(DiagonalGaussianDistribution):
@@ -48,7 +48,7 @@ class PixelDistribution(DiagonalGaussianDistribution):
         return torch.zeros_like(sample).sum(dim=dims)
 
 
-class IdentityAutoencoder(ModelMixin, StrictConfig):
+class IdentityAutoencoder(Network):
     """Pixels as latents, under the contract of `AutoencoderKL`: a denoiser on it is a diffusion model of pixels.
 
     It learns nothing. Its one weight, a 1 that nothing is multiplied with, is there to be in a file, on a device and in

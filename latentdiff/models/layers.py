@@ -4,7 +4,6 @@ Parameter names are diffusers', so weights need no mapping. Letters in shape com
 and width (of pixels or of the latent grid), L tokens, D width, N attention heads.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,30 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
-
-
-class SdpaModel:
-    """A model whose attention is PyTorch's ``scaled_dot_product_attention`` and nothing else, and which says so."""
-
-    def set_attention_backend(self, backend: str) -> None:
-        """As in diffusers.
-
-        Raises:
-            ValueError: another backend than "native".
-        """
-        if backend != "native":
-            raise ValueError(
-                f"{type(self).__name__}: there is no attention backend {backend!r} but PyTorch's own, 'native'; within "
-                f"torch.nn.attention.sdpa_kernel(...) you can choose among its kernels."
-            )
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        if valid:
-            logger.warning(
-                "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
-            )
 
 
 class Checkpointed(nn.Module):

@@ -1,23 +1,27 @@
-"""How strongly the LoRAs of a network act for a while."""
+"""The scale at which the LoRAs of a network act during a call."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 SCALES: WeakKeyDictionary[nn.Module, tuple[dict[str, float], list[float]]] = WeakKeyDictionary()
-"""Of layers that are scaled just now: what their adapters were set to before, and the scales in effect."""
+"""For layers that are scaled at the moment: the scaling of their adapters before, and the scales in effect."""
 
 
 @contextmanager
 def lora_scaled(networks: Iterable[nn.Module | None], scale: float) -> Iterator[None]:
-    """Within, the LoRAs of `networks` act `scale` times as strongly as they were set to.
+    """Within this context the LoRAs of `networks` act `scale` times as strongly as they were set to.
 
-    Whatever happens within, they then are as before, and also if several of these end in another order than that in
-    which they began, as drawings that are streamed at the same time can.
+    Afterwards they are as before, also after an error, and also if several such contexts end in another order than
+    they began, as those of interleaved streams can.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -37,7 +41,37 @@ def lora_scaled(networks: Iterable[nn.Module | None], scale: float) -> Iterator[
 
 
 def set_strengths(layer: Any) -> None:
-    """Let the adapters of a layer, if they are still there, act as the scales in effect say."""
+    """Apply the scales in effect to the adapters of a layer that still exist."""
     before, scales = SCALES[layer]
     strength = math.prod(scales)
     layer.scaling.update({name: strength * value for name, value in before.items() if name in layer.scaling})
+
+
+def with_lora_scale(forward: Callable[P, R]) -> Callable[P, R]:
+    """A network's ``forward`` that obeys ``cross_attention_kwargs={"scale": ...}``.
+
+    Raises:
+        ValueError: ``cross_attention_kwargs`` has other keys.
+    """
+
+    @wraps(forward)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: Any = kwargs.get("cross_attention_kwargs")
+        network: Any = args[0]
+        scale = lora_scale(type(network).__name__, given)
+        if scale == 1.0:
+            return forward(*args, **kwargs)
+        with lora_scaled([network], scale):
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def lora_scale(name: str, cross_attention_kwargs: Mapping[str, Any] | None) -> float:
+    """The scale in ``cross_attention_kwargs``, by default 1. `name`: of the network, for the error."""
+    others = dict(cross_attention_kwargs or {})
+    scale = others.pop("scale", 1.0)
+    for key, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}: cross_attention_kwargs {key!r} is not supported, but was given.")
+    return float(scale)

@@ -1,4 +1,4 @@
-"""What the UNet's cross-attentions make of a prompt: their keys and values, the same at every denoising step."""
+"""A prompt as the UNet's cross-attentions receive it: as text states, or as keys and values made of them beforehand."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,11 +9,24 @@ from torch import Tensor
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, (B, N, L, D/N) each: N heads, L text tokens."""
 TextInput = KeyValue | Tensor
-"""What a cross-attention takes of the text: keys and values made beforehand, or states (B, L, D) to make them of."""
+"""What one cross-attention takes: keys and values made beforehand, or text states (B, L, D) to make them of."""
+
+
+class TextStates(NamedTuple):
+    """Text states, of which every cross-attention makes its keys and values when it runs."""
+
+    states: Tensor
+    """(B, L, D)"""
+    mask: Tensor | None = None
+    """(B, 1, 1, L), added to the attention scores; None if every token counts."""
+
+    def at(self, attention: int) -> Tensor:
+        """The input of the cross-attention of that number: the same for all."""
+        return self.states
 
 
 class TextContext(NamedTuple):
-    """Keys and values of all cross-attentions, in the order in which the UNet runs them.
+    """Keys and values of all cross-attentions, in the order in which the UNet runs them, made once per prompt.
 
     ``UNet2DConditionModel.encode_text`` makes it. Batches are put together and taken apart by the methods.
     """
@@ -21,6 +34,10 @@ class TextContext(NamedTuple):
     keys_values: tuple[KeyValue, ...]
     mask: Tensor | None = None
     """(B, 1, 1, L), added to the attention scores; None if every token counts."""
+
+    def at(self, attention: int) -> KeyValue:
+        """The input of the cross-attention of that number."""
+        return self.keys_values[attention]
 
     @property
     def batch_size(self) -> int:
@@ -56,3 +73,7 @@ class TextContext(NamedTuple):
             return self.mask
         keys = self.keys_values[0][0]
         return keys.new_zeros(keys.shape[0], 1, 1, keys.shape[2])
+
+
+Text = TextStates | TextContext
+"""What the blocks of a UNet with cross-attention pass on."""

@@ -3,14 +3,15 @@
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3 and Appendix E.2.1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.models.layers import Checkpointed, merge_heads, split_heads, to_grid, to_tokens
-from latentdiff.models.text_context import KeyValue, TextInput
+from latentdiff.models.text_context import KeyValue, Text, TextInput
 
 
 class Attention(nn.Module):
@@ -34,8 +35,10 @@ class Attention(nn.Module):
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
     def forward(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
-        """(B, L', D) attends to L keys and values, or to the states they are made of; ``mask`` (B, 1, 1, L) is added
-        to the scores -> (B, L', D)."""
+        """(B, L', D) and L keys and values, or the states (B, L, context_dim) to make them of -> (B, L', D).
+
+        ``mask`` (B, 1, 1, L) is added to the scores.
+        """
         query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', D/N)
         keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
         if self.heads_at_once is None:
@@ -63,7 +66,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # diffusers has a dropout between the two; the place is kept for the parameters' names
+        # diffusers has a dropout between the two; the Identity keeps the parameters' names
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +74,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """``only_cross``: the first attention looks at the text too, with keys and values of its own."""
+    """Self-attention, cross-attention, feed-forward, each beside a shortcut.
+
+    ``only_cross``: the first attention is a cross-attention too, with keys and values of its own.
+    """
 
     def __init__(self, dim: int, heads: int, text_dim: int, only_cross: bool = False) -> None:
         super().__init__()
@@ -85,16 +91,14 @@ class BasicTransformerBlock(nn.Module):
 
     @property
     def cross_attentions(self) -> list[Attention]:
-        """Those that look at the text, in the order in which they run."""
+        """In the order in which they run."""
         return [self.attn1, self.attn2] if self.only_cross else [self.attn2]
 
-    def forward(
-        self, x: Tensor, text: TextInput, mask: Tensor | None = None, first_text: TextInput | None = None
-    ) -> Tensor:
-        """(B, HW, D), what the text is to this block's cross-attentions -> (B, HW, D)."""
+    def forward(self, x: Tensor, text: Sequence[TextInput], mask: Tensor | None = None) -> Tensor:
+        """(B, HW, D) -> (B, HW, D). ``text``: the input of each of `cross_attentions`."""
         h = self.norm1(x)
-        x = x + self.attn1(h, h if first_text is None else first_text)
-        x = x + self.attn2(self.norm2(x), text, mask)
+        x = x + self.attn1(h, text[0] if self.only_cross else h)
+        x = x + self.attn2(self.norm2(x), text[-1], mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -102,6 +106,9 @@ class SpatialTransformer(Checkpointed):
     """Feature map to tokens, ``depth`` transformer blocks, and back, beside a shortcut.
 
     ``linear`` projects the tokens (Stable Diffusion 2), otherwise 1x1 convolutions project the map (1.x).
+
+    Attributes:
+        first: number of its first cross-attention among all of the UNet; the UNet sets it.
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class SpatialTransformer(Checkpointed):
     ) -> None:
         super().__init__()
         self.linear = linear
+        self.first = 0
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -116,14 +124,22 @@ class SpatialTransformer(Checkpointed):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Iterator[TextInput], mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); each cross-attention takes the next of ``text``."""
+    @property
+    def cross_attentions(self) -> list[Attention]:
+        """In the order in which they run."""
+        blocks: list[Any] = list(self.transformer_blocks)
+        return [attention for block in blocks for attention in block.cross_attentions]
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, C)
+        number = self.first
         for block in self.transformer_blocks:
-            first = next(text) if block.only_cross else None
-            tokens = self.run(block, tokens, next(text), mask, first)
+            count = 2 if block.only_cross else 1
+            tokens = self.run(block, tokens, [text.at(number + i) for i in range(count)], text.mask)
+            number += count
         if self.linear:
             return x + to_grid(self.proj_out(tokens), height, width)
         return x + self.proj_out(to_grid(tokens, height, width))

@@ -3,33 +3,30 @@
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3; the UNet itself is ADM's (Dhariwal & Nichol 2021), Sec. 3.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from diffusers import ModelMixin
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from latentdiff.models.config import StrictConfig
-from latentdiff.models.layers import Downsample2D, ResnetBlock2D, SdpaModel, Upsample2D
-from latentdiff.models.text_context import TextContext
+from latentdiff.models.layers import norm_silu
+from latentdiff.models.lora_scale import with_lora_scale
+from latentdiff.models.text_context import Text, TextContext, TextStates
+from latentdiff.models.time_embedding import TimeConditioned
 from latentdiff.models.transformer import Attention, SpatialTransformer
-from latentdiff.models.unet_arguments import check_residuals, refuse_given, with_lora_scale
-from latentdiff.models.unet_blocks import MidBlock, UShaped, build_down, build_up
-from latentdiff.models.unet_config import NEUTRAL_KEYS, UNetLevels
-from latentdiff.models.unet_time import TimeConditioned
+from latentdiff.models.unet_builder import TextUNetBuilder
+from latentdiff.models.unet_config import NEUTRAL_KEYS, text_unet_levels
 
 
-class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, StrictConfig, PeftAdapterMixin):
+class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
     """Predicts noise (or v, or the picture) from noisy latents, a timestep and the states of a text encoder.
 
     The config is that of diffusers' class. ``attention_head_dim`` is, there as here, the *number* of heads, for all
-    levels or one for each; ``upcast_attention`` is always given (see ``transformer.Attention``).
+    levels or one for each; ``upcast_attention`` is always fulfilled (see ``transformer.Attention``).
 
     A plain call is ``embed_time``, ``encode_text`` and ``denoise``. The first depends on the step only, the second on
     the prompt only, so a sampling loop can compute each once::
@@ -46,6 +43,8 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
     neutral = NEUTRAL_KEYS
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["BasicTransformerBlock", "ResnetBlock2D", "UpBlock"]
+    down_blocks: Any
+    up_blocks: Any
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm"]
     _repeated_blocks: ClassVar[list[str]] = ["BasicTransformerBlock"]
 
@@ -94,100 +93,41 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        levels = UNetLevels.from_config(self.config)
+        levels = text_unet_levels(self.config)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.build_blocks(levels, time_dim=self.build_time())
+        builder = TextUNetBuilder(self.config, levels, time_dim=self.build_time())
+        self.down_blocks = builder.down_blocks()
+        self.up_blocks = builder.up_blocks()
+        self.mid_block = None if mid_block_type is None else builder.mid_block()
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
+        self.number_attentions()
 
-    def build_blocks(self, levels: UNetLevels, time_dim: int) -> None:
-        config, last = self.config, len(levels.channels) - 1
-        groups = config.norm_num_groups
-        resnet = partial(
-            ResnetBlock2D,
-            groups=groups,
-            eps=config.norm_eps,
-            time_dim=time_dim,
-            scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            dropout=config.dropout,
-        )
+    def number_attentions(self) -> None:
+        """Let every transformer know which of a context's keys and values are its own."""
+        first = 0
+        for transformer in self.transformers():
+            transformer.first = first
+            first += len(transformer.cross_attentions)
 
-        def transformer(level: int, only_cross: bool | None = None) -> partial[SpatialTransformer]:
-            return partial(
-                SpatialTransformer,
-                levels.channels[level],
-                heads=levels.heads[level],
-                text_dim=levels.text_dims[level],
-                groups=groups,
-                linear=config.use_linear_projection,
-                only_cross=levels.only_cross[level] if only_cross is None else only_cross,
-            )
-
-        sizes = levels.channels, levels.layers
-        made: dict[str, Any] = {"resnet": resnet, "transformer": transformer}
-        self.down_blocks = build_down(*sizes, levels.down, resampler=lambda _: Downsample2D, **made)
-        self.up_blocks = build_up(*sizes, levels.up, resampler=lambda _: Upsample2D, **made)
-        middle: MidBlock | None = None
-        if config.mid_block_type is not None:
-            middle = MidBlock(
-                levels.channels[last],
-                layers=1 + len(levels.middle),
-                depths=levels.middle,
-                resnet=resnet,
-                transformer=transformer(last, only_cross=False),
-            )
-        self.mid_block = middle
+    def transformers(self) -> Iterator[SpatialTransformer]:
+        """In the order in which they run."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from getattr(block, "attentions", ())
 
     @property
     def cross_attentions(self) -> list[Attention]:
-        """All cross-attentions, in the order in which they run."""
-        blocks = [*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks]
-        return [
-            attention
-            for block in blocks
-            for spatial in block.transformers
-            for transformer in spatial.transformer_blocks
-            for attention in transformer.cross_attentions
-        ]
+        """In the order in which they run."""
+        return [attention for transformer in self.transformers() for attention in transformer.cross_attentions]
 
     @property
     def works_in_parts(self) -> bool:
         """Whether ``encode_text`` and ``denoise`` may be called by themselves.
 
-        They may not with diffusers' group offloading, which brings the weights where they are needed in the course of a
-        plain call.
+        They may not under diffusers' group offloading, which loads weights in the course of a plain call only.
         """
         registry = getattr(self, "_diffusers_hook", None)
         return registry is None or registry.get_hook("group_offloading") is None
-
-    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """FreeU (Si et al. 2023): weigh backbone (b1, b2) and skips (s1, s2) anew in the two lowest blocks upward."""
-        blocks: list[Any] = list(self.up_blocks)
-        for block, scales in zip(blocks, ((s1, b1), (s2, b2)), strict=False):
-            block.freeu = scales
-
-    def disable_freeu(self) -> None:
-        blocks: list[Any] = list(self.up_blocks)
-        for block in blocks:
-            block.freeu = None
-
-    def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
-        """Let attention compute so many heads at once: half of them ("auto"), one ("max"), a number, or all (None).
-
-        It takes longer, and saves memory only where PyTorch's ``scaled_dot_product_attention`` keeps the scores.
-
-        Raises:
-            ValueError: the number is below 1 or above that of an attention's heads.
-        """
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
-        fewest = min((attention.heads for attention in attentions), default=1)
-        known = slice_size in ("auto", "max", None)
-        if not known and not (isinstance(slice_size, int) and 1 <= slice_size <= fewest):
-            raise ValueError(f'slice_size must be "auto", "max" or from 1 to {fewest}, the heads; not {slice_size!r}.')
-        for attention in attentions:
-            halved = max(1, attention.heads // 2)
-            named = {"auto": halved, "max": 1, None: None}
-            attention.heads_at_once = slice_size if isinstance(slice_size, int) else named[slice_size]
 
     @apply_forward_hook
     def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> TextContext:
@@ -197,26 +137,33 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
         """
         if not self.works_in_parts:
             raise ValueError("UNet2DConditionModel: with group offloading only plain calls are possible, unet(...).")
-        mask = self._check_text(encoder_hidden_states, encoder_attention_mask)
-        return TextContext(tuple(one.keys_values(encoder_hidden_states) for one in self.cross_attentions), mask)
+        states, mask = self._text_states(encoder_hidden_states, encoder_attention_mask)
+        return TextContext(tuple(attention.keys_values(states) for attention in self.cross_attentions), mask)
 
-    def _check_text(self, states: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask (B, L) of text states (B, L, D) as what is added to the scores, (B, 1, 1, L)."""
+    def _text_states(self, states: Tensor, mask: Tensor | None) -> TextStates:
+        """Text states (B, L, D), with their mask (B, L) as it is added to the scores, (B, 1, 1, L)."""
         width = self.config.cross_attention_dim
         if isinstance(width, int) and states.shape[-1] != width:
             raise ValueError(
                 f"UNet2DConditionModel: the text states are {states.shape[-1]} wide and "
                 f"cross_attention_dim={width}; the text encoder is not the one this UNet was made for."
             )
-        # as diffusers, a bias of -10000 rather than none at all
-        return None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0
+        # as in diffusers -10000, not minus infinity
+        return TextStates(states, None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0)
+
+    def _check_context(self, text: Text) -> None:
+        if isinstance(text, TextContext) and len(text.keys_values) != len(self.cross_attentions):
+            raise ValueError(
+                f"This text context is for {len(text.keys_values)} cross-attentions and the UNet has "
+                f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
+            )
 
     @apply_forward_hook
     def denoise(
         self,
         sample: Tensor,
         time: Tensor,
-        text: TextContext,
+        text: Text,
         residuals: Sequence[Tensor] = (),
         mid_residual: Tensor | None = None,
     ) -> Tensor:
@@ -225,12 +172,23 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
         A ControlNet (Zhang et al. 2023) gives ``residuals``, to be added to what the way down leaves for the way up,
         and ``mid_residual``, to be added after the middle.
         """
-        if len(text.keys_values) != len(self.cross_attentions):
-            raise ValueError(
-                f"This text context is for {len(text.keys_values)} cross-attentions and the UNet has "
-                f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
-            )
-        return self._denoise(sample, time, iter(text.keys_values), text.mask, residuals, mid_residual)
+        self._check_context(text)
+        time = F.silu(time)
+        x = self.conv_in(sample)  # (B, channels, H, W)
+        skips = [x]
+        for down in self.down_blocks:
+            x, outputs = down(x, time, text)
+            skips += outputs
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, text)
+        if mid_residual is not None:
+            x = x + mid_residual
+        for up in self.up_blocks:
+            skips, own = skips[: -len(up.resnets)], skips[-len(up.resnets) :]
+            x = up(x, own, time, text, size=skips[-1].shape[-2:] if skips else None)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     @with_lora_scale
     def forward(
@@ -262,11 +220,55 @@ class UNet2DConditionModel(UShaped, TimeConditioned, SdpaModel, ModelMixin, Stri
             added_cond_kwargs=added_cond_kwargs or None,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         )
-        residuals = check_residuals(down_block_additional_residuals, mid_block_additional_residual)
+        residuals, mid_residual = down_block_additional_residuals, mid_block_additional_residual
+        check_residuals(residuals, mid_residual)
         time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
-        mask = self._check_text(encoder_hidden_states, encoder_attention_mask)
-        # Every cross-attention makes its keys and values when it runs, not beforehand as in `encode_text`, so that
-        # weights which are offloaded or sharded block by block are there.
-        text = repeat(encoder_hidden_states)
-        sample = self._denoise(sample, time, text, mask, residuals, mid_block_additional_residual)
+        # Not `encode_text`: every cross-attention makes its keys and values when it runs, so that weights which are
+        # offloaded or sharded block by block are there.
+        text = self._text_states(encoder_hidden_states, encoder_attention_mask)
+        sample = self.denoise(sample, time, text, residuals or (), mid_residual)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (Si et al. 2023): scale backbone (b1, b2) and skips (s1, s2) in the two lowest blocks of the way up."""
+        blocks: list[Any] = list(self.up_blocks)
+        for block, scales in zip(blocks, ((s1, b1), (s2, b2)), strict=False):
+            block.freeu = scales
+
+    def disable_freeu(self) -> None:
+        blocks: list[Any] = list(self.up_blocks)
+        for block in blocks:
+            block.freeu = None
+
+    def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
+        """How many heads attention computes at once: half of them ("auto"), one ("max"), a number, or all (None).
+
+        Fewer take longer, and save memory only where PyTorch's ``scaled_dot_product_attention`` keeps the scores.
+
+        Raises:
+            ValueError: the number is below 1 or above that of an attention's heads.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        fewest = min((attention.heads for attention in attentions), default=1)
+        known = slice_size in ("auto", "max", None)
+        if not known and not (isinstance(slice_size, int) and 1 <= slice_size <= fewest):
+            raise ValueError(f'slice_size must be "auto", "max" or from 1 to {fewest}, the heads; not {slice_size!r}.')
+        for attention in attentions:
+            halved = max(1, attention.heads // 2)
+            named = {"auto": halved, "max": 1, None: None}
+            attention.heads_at_once = slice_size if isinstance(slice_size, int) else named[slice_size]
+
+
+def refuse_given(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"UNet2DConditionModel: {name} is not supported, but was given.")
+
+
+def check_residuals(down: Sequence[Tensor] | None, middle: Tensor | None) -> None:
+    """A ControlNet gives both; a T2I-Adapter gives those of the way down only."""
+    if (down is None) != (middle is None):
+        raise ValueError(
+            "UNet2DConditionModel: down_block_additional_residuals and mid_block_additional_residual, a ControlNet's, "
+            "must be given both or none; the residuals of T2I-Adapters are not supported."
+        )

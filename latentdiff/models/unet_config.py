@@ -1,9 +1,31 @@
-"""What a UNet config says about each level, and which of diffusers' keys must stay neutral."""
+"""The configs of the UNets: their levels, and which values their keys may have."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from latentdiff.models.config import check_choice, check_multiple, per_level
+from latentdiff.models.config import check_block_types, check_choice, check_multiple, per_level
+
+Depths = tuple[tuple[int, ...], ...]
+"""For every level: how deep the attention after each resnet block is; () for a level without attention."""
+
+
+class UNetLevels(NamedTuple):
+    """A UNet's config, level by level from the full resolution down; ``up`` alone begins at the lowest resolution."""
+
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    down: Depths
+    middle: tuple[int, ...]
+    """How deep the attention in the middle is; () for none."""
+    up: Depths
+    text_dims: tuple[int, ...] = ()
+    """Widths of the text states, in a UNet with cross-attention."""
+    only_cross: tuple[bool, ...] = ()
+    """Whether the first attention of the level's transformers is a cross-attention, as the second is."""
+
+
+# UNet2DConditionModel
 
 NAME = "UNet2DConditionModel"
 
@@ -34,52 +56,29 @@ NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "addition_embed_type_num_heads": (64,),
 }
 
-
 CLASS_EMBEDDINGS = (None, "timestep", "identity", "projection", "simple_projection")
 
 
-class UNetLevels(NamedTuple):
-    """The config, level by level from the full resolution down; ``up`` alone runs from the lowest resolution up."""
+def text_unet_levels(config: Mapping[str, Any]) -> UNetLevels:
+    """The levels of a ``UNet2DConditionModel``. Raises ValueError with key and value for what is not supported."""
+    count = len(config["block_out_channels"])
+    check_choices(config, count)
 
-    channels: tuple[int, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    text_dims: tuple[int, ...]
-    down: tuple[tuple[int, ...], ...]
-    """How deep the transformer after each resnet block of the level is; empty for a level without transformers."""
-    middle: tuple[int, ...]
-    up: tuple[tuple[int, ...], ...]
-    only_cross: tuple[bool, ...]
-    """Whether the first attention of the level's transformers looks at the text, as the second does."""
+    def levels(key: str) -> tuple[int, ...]:
+        return per_level(NAME, key, config[key], count)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "UNetLevels":
-        """Raises ValueError with key and value for what the UNet cannot be."""
-        count = len(config["block_out_channels"])
-        check_choices(config, count)
-
-        def levels(key: str) -> tuple[int, ...]:
-            return per_level(NAME, key, config[key], count)
-
-        channels, layers = levels("block_out_channels"), levels("layers_per_block")
-        groups = per_level(NAME, "norm_num_groups", config["norm_num_groups"], 1) * count
-        check_multiple(NAME, "block_out_channels", channels, "norm_num_groups", groups)
-        down, middle, up = transformer_depths(config, layers)
-        heads = levels("attention_head_dim")
-        there = zip(down, [()] * (count - 1) + [middle], up[::-1], strict=True)
-        for width, number, depths in zip(channels, heads, there, strict=True):
-            if any(depths):  # elsewhere nothing has heads
-                check_multiple(NAME, "block_out_channels", [width], "attention_head_dim", [number])
-        return cls(
-            channels=channels,
-            layers=layers,
-            heads=heads,
-            text_dims=levels("cross_attention_dim"),
-            down=down,
-            middle=middle,
-            up=up,
-            only_cross=truths("only_cross_attention", config["only_cross_attention"], count),
-        )
+    channels, layers = levels("block_out_channels"), levels("layers_per_block")
+    groups = per_level(NAME, "norm_num_groups", config["norm_num_groups"], 1) * count
+    check_multiple(NAME, "block_out_channels", channels, "norm_num_groups", groups)
+    down, middle, up = transformer_depths(config, layers)
+    heads = levels("attention_head_dim")
+    attention = zip(down, [()] * (count - 1) + [middle], up[::-1], strict=True)
+    for width, number, depths in zip(channels, heads, attention, strict=True):
+        if any(depths):  # a level without attention has no heads
+            check_multiple(NAME, "block_out_channels", [width], "attention_head_dim", [number])
+    text_dims = levels("cross_attention_dim")
+    only_cross = truths("only_cross_attention", config["only_cross_attention"], count)
+    return UNetLevels(channels, layers, heads, down, middle, up, text_dims, only_cross)
 
 
 def check_choices(config: Mapping[str, Any], count: int) -> None:
@@ -87,11 +86,8 @@ def check_choices(config: Mapping[str, Any], count: int) -> None:
     check_choice(NAME, "mid_block_type", config["mid_block_type"], MID_BLOCKS)
     check_choice(NAME, "resnet_time_scale_shift", config["resnet_time_scale_shift"], ("default", "scale_shift"))
     check_choice(NAME, "class_embed_type", config["class_embed_type"], CLASS_EMBEDDINGS)
-    check_choice(NAME, "down_block_types", config["down_block_types"], DOWN_BLOCKS)
-    check_choice(NAME, "up_block_types", config["up_block_types"], UP_BLOCKS)
-    for key in ("down_block_types", "up_block_types"):
-        if len(config[key]) != count:
-            raise ValueError(f"{NAME}: {key}={config[key]!r} has {len(config[key])} entries for {count} levels.")
+    check_block_types(NAME, "down_block_types", config["down_block_types"], DOWN_BLOCKS, count)
+    check_block_types(NAME, "up_block_types", config["up_block_types"], UP_BLOCKS, count)
     for key in ("in_channels", "out_channels"):
         per_level(NAME, key, config[key], 1)
     kind, given = config["class_embed_type"], config["projection_class_embeddings_input_dim"]
@@ -99,14 +95,11 @@ def check_choices(config: Mapping[str, Any], count: int) -> None:
         raise ValueError(f"{NAME}: class_embed_type={kind!r} needs projection_class_embeddings_input_dim.")
 
 
-Depths = tuple[tuple[int, ...], ...]
-
-
 def transformer_depths(config: Mapping[str, Any], layers: Sequence[int]) -> tuple[Depths, tuple[int, ...], Depths]:
-    """On the way down, in the middle, on the way up: how deep the transformers are, () where there are none.
+    """How deep the transformers are on the way down, in the middle and on the way up; () where there are none.
 
     ``transformer_layers_per_block`` is one depth for all, or for each level one depth or one for each of its layers.
-    The way up mirrors the way down, or is told by ``reverse_transformer_layers_per_block``, the lowest level first.
+    The way up mirrors the way down, or follows ``reverse_transformer_layers_per_block``, the lowest level first.
     """
     key, back = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     wanted, reverse, count = config[key], config[back], len(layers)
@@ -139,3 +132,51 @@ def truths(key: str, value: bool | Sequence[bool], count: int) -> tuple[bool, ..
     if len(values) != count:
         raise ValueError(f"{NAME}: {key}={value!r} has {len(values)} entries for {count} levels.")
     return values
+
+
+# UNet2DModel and NoisyClassifier
+
+PLAIN_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+PLAIN_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+def check_plain_unet(config: Any) -> None:
+    """What of a ``UNet2DModel``'s config `plain_levels` does not check. Raises ValueError with key and value."""
+    name = "UNet2DModel"
+    check_choice(name, "mid_block_type", config.mid_block_type, ("UNetMidBlock2D", None))
+    check_choice(name, "class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
+    check_choice(name, "upsample_type", config.upsample_type, ("conv", "resnet"))
+    per_level(name, "out_channels", config.out_channels, 1)
+
+
+def plain_levels(name: str, config: Any) -> UNetLevels:
+    """The levels of a UNet without text, or of its way down and its middle, if it has no ``up_block_types``.
+
+    Raises:
+        ValueError: with key and value, for what is not supported.
+    """
+    down_types, up_types = config.down_block_types, config.get("up_block_types")
+    levels = len(config.block_out_channels)
+    channels = per_level(name, "block_out_channels", config.block_out_channels, levels)
+    check_choice(name, "act_fn", config.act_fn, ("silu", "swish"))
+    check_choice(name, "resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
+    check_choice(name, "downsample_padding", config.downsample_padding, (0, 1))
+    check_choice(name, "downsample_type", config.downsample_type, ("conv", "resnet"))
+    check_block_types(name, "down_block_types", down_types, PLAIN_DOWN_BLOCKS, levels)
+    if up_types is not None:
+        check_block_types(name, "up_block_types", up_types, PLAIN_UP_BLOCKS, levels)
+    for key in ("in_channels", "layers_per_block", "norm_num_groups"):
+        per_level(name, key, config[key], 1)
+    check_multiple(name, "block_out_channels", channels, "norm_num_groups", [config.norm_num_groups] * levels)
+    layers = config.layers_per_block
+    down: Depths = tuple((1,) * layers if "Attn" in kind else () for kind in down_types)
+    up: Depths = tuple((1,) * (layers + 1) if "Attn" in kind else () for kind in up_types or [""] * levels)
+    middle = (1,) if config.mid_block_type is not None and config.add_attention else ()
+    given = config.attention_head_dim
+    widths = channels if given is None else per_level(name, "attention_head_dim", given, levels)
+    attention = zip(down, [()] * (levels - 1) + [middle], up[::-1], strict=True)
+    for channel, width, depths in zip(channels, widths, attention, strict=True):
+        if any(depths):
+            check_multiple(name, "block_out_channels", [channel], "attention_head_dim", [width])
+    heads = tuple(channel // width for channel, width in zip(channels, widths, strict=True))
+    return UNetLevels(channels, (layers,) * levels, heads, down, middle, up)

@@ -111,7 +111,7 @@ def test_sizes_that_divide_are_resampled_alike_with_and_without_a_size() -> None
 @pytest.mark.parametrize("name", ["ddpm", "adm"])
 def test_sizes_with_too_few_pixels_are_refused(name: str) -> None:
     config = CONFIGS[name]
-    with pytest.raises(ValueError, match="a feature map of .*x1 .*cannot be halved; give the network a larger input"):
+    with pytest.raises(ValueError, match=r"a feature map of .*x1 .*cannot be halved; give the network a larger input"):
         UNet2DModel(**config)(**inputs(config) | {"sample": torch.randn(2, 3, 1, 8)})
 
 

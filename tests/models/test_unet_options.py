@@ -168,7 +168,7 @@ def test_slices_that_cannot_be(slice_size: Any) -> None:
 
 def test_other_kinds_of_attention_are_not_silently_left_out(caplog: pytest.LogCaptureFixture) -> None:
     unet, vae = UNet2DConditionModel(**TINY), AutoencoderKL()
-    with caplog.at_level(logging.WARNING, logger="latentdiff.models.layers"):
+    with caplog.at_level(logging.WARNING, logger="latentdiff.models.network"):
         for model in (unet, vae):
             model.set_attention_backend("native")
             with pytest.raises(ValueError, match=f"{type(model).__name__}: there is no attention backend 'flash'"):

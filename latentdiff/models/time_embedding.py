@@ -1,4 +1,4 @@
-"""How a UNet is told the timestep, and with it a class, a noise level or a guidance scale."""
+"""The time embedding of a UNet: of the timestep, and with it of a class, a noise level or a guidance scale."""
 
 from typing import Any
 
@@ -7,17 +7,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.models.layers import TimestepEmbedding, Timesteps
+from latentdiff.models.network import Network
 
 
-class TimeConditioned:
-    """A part of the UNets, of whose config it reads what concerns the time."""
-
-    config: Any
-    device: Any
-    dtype: Any
+class TimeConditioned(Network):
+    """A network whose resnet blocks receive the embedding of a timestep."""
 
     def build_time(self) -> int:
-        """Make the layers. Returns the width of what `embed_time` gives."""
+        """Make the layers that the config asks for. Returns the width of `embed_time`'s result."""
         config = self.config
         width = config.block_out_channels[0]
         dim = config.time_embedding_dim or width * 4
@@ -39,9 +36,9 @@ class TimeConditioned:
 
         ``class_labels``, for a UNet with class embeddings: (B,) whole numbers below ``num_class_embeds``, (B,) numbers
         like timesteps, (B, D), or (B, ``projection_class_embeddings_input_dim``), by ``class_embed_type``; Stable
-        Diffusion's upscaler is told a noise level so. With ``class_embeddings_concat`` the result is (B, 2D).
+        Diffusion's upscaler receives its noise level this way. With ``class_embeddings_concat`` the result is (B, 2D).
         ``timestep_cond``, for a UNet with ``time_cond_proj_dim``: (B, that), the embedding of a guidance scale
-        (``pipelines.steps.guidance_embedding``) for a UNet that was taught to guide itself (LCM, Luo et al. 2023).
+        for a UNet that was distilled to give guided predictions (LCM, Luo et al. 2023).
 
         Raises:
             ValueError: labels are given and the UNet has no class embeddings, or the other way round; a condition is
@@ -51,10 +48,10 @@ class TimeConditioned:
             raise ValueError(f"{type(self).__name__}: timestep_cond was given, but the UNet has no time_cond_proj_dim.")
         layer, timesteps = self.time_embedding.linear_1, torch.as_tensor(timesteps)
         # Hooks of diffusers may keep the weights elsewhere, or in another dtype, than they compute.
-        at_work = self if hasattr(layer, "_diffusers_hook") else layer.weight
+        computing = self if hasattr(layer, "_diffusers_hook") else layer.weight
         if device is not None or not layer.weight.is_meta:  # Accelerate's offloading: the weights are nowhere
-            timesteps = timesteps.to(device or at_work.device)
-        features = self.time_proj(timesteps.reshape(-1)).to(dtype or at_work.dtype)  # (B, channels)
+            timesteps = timesteps.to(device or computing.device)
+        features = self.time_proj(timesteps.reshape(-1)).to(dtype or computing.dtype)  # (B, channels)
         time = self.time_embedding(features, timestep_cond)
         if class_labels is None and self.class_embedding is None:
             return time
@@ -74,7 +71,7 @@ class TimeConditioned:
 
 
 def class_embedding(config: Any, dim: int) -> nn.Module | None:
-    """What turns ``class_labels`` into something as wide as the time embedding, `dim`."""
+    """The layer that turns ``class_labels`` into embeddings of width `dim`, if the config asks for one."""
     kind, given = config.get("class_embed_type"), config.get("projection_class_embeddings_input_dim")
     if kind is None:
         number = config.get("num_class_embeds")

@@ -1,0 +1,37 @@
+"""``Network``: what every model here is to diffusers."""
+
+import logging
+from typing import Any
+
+from diffusers import ModelMixin
+
+from latentdiff.models.config import StrictConfig, downscale_factor
+
+logger = logging.getLogger(__name__)
+
+
+class Network(ModelMixin, StrictConfig):
+    """A diffusers model with a strict config, whose attention is PyTorch's ``scaled_dot_product_attention`` only."""
+
+    @property
+    def downscale_factor(self) -> int:
+        """See `config.downscale_factor`."""
+        return downscale_factor(self.config)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: another backend than "native".
+        """
+        if backend != "native":
+            raise ValueError(
+                f"{type(self).__name__}: there is no attention backend {backend!r} but PyTorch's own, 'native'; within "
+                f"torch.nn.attention.sdpa_kernel(...) you can choose among its kernels."
+            )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        if valid:
+            logger.warning(
+                "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
+            )
