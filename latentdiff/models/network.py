@@ -18,6 +18,17 @@ class Network(ModelMixin, StrictConfig):
         """See `config.downscale_factor`."""
         return downscale_factor(self.config)
 
+    @property
+    def works_in_parts(self) -> bool:
+        """Whether other methods than ``forward`` may be called by themselves.
+
+        They may not after ``compile()``, which compiles ``forward`` only, nor under diffusers' group offloading, which
+        loads weights in the course of a plain call only.
+        """
+        registry = getattr(self, "_diffusers_hook", None)
+        in_groups = registry is not None and registry.get_hook("group_offloading") is not None
+        return not in_groups and self._compiled_call_impl is None
+
     def set_attention_backend(self, backend: str) -> None:
         """As in diffusers.
 

@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import norm_silu
 from latentdiff.models.lora_scale import with_lora_scale
 from latentdiff.models.text_context import Text, TextContext, TextStates
@@ -120,14 +121,20 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         """In the order in which they run."""
         return [attention for transformer in self.transformers() for attention in transformer.cross_attentions]
 
-    @property
-    def works_in_parts(self) -> bool:
-        """Whether ``encode_text`` and ``denoise`` may be called by themselves.
+    def prepare(self, conditioning: Conditioning) -> TextContext:
+        """`encode_text` of the text states; class labels and an embedded guidance scale are `embed_time`'s.
 
-        They may not under diffusers' group offloading, which loads weights in the course of a plain call only.
+        Raises:
+            ValueError: there are no text states, or a pooled embedding or time ids, which this UNet does not take.
         """
-        registry = getattr(self, "_diffusers_hook", None)
-        return registry is None or registry.get_hook("group_offloading") is None
+        if conditioning.states is None:
+            raise ValueError("UNet2DConditionModel: the conditioning has no text states")
+        refuse_given(**{"a pooled embedding": conditioning.pooled, "time_ids": conditioning.time_ids})
+        return self.encode_text(conditioning.states, conditioning.mask)
+
+    def prepared_by(self) -> list[Attention]:
+        """See `denoiser.Denoiser`."""
+        return self.cross_attentions
 
     @apply_forward_hook
     def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> TextContext:
@@ -136,7 +143,10 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         ``encoder_attention_mask`` (B, L) is true, or 1, where a token counts.
         """
         if not self.works_in_parts:
-            raise ValueError("UNet2DConditionModel: with group offloading only plain calls are possible, unet(...).")
+            raise ValueError(
+                "UNet2DConditionModel: with group offloading only plain calls are possible, unet(...), and so after "
+                "unet.compile()."
+            )
         states, mask = self._text_states(encoder_hidden_states, encoder_attention_mask)
         return TextContext(tuple(attention.keys_values(states) for attention in self.cross_attentions), mask)
 

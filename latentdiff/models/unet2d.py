@@ -14,8 +14,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import norm_silu
 from latentdiff.models.single_file import ReleasedNetwork
+from latentdiff.models.text_context import TextContext
 from latentdiff.models.time_embedding import TimeConditioned
 from latentdiff.models.unet_builder import PlainUNetBuilder
 from latentdiff.models.unet_config import check_plain_unet, plain_levels
@@ -86,8 +88,23 @@ class UNet2DModel(ReleasedNetwork, TimeConditioned):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
+    def prepare(self, conditioning: Conditioning) -> TextContext:
+        """Nothing: class labels are `embed_time`'s.
+
+        Raises:
+            ValueError: there are conditions that a UNet without text does not take.
+        """
+        unknown = [name for name, _ in conditioning.items() if name not in ("labels", "channels")]
+        if unknown:
+            raise ValueError(f"UNet2DModel: it takes no {', no '.join(unknown)}, but was given")
+        return TextContext(())
+
+    def prepared_by(self) -> list[nn.Module]:
+        """See `denoiser.Denoiser`."""
+        return []
+
     @apply_forward_hook
-    def denoise(self, sample: Tensor, time: Tensor) -> Tensor:
+    def denoise(self, sample: Tensor, time: Tensor, prepared: TextContext | None = None) -> Tensor:
         """Noisy pixels or latents (B, C, H, W) and ``embed_time``'s (B or 1, D) -> (B, C', H, W)."""
         time = F.silu(time)
         x = self.conv_in(sample)  # (B, channels, H, W)
