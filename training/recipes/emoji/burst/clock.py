@@ -1,0 +1,150 @@
+"""What the three trainings share: a learning rate that follows the clock, moving averages, a log, files of weights."""
+
+import json
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SHARD = 15_000_000  # bytes; files of at most 16 MiB come back
+
+
+class Clock:
+    """Seconds of a training, and the learning rate at each moment: a short rise, a plateau, a linear fall to zero.
+
+    Args:
+        seconds: how long the training lasts from now.
+        rate: of the plateau.
+        warmup: updates until the plateau.
+        fall: share of the time that the fall takes.
+    """
+
+    def __init__(self, seconds: float, rate: float, warmup: int = 200, fall: float = 0.4) -> None:
+        self.begun, self.seconds = time.monotonic(), seconds
+        self.peak, self.warmup, self.fall = rate, warmup, fall
+        self.updates = 0
+
+    @property
+    def share(self) -> float:
+        """How much of the time is over, 0 to 1."""
+        return min((time.monotonic() - self.begun) / self.seconds, 1.0)
+
+    @property
+    def over(self) -> bool:
+        return self.share >= 1
+
+    def rate(self) -> float:
+        rise = min((self.updates + 1) / self.warmup, 1.0)
+        return self.peak * rise * min((1 - self.share) / self.fall, 1.0)
+
+
+class Average:
+    """A moving average of a network's parameters, shorter in the beginning: decay min(d, (1 + n) / (10 + n))."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.source = [p for p in network.parameters()]
+        self.names = [name for name, _ in network.named_parameters()]
+        self.values = [p.detach().clone() for p in self.source]
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        self.count += 1
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.source], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the weights; twice is not at all."""
+        for value, parameter in zip(self.values, self.source, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+
+class Log:
+    """One JSON object a line, in a file and on the terminal."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.begun = path, name, time.monotonic()
+
+    def __call__(self, **figures: float | str) -> None:
+        row = {"stage": self.name, "seconds": round(time.monotonic() - self.begun, 1), **figures}
+        text = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
+        print(text, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def optimizer(network: nn.Module, rate: float, weight_decay: float = 0.0, beta2: float = 0.99) -> torch.optim.Optimizer:
+    """AdamW; only matrices and kernels decay."""
+    groups = [
+        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = next(network.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=fused)
+
+
+def apply_update(
+    loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock, clip: float = 1.0
+) -> None:
+    """One update at the clock's rate. A gradient that is not finite counts as none, without waiting for the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = clock.rate()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+    optimizer.step()
+    clock.updates += 1
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def save_half(state: dict[str, Tensor], folder: Path, name: str) -> list[Path]:
+    """Write tensors in half precision as `name-0.safetensors`, ... of at most `SHARD` bytes each; whole files only."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in state.items():
+        half = tensor.detach().to("cpu", torch.float16).contiguous()
+        if shards[-1] and size + half.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][key] = half
+        size += half.nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}-{i}.safetensors" for i in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        partial = path.with_suffix(".partial")
+        save_file(shard, partial)
+        partial.replace(path)
+    return paths
+
+
+def load_half(folders: Iterable[Path], name: str) -> dict[str, Tensor]:
+    """What `save_half` wrote, float32, from the first of `folders` that has it.
+
+    Raises:
+        FileNotFoundError: none has.
+    """
+    from safetensors.torch import load_file
+
+    folders = list(folders)
+    for folder in folders:
+        paths = sorted(folder.glob(f"{name}-*.safetensors"))
+        if paths:
+            return {key: tensor.float() for path in paths for key, tensor in load_file(path).items()}
+    raise FileNotFoundError(f"no {name}-*.safetensors in {', '.join(map(str, folders))}")
