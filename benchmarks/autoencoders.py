@@ -21,6 +21,7 @@ import torch
 from side_by_side import in_turn
 
 from latentdiff import models
+from latentdiff.models.config import downscale_factor
 
 WIDE = (128, 256, 512, 512)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +56,7 @@ def call(model: Any, operation: str, batch: int, size: int) -> torch.Tensor:
     if operation == "encode":
         output = model.encode(torch.rand(batch, 3, size, size, generator=generator) * 2 - 1)
         return output.latents if hasattr(output, "latents") else output.latent_dist.mean
-    side = size // 2 ** (len(model.config.block_out_channels) - 1)
+    side = size // downscale_factor(model.config)
     return model.decode(torch.randn(batch, model.config.latent_channels, side, side, generator=generator)).sample
 
 

@@ -46,7 +46,9 @@ class Codec:
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
-        return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+        from latentdiff.models.config import downscale_factor
+
+        return downscale_factor(self.autoencoder.config)
 
     @property
     def channels(self) -> int:

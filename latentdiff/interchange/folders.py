@@ -14,7 +14,12 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion"
 """Where a pipeline's components may come from: two libraries, and two of diffusers' folders of pipelines. diffusers
 itself imports any module that a folder names."""
 
-OUR_MODULES = ("latentdiff.models.autoencoder", "latentdiff.models.classifier", "latentdiff.models.identity")
+OUR_MODULES = (
+    "latentdiff.models.autoencoder",  # of folders saved before there was `codes`
+    "latentdiff.models.classifier",
+    "latentdiff.models.codes",
+    "latentdiff.models.identity",
+)
 """... and where ours are defined that diffusers has no class for."""
 
 

@@ -1,12 +1,13 @@
-"""The networks: autoencoders and the UNet, with diffusers' class names, config keys and weights."""
+"""The networks: autoencoders, UNets and a classifier, with diffusers' class names, config keys and weights."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.models.autoencoder import AutoencoderKL, FSQModel, GumbelVQModel, VQModel
+    from latentdiff.models.autoencoder import AutoencoderKL
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
     from latentdiff.models.classifier import NoisyClassifier
+    from latentdiff.models.codes import FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.text_context import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
@@ -16,14 +17,14 @@ _HOMES = {
     "AutoencoderKL": "latentdiff.models.autoencoder",
     "BottleneckOutput": "latentdiff.models.bottlenecks",
     "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
-    "FSQModel": "latentdiff.models.autoencoder",
-    "GumbelVQModel": "latentdiff.models.autoencoder",
+    "FSQModel": "latentdiff.models.codes",
+    "GumbelVQModel": "latentdiff.models.codes",
     "IdentityAutoencoder": "latentdiff.models.identity",
     "NoisyClassifier": "latentdiff.models.classifier",
     "TextContext": "latentdiff.models.text_context",
     "UNet2DConditionModel": "latentdiff.models.unet",
     "UNet2DModel": "latentdiff.models.unet2d",
-    "VQModel": "latentdiff.models.autoencoder",
+    "VQModel": "latentdiff.models.codes",
 }
 
 __all__ = [

@@ -1,5 +1,4 @@
-"""The autoencoders: ``AutoencoderKL`` and ``VQModel``, with diffusers' names, config keys and weights, and two more
-with codes, ``GumbelVQModel`` and ``FSQModel``.
+"""What all autoencoders share, and ``AutoencoderKL``, with diffusers' name, config keys and weights.
 
 Latent Diffusion (Rombach et al. 2022), Sec. 3.1. All are an encoder, a bottleneck and a decoder, and all offer a
 trainer the same way through::
@@ -13,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
+from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines looks for it beside the class
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -24,15 +22,11 @@ from torch import Tensor, nn
 from latentdiff.models.bottlenecks import (
     BottleneckOutput,
     DiagonalGaussianDistribution,
-    FiniteScalarQuantizer,
     GaussianBottleneck,
     Generators,
-    GumbelQuantizer,
-    VectorQuantizer,
 )
 from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
-from latentdiff.models.config import check_choice, check_multiple, per_level
-from latentdiff.models.logit_laplace import LogitLaplace
+from latentdiff.models.config import check_block_types, check_choice, check_multiple, per_level
 from latentdiff.models.network import Network
 from latentdiff.models.single_file import SingleFileModel
 from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
@@ -42,8 +36,8 @@ from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
 class AutoencoderOutput(DecoderOutput):
     """What an autoencoder's ``forward`` returns.
 
-    ``sample``, ``commit_loss`` (of codes only), ``bottleneck``, of codes ``encoded``, what was quantized, and
-    ``raw``, what the decoder gave.
+    ``sample`` and ``bottleneck``; with codes also ``commit_loss``, ``encoded``, the encoder's output before it was
+    quantized, and ``raw``, the decoder's output before it became pixels.
     """
 
     bottleneck: BottleneckOutput | None = None
@@ -52,9 +46,9 @@ class AutoencoderOutput(DecoderOutput):
 
 
 class Autoencoder(SingleFileModel, Network):
-    """What both autoencoders share: pixels to what the bottleneck takes, latents to pixels, one image at a time or not.
+    """Pixels to what the bottleneck takes, and latents to pixels: whole, one image at a time, or in tiles.
 
-    Subclasses set ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.
+    Subclasses call `build_coders` and set ``quant_conv``, ``post_quant_conv`` and ``bottleneck``.
     """
 
     _supports_gradient_checkpointing = True
@@ -146,7 +140,7 @@ class Autoencoder(SingleFileModel, Network):
         They stay as attributes of these names, beside ``tile_latent_min_size``, the side in latents, as in diffusers.
 
         Raises:
-            ValueError: there are no such tiles. Attributes are looked at when they are used.
+            ValueError: there are no such tiles. Attributes that are set directly are checked when they are used.
         """
         if tile_sample_min_size is not None:
             self.set_tiles(tile_sample_min_size)
@@ -159,15 +153,14 @@ class Autoencoder(SingleFileModel, Network):
             self.tiles()
 
     def set_tiles(self, pixels: int) -> None:
-        """Tiles with sides of so many pixels, rounded down to whole latents."""
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
-        self.tile_latent_min_size = pixels // factor
-        self.tile_sample_min_size = self.tile_latent_min_size * factor or pixels
+        """Set the side of tiles in pixels, rounded down to whole latents."""
+        self.tile_latent_min_size = pixels // self.downscale_factor
+        self.tile_sample_min_size = self.tile_latent_min_size * self.downscale_factor or pixels
 
     def tiles(self) -> tuple[int, int, float]:
         """A tile's side in pixels and in latents, and the share that the next one covers too; `check_tiles` raises."""
         tiles = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor
-        check_tiles(*tiles, factor=2 ** (len(self.config.block_out_channels) - 1))
+        check_tiles(*tiles, factor=self.downscale_factor)
         return tiles
 
     def disable_tiling(self) -> None:
@@ -178,7 +171,7 @@ class AutoencoderKL(Autoencoder):
     """Autoencoder with a Gaussian posterior over continuous latents.
 
     The config is diffusers' ``AutoencoderKL``'s. ``scaling_factor``, ``shift_factor``, ``latents_mean`` and
-    ``latents_std`` are kept for whoever scales latents; no method here scales.
+    ``latents_std`` are kept for `latentdiff.codec`, which scales latents; no method here scales.
 
     Raises:
         ValueError: a key is unknown or asks for what is not supported.
@@ -244,252 +237,24 @@ class AutoencoderKL(Autoencoder):
         return AutoencoderOutput(reconstruction, bottleneck=bottleneck) if return_dict else (reconstruction,)
 
 
-class CodeAutoencoder(Autoencoder):
-    """What the autoencoders with codes share. Subclasses set ``quant_conv``, ``quantize`` and ``post_quant_conv``.
-
-    A picture's codes are whole numbers: `encode_to_indices` gives them, `decode_from_indices` draws them.
-    """
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["quantize"]
-
-    @property
-    def bottleneck(self) -> Any:
-        return self.quantize
-
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
-        """(B, C, H, W), values in [-1, 1] -> ``.latents`` (B, C, h, w), not yet quantized."""
-        latents = self.encode_moments(x)
-        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
-
-    @apply_forward_hook
-    def encode_to_indices(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), values in [-1, 1] -> the codes' indices, (B, h, w) int64 from 0 to the number of codes - 1."""
-        return self.quantize.nearest(self.encode_moments(x))
-
-    @apply_forward_hook
-    def decode_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes' indices, (B, h, w) of whole numbers -> (B, C, H, W), about [-1, 1].
-
-        Raises:
-            ValueError: they are not whole numbers of that shape, or there is no such code.
-        """
-        if indices.ndim != 3 or indices.is_floating_point():
-            raise ValueError(
-                f"indices must be whole numbers of shape (B, h, w), not {indices.dtype} of {tuple(indices.shape)}"
-            )
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codes:
-            raise ValueError(
-                f"indices must lie from 0 to {self.codes - 1}, not from {int(indices.min())} to {int(indices.max())}"
-            )
-        return self.decode_latents(self.quantize.lookup(indices.long()).to(self.dtype))
-
-    @property
-    def codes(self) -> int:
-        """How many codes there are."""
-        raise NotImplementedError
-
-    @apply_forward_hook
-    def decode(
-        self,
-        h: Tensor,
-        force_not_quantize: bool = False,
-        return_dict: bool = True,
-        shape: Sequence[int] | None = None,
-        generator: Generators = None,
-    ) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Unscaled latents (B, C, h, w) -> ``.sample`` (B, C, H, W), about [-1, 1], and ``.commit_loss``.
-
-        They are quantized first, or not with ``force_not_quantize``. If so, and if the config says
-        ``lookup_from_codebook``, ``h`` holds the codes' indices and ``shape`` is (B, h, w, C). ``generator`` is there
-        because diffusers' pipelines pass one; nothing is random.
-        """
-        if not force_not_quantize:
-            bottleneck = self.quantize(h, sample=False)
-            latents, loss = bottleneck.latents, commit_loss(bottleneck)
-        elif self.config.get("lookup_from_codebook"):
-            if shape is None:
-                raise ValueError(f"{type(self).__name__}.decode: indices need shape=(batch, height, width, channels).")
-            latents = self.quantize.lookup(h.reshape(tuple(shape)[:3]))
-            loss = latents.new_zeros(len(latents))
-        else:
-            latents, loss = h, h.new_zeros(len(h))
-        sample = self.decode_latents(latents)
-        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
-
-    def forward(
-        self,
-        sample: Tensor,
-        return_dict: bool = True,
-        sample_posterior: bool = False,
-        generator: Generators = None,
-    ) -> AutoencoderOutput | tuple[Tensor, Tensor]:
-        """(B, C, H, W) to codes and back: ``.sample``, ``.commit_loss``, and ``.bottleneck``.
-
-        ``sample_posterior`` and ``generator`` matter where codes are drawn (`GumbelVQModel` in training).
-        """
-        h = self.encode_moments(sample)
-        bottleneck = self.quantize(h, sample_posterior, generator)
-        raw, loss = self.decode_raw(bottleneck.latents), commit_loss(bottleneck)
-        reconstruction = self.pixels_of(raw)
-        return AutoencoderOutput(reconstruction, loss, bottleneck, h, raw) if return_dict else (reconstruction, loss)
-
-
-class VQModel(CodeAutoencoder):
-    """Autoencoder with a codebook: every latent vector is replaced by the nearest of ``num_vq_embeddings``.
-
-    The config is diffusers' ``VQModel``'s. ``decode`` takes, besides what diffusers' takes, the ``generator`` that the
-    Stable Diffusion pipelines pass.
-
-    Raises:
-        ValueError: a key is unknown or asks for what is not supported.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
-        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 3,
-        sample_size: int = 32,
-        num_vq_embeddings: int = 256,
-        norm_num_groups: int = 32,
-        vq_embed_dim: int | None = None,
-        scaling_factor: float = 0.18215,
-        mid_block_add_attention: bool = True,
-        lookup_from_codebook: bool = False,
-        force_upcast: bool = False,
-        **others: Any,
-    ) -> None:
-        super().__init__()
-        self.accept_neutral(others)
-        per_level("VQModel", "num_vq_embeddings", num_vq_embeddings, 1)
-        self.build_coders(encoder_channels=latent_channels)
-        code_dim = vq_embed_dim or latent_channels
-        self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
-        self.quantize = VectorQuantizer(num_vq_embeddings, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
-
-    @property
-    def codes(self) -> int:
-        return self.config.num_vq_embeddings
-
-
-class GumbelVQModel(CodeAutoencoder):
-    """Autoencoder whose encoder gives a distribution over codes, as DALL-E's discrete VAE (Ramesh et al. 2021).
-
-    The config is `VQModel`'s, and ``logit_laplace``: the decoder gives a distribution of every value, as DALL-E's does,
-    ``sample`` is its middle, and there is a likelihood to train by. diffusers has no such class. In training,
-    ``forward(..., sample_posterior=True)`` draws relaxed codes at ``quantize.temperature``; everywhere else the
-    likeliest code is taken.
-
-    Raises:
-        ValueError: a key is unknown or asks for what is not supported.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
-        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 3,
-        sample_size: int = 32,
-        num_vq_embeddings: int = 256,
-        norm_num_groups: int = 32,
-        vq_embed_dim: int | None = None,
-        scaling_factor: float = 0.18215,
-        mid_block_add_attention: bool = True,
-        logit_laplace: bool = False,
-        force_upcast: bool = False,
-        **others: Any,
-    ) -> None:
-        super().__init__()
-        self.accept_neutral(others)
-        per_level("GumbelVQModel", "num_vq_embeddings", num_vq_embeddings, 1)
-        self.build_coders(latent_channels, decoder_channels=2 * out_channels if logit_laplace else None)
-        code_dim = vq_embed_dim or latent_channels
-        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.quantize = GumbelQuantizer(latent_channels, num_vq_embeddings, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
-
-    @property
-    def codes(self) -> int:
-        return self.config.num_vq_embeddings
-
-    def pixels_of(self, raw: Tensor) -> Tensor:
-        return LogitLaplace(raw).pixels.to(raw.dtype) if self.config.logit_laplace else raw
-
-
-class FSQModel(CodeAutoencoder):
-    """Autoencoder whose latents are rounded to a few ``levels`` in each of their channels (Mentzer et al. 2023).
-
-    The config is `VQModel`'s, with ``levels`` in place of the codebook; diffusers has no such class.
-
-    Raises:
-        ValueError: a key is unknown or asks for what is not supported.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
-        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 4,
-        sample_size: int = 32,
-        levels: Sequence[int] = (8, 5, 5, 5),
-        norm_num_groups: int = 32,
-        scaling_factor: float = 0.18215,
-        mid_block_add_attention: bool = True,
-        force_upcast: bool = False,
-        **others: Any,
-    ) -> None:
-        super().__init__()
-        self.accept_neutral(others)
-        per_level("FSQModel", "levels", levels, len(levels), least=2)
-        self.build_coders(encoder_channels=latent_channels)
-        self.quant_conv = nn.Conv2d(latent_channels, len(levels), 1)
-        self.quantize = FiniteScalarQuantizer(levels)
-        self.post_quant_conv = nn.Conv2d(len(levels), latent_channels, 1)
-
-    @property
-    def codes(self) -> int:
-        return self.quantize.codes
-
-
-def commit_loss(bottleneck: BottleneckOutput) -> Tensor:
-    """diffusers' name for the sum of a bottleneck's losses."""
-    losses = list(bottleneck.losses.values())
-    return torch.stack(losses).sum() if losses else bottleneck.latents.new_zeros(())
-
-
 def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError with key and value for what neither autoencoder can be."""
+    """Raises ValueError with key and value for what no autoencoder supports."""
     levels = len(config["block_out_channels"])
     for key in ("in_channels", "out_channels", "latent_channels"):
         per_level(name, key, config[key], 1)
     channels = per_level(name, "block_out_channels", config["block_out_channels"], levels)
     check_choice(name, "act_fn", config["act_fn"], ("silu", "swish"))
-    check_choice(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS)
-    check_choice(name, "up_block_types", config["up_block_types"], UP_BLOCKS)
-    for key in ("down_block_types", "up_block_types"):
-        if len(config[key]) != levels:
-            raise ValueError(f"{name}: {key}={config[key]!r} has {len(config[key])} entries for {levels} levels.")
+    check_block_types(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS, levels)
+    check_block_types(name, "up_block_types", config["up_block_types"], UP_BLOCKS, levels)
     per_level(name, "layers_per_block", config["layers_per_block"], 1)
     groups = per_level(name, "norm_num_groups", config["norm_num_groups"], 1) * levels
     check_multiple(name, "block_out_channels", channels, "norm_num_groups", groups)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `codes` that pipelines saved before they moved there look for here."""
+    if name in ("GumbelVQModel", "FSQModel"):
+        from latentdiff.models import codes
+
+        return getattr(codes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines looks for it beside the class
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 

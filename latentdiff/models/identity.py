@@ -6,6 +6,7 @@ Latent Diffusion (Rombach et al. 2022), Sec. 4.1, has it as LDM-1.
 from typing import Any
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines looks for it beside the class
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput

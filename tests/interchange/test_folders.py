@@ -1,12 +1,15 @@
 import json
 import struct
+from importlib import import_module
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from latentdiff.interchange import check_pipeline_folder, check_safetensors, find_model, packaged_model, packaged_models
+from latentdiff.interchange.folders import OUR_MODULES
 
 
 @pytest.fixture
@@ -102,3 +105,8 @@ def test_indices_are_followed(tmp_path: Path, weights: Path) -> None:
     index.write_text("[]")
     with pytest.raises(ValueError, match=r"model_index\.json is damaged: a JSON object is expected, not a list"):
         check_pipeline_folder(tmp_path)
+
+
+def test_modules_that_folders_name_have_what_diffusers_loader_looks_for() -> None:
+    for name in OUR_MODULES:
+        assert import_module(name).ModelMixin is diffusers.ModelMixin
