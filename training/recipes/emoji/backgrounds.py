@@ -22,11 +22,11 @@ SHADES: dict[str, tuple[float, float, float, float, float]] = {
     "black": (0.08, 0.0, 0.0, 0.08, 0.0),
     "gray": (0.68, 0.0, 0.0, 0.08, 0.0),
     "light blue": (0.85, 0.08, 235.0, 0.03, 12.0),
-    "dark blue": (0.33, 0.12, 264.0, 0.04, 5.0),
+    "dark blue": (0.36, 0.13, 264.0, 0.03, 5.0),
     "light green": (0.88, 0.11, 145.0, 0.03, 9.0),
     "dark green": (0.39, 0.09, 150.0, 0.04, 8.0),
     "light gray": (0.88, 0.0, 0.0, 0.02, 0.0),
-    "dark gray": (0.38, 0.0, 0.0, 0.04, 0.0),
+    "dark gray": (0.48, 0.0, 0.0, 0.03, 0.0),
     "beige": (0.91, 0.04, 85.0, 0.02, 8.0),
 }
 FREQUENT = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "gray", "brown", "light blue")

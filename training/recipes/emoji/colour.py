@@ -4,6 +4,7 @@ Lightness L is in 0..1, chroma C in 0..about 0.35, hue in degrees.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,11 @@ TARGETS: dict[str, tuple[float, float, float]] = {
     "blue": (0.60, 0.17, 252.0),
     "purple": (0.55, 0.18, 305.0),
     "pink": (0.76, 0.15, 358.0),
+    "brown": (0.50, 0.09, 52.0),
+    "black": (0.30, 0.012, 270.0),
+    "gray": (0.68, 0.012, 250.0),
 }
-COLOURS = (*TARGETS, "brown", "black", "white", "gray")
+COLOURS = (*TARGETS, "white")
 
 
 def to_oklch(rgb: Array) -> tuple[Array, Array, Array]:
@@ -51,14 +55,21 @@ def to_rgb(lightness: Array, chroma: Array, hue: Array) -> Array:
     """OKLCH, each (N,), to sRGB (N, 3) in 0..1; chroma is lowered where sRGB does not reach it."""
     linear = _to_linear(lightness, chroma, hue)
     chroma = chroma.copy()
+    outside = np.flatnonzero(_unreachable(linear))
     for _ in range(40):
-        outside = ((linear < -1e-3) | (linear > 1 + 1e-3)).any(-1)
-        if not outside.any():
+        if not len(outside):
             break
         chroma[outside] *= 0.93
         linear[outside] = _to_linear(lightness[outside], chroma[outside], hue[outside])
+        outside = outside[_unreachable(linear[outside])]
     linear = linear.clip(0, 1)
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _unreachable(linear: Array) -> NDArray[np.bool_]:
+    red, green, blue = linear.T
+    lowest, highest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    return (lowest < -1e-3) | (highest > 1 + 1e-3)
 
 
 def _to_linear(lightness: Array, chroma: Array, hue: Array) -> Array:
@@ -79,7 +90,8 @@ def _names(lightness: Array, chroma: Array, hue: Array) -> Iterator[tuple[str, N
     vivid = ~grey & ~dark
     warm = vivid & ((hue > 12) & (hue < 105))
     pink = vivid & (((hue > 325) | (hue < 12)) & (lightness > 0.62) | (hue < 25) & (lightness > 0.68))
-    brown = warm & ~pink & ((lightness < 0.62) & (hue > 42) | (chroma < 0.115) & (lightness < 0.74))
+    rust = (lightness < 0.63) & ((hue > 42) | (hue > 30) & (chroma < 0.15))
+    brown = warm & ~pink & (rust | (chroma < 0.115) & (lightness < 0.74))
     rest = warm & ~pink & ~brown
     yield "pink", pink
     yield "brown", brown
@@ -117,15 +129,32 @@ def colour_name(rgba: NDArray[np.uint8], least: float = 0.45) -> str | None:
     return first if clear and parts[first] > 0.25 and first not in ("gray", "black", "white") else None
 
 
-def main_hue(rgba: NDArray[np.uint8], window: float = 35.0) -> tuple[float, float, float] | None:
-    """(L, C, hue) of the saturated colour that an (H, W, 4) drawing is made of; None when there is no such colour.
+@dataclass(frozen=True)
+class Pixels:
+    """The N drawn pixels of an (H, W, 4) drawing: where they are (H, W), which are opaque, their OKLCH, each (N,)."""
+
+    drawn: NDArray[np.bool_]
+    opaque: NDArray[np.bool_]
+    lightness: Array
+    chroma: Array
+    hue: Array
+
+
+def measure(rgba: NDArray[np.uint8]) -> Pixels:
+    """The pixels of an (H, W, 4) drawing, to be turned to several colours."""
+    drawn = rgba[..., 3] > 0
+    return Pixels(drawn, rgba[drawn][:, 3] > 128, *to_oklch(rgba[drawn][:, :3] / 255.0))
+
+
+def main_hue(pixels: Pixels, window: float = 35.0) -> tuple[float, float, float] | None:
+    """(L, C, hue) of the saturated colour that a drawing is made of; None when there is no such colour.
 
     It must hold at least two thirds of the saturated pixels and a third of all.
     """
-    opaque = rgba[..., 3] > 128
+    opaque = pixels.opaque
     if not opaque.any():
         return None
-    lightness, chroma, hue = to_oklch(rgba[opaque][:, :3] / 255.0)
+    lightness, chroma, hue = pixels.lightness[opaque], pixels.chroma[opaque], pixels.hue[opaque]
     vivid = chroma > 0.06
     if vivid.mean() < 0.33:
         return None
@@ -139,29 +168,57 @@ def main_hue(rgba: NDArray[np.uint8], window: float = 35.0) -> tuple[float, floa
     return float(np.median(lightness[near])), float(np.median(chroma[near])), float(mean)
 
 
-def turn(rgba: NDArray[np.uint8], colour: str, window: float = 35.0) -> NDArray[np.uint8] | None:
+def turn(rgba: NDArray[np.uint8], colour: str, pixels: Pixels | None = None) -> NDArray[np.uint8] | None:
     """The (H, W, 4) drawing with its main colour turned to `colour`, a key of `TARGETS`; None if it has none.
 
-    Shading is kept; pixels of other hues, greys, white and black stay as they are.
+    Shading is kept; pixels of other hues, greys, white and black stay as they are. A drawing that is nearly all grey or
+    black is tinted instead. `pixels` is what `measure` says of the drawing, if that is known already.
     """
-    found = main_hue(rgba, window)
-    if found is None:
+    pixels = pixels or measure(rgba)
+    found = main_hue(pixels)
+    turned = _tint(pixels, colour) if found is None else _turn(pixels, colour, found)
+    if turned is None:
         return None
+    part, some, colours = turned
+    result = rgba.copy()
+    values = result[pixels.drawn]
+    share = part[some, None]
+    mixed = share * colours * 255 + (1 - share) * values[some, :3]
+    values[some, :3] = mixed.round().clip(0, 255).astype(np.uint8)
+    result[pixels.drawn] = values
+    return result
+
+
+Turned = tuple[Array, NDArray[np.bool_], Array]  # how much of each pixel changes (N,), which (N,), to what sRGB (M, 3)
+
+
+def _turn(pixels: Pixels, colour: str, found: tuple[float, float, float], window: float = 35.0) -> Turned:
+    """Pixels within `window` of the main hue change."""
     (main_l, main_c, main_h), (target_l, target_c, target_h) = found, TARGETS[colour]
-    lightness, chroma, hue = to_oklch(rgba[..., :3] / 255.0)
     # 1 within the window, falling to 0 at one and a half times its width.
-    inside = np.clip(3 - 2 * _distance(hue, main_h) / window, 0, 1)
-    mask = (inside > 0) & (rgba[..., 3] > 0)
-    inside, lightness, chroma, hue = inside[mask], lightness[mask], chroma[mask], hue[mask]
+    inside = np.clip(3 - 2 * _distance(pixels.hue, main_h) / window, 0, 1)
+    some = inside > 0
+    lightness, chroma, hue = pixels.lightness[some], pixels.chroma[some], pixels.hue[some]
     # Nearly grey pixels (highlights, edges to white) keep their lightness.
-    part = inside * np.clip(chroma / main_c, 0, 1) ** 0.5
+    part = inside[some] * np.clip(chroma / main_c, 0, 1) ** 0.5
     offset = (hue - main_h + 180) % 360 - 180
     turned_l = np.clip(lightness + part * (target_l - main_l), 0, 1)
-    colours = to_rgb(turned_l, chroma * target_c / main_c, target_h + 0.3 * offset)
-    turned = rgba.copy()
-    mixed = inside[:, None] * colours * 255 + (1 - inside[:, None]) * rgba[mask][:, :3]
-    turned[mask, :3] = mixed.round().clip(0, 255).astype(np.uint8)
-    return turned
+    return inside, some, to_rgb(turned_l, chroma * target_c / main_c, target_h + 0.3 * offset)
+
+
+def _tint(pixels: Pixels, colour: str, reach: float = 0.3) -> Turned | None:
+    """For a drawing of one grey, or black; None for others. What is lighter or darker by `reach` stays."""
+    grey = (pixels.chroma < 0.055) & (pixels.lightness < 0.92)
+    known = grey & pixels.opaque
+    if not known.any() or known.sum() < 0.6 * pixels.opaque.sum():
+        return None
+    main = float(np.median(pixels.lightness[known]))
+    target_l, target_c, target_h = TARGETS[colour]
+    # 1 near the main lightness, falling to 0 at `reach` from it.
+    part = np.where(grey, np.clip(2 - 2 * np.abs(pixels.lightness - main) / reach, 0, 1), 0.0)
+    some = part > 0
+    tinted_l = np.clip(pixels.lightness[some] + target_l - main, 0, 1)
+    return part, some, to_rgb(tinted_l, np.full_like(tinted_l, target_c), np.full_like(tinted_l, target_h))
 
 
 def _distance(hue: Array, other: float) -> Array:

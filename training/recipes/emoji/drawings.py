@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import FLAGS, Concept
-from .colour import TARGETS, colour_name, turn
+from .colour import TARGETS, colour_name, measure, turn
 from .draw import render
 from .held_out import colour_held_out
 from .icons import Icon
@@ -64,8 +64,8 @@ class Drawing:
 def render_all(jobs: Sequence[Job], size: int = 128, workers: int = 1) -> list[Drawing]:
     """Every job drawn, each followed by its copies in other colours, in the order of `jobs` for any `workers`.
 
-    Copies are made for concepts with flag `t`, never in a colour held out of the thing. Jobs that cannot be drawn are
-    left out, with a line on stderr.
+    Copies are made for concepts with flag `t`, never of outlines or in a colour held out of the thing. Jobs that cannot
+    be drawn are left out, with a line on stderr.
     """
     draw = partial(_draw_or_say, size=size)
     found: list[Drawing] = []
@@ -97,13 +97,14 @@ def draw_job(job: Job, size: int) -> list[Drawing]:
     rgba = render(job.icon, size)
     colour = None if job.concept.flag == "n" else colour_name(rgba)
     found = [_drawing(job, colour, False, rgba)]
-    if job.concept.flag != "t":
+    if job.concept.flag != "t" or job.style == "outline":
         return found
+    pixels = measure(rgba)
     for target in TARGETS:
         if target == colour or colour_held_out(target, job.concept.hexcode):
             continue
-        turned = turn(rgba, target)
-        if turned is not None and colour_name(turned, 0.4) == target:
+        turned = turn(rgba, target, pixels)
+        if turned is not None and colour_name(turned[::2, ::2], 0.4) == target:
             found.append(_drawing(job, target, True, turned))
     return found
 

@@ -14,13 +14,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package. `style` is what captions call its drawing style; empty for packages without drawings."""
+    """One npm package. `style` is what captions call its drawing style; empty for packages without drawings.
+
+    Icons of a set that is not `by_unicode` are found by `icon_names.txt`. With `on_disc` every drawing of the set
+    stands on a coloured disc, which is left out.
+    """
 
     name: str
     version: str
     sha256: str
     licence: str
     style: str = ""
+    by_unicode: bool = True
+    on_disc: bool = False
 
     @property
     def short_name(self) -> str:
@@ -45,14 +51,14 @@ ICON_SETS = (
         "1.2.5",
         "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         "Apache-2.0",
-        "old noto",
+        "noto",
     ),
     Package(
         "@iconify-json/fluent-emoji",
         "1.2.7",
         "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
         "MIT",
-        "fluent",
+        "glossy",
     ),
     Package(
         "@iconify-json/fluent-emoji-flat",
@@ -66,21 +72,69 @@ ICON_SETS = (
         "1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
         "CC-BY-4.0",
-        "twemoji",
+        "flat",
     ),
     Package(
         "@iconify-json/fxemoji",
         "1.2.2",
         "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
         "Apache-2.0",
-        "fxemoji",
+        "flat",
     ),
     Package(
         "@iconify-json/emojione",
         "1.2.3",
         "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         "CC-BY-4.0",
-        "emojione",
+        "flat",
+    ),
+    Package(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+        "MIT",
+        "outline",
+    ),
+    Package(
+        "@iconify-json/streamline-emojis",
+        "1.2.4",
+        "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
+        "CC-BY-4.0",
+        "cartoon",
+        by_unicode=False,
+    ),
+    Package(
+        "@iconify-json/streamline-ultimate-color",
+        "1.2.2",
+        "46133a11f3734bcef29066391d7edc141ed1d8056242ddfa1b5d36ce286420b6",
+        "CC-BY-4.0",
+        "cartoon",
+        by_unicode=False,
+    ),
+    Package(
+        "@iconify-json/streamline-kameleon-color",
+        "1.2.2",
+        "5f972d986afb340d8a45d7a16e767f99f91fdd94db53e46a78c79847212aed7b",
+        "CC-BY-4.0",
+        "flat",
+        by_unicode=False,
+        on_disc=True,
+    ),
+    Package(
+        "@iconify-json/fluent-color",
+        "1.2.21",
+        "fa2ddaaac7a2a7b902659cea1b5b8c03017ce2ae56295138876b86a36177dfbe",
+        "MIT",
+        "glossy",
+        by_unicode=False,
+    ),
+    Package(
+        "@iconify-json/ph",
+        "1.2.2",
+        "e3a582a047d9829fc7e8842c660d8065e598d1b68bb58cb68e75a1f1e5a614cc",
+        "MIT",
+        "outline",
+        by_unicode=False,
     ),
 )
 NAMES = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT")

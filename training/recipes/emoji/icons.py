@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -94,9 +95,60 @@ def read_icons(icons: Json, table: Mapping[str, str], names: Names) -> dict[str,
         hexcode = by_name.get(name) or names.hexcode(name)
         if hexcode is None or hexcode not in names.emoji or entry.get("hidden"):
             continue
-        size = [entry.get(key, icons.get(key, default)) for key, default in BOX]
-        found.setdefault(hexcode, Icon(entry["body"], (size[0], size[1], size[2], size[3])))
+        found.setdefault(hexcode, _icon(icons, entry))
     return found
 
 
+def read_icon_names(path: Path | None = None) -> dict[str, dict[str, str]]:
+    """`icon_names.txt`, or a file like it: for each set, hexcodes by the set's own names of icons.
+
+    Raises `ValueError` naming the line that is not `[SET]` or `ICON HEXCODE`.
+    """
+    path = path or Path(__file__).with_name("icon_names.txt")
+    sets: dict[str, dict[str, str]] = {}
+    current: dict[str, str] | None = None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if not words or line.startswith("#"):
+            continue
+        if len(words) == 1 and re.fullmatch(r"\[[a-z0-9-]+\]", line):
+            current = sets.setdefault(line[1:-1], {})
+        elif len(words) == 2 and current is not None:
+            current[words[0]] = normalise(words[1])
+        else:
+            raise ValueError(f"{path.name}, line {number}: expected '[SET]' or 'ICON HEXCODE', got {line!r}")
+    return sets
+
+
+def read_named_icons(icons: Json, table: Mapping[str, str], on_disc: bool) -> list[dict[str, Icon]]:
+    """The drawings of one set whose own names `table` gives hexcodes: first drawings by hexcode, then second ones, ...
+
+    Raises `ValueError` naming an icon that the set does not have.
+    """
+    layers: list[dict[str, Icon]] = []
+    for name, hexcode in table.items():
+        entry = icons["icons"].get(name)
+        if entry is None:
+            raise ValueError(f"icon_names.txt: {icons.get('prefix')} has no icon {name!r}")
+        icon = _icon(icons, entry)
+        icon = Icon(without_disc(icon.body), icon.box) if on_disc else icon
+        for layer in layers:
+            if hexcode not in layer:
+                layer[hexcode] = icon
+                break
+        else:
+            layers.append({hexcode: icon})
+    return layers
+
+
+def without_disc(body: str) -> str:
+    """An SVG body without its first path, the disc that everything else stands on."""
+    return re.sub(r"<path [^>]*/>", "", body, count=1)
+
+
 BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+
+
+def _icon(icons: Json, entry: Json) -> Icon:
+    size = [entry.get(key, icons.get(key, default)) for key, default in BOX]
+    return Icon(entry["body"], (size[0], size[1], size[2], size[3]))

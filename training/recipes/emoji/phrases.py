@@ -27,6 +27,7 @@ STYLES = {
         ("outline style", "outline", "line art", "line drawing"),
         ("an outline of {}", "a line drawing of {}", "an outline drawing of {}"),
     ),
+    "cartoon": StyleWords(("cartoon",), ("cartoon style", "in cartoon style")),
 }
 DRAWN = ("a drawing of {}", "an emoji of {}", "a picture of {}", "an icon of {}", "an illustration of {}")
 

@@ -14,6 +14,7 @@ from .things import Thing, Urn, gather, subject
 
 # How often each kind of scene is drawn.
 KINDS = {"object": 0.44, "background": 0.12, "pair": 0.2, "three": 0.04, "count": 0.12, "size": 0.05, "sizes": 0.03}
+COMMON = 1.4  # power of the frequencies in scenes: they show common things, which a prompt is most likely to combine
 COLOURED = 0.12  # of the scenes with several things: on a coloured background
 SAME_SET = 0.7  # of the scenes with several things: all from one icon set where it has them
 DROWNED = 0.3  # most of a drawing that a background may hide
@@ -52,8 +53,8 @@ class Planner:
         scenic = [thing for thing in things if thing.own and thing.weight >= 1]
         if not scenic:
             raise ValueError(f"none of {len(drawings)} drawings has weight 1 or more, to stand in a scene")
-        self._all, self._scenic = Urn(things), Urn(scenic)
-        self._countable = Urn([thing for thing in scenic if thing.countable] or scenic)
+        self._all, self._scenic = Urn(things), Urn(scenic, COMMON)
+        self._countable = Urn([thing for thing in scenic if thing.countable] or scenic, COMMON)
         self._drowned: dict[int, dict[str, float]] = {}
         self._makers: dict[str, Callable[[random.Random], Plan]] = {
             "object": self._object,

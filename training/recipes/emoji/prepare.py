@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from .captions import captions, concept_of, read_concepts, without_unseen
+from .captions import captions, clean, concept_of, read_concepts, without_unseen
 from .draw import on_white
 from .drawings import SPLITS, Job, draw_job, render_all, write_bundle
 from .fetch import ICON_SETS, NAMES, Package, fetch, read_json
 from .held_out import colour_held_out
-from .icons import Emoji, Icon, Names, read_icons, read_names
+from .icons import Emoji, Icon, Names, read_icon_names, read_icons, read_named_icons, read_names
 from .scenes import Composer
 
 SHORTCODES = ("github", "iamcal", "emojibase", "joypixels")
@@ -42,6 +43,13 @@ GROUPS = {
     8: "symbols",
     9: "flags",
 }  # Unicode's groups, by their numbers in the names' tables
+FLAGS = {
+    *("Argentina", "Australia", "Austria", "Belgium", "Brazil", "Canada", "Chile", "China", "Colombia", "Denmark"),
+    *("Egypt", "Finland", "France", "Germany", "Greece", "India", "Indonesia", "Ireland", "Israel", "Italy", "Japan"),
+    *("Kenya", "Mexico", "Netherlands", "New Zealand", "Nigeria", "Norway", "Pakistan", "Peru", "Poland", "Portugal"),
+    *("Russia", "South Africa", "South Korea", "Spain", "Sweden", "Switzerland", "Turkey", "Türkiye", "Ukraine"),
+    *("United Kingdom", "United States", "Vietnam", "European Union"),
+}  # the countries whose flags are shown
 TURNED_WEIGHT = 0.12  # of the drawing's own; a drawing has up to six turned copies
 COMMON = {2.0: 1.0, 3.0: 7.5}  # the weights that make the subset `common`, and how often it shows them
 
@@ -61,13 +69,28 @@ def load(cache: Path, packages: Sequence[Package] = ICON_SETS) -> tuple[Names, d
     """Names, the drawings of each set by hexcode, and the subgroups that hold letters, keycaps and arrows."""
     archives = {package.short_name: fetch(package, cache) for package in packages}
     names_archive = fetch(NAMES, cache)
-    tables = {name: read_json(path, "chars.json") for name, path in archives.items()}
+    by_unicode = [package.short_name for package in packages if package.by_unicode]
+    tables = {name: read_json(archives[name], "chars.json") for name in by_unicode}
     shortcodes = [read_json(names_archive, f"en/shortcodes/{name}.json") for name in SHORTCODES]
     unicode_names = read_json(names_archive, "meta/unicode-names.json")
     names = read_names(read_json(names_archive, "en/data.json"), shortcodes, [*tables.values(), unicode_names])
-    sets = {name: read_icons(read_json(path, "icons.json"), tables[name], names) for name, path in archives.items()}
+    by_name = read_icon_names()
+    sets: dict[str, dict[str, Icon]] = {}
+    for package in packages:
+        name, icons = package.short_name, read_json(archives[package.short_name], "icons.json")
+        if package.by_unicode:
+            sets[name] = read_icons(icons, tables[name], names)
+            continue
+        for number, layer in enumerate(read_named_icons(icons, by_name[name], package.on_disc), 1):
+            sets[name if number == 1 else f"{name}-{number}"] = layer
     groups = read_json(names_archive, "meta/groups.json")["subgroups"]
     return names, sets, {int(number) for number, name in groups.items() if name in LETTERS}
+
+
+def style_of(set_name: str) -> str:
+    """The drawing style of a set, also of its second drawings (`ph-2`); the set's name if nobody knows it."""
+    styles = {package.short_name: package.style for package in ICON_SETS}
+    return styles.get(set_name) or styles.get(re.sub(r"-\d+$", "", set_name), set_name)
 
 
 def held_out(key: str, share: float) -> bool:
@@ -76,19 +99,21 @@ def held_out(key: str, share: float) -> bool:
 
 
 def weight_of(emoji: Emoji, letters: set[int]) -> float:
-    """How often to show an emoji that is not among the common things; 0 leaves it out."""
-    if emoji.subgroup in letters or emoji.group in (-1, 2) or "o'clock" in emoji.label or "-thirty" in emoji.label:
+    """How often to show an emoji that is not in `concepts.txt`; 0 leaves it out.
+
+    Left out are letters, clock faces, signs, and of people and their skin tones what `concepts.txt` does not name.
+    """
+    if emoji.tone or emoji.subgroup in letters or "o'clock" in clean(emoji.label) or "-thirty" in emoji.label:
         return 0.0
-    if emoji.tone:
-        return 0.1
-    return {1: 0.4, 8: 0.3, 9: 0.15}.get(emoji.group, 1.0)
+    if emoji.group == 9:
+        return 0.25 if emoji.label.removeprefix("flag: ") in FLAGS else 0.0
+    return dict.fromkeys((0, 3, 4, 5, 6, 7), 0.5).get(emoji.group, 0.0)
 
 
 def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subset: str, share: float) -> Iterator[Job]:
     """The drawings of a subset, `all` or `common`, with their captions' concept and their weight."""
     common = read_concepts()
     unseen = [name for concept in common.values() for name in concept.unseen]
-    styles = {package.short_name: package.style for package in ICON_SETS}
     for set_name, icons in sets.items():
         for hexcode, icon in icons.items():
             emoji = names.emoji[hexcode]
@@ -103,7 +128,7 @@ def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subs
             if weight == 0:
                 continue
             split = "validation" if held_out(f"{set_name}-{hexcode}", share) else "train"
-            style, group = styles.get(set_name, set_name), GROUPS.get(emoji.group, "")
+            style, group = style_of(set_name), GROUPS.get(emoji.group, "")
             yield Job(set_name, style, icon, concept, weight, split, group)
 
 

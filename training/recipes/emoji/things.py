@@ -36,6 +36,7 @@ class Thing:
 
     @property
     def frequency(self) -> float:
+        """How often the thing is shown, compared with others."""
         return self.weight * min(1.0, (len(self.own) + len(self.outlines)) / FEW) ** 0.5
 
     def draw(self, rng: random.Random, outlines: bool = False, set_name: str | None = None) -> Drawing:
@@ -69,20 +70,22 @@ def subject(drawing: Drawing, names: Sequence[str] = ()) -> Subject:
     if drawing.turned:
         names = tuple(dict.fromkeys(uncoloured(name) for name in names if uncoloured(name).removeprefix("~")))
         return Subject(names, drawing.colour, drawing.style, tinted=True)
+    if drawing.style == "outline":
+        return Subject(names, None, drawing.style, styled=True)  # black lines are the style, not the thing's colour
     colour = sayable(concept.names, drawing.colour)
     if colour and colour_held_out(colour, concept.hexcode):
         colour = None
-    return Subject(names, colour, drawing.style, styled=drawing.style == "outline")
+    return Subject(names, colour, drawing.style)
 
 
 class Urn:
-    """Things to draw from, each as often as its frequency says. Raises `ValueError` when there is none."""
+    """Things to draw from, in proportion to a power of their frequency. Raises `ValueError` when there is none."""
 
-    def __init__(self, things: Sequence[Thing]) -> None:
+    def __init__(self, things: Sequence[Thing], power: float = 1.0) -> None:
         if not things:
             raise ValueError("no things to draw from")
         self.things = list(things)
-        self._edges = list(accumulate(thing.frequency for thing in things))
+        self._edges = list(accumulate(thing.frequency**power for thing in things))
 
     def draw(self, rng: random.Random) -> Thing:
         return self.things[bisect(self._edges, rng.random() * self._edges[-1], hi=len(self.things) - 1)]
