@@ -67,10 +67,12 @@ def base(options: argparse.Namespace, settings: BurstSettings) -> None:
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_denoise, args=(options, settings, pool, receiver, deadline))
     child.start()
-    _autoencode(options, settings, pool, sender)
-    for worker in workers:
-        worker.terminate()
-    child.join()
+    try:
+        _autoencode(options, settings, pool, sender)
+        child.join()
+    finally:  # no process outlives a failure
+        for process in (*workers, child):
+            process.terminate()
     if child.exitcode:
         sys.exit(f"burst: the denoiser's process ended with {child.exitcode}")
 
@@ -85,11 +87,9 @@ def _autoencode(options: argparse.Namespace, settings: BurstSettings, pool: Any,
     perceptual = autoencoder.Perceptual(features).to(device) if features.exists() else None
     distance = perceptual.to(memory_format=torch.channels_last) if perceptual is not None else None
     model = autoencoder.train(pool, settings, options.autoencoder_seconds, device, options.output, distance)
-    pool.wait(1.0)
     latents = autoencoder.encode_pool(model, pool, device)
     scale = 1 / float(latents[:4096].float().std())
     np.save(options.state / "latents.npy", (latents.float() * scale).half().numpy())
-    np.savez(options.state / "captions.npz", tokens=pool.tokens, counts=pool.counts)
     facts = {"scaling_factor": scale, "settings": settings.as_dict()}
     (options.output / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     (options.state / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -110,15 +110,18 @@ def _denoise(options: argparse.Namespace, settings: BurstSettings, pool: Any, re
     unet = denoiser.build(settings, width, device)
     network = denoiser.warm_up(unet, settings, width, device, compiled)
     print(f"denoiser is warm, {deadline - time.monotonic():.0f} s left", flush=True)
+    pool.wait(1.0)
+    np.savez(options.state / "captions.npz", tokens=pool.tokens, counts=pool.counts)
+    captions = read_captions(options, device)
+    print(f"captions are read, {deadline - time.monotonic():.0f} s left", flush=True)
     ready.recv()
     latents = torch.from_numpy(np.load(options.state / "latents.npy")).to(device)
-    captions = read_captions(options, device)
     reserve = 12.0 if compiled else 1.0  # for the page of pictures
     seconds = max(deadline - time.monotonic() - reserve, 1.0)
     print(f"denoiser begins: {len(latents)} pictures, {len(captions.states)} captions, {seconds:.0f} s", flush=True)
     denoiser.train(unet, network, latents, captions, settings, seconds, options.output)
     save_half(unet.state_dict(), options.state, "unet")
-    page(options, settings, network, captions, device, "base.png", 25, settings.guidance_scale)
+    page(options, settings, denoiser.as_network(unet, False), captions, device, "base.png", 25, settings.guidance_scale)
 
 
 def distil(options: argparse.Namespace, settings: BurstSettings) -> None:
@@ -134,15 +137,10 @@ def distil(options: argparse.Namespace, settings: BurstSettings) -> None:
     unet = denoiser.load(settings, text_width(options.packed), folders, device, "unet")
     captions = read_captions(options, device)
     compiled = device.type == "cuda"
-    made: list[Any] = []
-
-    def network_of(network: Any) -> Any:
-        made.append(denoiser.as_network(network, compiled))
-        return made[-1]
-
-    reserve = 10.0 if compiled else 1.0
+    reserve = 10.0 if compiled else 1.0  # for the page of pictures
     seconds = max(deadline - time.monotonic() - reserve, 1.0)
-    student = distillation.train(unet, network_of, captions, settings, seconds, options.output)
+    print(f"distillation begins: {len(captions.states)} captions, {seconds:.0f} s", flush=True)
+    student = distillation.train(unet, captions, settings, seconds, options.output, compiled)
     page(options, settings, denoiser.as_network(student, False), captions, device, "student.png", settings.few_steps, 1)
 
 

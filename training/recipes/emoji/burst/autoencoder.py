@@ -81,7 +81,8 @@ def objective(
 
 @torch.no_grad()
 def encode_pool(model: Any, pool: Pool, device: torch.device, batch: int = 512) -> Tensor:
-    """The means of every picture's latents, (N, C, h, w) float16, on the CPU; divide them by their deviation."""
+    """The means of every picture's latents, (N, C, h, w) float16, on the CPU; their deviation is not 1."""
+    pool.wait(1.0)
     parts = []
     for start in range(0, len(pool.ready), batch):
         index = np.arange(start, min(start + batch, len(pool.ready)))

@@ -65,7 +65,7 @@ def load(settings: BurstSettings, text_width: int, folders: list[Path], device: 
 
 def as_network(unet: Any, compiled: bool) -> Network:
     """The UNet as a function of tensors, one graph of it if compiled."""
-    forward = torch.compile(unet.forward, fullgraph=True) if compiled else unet.forward
+    forward = torch.compile(unet.forward, fullgraph=True, dynamic=False) if compiled else unet.forward
 
     def network(noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         with autocast(noisy.device):

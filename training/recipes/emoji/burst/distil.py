@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .clock import Average, Clock, Log, apply_update, optimizer, save_half
-from .denoiser import Captions, process_of
+from .denoiser import Captions, as_network, process_of
 from .sampling import Levels, Network, guided_step, trailing
 from .settings import BurstSettings
 
@@ -56,24 +56,24 @@ def trajectories(
 
 def train(
     unet: Any,
-    network_of: Any,
     captions: Captions,
     settings: BurstSettings,
     seconds: float,
     output: Path,
+    compiled: bool = False,
     buffer: int = 32,
 ) -> Any:
     """The student, trained for so many seconds; it goes to `output/student-*.safetensors`.
 
     Args:
-        unet: the teacher.
-        network_of: makes a `Network` of a UNet.
+        unet: the teacher; it is frozen.
         buffer: batches of trajectories that are kept and learned from; the oldest is replaced as new ones are drawn.
     """
     device = captions.states.device
     levels, log = Levels(process_of(settings), device), Log(output / "log.jsonl", "distillation")
     student_unet = copy.deepcopy(unet)
-    teacher, student = network_of(unet.eval().requires_grad_(False)), network_of(student_unet)
+    teacher = as_network(unet.eval().requires_grad_(False), compiled)
+    student, drawing = as_network(student_unet, compiled), as_network(student_unet, False)
     adam = optimizer(student_unet, settings.distil_rate)
     average, clock = Average(student_unet, 0.998), Clock(seconds, settings.distil_rate, warmup=100, fall=0.5)
     plan = torch.tensor(trailing(settings.few_steps), device=device)
@@ -82,11 +82,11 @@ def train(
     while not clock.over:
         index = torch.randint(0, len(captions.counts), (settings.distil_batch,), device=device)
         states = captions.draw(index, 0.0)
-        follows = student if clock.share > settings.on_policy else None
+        follows = drawing if clock.share > settings.on_policy else None
         shape = (settings.latent_channels, side, side)
         begins, ends = trajectories(teacher, follows, levels, states, captions.empty, settings, shape)
         kept = [*kept[-(buffer - 1) :], (begins, ends, states)]
-        for number in [len(kept) - 1, *torch.randint(0, len(kept), (settings.few_steps * 2 - 1,)).tolist()]:
+        for number in [len(kept) - 1, *torch.randint(0, len(kept), (settings.distil_updates - 1,)).tolist()]:
             begins, ends, states = kept[number]
             step = torch.randint(0, settings.few_steps, (len(states),), device=device)
             rows = torch.arange(len(states), device=device)
@@ -99,7 +99,7 @@ def train(
             apply_update(loss, student_unet, adam, clock)
             average.update()
             running = torch.lerp(running, error.detach().mean(), 0.02)
-        if clock.updates % (settings.few_steps * 2 * 5) == 0:
+        if clock.updates % (settings.distil_updates * 10) == 0:
             log(updates=clock.updates, error=float(running), own=float(follows is not None))
     average.swap()
     log(updates=clock.updates, error=float(running))

@@ -18,10 +18,11 @@ class BurstSettings:
         teacher_substeps: guided DDIM steps of the teacher within each of them.
         guidance_scale: of the teacher, and so of every distilled picture.
         on_policy: share of the distillation's time after which states come from the student's own steps.
+        distil_updates: of the student for each new batch of trajectories.
     """
 
     size: int = 128
-    pool: int = 400_000
+    pool: int = 240_000
     max_captions: int = 3
     tokens: int = 32
     autoencoder_channels: tuple[int, ...] = (48, 96, 128, 128)
@@ -30,7 +31,7 @@ class BurstSettings:
     autoencoder_batch: int = 64
     autoencoder_rate: float = 8e-4
     kl_weight: float = 1e-4
-    perceptual_weight: float = 0.2
+    perceptual_weight: float = 0.1
     equivariance: float = 0.25
     unet_channels: tuple[int, ...] = (128, 256)
     unet_layers: int = 2
@@ -41,11 +42,12 @@ class BurstSettings:
     caption_dropout: float = 0.1
     min_snr_gamma: float = 5.0
     few_steps: int = 4
-    teacher_substeps: int = 6
+    teacher_substeps: int = 4
     guidance_scale: float = 3.5
     distil_batch: int = 512
     distil_rate: float = 3e-4
     on_policy: float = 0.5
+    distil_updates: int = 12
     seed: int = 0
 
     @classmethod
