@@ -99,6 +99,10 @@ def test_plurals() -> None:
         "goldfish": "goldfish",
         "snowman": "snowmen",
         "t-rex": "t-rexes",
+        "person lifting weights": "people lifting weights",
+        "woman dancing": "women dancing",
+        "face blowing a kiss": "faces blowing a kiss",
+        "office building": "office buildings",
         "key": "keys",
     }
     assert {name: plural(name) for name in several} == several

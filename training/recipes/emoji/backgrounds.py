@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ SHADES: dict[str, tuple[float, float, float, float, float]] = {
     "dark blue": (0.36, 0.13, 264.0, 0.03, 5.0),
     "light green": (0.88, 0.11, 145.0, 0.03, 9.0),
     "dark green": (0.39, 0.09, 150.0, 0.04, 8.0),
-    "light gray": (0.88, 0.0, 0.0, 0.02, 0.0),
+    "light gray": (0.85, 0.0, 0.0, 0.03, 0.0),
     "dark gray": (0.48, 0.0, 0.0, 0.03, 0.0),
     "beige": (0.91, 0.04, 85.0, 0.02, 8.0),
 }
@@ -53,18 +54,21 @@ def choose(rng: random.Random, without: Sequence[str] = ()) -> Background:
     return Background(name, (round(red), round(green), round(blue)))
 
 
-def drowned(rgba: NDArray[np.uint8], step: int = 4, near: float = 0.12) -> dict[str, float]:
+def drowned(rgba: NDArray[np.uint8], step: int = 6, near: float = 0.12) -> dict[str, float]:
     """For each background, the share of an (H, W, 4) drawing's opaque pixels that could not be told from it."""
-    small = rgba[step // 2 :: step, step // 2 :: step]
-    pixels = small[small[..., 3] > 128][:, :3] / 255.0
+    some = rgba[step // 2 :: step, step // 2 :: step]
+    pixels = some[some[..., 3] > 128][:, :3] / 255.0
     if not len(pixels):
         return dict.fromkeys(SHADES, 1.0)
-    lab = _lab(*to_oklch(pixels))
-    found = {}
-    for name, (lightness, chroma, hue, *_) in SHADES.items():
-        other = _lab(np.array([lightness]), np.array([chroma]), np.array([hue]))
-        found[name] = float((np.linalg.norm(lab - other, axis=-1) < near).mean())
-    return found
+    distance = np.linalg.norm(_lab(*to_oklch(pixels))[:, None] - _centres(), axis=-1)  # (pixels, backgrounds)
+    return dict(zip(SHADES, (distance < near).mean(0).tolist(), strict=True))
+
+
+@lru_cache(maxsize=1)
+def _centres() -> NDArray[np.floating]:
+    """The backgrounds in OKLab, (backgrounds, 3)."""
+    lightness, chroma, hue, *_ = np.array(list(SHADES.values())).T
+    return _lab(lightness, chroma, hue)
 
 
 def _lab(

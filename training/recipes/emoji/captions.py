@@ -55,13 +55,12 @@ def without_unseen(concept: Concept, unseen: Iterable[str]) -> Concept | None:
 
 
 def concept_of(emoji: Emoji) -> Concept:
-    """A concept for an emoji that is not among the common ones: its label, and up to two other plain names."""
+    """A concept for an emoji that is not in `concepts.txt`: its label, and up to two other plain names; no colours."""
     label = describe(emoji.label)
     others = [] if emoji.tone or emoji.group == 9 else [clean(name) for name in emoji.synonyms]
     names = [label, *[name for name in dict.fromkeys(others) if name != label and is_plain(name)][:2]]
     marked = [f"~{name}" if is_plural(name) else name for name in names]
-    mixed = emoji.group in (0, 1, 9)  # faces, people and flags have a colour nobody would name
-    return Concept(emoji.hexcode, 1.0, "n" if mixed else "-", tuple(marked))
+    return Concept(emoji.hexcode, 1.0, "n", tuple(marked))
 
 
 def describe(label: str) -> str:

@@ -119,9 +119,10 @@ def write_bundle(jobs: Sequence[Job], path: Path) -> int:
     lines += [json.dumps(_row(job), ensure_ascii=False, separators=(",", ":")) for job in jobs]
     packed = lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(packed)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        whole = Path(temporary) / path.name
+        whole.write_bytes(packed)
+        os.replace(whole, path)
     return len(packed)
 
 

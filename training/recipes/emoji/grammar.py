@@ -43,7 +43,8 @@ ODD_PLURALS = {
     "hero": "heroes",
     "police": "police",
 }
-TAILS = re.compile(r"( (?:of|with|in|on|behind|from|for|to|at|and|blowing|without) .*)$")
+TAILS = re.compile(r"( (?:of|with|in|on|behind|from|for|to|at|and|over|without|[a-z]+ing) .*)$")
+PEOPLE = re.compile(r"^(person|man|woman|monkey)( .*)$")  # `person running`: what follows says what they do
 
 
 def article(name: str) -> str:
@@ -95,7 +96,9 @@ def plural(name: str) -> str:
     if name.startswith("~"):
         raise ValueError(f"{name!r} is not counted")
     head, tail = name, ""
-    if found := TAILS.search(name):
+    if found := PEOPLE.match(name):
+        head, tail = found.groups()
+    elif found := TAILS.search(name):
         head, tail = name[: found.start()], found.group()
     *words, last = head.split(" ")
     *hyphenated, last = re.split(r"(?<=-)", last)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from .captions import Concept, read_concepts
 from .colour import COLOURS
-from .grammar import uncoloured
+from .grammar import plural, uncoloured
 
 COLOUR_SHARE = 0.12
 PAIR_SHARE = 0.10
@@ -68,7 +68,8 @@ def family(hexcode: str) -> str:
 
 
 def families(concepts: Mapping[str, Concept]) -> dict[str, str]:
-    """The family of each concept by hexcode: things that share a name, colours and portraits aside, are one family.
+    """The family of each concept by hexcode: things that share a name or its plural, colours and portraits aside, are
+    one family.
 
     A family is known by the plain first name of its first concept.
     """
@@ -82,8 +83,10 @@ def families(concepts: Mapping[str, Concept]) -> dict[str, str]:
     owner: dict[str, str] = {}
     for hexcode, concept in concepts.items():
         for name in (*concept.names, *concept.unseen):
-            first = owner.setdefault(_bare(name), hexcode)
-            parent[root(hexcode)] = root(first)
+            forms = [_bare(name)] if name.startswith("~") else [_bare(name), plural(_bare(name))]
+            for form in forms:
+                first = owner.setdefault(form, hexcode)
+                parent[root(hexcode)] = root(first)
     return {hexcode: _bare(concepts[root(hexcode)].names[0]) for hexcode in concepts}
 
 

@@ -72,7 +72,7 @@ def one(rng: random.Random, subject: Subject, words: Sequence[str] = (), white: 
         found.append(noun(rng, subject, words, colour=rng.random() < 0.4).removeprefix("~"))
     found.append(whole(noun(rng, subject, words, colour=rng.random() < 0.5)))
     found.append(_fuller(rng, subject, words, white))
-    return _some(found)
+    return _some([found[0], *rng.sample(found[1:], len(found) - 1)])
 
 
 def _fuller(rng: random.Random, subject: Subject, words: Sequence[str], white: bool) -> str:

@@ -107,7 +107,7 @@ def weight_of(emoji: Emoji, letters: set[int]) -> float:
         return 0.0
     if emoji.group == 9:
         return 0.25 if emoji.label.removeprefix("flag: ") in FLAGS else 0.0
-    return dict.fromkeys((0, 3, 4, 5, 6, 7), 0.5).get(emoji.group, 0.0)
+    return dict.fromkeys((0, 3, 4, 5, 6, 7), 0.9).get(emoji.group, 0.0)
 
 
 def jobs(names: Names, sets: dict[str, dict[str, Icon]], letters: set[int], subset: str, share: float) -> Iterator[Job]:
