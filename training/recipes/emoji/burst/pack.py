@@ -59,12 +59,13 @@ def pack(bundle: Path, output: Path, text: Path, sampled: int = 3000) -> int:
 def caption_words(bundle: Path, sampled: int) -> Iterable[str]:
     """All names in the bundle, and the captions of so many scenes, which have the words between them."""
     from ..drawings import read_bundle, render_all
+    from ..grammar import plural
     from ..scenes import Composer
 
     jobs = read_bundle(bundle)
     for concept in {job.concept for job in jobs}:
         for name in (*concept.names, *concept.unseen):
-            yield from (name.lstrip("~"), f"{name.lstrip('~')}s")
+            yield from (name[1:],) if name.startswith("~") else (name, plural(name))
     some = render_all(jobs[:: max(1, len(jobs) // 300)], 128, 1)
     composer = Composer(some, 128, 1)
     for index in range(sampled):
