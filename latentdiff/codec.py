@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.models.config import downscale_factor
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -46,7 +48,6 @@ class Codec:
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
-        from latentdiff.models.config import downscale_factor
 
         return downscale_factor(self.autoencoder.config)
 

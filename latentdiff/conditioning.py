@@ -132,14 +132,18 @@ class GuidedConditioning:
 
     def replace(self, **changes: Tensor | None) -> "GuidedConditioning":
         """With the same conditions (B, ...) in both parts in place of some."""
-        negative = None if self.negative is None else self.negative.replace(**changes)
-        return GuidedConditioning(self.positive.replace(**changes), negative)
+        return self._map(lambda part: part.replace(**changes))
 
     def repeat(self, times: int) -> "GuidedConditioning":
         """Every entry `times` times in a row."""
-        return GuidedConditioning(
-            self.positive.repeat(times), None if self.negative is None else self.negative.repeat(times)
-        )
+        return self._map(lambda part: part.repeat(times))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "GuidedConditioning":
+        """See `Conditioning.to`."""
+        return self._map(lambda part: part.to(device, dtype))
+
+    def _map(self, change: Callable[[Conditioning], Conditioning]) -> "GuidedConditioning":
+        return GuidedConditioning(change(self.positive), None if self.negative is None else change(self.negative))
 
 
 class Conditioner(Protocol):

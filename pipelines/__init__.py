@@ -4,31 +4,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.base import LatentPipeline
-    from latentdiff.pipelines.class_conditional import ClassConditionalPipeline
-    from latentdiff.pipelines.drawing import ImagesOutput, Progress
-    from latentdiff.pipelines.image_to_image import ImageToImagePipeline
-    from latentdiff.pipelines.inpaint import InpaintPipeline
-    from latentdiff.pipelines.many import draw_many
-    from latentdiff.pipelines.previews import filmstrip
-    from latentdiff.pipelines.super_resolution import SuperResolutionPipeline
-    from latentdiff.pipelines.text_to_image import TextToImagePipeline
-    from latentdiff.pipelines.unconditional import UnconditionalPipeline
-    from latentdiff.pipelines.variations import ImageVariationPipeline
+    from latentdiff.pipelines.batch.many import draw_many
+    from latentdiff.pipelines.core.output import ImagesOutput
+    from latentdiff.pipelines.core.pipeline import LatentPipeline
+    from latentdiff.pipelines.core.previews import filmstrip
+    from latentdiff.pipelines.core.sampling import Progress
+    from latentdiff.pipelines.tasks.class_conditional import ClassConditionalPipeline
+    from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
+    from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
+    from latentdiff.pipelines.tasks.super_resolution import SuperResolutionPipeline
+    from latentdiff.pipelines.tasks.text_to_image import TextToImagePipeline
+    from latentdiff.pipelines.tasks.unconditional import UnconditionalPipeline
+    from latentdiff.pipelines.tasks.variations import ImageVariationPipeline
 
 _HOMES = {
-    "ClassConditionalPipeline": "class_conditional",
-    "ImageToImagePipeline": "image_to_image",
-    "ImageVariationPipeline": "variations",
-    "ImagesOutput": "drawing",
-    "InpaintPipeline": "inpaint",
-    "LatentPipeline": "base",
-    "Progress": "drawing",
-    "SuperResolutionPipeline": "super_resolution",
-    "TextToImagePipeline": "text_to_image",
-    "UnconditionalPipeline": "unconditional",
-    "draw_many": "many",
-    "filmstrip": "previews",
+    "ClassConditionalPipeline": "tasks.class_conditional",
+    "ImageToImagePipeline": "tasks.image_to_image",
+    "ImageVariationPipeline": "tasks.variations",
+    "ImagesOutput": "core.output",
+    "InpaintPipeline": "tasks.inpaint",
+    "LatentPipeline": "core.pipeline",
+    "Progress": "core.sampling",
+    "SuperResolutionPipeline": "tasks.super_resolution",
+    "TextToImagePipeline": "tasks.text_to_image",
+    "UnconditionalPipeline": "tasks.unconditional",
+    "draw_many": "batch.many",
+    "filmstrip": "core.previews",
 }
 
 __all__ = [

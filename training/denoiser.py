@@ -11,7 +11,7 @@ from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gau
 from latentdiff.diffusion.losses import LogLikelihood
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import IdentityAutoencoder, UNet2DConditionModel
-from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE
+from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.text import load_text_encoder
 from latentdiff.training.config import DenoiserSettings
 from latentdiff.training.describe import describe

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentdiff import __version__
+from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.likelihood import BitsPerDimension
-from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline, steps
+from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card_text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.held_out import HeldOutSettings, check_report, held_out_pictures
@@ -56,7 +57,7 @@ class Bound:
     def of(self, pixels: Tensor, class_labels: Tensor | None, seeds: Sequence[int]) -> BitsPerDimension:
         """Of pictures (B, 3, H, W) in [-1, 1], each with the noise of its seed; `class_labels` (B,)."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x_start = pixels if self.in_pixels else steps.encode(self.pipeline.vae, pixels, generators, len(pixels)).float()
+        x_start = pixels if self.in_pixels else Codec(self.pipeline.vae).encode(pixels, generators).float()
         return bits_per_dimension(
             self.process,
             lambda x, timesteps: self.prediction(x, timesteps, class_labels),

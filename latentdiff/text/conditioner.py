@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.text.encode import encode_prompts, max_tokens
+from latentdiff.text.encode import TOKENIZING, encode_prompts, max_tokens
 from latentdiff.text.tokens import count_chunks
 
 LONG_PROMPTS = ("cut", "chunk")
@@ -71,7 +71,8 @@ class TextConditioner:
         if self.long_prompts == "cut" or self.text_encoder is None or not prompts:
             return 1
         length = self.max_length or max_tokens(self.tokenizer, self.text_encoder)
-        return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
+        with TOKENIZING:
+            return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
 
     def of_length(self, tokens: int) -> tuple["TextConditioner", int]:
         """A conditioner whose states, in so many chunks, have `tokens` tokens, to go with states that are given."""

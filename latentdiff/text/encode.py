@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from latentdiff.text.tokens import tokenize, weigh
 from latentdiff.text.words import expand_words
 
 logger = logging.getLogger(__name__)
+
+TOKENIZING = RLock()
+"""Held while a tokenizer works: transformers' keep the last call's options, and fail or cut wrongly in threads."""
 
 UNLIMITED = 1_000_000  # transformers writes 1e30 for "the tokenizer does not know"
 
@@ -85,18 +89,22 @@ def encode_prompts(
     max_length = max_length or max_tokens(tokenizer, text_encoder)
     device = device or text_encoder.device
     if not weights and chunks == 1:
-        prompts = expand_words(prompts, tokenizer)
-        tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-        if warn:
-            warn_of_cuts(prompts, tokenizer, max_length)
+        with TOKENIZING:
+            prompts = expand_words(prompts, tokenizer)
+            tokens = tokenizer(
+                prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+            )
+            if warn:
+                warn_of_cuts(prompts, tokenizer, max_length)
         return text_states(tokens.input_ids, tokens.attention_mask, text_encoder, clip_skip, device)
 
-    parts = tokenize(prompts, tokenizer, max_length, weights=weights, chunks=chunks)
+    with TOKENIZING:
+        parts = tokenize(prompts, tokenizer, max_length, weights=weights, chunks=chunks)
+        nothing = tokenize([""], tokenizer, max_length)
     for cut in parts.cut if warn else []:
         warn_of_cut(cut, chunks * max_length)
     states = text_states(parts.input_ids, parts.attention_mask, text_encoder, clip_skip, device)  # (B chunks, L, D)
     if (parts.weights != 1).any():
-        nothing = tokenize([""], tokenizer, max_length)
         empty = text_states(nothing.input_ids, nothing.attention_mask, text_encoder, clip_skip, device)
         states = weigh(states, empty, parts.weights)
     return states.reshape(len(prompts), chunks * max_length, -1)

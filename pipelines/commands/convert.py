@@ -94,7 +94,7 @@ def convert(
     if Path(source).expanduser().exists() and target.exists() and target.samefile(Path(source).expanduser()):
         raise ValueError(f"{target} is the source itself; choose another name")
     be_quiet()
-    from latentdiff.pipelines.converting import kind_of_source, network_class, only_part
+    from latentdiff.pipelines.storage.converting import kind_of_source, network_class, only_part
 
     kind = kind_of_source(source, ckpt)
     held: str | None = None
@@ -123,12 +123,12 @@ def convert(
     pipeline: Any
     if kind == "network":
         refuse("a folder", reading)
-        from latentdiff.pipelines.converting import network_alone
+        from latentdiff.pipelines.storage.converting import network_alone
 
         pipeline = OnePart(**{str(component): network_alone(source, precision, from_variant)})
     elif kind == "folder":
         refuse("a folder", reading)
-        from latentdiff.pipelines.converting import folder_pipeline
+        from latentdiff.pipelines.storage.converting import folder_pipeline
 
         pipeline = folder_pipeline(source, precision, from_variant)
     else:
@@ -150,9 +150,9 @@ def read_file(
 ) -> Any:
     """The pipeline of a single file, or something with only the component that is wanted."""
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
-    from latentdiff.pipelines.converting import checkpoint_pipeline
-    from latentdiff.pipelines.single_file import check_prediction
-    from latentdiff.pipelines.single_file_parts import AUTOENCODERS, Parts
+    from latentdiff.pipelines.storage.converting import checkpoint_pipeline
+    from latentdiff.pipelines.storage.single_file import check_prediction
+    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, Parts
 
     check_prediction(told["prediction_type"])
     if component is None:
@@ -199,10 +199,10 @@ class OnePart:
 def write(
     pipeline: Any, form: Form, target: Path, variant: str | None, component: Component | None, overwrite: bool
 ) -> None:
-    from latentdiff.pipelines import converting
+    from latentdiff.pipelines.storage import converting
 
     if form is Form.onnx:
-        from latentdiff.pipelines.onnx import export_onnx
+        from latentdiff.pipelines.storage.onnx import export_onnx
 
         export_onnx(pipeline, target)
     elif component is not None and form is Form.file:
@@ -262,7 +262,7 @@ def check_options(
 def check_place(form: Form, target: Path, overwrite: bool) -> None:
     """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
     from latentdiff.interchange.single_file import check_target
-    from latentdiff.pipelines.converting import is_free
+    from latentdiff.pipelines.storage.converting import is_free
 
     if form is Form.file:
         check_target(target, overwrite)

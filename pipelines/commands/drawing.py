@@ -9,9 +9,9 @@ import typer
 from PIL import Image
 
 from latentdiff.interchange.png import save_picture
+from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, draw_filmstrip, in_one, this_machine
+from latentdiff.pipelines.batch.settings import Batch, Recipe, Settings, recipe_of
 from latentdiff.pipelines.commands.options import BATCH
-from latentdiff.pipelines.recipe import Batch, Recipe, Settings, recipe_of
-from latentdiff.pipelines.redrawing import Inputs, draw_batch, draw_filmstrip, in_one, this_machine
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def draw_all(pipeline: Any, settings: Settings, batches: Sequence[Batch], inputs
 
 def best_of_each(pictures: Iterator[Drawn], prompts: Sequence[str], keep: int, settings: Settings) -> Iterator[Drawn]:
     """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there."""
-    from latentdiff.pipelines.reranking import best_of, load_reranker
+    from latentdiff.pipelines.core.reranking import best_of, load_reranker
     from latentdiff.text.weights import without_weights
 
     reranker = load_reranker(settings.reranker)

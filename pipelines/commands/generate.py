@@ -122,9 +122,9 @@ def generate(
     digest = digest_in_background(place, variant)
     started = time.perf_counter()
     from latentdiff import __version__
+    from latentdiff.pipelines.batch.drawing import load_adapters, read_inputs
+    from latentdiff.pipelines.batch.settings import Settings
     from latentdiff.pipelines.commands.drawing import Writer, plan_batches
-    from latentdiff.pipelines.recipe import Settings
-    from latentdiff.pipelines.redrawing import load_adapters, read_inputs
 
     inputs, used = read_inputs(image, mask)
     pipeline = load_pipeline(place, device, precision, scheduler, pipeline_kind(image, mask), variant=variant)
@@ -249,7 +249,7 @@ def usual_strength(image: Path | None, mask: Path | None, strength: float | None
 def picture_size(pipeline: Any, image: Any, width: int | None, height: int | None) -> dict[str, Any]:
     """Width and height of what is drawn."""
     if image is not None and None in (width, height):
-        from latentdiff.pipelines.redrawing import input_size
+        from latentdiff.pipelines.batch.drawing import input_size
 
         usual = pipeline.picture_size(None, None)[::-1]
         width, height = input_size(image, width, height, usual, pipeline.vae_scale_factor)

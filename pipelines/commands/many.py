@@ -38,7 +38,7 @@ from latentdiff.pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.many import Report
+    from latentdiff.pipelines.batch.many import Report
 
 FAILED = 1  # exit status
 SHOWN = 20  # failures
@@ -78,7 +78,7 @@ def many(
 
     Repeat the command to go on where it stopped: what is missing, or was drawn with other settings, is drawn.
     """
-    from latentdiff.pipelines.prompt_files import name_files, read_prompts
+    from latentdiff.pipelines.batch.prompt_files import name_files, read_prompts
 
     rows = read_prompts(prompts)
     name_files(rows)
@@ -88,8 +88,8 @@ def many(
 
     digest = digest_in_background(place, variant)
     started = time.perf_counter()
-    from latentdiff.pipelines.many import draw_many
-    from latentdiff.pipelines.redrawing import load_adapters
+    from latentdiff.pipelines.batch.drawing import load_adapters
+    from latentdiff.pipelines.batch.many import draw_many
 
     pipeline: Any = load_pipeline(place, device, precision, scheduler, place=place_of_process(device), variant=variant)
     pipeline.set_progress_bar_config(disable=True)
@@ -128,7 +128,7 @@ def place_of_process(device: Device) -> str | None:
     """The device of this process among several, each of which has one of its own; None if it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from latentdiff.pipelines.many import LONG
+    from latentdiff.pipelines.batch.many import LONG
     from latentdiff.pipelines.processes import processes
 
     pick_device(device)

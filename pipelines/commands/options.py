@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.conditioned import TextPipeline
+    from latentdiff.pipelines.tasks.text import TextPipeline
 
 
 BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
@@ -135,7 +135,7 @@ def load_pipeline(
         variant: such as "fp16", of a folder's weight files.
     """
     from latentdiff.interchange.folders import find_model
-    from latentdiff.pipelines.schedulers import change_scheduler, find_scheduler
+    from latentdiff.pipelines.core.schedulers import change_scheduler, find_scheduler
 
     is_file = Path(model).is_file()
     if not is_file:
@@ -188,7 +188,7 @@ def read_loras(arguments: list[str] | None) -> list[Any]:
     """
     from latentdiff.interchange.adapters import LORA_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.recipe import Lora
+    from latentdiff.pipelines.batch.settings import Lora
 
     found = []
     for argument in arguments or []:
@@ -206,7 +206,7 @@ def read_embeddings(arguments: list[str] | None) -> list[Any]:
     """``FILE[:WORD]`` each, as `recipe.Embedding`."""
     from latentdiff.interchange.adapters import EMBEDDING_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.recipe import Embedding
+    from latentdiff.pipelines.batch.settings import Embedding
 
     found = []
     for argument in arguments or []:

@@ -11,7 +11,7 @@ from latentdiff.pipelines.commands.options import Device, Precision, find_place,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from latentdiff.pipelines.recipe import Machine, Recipe
+    from latentdiff.pipelines.batch.settings import Machine, Recipe
 
 DIFFERENT = 1  # exit status
 
@@ -41,7 +41,7 @@ def replay(
     """
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.interchange.png import check_output, save_picture
-    from latentdiff.pipelines.recipe import read_recipe
+    from latentdiff.pipelines.batch.settings import read_recipe
 
     before, recipe = read_recipe(picture)
     if output is not None:
@@ -52,7 +52,7 @@ def replay(
     digest = digest_in_background(place, recipe.variant)
 
     started = time.perf_counter()
-    from latentdiff.pipelines.redrawing import load_adapters, redraw, this_machine
+    from latentdiff.pipelines.batch.drawing import load_adapters, redraw, this_machine
 
     inputs = find_inputs(recipe, picture.parent)
     set_threads(recipe, threads)
@@ -94,7 +94,7 @@ def find_model_of(recipe: "Recipe", model: str | None) -> Path:
 
 def find_inputs(recipe: "Recipe", beside: Path) -> Any:
     """The pictures that it was drawn from, which must be what they were."""
-    from latentdiff.pipelines.redrawing import find_used, read_inputs
+    from latentdiff.pipelines.batch.drawing import find_used, read_inputs
 
     files = [None if used is None else find_used(used, beside) for used in (recipe.image, recipe.mask)]
     return read_inputs(*files)[0]
@@ -129,7 +129,7 @@ def set_threads(recipe: "Recipe", threads: int | None) -> None:
 def set_scheduler(pipeline: Any, name: str) -> None:
     """The sampler that it was drawn with."""
     if type(pipeline.scheduler).__name__ != name:
-        from latentdiff.pipelines.schedulers import change_scheduler
+        from latentdiff.pipelines.core.schedulers import change_scheduler
 
         pipeline.scheduler = change_scheduler(pipeline.scheduler, name)
 
@@ -142,7 +142,7 @@ def check_model(recipe: "Recipe", picture: Path, pipeline: Any, digest: str, any
     """
     expected = recipe.model_digest or ""
     if expected.startswith("weights:"):
-        from latentdiff.pipelines.many import digest_of_weights
+        from latentdiff.pipelines.batch.many import digest_of_weights
 
         digest = digest_of_weights(pipeline)
     if digest != expected and not any_model:

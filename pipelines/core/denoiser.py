@@ -1,5 +1,6 @@
 """A network with what conditions it, and guidance between two of its predictions: what sampling asks at every step."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,8 +21,8 @@ ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 class ConditionedNetwork:
     """Latents and a timestep in, a prediction out.
 
-    What a network of ours makes of the text (keys and values of its cross-attentions) is computed once, and not at
-    every step. A network of diffusers, or a compiled one, is called as a whole.
+    What a network of ours makes of the conditions (keys and values of its cross-attentions) is computed once, and not
+    at every step. A network of diffusers, or a compiled one, is called as a whole.
 
     Args:
         network: any UNet of ours or diffusers'.
@@ -31,37 +32,31 @@ class ConditionedNetwork:
 
     def __init__(self, network: Any, conditioning: Conditioning, lora_scale: float | None = None) -> None:
         self.network, self.conditioning, self.lora_scale = network, conditioning, lora_scale
-        in_parts = getattr(network, "works_in_parts", False)  # ours, unless its weights come and go with a plain call
-        self.remembers = (
-            in_parts
-            and conditioning.states is not None
-            and not is_compiled_module(network)
-            and not network._compiled_call_impl
-        )
-        self._text: Any = None
-        self._made_by: Any = None
-        if self.remembers:
-            self._read_text()
+        self.in_parts = getattr(network, "works_in_parts", False) and not is_compiled_module(network)
+        self._prepared: Any = None
+        self._prepared_from: list[Any] = []
+        if self.in_parts:
+            self._prepare()
 
-    def _read_text(self) -> None:
-        with self._scaled():
-            self._text = self.network.encode_text(self.conditioning.states, self.conditioning.mask)
-        self._made_by = weights_state(self.network.cross_attentions)
+    def _prepare(self) -> None:
+        with loras_at(self.lora_scale, self.network):
+            self._prepared = self.network.prepare(self.conditioning)
+        self._prepared_from = self._depends_on()
 
-    def _scaled(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.lora_scale is None else lora_scaled([self.network], self.lora_scale)
+    def _depends_on(self) -> list[Any]:
+        versions = [version(tensor) for _, tensor in self.conditioning.items()]
+        return [*versions, *weights_state(self.network.prepared_by())]
 
     def refresh(self) -> None:
-        """Compute anew what was computed once, if weights or LoRAs that it depends on have changed since."""
-        if self.remembers and weights_state(self.network.cross_attentions) != self._made_by:
-            self._read_text()
+        """Compute anew what was computed once, if conditions, weights or LoRAs were changed since."""
+        if self.in_parts and self._depends_on() != self._prepared_from:
+            self._prepare()
 
     def select(self, rows: slice) -> "ConditionedNetwork":
         """The same network for some of the images; nothing is computed anew."""
-        part = object.__new__(ConditionedNetwork)
-        vars(part).update(vars(self))
+        part = copy.copy(self)
         part.conditioning = self.conditioning.select(rows)
-        part._text = None if self._text is None else self._text.select(rows)
+        part._prepared = None if self._prepared is None else self._prepared.select(rows)
         return part
 
     def __call__(self, latents: Tensor, timestep: Any) -> Tensor:
@@ -69,11 +64,11 @@ class ConditionedNetwork:
         given = self.conditioning
         if given.channels is not None:
             latents = torch.cat([latents, given.channels], dim=1)
-        with self._scaled():
-            if self._text is None:
+        with loras_at(self.lora_scale, self.network):
+            if not self.in_parts:
                 return self.network(latents, timestep, return_dict=False, **given.arguments())[0]
             time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
-            return self.network.denoise(latents, time, self._text)
+            return self.network.denoise(latents, time, self._prepared)
 
 
 class GuidedDenoiser:
@@ -107,6 +102,11 @@ class GuidedDenoiser:
         self._conditioning = value
         self._both = ConditionedNetwork(self.network, value.joint, self.lora_scale)
         self._select()
+
+    @property
+    def joint_states(self) -> Tensor | None:
+        """The text states as callbacks get them: of both sides of guidance, what to keep away from first."""
+        return self._both.conditioning.states
 
     def _select(self) -> None:
         count = self._conditioning.positive.batch_size
@@ -145,6 +145,11 @@ class GuidedDenoiser:
         return torch.cat([self.guidance(without, with_prompt), variance], dim=1)
 
 
+def loras_at(scale: float | None, *networks: Any) -> AbstractContextManager[None]:
+    """Within, the LoRAs of the networks act as strongly as `scale` says; None: as they are set."""
+    return nullcontext() if scale is None else lora_scaled(networks, scale)
+
+
 def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
     """Guidance scales (B,) -> (B, dim), for a UNet that guides itself: sinusoids of 1000 (scale - 1).
 
@@ -163,5 +168,10 @@ def weights_state(modules: Any) -> list[Any]:
                 merged, active = getattr(part, "merged_adapters", ()), getattr(part, "active_adapters", ())
                 state.append((dict(scaling), list(active), getattr(part, "disable_adapters", False), list(merged)))
         for weight in module.parameters():
-            state.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+            state.append((weight.data_ptr(), version(weight)))
     return state
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version

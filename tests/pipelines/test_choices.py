@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, UNet2DConditionModel
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.noise import spherical_mix
+from latentdiff.pipelines.core.noise import spherical_mix
 
 FEW = {"num_inference_steps": 3, "output_type": "np"}
 
@@ -170,7 +170,7 @@ def test_models_for_another_pipeline_are_refused(pipeline: Any) -> None:
 
 
 def test_pictures_are_turned_and_put_on_white(pipeline: Any) -> None:
-    from latentdiff.pipelines.pictures import upright_rgb
+    from latentdiff.pipelines.core.pictures import upright_rgb
 
     clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
     assert upright_rgb(clear).getpixel((0, 0)) == (255, 255, 255)

@@ -222,7 +222,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 
 
 def test_pickles_are_not_written(pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING", "latentdiff.pipelines.folder"):
+    with caplog.at_level("WARNING", "latentdiff.pipelines.storage.folder"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)
     assert "no pickles are written here" in caplog.text
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3

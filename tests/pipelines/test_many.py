@@ -12,7 +12,7 @@ from tiny import tiny_pipeline
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import read_settings
-from latentdiff.pipelines.many import draw_many
+from latentdiff.pipelines.batch.many import draw_many
 
 PROMPTS: list[Any] = ["a cup", {"prompt": "a red cup", "guidance_scale": 2.0}, "a sun", "a car", "a hat"]
 CALL: dict[str, Any] = {"num_inference_steps": 2, "batch_size": 2}
@@ -96,10 +96,10 @@ def test_one_bad_prompt_does_not_take_its_batch_along(pipeline: Any, tmp_path: P
     too_long = "a cup " * 50
 
     class Strict(TextToImagePipeline):
-        def begin(self, *, prompt: Any, **options: Any) -> Any:
-            if too_long in prompt:
+        def condition(self, prompts: Any, *options: Any) -> Any:
+            if too_long in prompts.texts:
                 raise ValueError("a prompt is too long")
-            return super().begin(prompt=prompt, **options)
+            return super().condition(prompts, *options)
 
     strict = Strict.from_pipe(pipeline)
     strict.set_progress_bar_config(disable=True)

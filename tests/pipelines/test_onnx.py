@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from latentdiff.pipelines import onnx as onnx_export
-from latentdiff.pipelines.onnx import LATENTS_SCALE, PARTS, export_onnx
+from latentdiff.pipelines.storage import onnx as onnx_export
+from latentdiff.pipelines.storage.onnx import LATENTS_SCALE, PARTS, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.pipelines.prompt_files import Prompt, name_files, read_prompts
+from latentdiff.pipelines.batch.prompt_files import Prompt, name_files, read_prompts
 
 
 def test_text(tmp_path: Path) -> None:

@@ -6,33 +6,41 @@ import diffusers
 import pytest
 import torch
 
+from latentdiff.codec import Codec
+from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.schedulers import SHORT_NAMES, change_scheduler, find_scheduler
+from latentdiff.pipelines.core.denoiser import GuidedDenoiser
+from latentdiff.pipelines.core.sampler import Sampler
+from latentdiff.pipelines.core.sampling import denoise
+from latentdiff.pipelines.core.schedulers import SHORT_NAMES, change_scheduler, find_scheduler
 
 
 def test_the_loop_can_be_watched_and_changed(networks: Any, latents: torch.Tensor) -> None:
-    scheduler = diffusers.DDIMScheduler()
-    timesteps = steps.set_timesteps(scheduler, 4, torch.device("cpu"))
-    denoiser = steps.GuidedDenoiser(networks[0]["unet"], torch.zeros(2, 12, 16), ClassifierFreeGuidance(1.0))
+    sampler = Sampler(diffusers.DDIMScheduler())
+    timesteps = sampler.plan(4, torch.device("cpu"))
+    conditioning = GuidedConditioning(Conditioning(states=torch.zeros(2, 12, 16)))
+    denoiser = GuidedDenoiser(networks[0]["unet"], conditioning, ClassifierFreeGuidance(1.0))
     with torch.no_grad():
-        for state in steps.denoise(denoiser, scheduler, latents, timesteps):
-            if state.index == 2:
-                state.latents = torch.zeros_like(latents)
+        for progress in denoise(denoiser, sampler, latents, timesteps):
+            if progress.step == 2:
+                progress.latents = torch.zeros_like(latents)
                 break
-        assert int(state.timestep) == int(timesteps[2])
-        last = list(steps.denoise(denoiser, scheduler, state.latents, timesteps[3:]))
+        assert int(progress.timestep) == int(timesteps[2])
+        last = list(denoise(denoiser, sampler, progress.latents, timesteps[3:]))
     assert len(last) == 1
     assert last[0].latents.shape == latents.shape
 
 
 def test_new_guidance_and_text_count_from_the_next_step(networks: Any, latents: torch.Tensor) -> None:
     embeds = torch.randn(4, 12, 16)
-    denoiser = steps.GuidedDenoiser(networks[0]["unet"], embeds, ClassifierFreeGuidance(5.0))
+    negative, positive = (Conditioning(states=half) for half in embeds.chunk(2))
+    both = GuidedConditioning(positive, negative)
+    denoiser = GuidedDenoiser(networks[0]["unet"], both, ClassifierFreeGuidance(5.0))
     time = torch.tensor(500)
     with torch.no_grad():
         guided = denoiser(latents, time)
-        denoiser.prompt_embeds, denoiser.guidance = embeds[2:], ClassifierFreeGuidance(1.0)
+        denoiser.conditioning = both.with_joint_states(embeds[2:])
+        denoiser.guidance = ClassifierFreeGuidance(1.0)
         plain = denoiser(latents, time)
         expected = networks[1]["unet"](latents, time, embeds[2:]).sample
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
@@ -71,7 +79,7 @@ def test_a_vq_autoencoder_decodes() -> None:
         block_out_channels=(8,), norm_num_groups=4, latent_channels=3, num_vq_embeddings=8, scaling_factor=2.0
     )
     with torch.no_grad():
-        assert steps.decode(vae, torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+        assert Codec(vae).decode(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("shift", [None, 0.75])
@@ -85,6 +93,6 @@ def test_latents_are_shifted_and_scaled_both_ways(shift: float | None) -> None:
         posterior = vae.encode(pixels).latent_dist
         drawn = posterior.sample(torch.Generator().manual_seed(3))
         for generator in (torch.Generator().manual_seed(3), [torch.Generator().manual_seed(3)]):
-            scaled = steps.encode(vae, pixels, generator, 1)
+            scaled = Codec(vae).encode(pixels, generator, 1)
             torch.testing.assert_close(scaled, (drawn - taken) * 2.0)
-        torch.testing.assert_close(steps.decode(vae, scaled), vae.decode(drawn).sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(Codec(vae).decode(scaled), vae.decode(drawn).sample, rtol=1e-5, atol=1e-5)

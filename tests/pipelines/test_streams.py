@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from latentdiff import ImageToImagePipeline
+from latentdiff.codec import Codec
 from latentdiff.diffusion import process_of
 from latentdiff.pipelines import filmstrip
-from latentdiff.pipelines.previews import LatentPreview
-from latentdiff.pipelines.schedulers import SHORT_NAMES, change_scheduler
-from latentdiff.pipelines.steps import decode
+from latentdiff.pipelines.core.previews import LatentPreview
+from latentdiff.pipelines.core.schedulers import SHORT_NAMES, change_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 
@@ -68,24 +68,27 @@ def test_gradients_stay_on_between_steps(pipeline: Any) -> None:
 )
 def test_the_clean_latents_of_a_perfect_network_are_the_picture(name: str, kind: str) -> None:
     """A network that knows the picture says what it must; then every step's clean latents are the picture."""
-    from latentdiff.pipelines import steps
+    from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+    from latentdiff.pipelines.core.sampler import Sampler
+    from latentdiff.pipelines.core.sampling import denoise
 
     picture = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     scheduler = change_scheduler(diffusers.DDIMScheduler(prediction_type=kind, clip_sample=False), name)
 
-    process = process_of(scheduler)
+    sampler = Sampler(scheduler)
+    process = sampler.process
 
     def network(scaled: torch.Tensor, timestep: Any, guided: bool) -> torch.Tensor:
         kept = process.alpha_bar(timestep).float()
         noise = (scaled - kept.sqrt() * picture) / (1 - kept).sqrt()
         return {"epsilon": noise, "v_prediction": kept.sqrt() * noise - (1 - kept).sqrt() * picture}.get(kind, picture)
 
-    network.guidance = steps.ClassifierFreeGuidance(1.0)  # type: ignore[attr-defined]
-    timesteps = steps.set_timesteps(scheduler, 7, torch.device("cpu"))
+    network.guidance = ClassifierFreeGuidance(1.0)  # type: ignore[attr-defined]
+    timesteps = sampler.plan(7, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(picture.shape, generator=generator) * scheduler.init_noise_sigma
-    options = steps.step_options(scheduler, generator, 0.0)
-    for state in steps.denoise(network, scheduler, start, timesteps, **options):  # type: ignore[arg-type]
+    options = sampler.step_options(generator, 0.0)
+    for state in denoise(network, sampler, start, timesteps, **options):  # type: ignore[arg-type]
         torch.testing.assert_close(state.clean, picture, atol=2e-3, rtol=0)
     torch.testing.assert_close(state.latents, picture, atol=0.1, rtol=0)
 
@@ -104,7 +107,7 @@ def test_previews_have_the_pictures_colours(pipeline: Any) -> None:
     previews = LatentPreview(pipeline.vae)(latents)
     assert [image.size for image in previews] == [(8, 8)] * 3
     with torch.no_grad():
-        pixels = torch.nn.functional.avg_pool2d(decode(pipeline.vae, latents), 2) / 2 + 0.5
+        pixels = torch.nn.functional.avg_pool2d(Codec(pipeline.vae).decode(latents), 2) / 2 + 0.5
     shown = torch.stack([torch.tensor(np.asarray(image)) for image in previews]).permute(0, 3, 1, 2) / 255
     unexplained = (shown - pixels.clamp(0, 1)).var() / pixels.var()
     assert unexplained < 0.5

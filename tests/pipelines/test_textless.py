@@ -151,14 +151,15 @@ def test_what_the_unet_is_told() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_all_predictions_are_shifted_to_the_same_picture(prediction: str) -> None:
     """What a shifted prediction says of the noise is the unshifted noise, less the gradient, whatever is predicted."""
-    from latentdiff.pipelines.class_guidance import ClassifierGuidance
+    from latentdiff.pipelines.core.classifier_guidance import ClassifierGuidance
+    from latentdiff.pipelines.core.sampler import Sampler
 
     process = GaussianDiffusion("cosine", 100, prediction)
     classifier = NoisyClassifier(**CLASSIFIER).eval()
     labels, t = torch.tensor([0, 2]), torch.tensor([40, 40])
-    guide = ClassifierGuidance(classifier, labels, 1.5, build_scheduler(process, "DDIMScheduler"))
+    guide = ClassifierGuidance(classifier, labels, 1.5, Sampler(build_scheduler(process, "DDIMScheduler")))
     x, made = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 8, 8)
-    shifted = guide.shifted_prediction(made, x, 40)
+    shifted = guide.change_prediction(made, x, 40)
     assert torch.equal(shifted[:, 3:], made[:, 3:])
     found = process.predict_noise(shifted[:, :3], t, x) - process.predict_noise(made[:, :3], t, x)
     noise = process.sqrt_one_minus_alphas_cumprod[40].float()
@@ -207,6 +208,23 @@ def test_pictures_follow_a_classifier_with_any_sampler_and_a_unet_without_classe
     assert pipeline("bright", **call, classifier_scale=3.0).images.mean() > bright + 0.1
 
 
+def test_a_whole_name_comes_before_one_of_several() -> None:
+    pipeline = classes(id2label={0: "cat", 1: "cat, black", 2: "crane, Black"}, classifier=None)
+    assert pipeline.label_numbers(["cat", "CAT", "cat, black", "Crane"]) == [0, 0, 1, 2]
+    with pytest.raises(ValueError, match=r"'black' is a name of several classes: 1 \(cat, black\), 2 \(crane, Black\)"):
+        pipeline.label_numbers("black")
+    twice = classes(id2label={0: "crane", 1: "dog", 2: "crane"}, classifier=None)
+    with pytest.raises(ValueError, match=r"'crane' is a name of several classes: 0 \(crane\), 2 .*give the number"):
+        twice("crane", **DRAW)
+    assert classes(id2label={0: "Crane", 1: "dog", 2: "crane"}, classifier=None).label_numbers("crane") == [2]
+
+
+def test_guidance_of_what_has_no_conditions_is_refused() -> None:
+    pipeline = quiet(UnconditionalPipeline(UNet2DModel(**UNET).eval(), scheduler_of()))
+    with pytest.raises(TypeError, match="unexpected argument 'guidance_interval'"):
+        pipeline(1, guidance_interval=(0.1, 2.0), **DRAW)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     unet, other = UNet2DModel(**UNET), {**UNET, "num_class_embeds": 7}
     for changes, told in (
@@ -219,7 +237,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=told):
             classes(**changes)
     pipeline = classes(unet=UNet2DModel(**UNET, num_class_embeds=3).eval())
-    with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a UNet that was taught .*num_class_embeds=4"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a UNet that was trained .*num_class_embeds=4"):
         pipeline("dog", guidance_scale=2.0, **DRAW)
     for label, told in ((3, "no class 3; they are numbered from 0 to 2"), ("cow", "there are cat, kitten, dog, bird")):
         with pytest.raises(ValueError, match=told):

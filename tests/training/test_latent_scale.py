@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import VAE, autoencoder_settings
 
+from latentdiff.codec import Codec
 from latentdiff.models import AutoencoderKL, VQModel
-from latentdiff.pipelines import steps
 from latentdiff.training.data import prepare_pictures
 from latentdiff.training.latent_scale import measure_latents, spread
 
@@ -40,7 +40,7 @@ def test_draws_from_the_posterior_get_unit_deviation(measured: Any) -> None:
     assert (found.mean, found.std) == pytest.approx((2.0, 2.5), rel=1e-6)
     assert model.config.scaling_factor == pytest.approx(0.4)
     assert model.config.shift_factor is None
-    drawn = steps.encode(model, torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0), 8)
+    drawn = Codec(model).encode(torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0), 8)
     assert float(drawn.std()) == pytest.approx(1.0, abs=0.02)
 
 
@@ -48,7 +48,7 @@ def test_a_shift_centres_them(measured: Any) -> None:
     model = gaussian((0.0, 4.0, 0.0, 4.0), 1.5)
     measured(model, latent_shift=True)
     assert (model.config.shift_factor, model.config.scaling_factor) == pytest.approx((2.0, 0.4))
-    drawn = steps.encode(model, torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0), 8)
+    drawn = Codec(model).encode(torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0), 8)
     assert (float(drawn.mean()), float(drawn.std())) == pytest.approx((0.0, 1.0), abs=0.02)
 
 

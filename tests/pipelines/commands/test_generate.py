@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
+from latentdiff.pipelines.batch.settings import read_recipe
 from latentdiff.pipelines.commands import drawing
-from latentdiff.pipelines.recipe import read_recipe
 
 Run = Callable[..., int]
 

@@ -14,7 +14,7 @@ from lives import free_port
 
 from latentdiff.interchange.fingerprint import model_digest
 from latentdiff.interchange.png import read_settings
-from latentdiff.pipelines import many
+from latentdiff.pipelines.batch import many
 
 Run = Callable[..., int]
 

@@ -15,7 +15,7 @@ from tiny import tiny_pipeline
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import KEY, read_settings, save_picture
-from latentdiff.pipelines.many import draw_many
+from latentdiff.pipelines.batch.many import draw_many
 
 Run = Callable[..., int]
 

@@ -23,7 +23,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
 )
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
-from latentdiff.pipelines.folder import DEFAULTS
+from latentdiff.pipelines.storage.folder import DEFAULTS
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-Generators = Generator | list[Generator] | None
+from latentdiff.codec import Generators
 
 
 def image_seeds(seed: int | Sequence[int], count: int, name: str = "seed") -> list[int]:

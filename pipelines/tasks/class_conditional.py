@@ -1,20 +1,33 @@
 """Pictures of a class: under classifier guidance, classifier-free guidance, or both."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import diffusers
 import torch
 from torch import Generator, Tensor
 
+from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models import NoisyClassifier, UNet2DModel
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import AnyAutoencoder, StepCallback, check_count
-from latentdiff.pipelines.class_guidance import ClassDenoiser, ClassifierGuidance
-from latentdiff.pipelines.drawing import Extras, ImagesOutput, Steps, whole
-from latentdiff.pipelines.unconditional import TextlessPipeline
+from latentdiff.pipelines.core.call import Call
+from latentdiff.pipelines.core.classifier_guidance import ClassifierGuidance
+from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, check_count
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pipeline import AnyAutoencoder
+from latentdiff.pipelines.core.sampling import Steps, whole
+from latentdiff.pipelines.tasks.class_names import ClassNames, Label
+from latentdiff.pipelines.tasks.textless import TextlessPipeline
 
-Label = int | str
+
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions(GuidedOptions):
+    """Of a call with classes."""
+
+    class_labels: Label | Sequence[Label]
+    classifier_scale: float = 1.0
+    num_images_per_class: int = 1
 
 
 class ClassConditionalPipeline(TextlessPipeline):
@@ -107,27 +120,9 @@ class ClassConditionalPipeline(TextlessPipeline):
         """Numbers of classes, from numbers or names.
 
         Raises:
-            ValueError: there is no such class, or none is given.
+            ValueError: there is no such class, or several have that name, or none is given.
         """
-        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        if not given:
-            raise ValueError("class_labels is empty; give one class or more")
-        numbers = {
-            name.strip().lower(): i for i, names in (self.id2label or {}).items() for name in (names, *names.split(","))
-        }
-        return [self._number(label, numbers) for label in given]
-
-    def _number(self, label: Label, numbers: Mapping[str, int]) -> int:
-        if isinstance(label, str):
-            number = numbers.get(label.strip().lower())
-            if number is None:
-                names = list((self.id2label or {}).values())
-                known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-                raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
-            return number
-        if isinstance(label, bool) or not 0 <= int(label) < self.num_classes:
-            raise ValueError(f"there is no class {label!r}; they are numbered from 0 to {self.num_classes - 1}")
-        return int(label)
+        return ClassNames(self.id2label or {}, self.num_classes).numbers(class_labels)
 
     @whole
     @torch.no_grad()
@@ -169,43 +164,38 @@ class ClassConditionalPipeline(TextlessPipeline):
         Raises:
             TypeError, ValueError: a value does not fit; the message says which and why.
         """
+        options = ClassOptions.of(locals())
         numbers = self.label_numbers(class_labels)
         per_class = check_count(num_images_per_class, "num_images_per_class")
         if not 0 <= classifier_scale < float("inf"):
             raise ValueError(f"classifier_scale must be a number from 0, not {classifier_scale}")
         self.check_classes()  # components can be replaced
-        drawing = self.begin(len(numbers) * per_class, seed, generator, output_type, return_dict, extras)
-        interval = extras.get("guidance_interval")
-        self.set_guidance(guidance_scale, guidance_rescale, interval, len(numbers), per_class)
-        labels = torch.tensor(numbers, device=self._execution_device).repeat_interleave(per_class)
-        shape = self.latents_shape(drawing.count, *self.picture_size(height, width))
-        schedule, _ = self.plan_steps(num_inference_steps, timesteps, sigmas)
+        self.check_channels(0, "UNets of super-resolution and the like cannot draw from noise alone")
+        call = Call(self, options, len(numbers), per_class)
+        labels = torch.tensor(numbers, device=call.device).repeat_interleave(per_class)
+        latents = call.first_latents(call.latents_shape(*self.picture_size(height, width)))
+        schedule = call.timesteps()
         towards = None
         if self.classifier is not None and classifier_scale > 0:
-            towards = ClassifierGuidance(self.classifier, labels, float(classifier_scale), self.scheduler)
-        result = yield from self.run_steps(
-            ClassDenoiser(self.unet, self.guidance, self.told_labels(labels), towards),
-            self.first_latents(drawing, shape, latents),
-            schedule,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            towards.shifted_step if towards is not None and towards.shifts_means else None,
-            **steps.step_options(self.scheduler, drawing.noise.generator, eta),
-        )
-        return self.finish(drawing, result)
+            towards = ClassifierGuidance(self.classifier, labels, float(classifier_scale), call.sampler)
+        change = None if towards is None else towards.change_prediction
+        denoiser = call.denoiser(self.condition(labels, call.guidance), change=change)
+        return (yield from call.draw(denoiser, latents, schedule, None if towards is None else towards.change_step))
 
-    def told_labels(self, labels: Tensor) -> Tensor | None:
-        """What the UNet is told of classes (B,): they, or after as many that stand for no class, or nothing.
+    def condition(self, labels: Tensor, guidance: ClassifierFreeGuidance) -> GuidedConditioning:
+        """What the UNet receives of classes (B,): they, and with guidance what stands for no class; or nothing.
 
         Raises:
-            ValueError: there is guidance between classes and none, which the UNet was not taught.
+            ValueError: there is guidance between classes and none, for which the UNet was not trained.
         """
-        if self.do_classifier_free_guidance:
+        if guidance.active:
             if self.null_label is None:
                 raise ValueError(
-                    f"guidance_scale={self.guidance_scale} needs a UNet that was taught to do without a class (with "
+                    f"guidance_scale={guidance.scale} needs a UNet that was trained to do without a class (with "
                     f"num_class_embeds={self.num_classes + 1}); this one has {self.unet.config.num_class_embeds}. "
                     f"Leave it at 1, or guide by a classifier"
                 )
-            return torch.cat([torch.full_like(labels, self.null_label), labels])
-        return None if self.unet.config.num_class_embeds is None else labels
+            no_class = torch.full_like(labels, self.null_label)
+            return GuidedConditioning(Conditioning(labels=labels), Conditioning(labels=no_class))
+        takes_labels = self.unet.config.num_class_embeds is not None
+        return GuidedConditioning(Conditioning(labels=labels if takes_labels else None))

@@ -6,11 +6,11 @@ from typing import Any, Unpack
 import torch
 from torch import Generator, Tensor
 
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import StepCallback
-from latentdiff.pipelines.conditioned import TextPipeline, refuse
-from latentdiff.pipelines.drawing import ImagesOutput, Steps, TextExtras, whole
-from latentdiff.pipelines.pictures import Pictures, to_pixels
+from latentdiff.pipelines.core.options import PictureOptions, StepCallback, TextExtras
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import Pictures, to_pixels
+from latentdiff.pipelines.core.sampling import Steps, whole
+from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
 
 
 class ImageToImagePipeline(TextPipeline):
@@ -65,35 +65,12 @@ class ImageToImagePipeline(TextPipeline):
         Raises:
             TypeError, ValueError: as there; the picture is none, or the numbers of pictures and prompts differ.
         """
-        refuse(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
+        options = PictureOptions.of(locals())
         self.check_channels(0, "for a UNet that takes a mask there is InpaintPipeline")
         pixels = to_pixels(self.image_processor, image)
-        with self.lora_scale(cross_attention_kwargs):
-            drawing = self.begin(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                clip_skip=clip_skip,
-                generator=generator,
-                seed=seed,
-                output_type=output_type,
-                return_dict=return_dict,
-                extras=extras,
-            )
-            schedule, planned = self.plan_steps(num_inference_steps, timesteps, sigmas)
-            schedule = steps.last_timesteps(self.scheduler, schedule, planned, strength)
-            start = self.start_latents(drawing, pixels)
-            noise = drawing.noise.first(tuple(start.shape)).to(start)
-            result = yield from self.run_steps(
-                self.denoiser(drawing),
-                steps.noised(self.scheduler, start, noise, schedule[0]),
-                schedule,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                **steps.step_options(self.scheduler, drawing.noise.generator, eta),
-            )
-        return self.finish(drawing, result)
+        call = TextCall(self, options)
+        schedule = call.timesteps(strength)
+        start = call.start_latents(pixels)
+        noise = call.noise.first(tuple(start.shape)).to(start)
+        latents = call.sampler.noised(start, noise, schedule[0])
+        return (yield from call.draw(call.denoiser(), latents, schedule))

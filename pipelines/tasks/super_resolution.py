@@ -1,6 +1,7 @@
 """Super-resolution: a small picture, given to the UNet beside the latents, drawn large."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import diffusers
@@ -9,11 +10,21 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import AnyAutoencoder, StepCallback
-from latentdiff.pipelines.conditioned import TextPipeline, refuse
-from latentdiff.pipelines.drawing import Drawing, ImagesOutput, Steps, TextExtras, whole
-from latentdiff.pipelines.pictures import Pictures, check_pictures, to_pixels
+from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
+from latentdiff.pipelines.core.pipeline import AnyAutoencoder
+from latentdiff.pipelines.core.sampler import Sampler
+from latentdiff.pipelines.core.sampling import Steps, whole
+from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallPictureOptions(TextOptions):
+    """Of a call with a small picture to draw large."""
+
+    image: Pictures = None
+    noise_level: int = 20
 
 
 class SuperResolutionPipeline(TextPipeline):
@@ -28,7 +39,7 @@ class SuperResolutionPipeline(TextPipeline):
         low_res_scheduler: puts the noise on the small picture; usually a ``DDPMScheduler``.
         max_noise_level: the most of it, a timestep of ``low_res_scheduler``.
         watermarker: must be None.
-        others: as for `conditioned.TextPipeline`.
+        others: as for `text.TextPipeline`.
     """
 
     saved_class_name = "StableDiffusionUpscalePipeline"
@@ -105,53 +116,32 @@ class SuperResolutionPipeline(TextPipeline):
         Raises:
             TypeError, ValueError: as there; the picture is none; the noise level is above ``max_noise_level``.
         """
+        options = SmallPictureOptions.of(locals())
         self.check_channels(3, "a UNet for super-resolution takes latents and a picture with three channels")
         pixels = to_pixels(self.image_processor, image)
         self._check_noise_level(noise_level)
-        with self.lora_scale(cross_attention_kwargs):
-            drawing = self.begin(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                clip_skip=clip_skip,
-                generator=generator,
-                seed=seed,
-                output_type=output_type,
-                return_dict=return_dict,
-                extras=extras,
-            )
-            schedule, _ = self.plan_steps(num_inference_steps)
-            condition, labels = self._small_picture(drawing, pixels, noise_level)
-            shape = (drawing.count, self.vae.config.latent_channels, *pixels.shape[-2:])
-            result = yield from self.run_steps(
-                self.denoiser(drawing, condition=condition, class_labels=labels),
-                self.first_latents(drawing, shape, latents),
-                schedule,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                **steps.step_options(self.scheduler, drawing.noise.generator, eta),
-            )
-        return self.finish(drawing, result)
+        call = TextCall(self, options)
+        schedule = call.timesteps()
+        channels, labels = self._small_picture(call, pixels, noise_level)
+        latents = call.first_latents((call.count, call.codec.channels, *pixels.shape[-2:]))
+        denoiser = call.denoiser(call.conditioning.replace(channels=channels, labels=labels))
+        return (yield from call.draw(denoiser, latents, schedule))
 
     def _check_noise_level(self, noise_level: int) -> None:
         most = self.config.max_noise_level
         if isinstance(noise_level, bool) or not isinstance(noise_level, int) or not 0 <= noise_level <= most:
             raise ValueError(f"noise_level must be a whole number in [0, {most}], not {noise_level!r}")
 
-    def _small_picture(self, drawing: Drawing, pixels: Tensor, noise_level: int) -> tuple[Tensor, Tensor | None]:
-        """The UNet's further channels (B, 3, h, w), and the noise level (B,) if it wants to know."""
-        count = drawing.count
-        check_pictures("image", len(pixels), count // drawing.drawn, count)
-        pixels = pixels.to(self._execution_device, self.unet.dtype)
+    def _small_picture(self, call: TextCall, pixels: Tensor, noise_level: int) -> tuple[Tensor, Tensor | None]:
+        """The UNet's further channels (B, 3, h, w), and the noise level (B,) if it has class embeddings."""
+        count = call.count
+        check_pictures("image", len(pixels), call.items, count)
+        pixels = pixels.to(call.device, self.unet.dtype)
         if self.unet.config.num_class_embeds is None:
             return pixels.repeat_interleave(count // len(pixels), dim=0), None
-        if isinstance(drawing.noise.generator, list):
+        if isinstance(call.noise.generator, list):
             pixels = pixels.repeat_interleave(count // len(pixels), dim=0)
-        noise = drawing.noise.draw(tuple(pixels.shape)).to(pixels)
+        noise = call.noise.draw(tuple(pixels.shape)).to(pixels)
         level = torch.tensor([noise_level], device=pixels.device)
-        pixels = steps.noised(self.low_res_scheduler, pixels, noise, level)
+        pixels = Sampler(self.low_res_scheduler).noised(pixels, noise, level)
         return pixels.repeat_interleave(count // len(pixels), dim=0), level.repeat(count)

@@ -6,10 +6,10 @@ from typing import Any, Unpack
 import torch
 from torch import Generator, Tensor
 
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import StepCallback
-from latentdiff.pipelines.conditioned import TextPipeline, refuse
-from latentdiff.pipelines.drawing import ImagesOutput, Steps, TextExtras, whole
+from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.sampling import Steps, whole
+from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
 
 
 class TextToImagePipeline(TextPipeline):
@@ -85,33 +85,10 @@ class TextToImagePipeline(TextPipeline):
             TypeError: a prompt or a seed is of a wrong type.
             ValueError: a value does not fit, or something is not supported; the message says which and why.
         """
-        refuse(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
+        options = TextOptions.of(locals())
         self.check_channels(0, "a UNet for inpainting needs a picture and a mask, and cannot draw from text alone")
-        height, width = self.picture_size(height, width)
-        with self.lora_scale(cross_attention_kwargs):
-            drawing = self.begin(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                clip_skip=clip_skip,
-                generator=generator,
-                seed=seed,
-                output_type=output_type,
-                return_dict=return_dict,
-                extras=extras,
-            )
-            schedule, _ = self.plan_steps(num_inference_steps, timesteps, sigmas)
-            shape = self.latents_shape(drawing.count, height, width)
-            result = yield from self.run_steps(
-                self.denoiser(drawing),
-                self.first_latents(drawing, shape, latents),
-                schedule,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                **steps.step_options(self.scheduler, drawing.noise.generator, eta),
-            )
-        return self.finish(drawing, result)
+        size = self.picture_size(height, width)
+        call = TextCall(self, options)
+        schedule = call.timesteps()
+        latents = call.first_latents(call.latents_shape(*size))
+        return (yield from call.draw(call.denoiser(), latents, schedule))

@@ -1,17 +1,29 @@
 """Variations: pictures like a given one, by a UNet that a picture's embedding conditions instead of a text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import diffusers
 import torch
 from torch import Generator, Tensor, nn
 
+from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import AnyAutoencoder, LatentPipeline, StepCallback, check_count, check_output_type
-from latentdiff.pipelines.drawing import Drawing, Extras, ImagesOutput, Steps, refuse_unknown, whole
-from latentdiff.pipelines.pictures import Pictures, upright_rgb
+from latentdiff.pipelines.core.call import Call
+from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, check_count
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import Pictures, upright_rgb
+from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
+from latentdiff.pipelines.core.sampling import Steps, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationOptions(GuidedOptions):
+    """Of a call with pictures to vary."""
+
+    image: Pictures = None
+    num_images_per_prompt: int | None = 1
 
 
 class ImageVariationPipeline(LatentPipeline):
@@ -83,29 +95,16 @@ class ImageVariationPipeline(LatentPipeline):
         Raises:
             TypeError, ValueError: as there; the picture is none.
         """
-        refuse_unknown(extras, Extras)
-        check_output_type(output_type)
+        options = VariationOptions.of(locals())
         self.check_channels(0, "a UNet for variations takes latents alone")
-        height, width = self.picture_size(height, width)
+        size = self.picture_size(height, width)
         seen = self._embed(image)  # (P, 1, D)
-        repeats = check_count(num_images_per_prompt)
-        self.set_guidance(guidance_scale, guidance_rescale, extras.get("guidance_interval"), len(seen), repeats)
-        seen = seen.repeat_interleave(repeats, dim=0)
-        noise_source, seeds = self.noise_source(len(seen), seed, generator, extras)
-        embeds = torch.cat([torch.zeros_like(seen), seen]) if self.guidance.active else seen
-        drawing = Drawing(embeds, len(seen), noise_source, seeds, output_type, return_dict)
-
-        schedule, _ = self.plan_steps(num_inference_steps)
-        shape = self.latents_shape(drawing.count, height, width)
-        result = yield from self.run_steps(
-            self.denoiser(drawing),
-            self.first_latents(drawing, shape, latents),
-            schedule,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            **steps.step_options(self.scheduler, noise_source.generator, eta),
-        )
-        return self.finish(drawing, result)
+        call = Call(self, options, len(seen), check_count(num_images_per_prompt))
+        nothing = Conditioning(states=torch.zeros_like(seen)) if call.guidance.active else None
+        conditioning = GuidedConditioning(Conditioning(states=seen), nothing).repeat(call.per_item)
+        schedule = call.timesteps()
+        latents = call.first_latents(call.latents_shape(*size))
+        return (yield from call.draw(call.denoiser(conditioning), latents, schedule))
 
     def _embed(self, image: Pictures) -> Tensor:
         """Pictures -> (P, 1, D)."""

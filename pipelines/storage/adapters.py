@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.interchange.adapters import LORA_NAMES, METADATA_KEY, save_whole
 from latentdiff.interchange.embeddings import find_embeddings
 from latentdiff.interchange.lora_layers import of_network, peft_config, peft_tensors
-from latentdiff.pipelines.lora import (
+from latentdiff.pipelines.storage.lora import (
     FittedLora,
     add_to_encoder,
     all_or_none,

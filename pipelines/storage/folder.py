@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
-from latentdiff.pipelines.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
-from latentdiff.pipelines.saving import move_into, tidy_configs
+from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
+from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
 logger = logging.getLogger(__name__)
 

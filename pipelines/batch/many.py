@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import plain_json
 from latentdiff.interchange.png import read_settings, save_picture
-from latentdiff.pipelines.picture_table import MARK, check_table, write_table
-from latentdiff.pipelines.prompt_files import Prompt, check_row, name_files
-from latentdiff.pipelines.recipe import MOST, Batch, Settings, recipe_of
-from latentdiff.pipelines.redrawing import Inputs, draw_batch, this_machine
+from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, this_machine
+from latentdiff.pipelines.batch.picture_table import MARK, check_table, write_table
+from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
+from latentdiff.pipelines.batch.settings import MOST, Batch, Settings, recipe_of
 
 BATCH = 8
 LONG = timedelta(days=7)  # processes may end far apart

@@ -11,8 +11,8 @@ import torch
 from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.folders import check_component, check_safetensors, find_model, read_json
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
-from latentdiff.pipelines.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
-from latentdiff.pipelines.saving import move_into, tidy_configs
+from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
+from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
 PIPELINES = (
     "TextToImagePipeline",
@@ -177,7 +177,7 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
     """
     from latentdiff import pipelines
     from latentdiff.interchange.single_file import check_checkpoint, unet_config, vae_config
-    from latentdiff.pipelines.single_file_parts import fitting_pipelines
+    from latentdiff.pipelines.storage.single_file_parts import fitting_pipelines
 
     file = find_file(source, allow_pickle)
     weights = Checkpoint(file, allow_pickle)

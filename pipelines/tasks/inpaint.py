@@ -11,12 +11,31 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Generator, Tensor
 
-from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines import steps
-from latentdiff.pipelines.base import StepCallback
-from latentdiff.pipelines.conditioned import TextPipeline, refuse
-from latentdiff.pipelines.drawing import Drawing, ImagesOutput, Steps, TextExtras, whole
-from latentdiff.pipelines.pictures import Pictures, are_latents, check_pictures, to_mask, to_pixels, upright_rgb
+from latentdiff.conditioning import GuidedConditioning
+from latentdiff.pipelines.core.call import check_latents
+from latentdiff.pipelines.core.denoiser import GuidedDenoiser
+from latentdiff.pipelines.core.options import PictureOptions, StepCallback, TextExtras
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import (
+    Pictures,
+    are_latents,
+    check_pictures,
+    to_mask,
+    to_pixels,
+    upright_rgb,
+)
+from latentdiff.pipelines.core.sampling import Progress, Steps, whole
+from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(PictureOptions):
+    """Of a call with a picture and a mask."""
+
+    mask_image: Pictures = None
+    masked_image_latents: Tensor | None = None
+    padding_mask_crop: int | None = None
+    strength: float = 1.0
 
 
 @dataclass
@@ -107,7 +126,7 @@ class InpaintPipeline(TextPipeline):
         Raises:
             TypeError, ValueError: as there; a picture or a mask is none, sizes or numbers do not go together.
         """
-        refuse(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
+        options = MaskOptions.of(locals())
         plain = self.unet.config.in_channels == self.vae.config.latent_channels
         self.check_channels(
             0 if plain else 1 + self.vae.config.latent_channels,
@@ -115,52 +134,22 @@ class InpaintPipeline(TextPipeline):
         )
         height, width = self.picture_size(height, width)
         canvas = self._canvas(image, mask_image, height, width, padding_mask_crop, output_type)
-        with self.lora_scale(cross_attention_kwargs):
-            drawing = self.begin(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                clip_skip=clip_skip,
-                generator=generator,
-                seed=seed,
-                output_type=output_type,
-                return_dict=return_dict,
-                extras=extras,
-            )
-            schedule, planned = self.plan_steps(num_inference_steps, timesteps, sigmas)
-            schedule = steps.last_timesteps(self.scheduler, schedule, planned, strength)
-            shape = self.latents_shape(drawing.count, height, width)
-            start = self.start_latents(drawing, canvas.pixels) if plain or strength < 1 else None
-            if start is not None:
-                steps.check_latents(start, shape)
-            noise = drawing.noise.first(shape) if latents is None else steps.check_latents(latents, shape)
-            noise = noise.to(self._execution_device, self.unet.dtype)
-            if start is None or strength == 1 or latents is not None:
-                first = noise * self.scheduler.init_noise_sigma
-            else:
-                first = steps.noised(self.scheduler, start, noise, schedule[0])
-            denoiser = PaintingDenoiser(
-                self.unet,
-                drawing.embeds,
-                self.guidance,
-                mask=self._latent_mask(drawing, canvas.mask, shape),
-                masked=self._masked_latents(drawing, canvas, masked_image_latents, plain),
-                **self.own_scale(drawing),
-            )
-            result = yield from self.run_steps(
-                denoiser,
-                first,
-                schedule,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                Keeper(self.scheduler, start, noise, schedule, denoiser) if plain and start is not None else None,
-                **steps.step_options(self.scheduler, drawing.noise.generator, eta),
-            )
-        output = self.finish(drawing, result)
+        call = PaintingCall(self, options)
+        schedule = call.timesteps(strength)
+        shape = call.latents_shape(height, width)
+        start = call.start_latents(canvas.pixels) if plain or strength < 1 else None
+        if start is not None:
+            check_latents(start, shape)
+        noise = call.noise.first(shape) if latents is None else check_latents(latents, shape)
+        noise = noise.to(call.device, self.unet.dtype)
+        if start is None or strength == 1 or latents is not None:
+            first = noise * call.sampler.first_scale
+        else:
+            first = call.sampler.noised(start, noise, schedule[0])
+        call.mask = call.latent_mask(canvas.mask, shape)
+        call.masked = call.masked_latents(canvas, plain)
+        keeper = Keeper(call, start, noise, schedule) if plain and start is not None else None
+        output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keeper)
         return output if canvas.crop is None else self._put_back(output, image, mask_image, canvas.crop)
 
     def _canvas(
@@ -181,33 +170,6 @@ class InpaintPipeline(TextPipeline):
         pixels = to_pixels(self.image_processor, image, **options)
         return Canvas(pixels.float(), to_mask(self.mask_processor, mask, **options), crop)
 
-    def _latent_mask(self, drawing: Drawing, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(P, 1, H, W) -> (B, 1, h, w), the nearest pixel's value."""
-        check_pictures("mask_image", len(mask), drawing.count // drawing.drawn, drawing.count)
-        small = F.interpolate(mask, size=shape[-2:]).to(self._execution_device, self.unet.dtype)
-        return small.repeat_interleave(drawing.count // len(mask), dim=0)
-
-    def _masked_latents(self, drawing: Drawing, canvas: Canvas, given: Tensor | None, plain: bool) -> Tensor | None:
-        """(B, C, h, w) of the picture without what the mask covers; None if the UNet does not look at it."""
-        if plain:
-            if not isinstance(drawing.noise.generator, list):
-                # diffusers encodes it all the same; its draw is repeated, so that a generator goes on as it does there
-                drawing.noise.draw(self.latents_shape(len(canvas.pixels), *canvas.mask.shape[-2:]))
-            return None
-        if given is None:
-            if are_latents(canvas.pixels, self.vae.config.latent_channels):
-                raise ValueError("with latents for a picture, masked_image_latents must be given too")
-            given = canvas.pixels * (canvas.mask < 0.5)
-        return self.start_latents(drawing, given, "masked_image_latents")
-
-    def callback_tensors(self, denoiser: Any, state: steps.DenoisingState) -> dict[str, Any]:
-        tensors = super().callback_tensors(denoiser, state)
-        return {**tensors, "mask": denoiser.mask, "masked_image_latents": denoiser.masked}
-
-    def take_over(self, denoiser: Any, changed: dict[str, Any]) -> None:
-        super().take_over(denoiser, changed)
-        denoiser.set_mask(changed.get("mask", denoiser.mask), changed.get("masked_image_latents", denoiser.masked))
-
     def _put_back(self, output: Any, image: Any, mask: Any, crop: tuple[int, int, int, int]) -> Any:
         """The painted parts in their places in the picture."""
         overlay = self.image_processor.apply_overlay
@@ -218,44 +180,70 @@ class InpaintPipeline(TextPipeline):
         return output
 
 
-class PaintingDenoiser(steps.GuidedDenoiser):
-    """A denoiser that knows where to paint; its UNet is shown it if it takes more than latents.
+class PaintingCall(TextCall):
+    """A call that paints within a mask.
 
-    Args:
+    Attributes:
         mask: (B, 1, h, w), 1 where to paint.
         masked: (B, C, h, w), latents of the picture without that, or None with a plain UNet.
     """
 
-    def __init__(
-        self,
-        unet: Any,
-        prompt_embeds: Tensor,
-        guidance: ClassifierFreeGuidance,
-        mask: Tensor,
-        masked: Tensor | None,
-        timestep_cond: Tensor | None = None,
-    ) -> None:
-        super().__init__(unet, prompt_embeds, guidance, timestep_cond=timestep_cond)
-        self.set_mask(mask, masked)
+    options: MaskOptions
+    mask: Tensor
+    masked: Tensor | None
 
-    def set_mask(self, mask: Tensor, masked: Tensor | None) -> None:
-        self.mask, self.masked = mask, masked
-        self.condition = None if masked is None else torch.cat([mask, masked], dim=1)
+    def latent_mask(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(P, 1, H, W) -> (B, 1, h, w), the nearest pixel's value."""
+        check_pictures("mask_image", len(mask), self.items, self.count)
+        small = F.interpolate(mask, size=shape[-2:]).to(self.device, self.pipeline.unet.dtype)
+        return small.repeat_interleave(self.count // len(mask), dim=0)
+
+    def masked_latents(self, canvas: Canvas, plain: bool) -> Tensor | None:
+        """(B, C, h, w) of the picture without what the mask covers; None if the UNet does not take it."""
+        if plain:
+            if not isinstance(self.noise.generator, list):
+                # diffusers encodes it all the same; its draw is repeated, so that a generator goes on as it does there
+                height, width = canvas.mask.shape[-2:]
+                self.noise.draw((len(canvas.pixels), *self.latents_shape(height, width)[1:]))
+            return None
+        given = self.options.masked_image_latents
+        if given is None:
+            if are_latents(canvas.pixels, self.codec.channels):
+                raise ValueError("with latents for a picture, masked_image_latents must be given too")
+            given = canvas.pixels * (canvas.mask < 0.5)
+        return self.start_latents(given, "masked_image_latents")
+
+    def painted_conditioning(self, of: GuidedConditioning | None = None) -> GuidedConditioning:
+        """With mask and masked latents, if the UNet takes more than latents."""
+        conditioning = of or self.conditioning
+        if self.masked is None:
+            return conditioning
+        return conditioning.replace(channels=torch.cat([self.mask, self.masked], dim=1))
+
+    def callback_tensors(self, denoiser: GuidedDenoiser, progress: Progress) -> dict[str, Any]:
+        tensors = super().callback_tensors(denoiser, progress)
+        return {**tensors, "mask": self.mask, "masked_image_latents": self.masked}
+
+    def take_over(self, denoiser: GuidedDenoiser, changed: dict[str, Any]) -> None:
+        super().take_over(denoiser, changed)
+        before = (self.mask, self.masked)
+        self.mask, self.masked = changed.get("mask", self.mask), changed.get("masked_image_latents", self.masked)
+        if self.masked is not None and (self.mask is not before[0] or self.masked is not before[1]):
+            denoiser.conditioning = self.painted_conditioning(denoiser.conditioning)
 
 
 @dataclass
 class Keeper:
     """Puts back what is not to be painted after every step, with the noise that the next one expects."""
 
-    scheduler: Any
+    call: PaintingCall
     start: Tensor
     noise: Tensor
     timesteps: Tensor
-    denoiser: PaintingDenoiser
 
-    def __call__(self, state: steps.DenoisingState) -> Tensor:
+    def __call__(self, progress: Progress) -> Tensor:
         """(B, C, h, w)"""
-        kept, mask = self.start, self.denoiser.mask
-        if state.index + 1 < len(self.timesteps):
-            kept = steps.noised(self.scheduler, kept, self.noise, self.timesteps[state.index + 1])
-        return (1 - mask) * kept + mask * state.latents
+        kept, mask = self.start, self.call.mask
+        if progress.step + 1 < len(self.timesteps):
+            kept = self.call.sampler.noised(kept, self.noise, self.timesteps[progress.step + 1])
+        return (1 - mask) * kept + mask * progress.latents

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps
 from latentdiff.interchange.fingerprint import file_digest
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import image_grid
-from latentdiff.pipelines.drawing import ImagesOutput
-from latentdiff.pipelines.pictures import upright_rgb
-from latentdiff.pipelines.previews import filmstrip
-from latentdiff.pipelines.recipe import Batch, Embedding, Lora, Machine, Recipe, Settings, UsedFile
+from latentdiff.pipelines.batch.settings import Batch, Embedding, Lora, Machine, Recipe, Settings, UsedFile
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import upright_rgb
+from latentdiff.pipelines.core.previews import filmstrip
 
 
 @dataclass(frozen=True)

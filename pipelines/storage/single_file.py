@@ -16,7 +16,7 @@ from latentdiff.interchange.single_file import (
     original_unet,
     write_checkpoint,
 )
-from latentdiff.pipelines.single_file_parts import Parts, check_kind, header_of, load_tokenizer
+from latentdiff.pipelines.storage.single_file_parts import Parts, check_kind, header_of, load_tokenizer
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

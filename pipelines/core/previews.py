@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.codec import Codec
 from latentdiff.interchange.png import image_grid
-from latentdiff.pipelines.drawing import ImagesOutput, Progress
-from latentdiff.pipelines.steps import decode
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.sampling import Progress
 
 
 class LatentPreview:
@@ -30,7 +31,7 @@ class LatentPreview:
     @torch.no_grad()
     def fit(self, latents: Tensor) -> None:
         """Learn from latents (B, C, h, w), scaled and without noise."""
-        pixels = decode(self.vae, latents).float()  # (B, 3, H, W)
+        pixels = Codec(self.vae).decode(latents).float()  # (B, 3, H, W)
         small = F.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
         wanted = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1]).cpu().double()  # (Bhw, 3)
         given = features(latents)  # (Bhw, F)

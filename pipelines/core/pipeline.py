@@ -1,0 +1,239 @@
+"""What all latent pipelines share: their components, and what can be asked of them apart from a call."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from threading import Lock
+from typing import Any, ClassVar, Self, TypeAlias
+from weakref import WeakSet
+
+import diffusers
+from diffusers.image_processor import VaeImageProcessor
+
+from latentdiff.codec import Codec
+from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.sampling import Progress
+from latentdiff.pipelines.core.schedulers import without_learned_variance
+from latentdiff.pipelines.storage.folder import FolderPipeline
+
+AnyAutoencoder: TypeAlias = (
+    AutoencoderKL
+    | VQModel
+    | GumbelVQModel
+    | FSQModel
+    | IdentityAutoencoder
+    | diffusers.AutoencoderKL
+    | diffusers.VQModel
+)
+
+
+_STARTING = Lock()
+"""Held while calls of a pipeline are added or told to stop."""
+
+
+class CallState:
+    """The state of a call, under the names that callbacks made for diffusers look for.
+
+    A pipeline itself shows the state of the call that began or ended last. A call has a copy of the pipeline, its view,
+    and reads and changes the state there.
+    """
+
+    unet: Any
+
+    _guidance_scale: float | tuple[float, ...] = 1.0
+    _guidance_rescale: float = 0.0
+    _guidance_interval: tuple[float, float] | None = None
+    _clip_skip: int | None = None
+    _num_timesteps: int = 0
+
+    @property
+    def guidance_scale(self) -> float | tuple[float, ...]:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> int | None:
+        return self._clip_skip
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def guidance(self) -> ClassifierFreeGuidance:
+        scale = 1.0 if self.guides_itself else self._guidance_scale
+        return ClassifierFreeGuidance(scale, self._guidance_rescale, self._guidance_interval)
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether the UNet was trained to give guided predictions, and takes the scale as a condition (LCM)."""
+        return getattr(self.unet.config, "time_cond_proj_dim", None) is not None
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance.active
+
+    def set_guidance(
+        self, scale: float | tuple[float, ...], rescale: float = 0.0, interval: tuple[float, float] | None = None
+    ) -> None:
+        """Raises ValueError for values that ``ClassifierFreeGuidance`` does not take."""
+        self._guidance_scale, self._guidance_rescale, self._guidance_interval = scale, rescale, interval
+        _ = self.guidance  # checks them
+
+
+class LatentPipeline(CallState, FolderPipeline):
+    """A UNet, a scheduler, an autoencoder, and whatever conditions the UNet; subclasses add that and the call.
+
+    A call is a generator behind `sampling.whole`: called, it runs to the end; `stream` goes through it step by step.
+    """
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    safety_checker: Any
+    feature_extractor: Any
+    image_processor: VaeImageProcessor
+
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def register_parts(self, scheduler: Any, **parts: Any) -> None:
+        """To be called by every ``__init__``: registers the components and sets up what a call needs.
+
+        Raises:
+            ValueError: components that do not fit together.
+        """
+        if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
+            raise ValueError("a safety_checker needs its feature_extractor")
+        self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
+        vae = self.vae  # None in a pipeline that only encodes prompts
+        self.vae_scale_factor = 8 if vae is None else Codec(vae).factor
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
+        )
+        self._running: WeakSet[LatentPipeline] | None = WeakSet()
+        self._stopped = False
+
+    # Calls
+
+    def view_of_call(self, scheduler: Any) -> Self:
+        """The pipeline as one call sees it: the same components, but for the scheduler, and a state of its own."""
+        view = copy.copy(self)
+        view.__dict__.update(scheduler=scheduler, _running=None, _stopped=False)
+        with _STARTING:
+            if self._running is not None:
+                self._stopped = False
+                self._running.add(view)
+        return view
+
+    def show_state(self, view: Self) -> None:
+        """Show the state of a call here, unless this is the view of another one, from whose callback it was made."""
+        if self._running is not None:
+            self.set_guidance(view._guidance_scale, view._guidance_rescale, view._guidance_interval)
+            self._clip_skip, self._num_timesteps = view._clip_skip, view._num_timesteps
+
+    @property
+    def _interrupt(self) -> bool:
+        """Set in a callback it ends that call after the step, set on the pipeline all calls that are running."""
+        return self._stopped
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._stopped = value
+        with _STARTING:
+            for view in list(self._running or ()):
+                view._stopped = value
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def stream(self, *args: Any, **call: Any) -> Iterator[Progress]:
+        """Draw step by step: takes what a call takes, and yields after every step.
+
+        ::
+
+            for progress in pipeline.stream("a red car", seed=0):
+                progress.preview()[0].resize((256, 256)).show()
+            progress.output.images[0].save("car.png")
+
+        When the pictures are decoded the last ``Progress`` comes once more, with them as ``output``. Whoever stops
+        early stops the drawing.
+        """
+        drawing = type(self).__call__.__wrapped__(self, *args, **call)  # type: ignore[attr-defined]
+        progress = None
+        while True:
+            try:
+                progress = next(drawing)
+            except StopIteration as end:
+                output = end.value if isinstance(end.value, ImagesOutput) else ImagesOutput(*end.value)
+                if progress is not None:
+                    yield replace(progress, output=output)
+                return
+            yield progress
+
+    # What fits this model
+
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width to draw; by default what the UNet was trained on.
+
+        Raises:
+            ValueError: a side is no multiple of the autoencoder's factor, or there is no default.
+        """
+        if height is None or width is None:
+            sample_size = self.unet.config.sample_size
+            if sample_size is None:
+                raise ValueError("this model's config has no sample_size; give height and width")
+            own = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            height = own[0] * self.vae_scale_factor if height is None else height
+            width = own[1] * self.vae_scale_factor if width is None else width
+        check_size(height, width, self.vae_scale_factor)
+        return height, width
+
+    def check_channels(self, condition: int, lacking: str) -> None:
+        """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.
+
+        Raises:
+            ValueError: they do not; `lacking` says what a UNet with other channels is for.
+        """
+        takes, has = self.unet.config.in_channels, self.vae.config.latent_channels
+        if takes != has + condition:
+            further = f" and {condition} further ones are given" if condition else ""
+            raise ValueError(
+                f"the UNet takes {takes} channels and the autoencoder's latents have {has}{further}; {lacking}"
+            )
+        scheduler = without_learned_variance(self.scheduler)
+        gives = self.unet.config.out_channels
+        if gives not in (has, 2 * has):
+            raise ValueError(
+                f"the UNet gives {gives} channels; for latents with {has} it must be {has}, or "
+                f"{2 * has} with learned variances"
+            )
+        if gives == has and takes_variance(scheduler):
+            raise ValueError(
+                f"the scheduler has variance_type='learned_range' and the UNet gives {gives} channels, without "
+                f"variances; replace it by {type(scheduler).__name__}.from_config(pipeline.scheduler.config, "
+                f"variance_type='fixed_small')"
+            )
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (Si et al. 2023) in the UNet; usual for Stable Diffusion 1: s1=0.9, s2=0.2, b1=1.2, b2=1.4."""
+        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+
+    def disable_freeu(self) -> None:
+        self.unet.disable_freeu()
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raises ValueError, with the nearest good ones, for a size that latents of 1/`factor` cannot have."""
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % factor:
+            below = int(value) // factor * factor
+            near = " or ".join(str(size) for size in (below, below + factor) if size > 0)
+            raise ValueError(f"{name}={value} is not a multiple of {factor}; the nearest that this model draws: {near}")

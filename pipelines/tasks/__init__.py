@@ -1,0 +1,1 @@
+"""The kinds of pipeline: what each draws from."""
