@@ -115,7 +115,7 @@ def test_plurals() -> None:
 
 
 @resvg
-def test_a_folder_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_scenes(tmp_path: Path) -> None:
     from latentdiff.training.recipes.emoji import prepare
 
     boxes = ['<rect width="20" height="20" fill="#d22"/>', '<circle cx="12" cy="12" r="9" fill="#d22"/>']
@@ -140,6 +140,15 @@ def test_a_folder_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Image.open(tmp_path / "data" / rows[7]["file_name"]).size == (64, 64)
     with pytest.raises(FileExistsError, match="exists already"):
         prepare.write_scenes(jobs, tmp_path / "data", 1, 64, 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["out", "--scenes", "0"], ["--bundle", "out.xz", "--scenes", "5"]])
+def test_prepare_asks_for_what_it_needs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from latentdiff.training.recipes.emoji import prepare
+
+    with pytest.raises(SystemExit):
+        prepare.main(arguments)
+    assert "a folder to write" in capsys.readouterr().err
 
 
 def test_unseen_names_are_no_part_of_any_other_name() -> None:

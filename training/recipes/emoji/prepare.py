@@ -210,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output is None and options.bundle is None:
         parser.error("name a folder to write, or --bundle FILE, or both")
+    if options.scenes is not None and (options.output is None or options.scenes < 1):
+        parser.error(f"--scenes {options.scenes}: expected 1 or more, and a folder to write them to")
     try:
         todo = list(jobs(*load(options.cache), options.subset, options.validation))
         if options.bundle:
