@@ -53,28 +53,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def base(options: argparse.Namespace, settings: BurstSettings) -> None:
     """Compose, train the autoencoder, then the denoiser; the latter gets what is left of the time."""
     deadline = time.monotonic() + options.seconds
-    from ..drawings import read_bundle, render_all
-    from ..scenes import Composer
-    from .pool import Pool, fill
+    from .pool import Pool
 
-    drawings = render_all(read_bundle(options.packed / "bundle.xz"), settings.size, options.workers)
-    print(f"{len(drawings)} drawings, {deadline - time.monotonic():.0f} s left", flush=True)
     pool = Pool.empty(settings.pool, settings.size, settings.max_captions, settings.tokens)
-    workers = fill(pool, Composer(drawings, settings.size, settings.seed), options.packed, options.workers)
-
-    # Forked before this process uses the device; it compiles the denoiser while this one trains the autoencoder.
+    # Forked before this process uses the device: one composes, one compiles the denoiser meanwhile and trains it then.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
+    composer = context.Process(target=_compose, args=(options, settings, pool, deadline))
     child = context.Process(target=_denoise, args=(options, settings, pool, receiver, deadline))
+    composer.start()
     child.start()
     try:
         _autoencode(options, settings, pool, sender)
         child.join()
     finally:  # no process outlives a failure
-        for process in (*workers, child):
-            process.terminate()
+        composer.terminate()
+        child.terminate()
     if child.exitcode:
         sys.exit(f"burst: the denoiser's process ended with {child.exitcode}")
+
+
+def _compose(options: argparse.Namespace, settings: BurstSettings, pool: Any, deadline: float) -> None:
+    from ..drawings import read_bundle, render_all
+    from ..scenes import Composer
+    from .pool import fill
+
+    drawings = render_all(read_bundle(options.packed / "bundle.xz"), settings.size, options.workers)
+    print(f"{len(drawings)} drawings, {deadline - time.monotonic():.0f} s left", flush=True)
+    composer = Composer(drawings, settings.size, settings.seed)
+    for worker in fill(pool, composer, options.packed, options.workers):
+        worker.join()
+    print(f"{pool.ready.mean():.0%} composed, {deadline - time.monotonic():.0f} s left", flush=True)
 
 
 def _autoencode(options: argparse.Namespace, settings: BurstSettings, pool: Any, sender: Any) -> None:

@@ -42,7 +42,7 @@ class Pool:
             _shared((number,), np.uint8),
         )
 
-    def wait(self, share: float, seconds: float = 600.0) -> None:
+    def wait(self, share: float, seconds: float = 120.0) -> None:
         """Return when at least `share` of the pictures are there.
 
         Raises:
