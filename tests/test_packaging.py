@@ -1,7 +1,11 @@
 """What is installed is what is here."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +22,32 @@ def test_every_package_folder_is_installed() -> None:
         for file in (ROOT / top).rglob("__init__.py"):
             names.add(".".join([name, *file.parent.relative_to(ROOT / top).parts]))
     assert names == set(settings["packages"])
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "training"])
+def test_type_checkers_see_the_folders_by_their_imported_names(folder: str) -> None:
+    link = ROOT / "latentdiff" / folder
+    if link.is_symlink():
+        assert link.readlink() == Path("..", folder)
+        assert link.resolve() == ROOT / folder
+    else:  # git made no link, and wrote where it would lead
+        assert link.read_text(encoding="utf-8").strip() == f"../{folder}"
+
+
+def test_no_module_is_loaded_under_two_names() -> None:
+    program = """
+import sys
+from pathlib import Path
+import latentdiff.training.commands, latentdiff.pipelines.commands, latentdiff.training.config
+seen = {}
+for name, module in sorted(sys.modules.items()):
+    if name.split(".")[0] in ("latentdiff", "pipelines", "training"):
+        seen.setdefault(Path(module.__file__).resolve(), []).append(name)
+assert len(seen) > 5, seen
+print(*[names for names in seen.values() if len(names) > 1])
+"""
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.split() == []
 
 
 def test_packaged_weights_are_small_and_whole() -> None:
