@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, VQModel
-from latentdiff.training.config import AutoencoderSettings
+from latentdiff.training.settings import AutoencoderSettings
 
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 WORDS = ["thing", "red", "green", "blue", "yellow", "purple", "orange", "cup"]

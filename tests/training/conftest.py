@@ -51,7 +51,7 @@ def denoiser_settings(pictures: Path, text_encoder: Path, tmp_path: Path) -> dic
     """For a denoiser of a few weights, with an autoencoder of its own."""
     from tiny import DENOISER, autoencoder_settings
 
-    from latentdiff.training.autoencoder import train_autoencoder
+    from latentdiff.training.trainers.autoencoder import train_autoencoder
 
     autoencoder = train_autoencoder(autoencoder_settings(pictures, tmp_path / "autoencoder", max_steps=2))
     return {**DENOISER, "data": str(pictures), "autoencoder": str(autoencoder), "text_encoder": str(text_encoder)}

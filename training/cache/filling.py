@@ -138,14 +138,15 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def finite_half(values: Tensor, names: Sequence[str], advice: str) -> Tensor:
-    """`values`, one for each of `names` along the first dimension, in float16 on the CPU.
+def finite(values: Tensor, names: Sequence[str], dtype: torch.dtype, advice: str) -> Tensor:
+    """`values`, one for each of `names` along the first dimension, in `dtype` on the CPU.
 
     Raises:
-        ValueError: some are no numbers that float16 has; the message names whose and gives `advice`.
+        ValueError: some are no numbers that `dtype` has; the message names whose and gives `advice`.
     """
-    half = values.half().cpu()
-    for name, own in zip(names, half, strict=True):
+    kept = values.to(dtype).cpu()
+    for name, own in zip(names, kept, strict=True):
         if not bool(own.isfinite().all()):
-            raise ValueError(f"{name}: what the encoder makes of it are not all numbers below 65504; {advice}")
-    return half
+            most = torch.finfo(dtype).max
+            raise ValueError(f"{name}: what the encoder makes of it are not all numbers below {most:.6g}; {advice}")
+    return kept

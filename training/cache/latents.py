@@ -1,4 +1,4 @@
-"""The latents of pictures: mean and width of the encoder's posterior, so that training can draw from it anew."""
+"""The latents of pictures: mean and deviation of the encoder's posterior, so that training can draw from it anew."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentdiff.models import IdentityAutoencoder
 from latentdiff.training.cache.digests import digest, digest_of_weights, plain_config
-from latentdiff.training.cache.filling import Batches, evaluating, fill, finite_half
+from latentdiff.training.cache.filling import Batches, evaluating, fill, finite
 from latentdiff.training.cache.store import TensorStore
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.view import View
@@ -39,6 +40,9 @@ class LatentCache:
 
     def __getitem__(self, key: Wanted) -> Tensor:
         """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
+
+        Of an `IdentityAutoencoder` (1, C, h, w) float32, the pixels: rounded, they would no longer be one of the 256
+        values that a likelihood of pixels is about, and they have no deviation.
 
         Raises:
             KeyError: they were not encoded.
@@ -72,9 +76,10 @@ class LatentCache:
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
             for keys, pixels in load(by_key, batches, num_workers):
                 names = [by_key[key][0].name for key in keys]
-                moments = finite_half(
-                    encode(autoencoder, pixels),  # (B, 2, C, h, w)
+                moments = finite(
+                    encode(autoencoder, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
                     names,
+                    torch.float32 if isinstance(autoencoder, IdentityAutoencoder) else torch.float16,
                     "is the autoencoder sound, and in float32? Without cache_latents it need not be below",
                 )
                 yield dict(zip(keys, moments, strict=True))
@@ -126,7 +131,9 @@ def stack(items: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
 
 
 def encode(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w)."""
+    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w); of pixels only themselves."""
+    if isinstance(autoencoder, IdentityAutoencoder):
+        return pixels[:, None]
     weight = next(autoencoder.parameters())
     encoded = autoencoder.encode(pixels.to(weight.device, weight.dtype))
     if hasattr(encoded, "latent_dist"):
@@ -148,4 +155,6 @@ def encoder_digest(autoencoder: Any) -> str:
     state = autoencoder.state_dict()
     weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
     kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
+    if isinstance(autoencoder, IdentityAutoencoder):
+        kind = "pixels"
     return digest(kind, digest_of_weights(weights or state), plain_config(autoencoder.config, *OF_THE_DECODER))

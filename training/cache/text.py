@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.text import encode_prompts, max_tokens
 from latentdiff.text.words import expand_words
 from latentdiff.training.cache.digests import digest, digest_of_weights, plain_config
-from latentdiff.training.cache.filling import Batches, evaluating, fill, finite_half
+from latentdiff.training.cache.filling import Batches, evaluating, fill, finite
 from latentdiff.training.cache.store import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ class TextCache:
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
             for keys in batches:
                 texts = [by_key[key] for key in keys]
-                states = finite_half(
+                states = finite(
                     encode_prompts(texts, tokenizer, text_encoder, warn=False),  # (B, L, D)
                     [repr(text[:SHOWN]) for text in texts],
+                    torch.float16,
                     "is the text encoder sound? Without cache_text it need not be below",
                 )
                 yield dict(zip(keys, states, strict=True))

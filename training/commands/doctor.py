@@ -34,7 +34,7 @@ def doctor(
     No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
     max_bad_share cannot be used.
     """
-    from latentdiff.training.config import DoctorSettings
+    from latentdiff.training.settings import DoctorSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
     if drop_duplicates and manifest is None:

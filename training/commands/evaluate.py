@@ -53,8 +53,8 @@ def evaluate(
 
     find_model(model)  # what can be told quickly is told before torch is loaded
     show_progress()
-    from latentdiff.training.evaluation import EvaluationSettings, evaluate_pipeline
-    from latentdiff.training.textless import textless_kind
+    from latentdiff.training.evaluation.evaluate import EvaluationSettings, evaluate_pipeline
+    from latentdiff.training.evaluation.textless import textless_kind
 
     settings = EvaluationSettings(
         model=model,

@@ -43,7 +43,7 @@ def finetune(
 
     Repeat the command to go on where it stopped.
     """
-    from latentdiff.training.config import FinetuneSettings
+    from latentdiff.training.settings import FinetuneSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
     chosen = {"model": model, "method": method.value if method else None}
@@ -52,6 +52,6 @@ def finetune(
             raise ValueError(f"setting {key!r} is given twice")
     settings = FinetuneSettings.load(config, {**given, **{k: v for k, v in chosen.items() if v is not None}})
     show_progress()
-    from latentdiff.training.finetune import finetune as train
+    from latentdiff.training.trainers.finetune import finetune as train
 
     announce(f"The pipeline is in {train(settings)}")

@@ -46,8 +46,8 @@ def likelihood(
     """
     import torch
 
-    from latentdiff.training.likelihood import LikelihoodSettings, evaluate_likelihood
-    from latentdiff.training.textless import load_textless
+    from latentdiff.training.evaluation.likelihood import LikelihoodSettings, evaluate_likelihood
+    from latentdiff.training.evaluation.textless import load_textless
 
     show_progress()
     settings = LikelihoodSettings(

@@ -25,8 +25,8 @@ def autoencoder(
     overrides: Overrides = None,
 ) -> None:
     """Train an autoencoder (kind=kl, vq, gumbel or fsq) that compresses pictures to latents."""
-    from latentdiff.training.config import AutoencoderSettings
     from latentdiff.training.recipes.autoencoders import configurations
+    from latentdiff.training.settings import AutoencoderSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
     ours = configurations()
@@ -34,7 +34,7 @@ def autoencoder(
         raise FileNotFoundError(f"--config {config}: no such file, and ours are {', '.join(ours)}")
     settings = AutoencoderSettings.load(ours.get(config, config) if config else None, given)
     show_progress()
-    from latentdiff.training.autoencoder import train_autoencoder
+    from latentdiff.training.trainers.autoencoder import train_autoencoder
 
     announce(f"The autoencoder is in {train_autoencoder(settings)}")
 
@@ -47,12 +47,12 @@ def denoiser(
     overrides: Overrides = None,
 ) -> None:
     """Train a denoiser (condition=text, class or none); OUTPUT becomes a pipeline folder that draws."""
-    from latentdiff.training.config import DenoiserSettings
+    from latentdiff.training.settings import DenoiserSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
     settings = DenoiserSettings.load(config, {**given, "autoencoder": autoencoder})
     show_progress()
-    from latentdiff.training.denoiser import train_denoiser
+    from latentdiff.training.trainers.denoiser import train_denoiser
 
     announce(f"The pipeline is in {train_denoiser(settings)}")
 
@@ -65,11 +65,11 @@ def classifier(
     overrides: Overrides = None,
 ) -> None:
     """Train a classifier of noisy pictures that guides a model; OUTPUT becomes a pipeline folder with both."""
-    from latentdiff.training.config import ClassifierSettings
+    from latentdiff.training.settings import ClassifierSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
     settings = ClassifierSettings.load(config, {**given, "model": model})
     show_progress()
-    from latentdiff.training.classifier import train_classifier
+    from latentdiff.training.trainers.classifier import train_classifier
 
     announce(f"The pipeline with its classifier is in {train_classifier(settings)}")

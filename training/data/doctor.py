@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.config import DoctorSettings
 from latentdiff.training.data.folder import metadata_of
 from latentdiff.training.data.load import read_source
 from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
@@ -15,6 +14,7 @@ from latentdiff.training.data.report import Report
 from latentdiff.training.data.rows import read_rows
 from latentdiff.training.data.source import PICTURE_SUFFIXES, Finding, NoPicturesError, Source
 from latentdiff.training.data.survey import survey
+from latentdiff.training.settings import DoctorSettings
 
 Tokens = tuple[Callable[[Sequence[str]], list[int]], int]
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.config import Condition
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.folder import metadata_of, read_beside, read_metadata, split_folder
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.data.shards import find_shards, read_shards
 from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted
+from latentdiff.training.settings import Condition
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from latentdiff.training.config import Condition, DataSettings, RunSettings
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.load import NAMED, log_findings, read_source
 from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted
 from latentdiff.training.data.survey import survey
+from latentdiff.training.settings import Condition, DataSettings, RunSettings
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.config import Condition
 from latentdiff.training.data.captions import check_captions
 from latentdiff.training.data.pictures import CaptionedPicture
+from latentdiff.training.settings import Condition
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}

@@ -10,8 +10,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from latentdiff.training.commands.doctor import doctor
-from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.data import prepare_pictures
+from latentdiff.training.settings import AutoencoderSettings
 
 app = typer.Typer()
 app.command()(doctor)

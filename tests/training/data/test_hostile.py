@@ -7,10 +7,10 @@ import hostile
 import pytest
 import torch
 
-from latentdiff.training.config import AutoencoderSettings, DoctorSettings
 from latentdiff.training.data import prepare_pictures, read_pixels
 from latentdiff.training.data.captions import printable
 from latentdiff.training.data.doctor import examine_source
+from latentdiff.training.settings import AutoencoderSettings, DoctorSettings
 
 Make = Callable[[Path], tuple[Path, list[str], list[str]]]
 

@@ -12,10 +12,10 @@ import hostile
 import pytest
 from PIL import Image
 
-from latentdiff.training.config import AutoencoderSettings
 from latentdiff.training.data import NoPicturesError, load_pictures, prepare_pictures
 from latentdiff.training.data.manifest import read_manifest
 from latentdiff.training.data.survey import survey
+from latentdiff.training.settings import AutoencoderSettings
 
 
 def settings(data: Path, **more: Any) -> AutoencoderSettings:

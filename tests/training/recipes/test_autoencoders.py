@@ -7,10 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from latentdiff.training.autoencoder import build_autoencoder, train_autoencoder
 from latentdiff.training.cli import train
-from latentdiff.training.config import AutoencoderSettings
+from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.recipes.autoencoders import configurations
+from latentdiff.training.settings import AutoencoderSettings
+from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 SHAPES = {  # of the latents of a picture of 256x256
     "kl-f16": (16, 16, 16),

@@ -237,7 +237,7 @@ def test_the_pruned_text_encoder_gives_the_states_of_the_whole_one() -> None:
 
 
 def test_a_settings_file_fits_its_trainer() -> None:
-    from latentdiff.training.config import AutoencoderSettings, DenoiserSettings
+    from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 
     folder = Path(prepare.__file__).parent
     needed = {"data": "data", "output": "out"}

@@ -18,11 +18,11 @@ from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.metrics.extractors import load_extractor
 from latentdiff.metrics.resize import pictures_to_pixels
+from latentdiff.training.card.card import write_whole
 from latentdiff.training.data import load_pictures
-from latentdiff.training.evaluation import Measured
-from latentdiff.training.model_card import write_whole
+from latentdiff.training.evaluation.evaluate import Measured
+from latentdiff.training.evaluation.textless import load_textless
 from latentdiff.training.recipes.emoji_pixels.judge import load_or_train, tensors
-from latentdiff.training.textless import load_textless
 
 STEPS = 25
 

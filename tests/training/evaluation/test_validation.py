@@ -1,0 +1,133 @@
+"""The loss on held-out pictures."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from lives import start, wait
+from torch import nn
+
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.models import UNet2DConditionModel
+from latentdiff.training.batch.batches import Conditioning, DiffusionBatch
+from latentdiff.training.evaluation.validation import HeldOutLoss
+from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.objectives.objective import Result
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "dropout": 0.3,
+}
+PROCESS = GaussianDiffusion("scaled_linear", prediction_type="v_prediction", zero_terminal_snr=True)
+
+
+def make_objective() -> DenoiserObjective:
+    torch.manual_seed(0)
+    return DenoiserObjective(UNet2DConditionModel(**UNET), PROCESS, 5.0)
+
+
+def make_batches(timesteps: list[list[int]]) -> list[DiffusionBatch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        DiffusionBatch(
+            latents=torch.randn(len(t), 4, 8, 8, generator=generator),
+            noise=torch.randn(len(t), 4, 8, 8, generator=generator),
+            draws=(torch.tensor(t, dtype=torch.float64) + 0.5) / 1000,
+            condition=Conditioning(torch.randn(len(t), 5, 16, generator=generator)),
+            loss_weight=torch.full((len(t),), 0.25),
+            names=tuple(f"{step}.png" for step in t),
+        )
+        for t in timesteps
+    ]
+
+
+BATCHES = make_batches([[0, 249, 250], [999, 500], [749, 750, 100, 600], [499]])
+
+
+def test_losses_are_plain_and_given_by_band() -> None:
+    objective = make_objective()
+    figures = HeldOutLoss(PROCESS, bands=4)(objective, BATCHES)
+    plain = DenoiserObjective(objective.denoiser, PROCESS).eval()
+    bands: dict[int, list[float]] = {}
+    for batch in BATCHES:
+        timesteps = batch.timesteps(PROCESS)
+        with torch.no_grad():
+            losses = plain.per_sample(replace(batch, loss_weight=torch.ones(len(timesteps))), timesteps).tolist()
+        for step, loss in zip(timesteps.tolist(), losses, strict=True):
+            bands.setdefault(step // 250, []).append(loss)
+    everything = [loss for losses in bands.values() for loss in losses]
+    expected = {f"val_loss_{250 * i}_{250 * i + 249}": sum(bands[i]) / len(bands[i]) for i in range(4)}
+    assert figures == pytest.approx({"val_loss": sum(everything) / 10, **expected})
+    assert list(figures) == ["val_loss", "val_loss_0_249", "val_loss_250_499", "val_loss_500_749", "val_loss_750_999"]
+
+
+def test_measuring_leaves_no_trace() -> None:
+    objective, measure = make_objective().train(), HeldOutLoss(PROCESS)
+    objective.denoiser.mid_block.eval()
+    modes = [module.training for module in objective.modules()]
+    state = torch.get_rng_state()
+    first = measure(objective, BATCHES)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in objective.modules()] == modes
+    assert measure(objective, BATCHES) == first
+    assert all(p.grad is None for p in objective.parameters())
+
+
+def test_modes_come_back_after_an_error() -> None:
+    objective = make_objective().train()
+    broken = [replace(BATCHES[0], latents=torch.zeros(3, 5, 8, 8))]
+    with pytest.raises(RuntimeError):
+        HeldOutLoss(PROCESS)(objective, broken)
+    assert all(module.training for module in objective.modules())
+
+
+def test_bands_need_not_be_equal_nor_full() -> None:
+    figures = HeldOutLoss(GaussianDiffusion(num_timesteps=1000), bands=3)(make_objective(), make_batches([[332, 999]]))
+    assert set(figures) == {"val_loss", "val_loss_0_332", "val_loss_666_999"}
+    assert HeldOutLoss(PROCESS)(make_objective(), []) == {}
+    with pytest.raises(ValueError, match=r"bands must lie in \[1, 10\], not 11"):
+        HeldOutLoss(GaussianDiffusion(num_timesteps=10), bands=11)
+
+
+class Buffered(nn.Module):
+    """An objective with a buffer, which makes DistributedDataParallel speak to the others at every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.objective = make_objective()
+        self.register_buffer("nothing", torch.zeros(1))
+
+    def forward(self, batch: DiffusionBatch, held_out: bool = False) -> Result:
+        return self.objective(batch, held_out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("count", [4, 3, 1])
+def test_two_processes_measure_what_one_does(count: int, tmp_path: Path) -> None:
+    def measure(name: str) -> None:
+        accelerator = Accelerator(cpu=True)
+        objective = accelerator.prepare(Buffered())
+        figures = HeldOutLoss(PROCESS)(objective, BATCHES[:count], accelerator)
+        (tmp_path / f"{name}-{accelerator.process_index}.json").write_text(json.dumps(figures))
+        accelerator.end_training()
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: measure("one"), log)) == [0], log.read_text()
+    assert wait(start(lambda: measure("two"), log, processes=2)) == [0, 0], log.read_text()
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one-0", "two-0", "two-1"))
+    assert first == second
+    assert first == pytest.approx(one, rel=1e-6)

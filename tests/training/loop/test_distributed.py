@@ -1,0 +1,159 @@
+"""Two processes (gloo, on the CPU) train what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from lives import free_port, start, wait
+from safetensors.torch import load_file
+
+from latentdiff.models.codebooks import CodebookLearner
+from latentdiff.training.loop import run
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.trainers.autoencoder import train_autoencoder
+from latentdiff.training.trainers.denoiser import train_denoiser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+def trained(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((output / "training" / "checkpoints").glob("step-*"))[-1] / "trained.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "training" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def assert_alike(a: Path, b: Path) -> None:
+    """Equal but for the order in which floating-point numbers are added."""
+    one, other = trained(a), trained(b)
+    assert one.keys() == other.keys()
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)
+
+
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+    def train(name: str, size: int, accumulation: int = 1) -> None:
+        values = {"max_steps": 6, "log_every": 1, "batch_size": size, "gradient_accumulation_steps": accumulation}
+        train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(tmp_path / name)}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    assert_alike(tmp_path / "one", tmp_path / "accumulated")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert not torch.equal(trained(tmp_path / "one")["denoiser.conv_in.weight"], torch.zeros(1))
+
+
+CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_start": "none", "codebook_restart": 0}
+
+
+@pytest.mark.parametrize("kind", [{}, CODES], ids=["kl", "vq"])
+def test_autoencoder_goes_on_with_another_number_of_processes(
+    kind: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
+    def train(name: str, size: int, steps: int) -> None:
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1, **kind}
+        values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 3), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("b", 4, 6), log)) == [0], log.read_text()
+    assert_alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_processes_against_a_discriminator_hold_the_same_codes(pictures: Path, tmp_path: Path) -> None:
+    def train() -> None:
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1, **CODES}
+        values |= {"codebook_start": "kmeans", "codebook_restart": 2, "batch_size": 2, "max_steps": 8}
+        values |= {"discriminator_weight": 0.5, "discriminator_start": 2, "discriminator_channels": 4}
+        values |= {"discriminator_layers": 1, "data": str(pictures), "output": str(tmp_path / "out"), "log_every": 1}
+        settings = AutoencoderSettings.load(None, values)
+        codes: list[torch.Tensor] = []
+        original = CodebookLearner.update
+
+        def update(learner: CodebookLearner) -> None:
+            original(learner)
+            codes.append(learner.codes.clone())
+
+        CodebookLearner.update = update  # type: ignore[method-assign]
+        train_autoencoder(settings)
+        torch.save(codes, tmp_path / f"codes-{os.environ['RANK']}.pt")
+
+    log = tmp_path / "log.txt"
+    assert wait(start(train, log, processes=2)) == [0, 0], log.read_text()
+    first, second = (torch.load(tmp_path / f"codes-{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "out/training/metrics.jsonl").read_text().splitlines()]
+    assert sum("discriminator_accuracy" in row for row in rows) == 6
+    assert (sorted((tmp_path / "out/training/checkpoints").glob("step-*"))[-1] / "trained-1.safetensors").is_file()
+
+
+def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate offers FSDP on GPUs only, while torch has it on CPUs too: the child says that it has been chosen."""
+
+    def train(name: str, size: int, steps: int, spread: bool = False) -> None:
+        if spread:
+            monkeypatch.setattr(run, "accelerator_of", spreading_accelerator)
+        values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1}
+        values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1, "sample_every": 3}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 3, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("b", 2, 6, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+    figures = [json.loads((tmp_path / name / "evaluation.json").read_text())["psnr"] for name in "ab"]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4), "measured with the averaged weights"
+    one, other = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in "ab")
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
+
+
+def spreading_accelerator(settings: Any, make: Any = run.accelerator_of) -> Any:
+    accelerator = make(settings)
+    state, processes = AcceleratorState(), PartialState()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+    state.__dict__ |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    processes.__dict__["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def test_torchrun(pictures: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command += ["-m", "latentdiff.training", "autoencoder", "--data", str(pictures), "--output", str(tmp_path / "a")]
+    command += ["resolution=16", "batch_size=2", "max_steps=3", "warmup_steps=1"]
+    command += ["block_out_channels=[8, 16]", "norm_num_groups=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The autoencoder is in") == 1, "only the main process reports"
+    assert (tmp_path / "a" / "config.json").is_file()

@@ -1,0 +1,113 @@
+"""A training that is killed at any moment, again and again, ends as one that was left in peace."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lives import live_and_die, start, wait
+from safetensors.torch import load_file
+
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.trainers.autoencoder import train_autoencoder
+from latentdiff.training.trainers.denoiser import train_denoiser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))  # of each of the four trainings
+
+
+def newest(output: Path) -> Path:
+    return sorted((output / "training" / "checkpoints").glob("step-*"))[-1]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Weights, moving average, optimizer and counters of two runs' last checkpoints, bit for bit."""
+    one, other = newest(a), newest(b)
+    assert one.name == other.name
+    files = [file.name for file in one.glob("*.safetensors")]
+    assert {"trained.safetensors", "averaged-0.safetensors"} <= set(files)
+    for file in files:
+        first, second = load_file(one / file), load_file(other / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), file
+    for file in [file.name for file in one.glob("optimizer*.bin")]:
+        states = [torch.load(folder / file, weights_only=True)["state"] for folder in (one, other)]
+        for first, second in zip(states[0].values(), states[1].values(), strict=True):
+            assert all(torch.equal(first[key], second[key]) for key in first)
+    assert (one / "state.json").read_text() == (other / "state.json").read_text()
+    rows = [[json.loads(line) for line in (run / "training/metrics.jsonl").read_text().splitlines()] for run in (a, b)]
+    for row in rows[0] + rows[1]:
+        row.pop("pictures_per_second")
+    assert rows[0] == rows[1]
+
+
+def compare(train: Any, tmp_path: Path, *, kills: int, longest: float, processes: int = 1) -> None:
+    log = tmp_path / "log.txt"
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert set(wait(start(lambda: train(calm), log, processes))) == {0}, log.read_text()[-3000:]
+    cut = live_and_die(lambda: train(killed), log, kills, longest, seed=len(tmp_path.name), processes=processes)
+    assert cut >= kills, f"only {cut} lives were cut short"
+    assert_same_end(calm, killed)
+    assert not list(killed.rglob(".partial-step*"))
+
+
+AGAINST = {"discriminator_weight": 0.5, "discriminator_start": 50, "discriminator_channels": 4, "r1_weight": 0.1}
+CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_restart": 5}
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, AGAINST), (1, CODES)], ids=["kl-discriminator", "vq-ema"])
+def test_autoencoder(pictures: Path, tmp_path: Path, workers: int, kind: dict[str, Any]) -> None:
+    def train(output: Path) -> None:
+        values = {"resolution": 16, "batch_size": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
+        values |= {"warmup_steps": 5, "max_steps": 400, "checkpoint_every": 2, "sample_every": 40, "log_every": 5}
+        values |= {"data": str(pictures), "output": str(output), "num_workers": workers, **kind}
+        values |= {"discriminator_layers": 1}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "gradient_accumulation_steps": 2}))
+
+    compare(train, tmp_path, kills=KILLS, longest=1.5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: int) -> None:
+    def train(output: Path) -> None:
+        values = {"max_steps": 300, "checkpoint_every": 2, "sample_every": 50, "log_every": 5, "num_workers": 0}
+        values |= {"caption_dropout": 0.3, "crop": "random", "gradient_accumulation_steps": 2, "noise_offset": 0.1}
+        train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
+
+    compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_costs_checkpoints_and_no_more(pictures: Path, tmp_path: Path) -> None:
+    def train(output: Path) -> None:
+        values = {"resolution": 16, "batch_size": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
+        values |= {"warmup_steps": 1, "max_steps": 6, "checkpoint_every": 2, "data": str(pictures)}
+        train_autoencoder(AutoencoderSettings.load(None, {**values, "output": str(output)}))
+
+    def train_on_a_full_disk() -> None:
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is too long then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        train(tmp_path / "full")
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train(tmp_path / "calm"), log)) == [0], log.read_text()[-3000:]
+    assert wait(start(train_on_a_full_disk, log)) != [0]  # what it was told to write at the end, it could not
+    said = log.read_text(encoding="utf-8")
+    assert "could not be written" in said
+    assert "older checkpoints are kept" in said
+    folder = tmp_path / "full" / "training" / "checkpoints"
+    assert not list(folder.glob("step-*"))
+    assert not list(folder.glob(".partial-*"))
+    assert wait(start(lambda: train(tmp_path / "full"), log)) == [0]
+    assert_same_end(tmp_path / "calm", tmp_path / "full")

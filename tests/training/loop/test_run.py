@@ -1,0 +1,229 @@
+"""The loop that the trainers share: bad losses, the learning rate, records, trackers, stopping."""
+
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.objectives.objective import Objective, Result
+from latentdiff.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Points:
+    """(B, 2)"""
+
+    x: Tensor
+    names: tuple[str, ...] = ()
+
+
+class Line(Objective[Points]):
+    """A straight line through the origin; the batch's sum is its target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(2))
+        self.fixed = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def training_loss(self, batch: Points) -> Result:
+        x = batch.x
+        loss = (x @ self.slope - x.sum(1) * self.fixed).square().mean()
+        return Result(loss, loss.detach(), {})
+
+
+def settings(tmp_path: Path, **changes: Any) -> RunSettings:
+    values = {"data": "-", "output": str(tmp_path), "max_steps": 40, "batch_size": 4, "learning_rate": 0.1}
+    values |= {"warmup_steps": 0, "checkpoint_every": 10, "log_every": 5, "weight_decay": 0.0}
+    return RunSettings.load(None, {**values, **changes})
+
+
+def go(run: TrainingRun, batch: Callable[[int], Tensor] | None = None) -> TrainingRun:
+    for number in run.passes():
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(number)) if batch is None else batch(number)
+        run.learn(Points(x, tuple(f"{number}-{i}.png" for i in range(4))))
+    run.save(must=True)
+    return run
+
+
+def rows(tmp_path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()]
+
+
+def with_a_bad_one(bad: float, at: int) -> Callable[[int], Tensor]:
+    def batch(number: int) -> Tensor:
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(number))
+        return x * bad if number == at else x
+
+    return batch
+
+
+def test_it_learns_and_keeps_records(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(5, 41, 5))
+    assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"] / 3
+    assert set(run.progress()) == {"loss", "pictures/s", "memory"}
+    assert [folder.name for folder in run.checkpoints.whole()] == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
+def test_a_bad_update_stops_the_run_and_names_its_pictures(tmp_path: Path, bad: float) -> None:
+    run = TrainingRun(settings(tmp_path), Line())
+    with pytest.raises(FloatingPointError, match=r"at step 25 .*25-0.png, 25-1.png, .*on_bad_loss=skip"):
+        go(run, with_a_bad_one(bad, at=25))
+    assert run.objective.slope.isfinite().all()
+    assert [folder.name for folder in run.checkpoints.whole()] == ["step-00000010", "step-00000020"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e6])
+def test_a_bad_update_is_left_out(tmp_path: Path, bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    calm = go(TrainingRun(settings(tmp_path / "calm"), Line()))
+    run = go(TrainingRun(settings(tmp_path / "bad", on_bad_loss="skip"), Line()), with_a_bad_one(bad, at=25))
+    assert run.step == 40
+    assert run.learner.skipped == rows(tmp_path / "bad")[-1]["skipped"] == 1
+    assert "25-0.png" in caplog.text
+    assert torch.dist(run.objective.slope, calm.objective.slope) < 0.1
+    assert run.objective.slope.isfinite().all()
+
+
+def test_too_many_bad_updates_stop_the_run_all_the_same(tmp_path: Path) -> None:
+    run = TrainingRun(settings(tmp_path, on_bad_loss="skip"), Line())
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        go(run, lambda number: torch.full((4, 2), math.nan))
+
+
+def test_what_is_frozen_is_neither_trained_nor_saved(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    assert float(run.objective.fixed.detach()) == 1
+    from safetensors.torch import load_file
+
+    assert load_file(run.checkpoints.whole()[-1] / "trained.safetensors").keys() == {"slope"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.0}, {"optimizer": "sgd"}, {"optimizer": "adafactor"}])
+def test_resuming_is_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
+    straight = go(TrainingRun(settings(tmp_path / "a", decay_steps=10, **changes), Line()))
+    stopped = TrainingRun(settings(tmp_path / "b", decay_steps=10, **changes), Line())
+    for number in stopped.passes():
+        stopped.learn(Points(torch.randn(4, 2, generator=torch.Generator().manual_seed(number))))
+        if stopped.step == 23:  # not saved: what was recorded after step 20 is forgotten
+            break
+    resumed = TrainingRun(settings(tmp_path / "b", decay_steps=10, **changes), Line())
+    assert resumed.step == 20
+    go(resumed)
+    assert torch.equal(straight.objective.slope, resumed.objective.slope)
+    averages = straight.learner.average.weights, resumed.learner.average.weights
+    assert len(averages[0]) == len(averages[1]) == int(changes.get("ema_decay") != 0)
+    assert all(torch.equal(one, other) for one, other in zip(*averages, strict=True))
+
+    def without_rate(folder: Path) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "pictures_per_second"} for row in rows(folder)]
+
+    assert without_rate(tmp_path / "a") == without_rate(tmp_path / "b")
+
+
+def test_no_average_and_a_fast_one(tmp_path: Path) -> None:
+    plain = go(TrainingRun(settings(tmp_path / "a", ema_decay=0.0), Line()))
+    assert not plain.learner.average.weights
+    with plain.averaged():
+        assert not plain.objective.training
+    warm = go(TrainingRun(settings(tmp_path / "b", ema_decay=0.999), Line()))
+    cold = go(TrainingRun(settings(tmp_path / "c", ema_decay=0.999, ema_warmup=False), Line()))
+    trained = warm.objective.slope.detach().clone()
+    with warm.averaged():
+        near = torch.dist(warm.objective.slope, trained)
+    with cold.averaged():
+        far = torch.dist(cold.objective.slope, trained)
+    assert near < far / 2
+    assert torch.equal(warm.objective.slope, trained)
+
+
+def test_the_learning_rate_counts_updates(tmp_path: Path) -> None:
+    plan = settings(tmp_path, warmup_steps=10, decay_steps=20, gradient_accumulation_steps=3)
+    assert [learning_rate_at(plan, step) for step in (0, 9, 20)] == pytest.approx([0.01, 0.1, 0.1])
+    assert learning_rate_at(plan, 30) == pytest.approx(0.05)
+    run = TrainingRun(plan, Line())
+    seen = []
+    for number in run.passes():
+        run.learn(Points(torch.ones(4, 2)))
+        if number % 3 == 2:
+            seen.append(run.learner.optimizer.param_groups[0]["lr"])
+    assert seen == [learning_rate_at(plan, step) for step in range(40)]
+    cosine = settings(tmp_path, decay_steps=20, decay_shape="cosine")
+    assert [learning_rate_at(cosine, step) for step in (20, 30, 40)] == pytest.approx([0.1, 0.05, 0.0])
+
+
+def test_accumulated_passes_are_one_update(tmp_path: Path) -> None:
+    x = torch.randn(8, 2)
+    whole = TrainingRun(settings(tmp_path / "a", batch_size=8), Line())
+    for _ in whole.passes():
+        whole.learn(Points(x))
+    parts = TrainingRun(settings(tmp_path / "b", gradient_accumulation_steps=2), Line())
+    assert whole.update_size == parts.update_size == 8
+    assert [list(parts.slots(number)) for number in (0, 1, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    for number in parts.passes():
+        parts.learn(Points(x[list(parts.slots(number))]))
+    torch.testing.assert_close(whole.objective.slope, parts.objective.slope)
+
+
+def test_ctrl_c_saves_and_stops(tmp_path: Path) -> None:
+    run = TrainingRun(settings(tmp_path), Line())
+
+    def batch(number: int) -> Tensor:
+        if number == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.ones(4, 2)
+
+    go(run, batch)
+    assert run.step == 18
+    assert run.checkpoints.whole()[-1].name == "step-00000018"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_time_is_up(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path, max_steps=10**7, max_minutes=0.01), Line()))
+    assert 0 < run.step < 10**7
+
+
+def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = go(TrainingRun(settings(tmp_path, report_to=["tensorboard"]), Line()))
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "grid.png")
+    run.show("samples", tmp_path / "grid.png")
+    run.finish()
+    events = reader.EventAccumulator(str(tmp_path / "training" / "logs" / "latentdiff"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(5, 41, 5))
+    assert events.Images("samples")[0].step == 40
+
+
+def test_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        TrainingRun(settings(tmp_path), Line().requires_grad_(False))
+
+
+def test_a_missing_8_bit_optimizer_is_explained(tmp_path: Path) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install bitsandbytes"):
+            TrainingRun(settings(tmp_path, optimizer="adamw8bit"), Line())
+
+
+def test_logged_steps_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="latentdiff"):
+        go(TrainingRun(settings(tmp_path / "a"), Line()))
+        TrainingRun(settings(tmp_path / "a", max_steps=50), Line())
+    assert "resumed from" in caplog.text

@@ -1,0 +1,226 @@
+"""The card of a saved model: a README.md that says what it is, how to use it, and how good it is; and its upload.
+
+latentdiff writes between marks, and only there. What somebody writes outside them stays, and so do keys of the front
+matter that are not latentdiff's. A README.md without the marks is never touched.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.interchange.png import current_umask, save_picture
+from latentdiff.training.card.kinds import ModelKind
+from latentdiff.training.card.text import figures_table, is_hub_id, last_part, settings_list
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+logger = logging.getLogger(__name__)
+
+FILE, GRID = "README.md", "samples.png"
+BEGIN, END = "<!-- latentdiff: {} (written anew; put your own text outside) -->", "<!-- latentdiff: end of {} -->"
+MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
+MODEL, EVALUATION = "model", "evaluation"
+NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    kind: ModelKind,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, float],
+    pictures: int,
+    steps: int,
+    base_model: str | None = None,
+    sample_grid: Path | None = None,
+) -> None:
+    """Write, or write anew, the card of the model in `folder`. A README.md of somebody else stays as it is.
+
+    Args:
+        kind: what it is.
+        settings: in force; of paths only the last part is shown.
+        figures: measured ones by name.
+        pictures: it was trained on.
+        steps: optimizer steps.
+        base_model: what was fine-tuned: a hub id, a packaged model or a folder.
+        sample_grid: a picture of samples, copied to ``samples.png``.
+    """
+    card = open_card(folder)
+    if card is None:
+        return
+    data: Any = card.data
+    base = last_part(base_model) if base_model else None
+    data.library_name = data.library_name or "diffusers"
+    if kind.draws:
+        data.pipeline_tag = data.pipeline_tag or kind.task
+    ours = ["latentdiff", "diffusers", kind.task, *(["lora"] if kind.lora else [])]
+    data.tags = list(dict.fromkeys([*(data.tags or []), *ours]))
+    if base_model and is_hub_id(base_model):  # the hub refuses anything else
+        data.base_model = base_model
+    grid = copy_grid(folder, card, sample_grid)
+    parts = [
+        f"# {title(folder)}" if not has_heading(card) else "",
+        f"{kind.name[:1].upper()}{kind.name[1:]}, trained with latentdiff"
+        + (f" from {base}" if base else "")
+        + f" on {pictures:,} pictures in {steps:,} optimizer steps.",
+        f"![Samples]({GRID})" if grid else "",
+        kind.usage,
+        figures_table(figures, pictures),
+        settings_list(settings),
+    ]
+    put_section(card, MODEL, "\n\n".join(part for part in parts if part))
+    write_card(folder, card)
+
+
+def update_evaluation(folder: Path, text: str) -> bool:
+    """Put `text` (Markdown) in place of the evaluation in the card that latentdiff wrote in `folder`.
+
+    Returns:
+        Whether there is such a card, with a front matter that can be read.
+    """
+    card = open_card(folder) if is_ours(folder / FILE) else None
+    if card is None:
+        return False
+    put_section(card, EVALUATION, text)
+    write_card(folder, card)
+    return True
+
+
+def is_ours(file: Path) -> bool:
+    """Whether latentdiff wrote this card."""
+    try:
+        return BEGIN.format(MODEL) in file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def open_card(folder: Path) -> "ModelCard | None":
+    """The card in `folder`, a new one, or None where somebody else's is there or one that cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    file = folder / FILE
+    if not (file.exists() or file.is_symlink()):
+        return ModelCard("---\n{}\n---\n")
+    if not is_ours(file):
+        logger.warning("%s was not written by latentdiff, so it is left as it is", file)
+        return None
+    try:
+        return ModelCard(file.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
+    except (ValueError, TypeError, YAMLError) as error:  # somebody's edit, which a finished training must not fail on
+        reason = " ".join(str(error).split())
+        logger.warning("the front matter of %s cannot be read (%s), so the card is left as it is", file, reason)
+        return None
+
+
+def put_section(card: "ModelCard", name: str, text: str) -> None:
+    """`text` between the marks of `name`, in their place or at the end."""
+    begin, end = BEGIN.format(name), END.format(name)
+    # A setting may hold anything, but a mark in it would end the section too early.
+    section = f"{begin}\n{text.strip().replace(MARK, NO_MARK)}\n{end}"
+    before, found, after = card.text.partition(begin)
+    _, closed, rest = after.partition(end)
+    if found and closed:
+        card.text = f"{before}{section}{rest}"
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+
+
+def write_card(folder: Path, card: "ModelCard") -> None:
+    """Whole or not at all."""
+    text = f"---\n{card.data.to_yaml(line_break=None)}\n---\n{card.text}"
+    write_whole(folder / FILE, text)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file by way of another, so that it is whole or as it was. The folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=".partial-", delete=False) as stream:
+        partial = Path(stream.name)
+        try:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+            partial.chmod(0o666 & ~current_umask())
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool:
+    """Copy the picture of samples. Returns whether the card can show one."""
+    from PIL import Image
+
+    target = folder / GRID
+    shown = f"({GRID})" in card.text
+    if sample_grid is None or not sample_grid.is_file():
+        return shown and target.is_file()
+    if target.exists() and not shown:
+        logger.warning("%s was not written by latentdiff, so it is left as it is", target)
+        return False
+    with Image.open(sample_grid) as image:
+        save_picture(image.convert("RGB"), target)
+    return True
+
+
+def has_heading(card: "ModelCard") -> bool:
+    """Whether somebody put a heading of their own before ours."""
+    before = card.text.partition(BEGIN.format(MODEL))[0]
+    return any(line.startswith("# ") for line in before.splitlines())
+
+
+def title(folder: Path) -> str:
+    return folder.resolve().name or "model"
+
+
+def push_model(folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Upload a model's folder to the Hugging Face hub, less checkpoints, caches and evaluation pictures.
+
+    Args:
+        repo_id: "owner/name"; made if need be.
+        private: of a repository that is made now.
+        token: by default the one that ``hf auth login`` keeps, or ``HF_TOKEN``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: `folder` holds no model.
+        ValueError: `repo_id` is no "owner/name".
+        OSError: the hub cannot be reached, or refuses; why, and what to do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+        raise FileNotFoundError(f"{folder} holds no model to upload: no model_index.json and no config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"{repo_id!r} is no repository's name; write owner/name")
+    api = HfApi(token=token, library_name="latentdiff")
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=list(NOT_PUSHED),
+            commit_message="Upload of a model by latentdiff",
+        )
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{folder} was not uploaded: HF_HUB_OFFLINE is set; unset it to reach the hub") from error
+    except HfHubHTTPError as error:
+        raise OSError(f"{folder} was not uploaded to {repo_id}: the hub says: {first_line(error)}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):  # httpx or httpx2, as huggingface_hub has it
+            raise
+        raise OSError(f"{folder} was not uploaded to {repo_id}: {first_line(error)}; is there a network?") from error
+    return commit.commit_url
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,94 @@
+"""What kinds of model training makes, as their cards say it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+AUTOENCODERS = {"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"}
+IN_DIFFUSERS = ("kl", "vq")
+
+AUTOENCODER_USAGE = """## How to use it
+
+```python
+from latentdiff.models import CLASS
+
+autoencoder = CLASS.from_pretrained("THIS_FOLDER")
+```"""
+
+PIPELINE_USAGE = """## How to draw with it
+
+```python
+from latentdiff import TextToImagePipeline
+
+pipeline = TextToImagePipeline.from_pretrained("THIS_FOLDER")
+pipeline(PROMPT, seed=0).images[0].save("picture.png")
+```
+
+```sh
+latentdiff generate PROMPT --model THIS_FOLDER -o picture.png
+```
+
+Plain diffusers loads it too:
+
+```python
+from diffusers import StableDiffusionPipeline
+
+StableDiffusionPipeline.from_pretrained("THIS_FOLDER")(PROMPT).images[0]
+```"""
+
+TEXTLESS_USAGE = """## How to draw with it
+
+```python
+from latentdiff import PIPELINE
+
+pipeline = PIPELINE.from_pretrained("THIS_FOLDER")
+pipeline(CALL, seed=0).images[0].save("picture.png")
+```"""
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a trained model is.
+
+    Args:
+        name: such as "KL autoencoder", with which the card's first sentence begins.
+        task: the hub's name of what it does; "autoencoder" is none of the hub's, only a tag.
+        usage: how to use it, in Markdown.
+        lora: whether a LoRA lies beside the model.
+    """
+
+    name: str
+    task: str
+    usage: str
+    lora: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is a pipeline."""
+        return self.task != "autoencoder"
+
+
+def autoencoder_kind(kind: str) -> ModelKind:
+    """kind: of `AutoencoderSettings`."""
+    usage = AUTOENCODER_USAGE.replace("CLASS", AUTOENCODERS[kind])
+    if kind in IN_DIFFUSERS:
+        usage += "\n\ndiffusers' class of this name loads it as well."
+    return ModelKind(f"{kind.upper()} autoencoder", "autoencoder", usage)
+
+
+def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = None, lora: bool = False) -> ModelKind:
+    """method: of fine-tuning, if it was."""
+    prompts = [*sample_prompts, "a red car"]
+    plain = next(prompt for prompt in prompts if not set(prompt) & set('"\\`$!\n'))  # needs no quoting in a shell
+    usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')
+    name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
+    return ModelKind(name, "text-to-image", usage, lora)
+
+
+def class_conditional_kind(name: str = "class-conditional image pipeline") -> ModelKind:
+    usage = TEXTLESS_USAGE.replace("PIPELINE", "ClassConditionalPipeline").replace("CALL", "0")
+    return ModelKind(name, "unconditional-image-generation", usage)
+
+
+def unconditional_kind() -> ModelKind:
+    usage = TEXTLESS_USAGE.replace("PIPELINE", "UnconditionalPipeline").replace("CALL", "batch_size=1")
+    return ModelKind("unconditional image pipeline", "unconditional-image-generation", usage)

@@ -1,0 +1,103 @@
+"""The pictures of an evaluation: what to draw, and drawing what is not there yet."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from latentdiff import __version__
+from latentdiff.interchange.png import check_output, read_settings, save_picture
+from latentdiff.metrics.extractors import weights_digest
+from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.training.card.text import last_part
+from latentdiff.training.data import CaptionedPicture
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture to draw: what for, and where it is kept."""
+
+    file: Path
+    caption: str
+    seed: int
+
+
+def plan(pictures: Sequence[CaptionedPicture], count: int, seed: int, folder: Path) -> list[Drawing]:
+    """What to draw: the captions in a random order that is the seed's, the first of each picture, then the second...
+
+    The first drawings stay the same when `count` grows, so that they are kept.
+    """
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawings = []
+    for i in range(count):
+        captions = pictures[order[i % len(order)]].captions
+        caption = captions[i // len(order) % len(captions)]
+        drawings.append(Drawing(folder / f"{i:06d}.png", caption, seed + i))
+    return drawings
+
+
+def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """What every drawing of an evaluation has in common; kept in each picture.
+
+    Args:
+        model: its name; where it lies is left out.
+        steps, guidance: None is the model's own.
+    """
+    height, width = pipeline.picture_size(None, None)
+    defaults = pipeline.defaults
+    parts = ("unet", "vae", "text_encoder", "classifier")
+    networks = {part: net for part in parts if (net := getattr(pipeline, part, None)) is not None}
+    tensors = {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
+    return {
+        "count": 1,
+        "negative_prompt": None,
+        "num_inference_steps": defaults["num_inference_steps"] if steps is None else steps,
+        "guidance_scale": defaults.get("guidance_scale", 1.0) if guidance is None else guidance,
+        "model": last_part(model),
+        "weights": weights_digest(tensors),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": plain_config(pipeline.scheduler),
+        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
+        "width": width,
+        "height": height,
+        "version": __version__,
+    }
+
+
+def plain_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config as it comes back from JSON."""
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return json.loads(json.dumps(config, default=str))
+
+
+def draw_missing(pipeline: Any, drawings: Sequence[Drawing], common: dict[str, Any], batch_size: int) -> int:
+    """Draw what is not there yet, or was drawn otherwise. Returns how many."""
+
+    def settings_of(drawing: Drawing) -> dict[str, Any]:
+        return {"prompts": [drawing.caption], "seed": drawing.seed, **common}
+
+    missing = [drawing for drawing in drawings if read_settings(drawing.file) != settings_of(drawing)]
+    for drawing in missing:
+        check_output(drawing.file)
+    with tqdm(total=len(missing), desc="drawing", unit="", disable=None, leave=False, dynamic_ncols=True) as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            told: dict[str, Any] = {"batch_size": len(batch)}
+            if not isinstance(pipeline, UnconditionalPipeline):
+                captions = [drawing.caption for drawing in batch]
+                which = "class_labels" if isinstance(pipeline, ClassConditionalPipeline) else "prompt"
+                told = {which: captions, "guidance_scale": common["guidance_scale"]}
+            images = pipeline(
+                **told,
+                num_inference_steps=common["num_inference_steps"],
+                seed=[drawing.seed for drawing in batch],
+                return_dict=False,
+            )[0]
+            for drawing, image in zip(batch, images, strict=True):
+                save_picture(image, drawing.file, settings_of(drawing))
+            bar.update(len(batch))
+    return len(missing)

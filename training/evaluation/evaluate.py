@@ -1,0 +1,207 @@
+"""How good a pipeline is: pictures drawn from the captions of held-out ones, and measured against those."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from latentdiff import __version__
+from latentdiff.interchange.folders import find_model
+from latentdiff.interchange.packaged import packaged_models
+from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
+from latentdiff.metrics.clip import ClipScore, load_clip
+from latentdiff.metrics.extractors import Extractor, load_extractor
+from latentdiff.metrics.pixels import WINDOW
+from latentdiff.metrics.resize import pictures_to_pixels
+from latentdiff.metrics.sets import NEAREST
+from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.training.card.card import update_evaluation, write_whole
+from latentdiff.training.card.text import last_part
+from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.data.classes import labels_of
+from latentdiff.training.evaluation.drawings import Drawing, call_settings, draw_missing, plan
+from latentdiff.training.evaluation.held_out import HeldOutSettings, check_report, held_out_pictures
+from latentdiff.training.evaluation.report import markdown, short_table
+from latentdiff.training.networks import is_pixels
+from latentdiff.training.settings import Condition
+
+logger = logging.getLogger(__name__)
+
+REPORT = "evaluation.json"
+RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
+
+
+class EvaluationSettings(HeldOutSettings):
+    """Settings of ``latentdiff evaluate``. None is the model's own."""
+
+    count: int | None = Field(None, ge=2, description="pictures to draw; by default one for each held-out picture")
+    steps: int | None = Field(None, ge=1)
+    guidance: float | None = None
+    extractor: str = "auto"
+    clip: str | None = None
+
+
+def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, Any]:
+    """Draw one picture per caption of held-out pictures, and measure all of them. Pictures of an earlier run are kept.
+
+    Writes ``samples/`` and ``evaluation.json`` in the output folder, and the evaluation in the model's card if
+    latentdiff wrote that.
+
+    Args:
+        pipeline: a `TextToImagePipeline`, `ClassConditionalPipeline` or `UnconditionalPipeline`, where it shall
+            compute.
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        FileNotFoundError: no such data, split, weights or model.
+        ValueError: something does not fit; the message says what.
+        FileExistsError: the output folder holds something else under a name that is needed.
+    """
+    folder = settings.folder()
+    check_report(folder / REPORT)
+    extractor = load_extractor(settings.extractor)  # what can go wrong goes wrong before hours of drawing
+    clip = load_clip(settings.clip) if settings.clip is not None else None
+    blind = isinstance(pipeline, UnconditionalPipeline)
+    if blind and (clip is not None or settings.guidance is not None):
+        raise ValueError(f"{settings.model} draws without captions: --clip and --guidance are not for it")
+    of_classes = isinstance(pipeline, ClassConditionalPipeline)
+    condition: Condition = "none" if blind else "class" if of_classes else "text"
+    pictures, left_out = held_out_pictures(settings, folder, condition)
+    if of_classes:
+        labels_of(pipeline, pictures)
+    count = settings.count or len(pictures)
+    if min(count, len(pictures)) < 2:
+        raise ValueError(f"{settings.data}: one picture is too few to evaluate on; two are needed at least")
+    drawings = plan(pictures, count, settings.seed, folder / "samples")
+    common = call_settings(pipeline, settings.model, settings.steps, settings.guidance)
+    drawn_now = draw_missing(pipeline, drawings, common, settings.batch_size)
+    device = pipeline._execution_device
+    measured = Measured(pictures, drawings, common["height"], common["width"])
+    notes: list[str] = []
+    metrics = set_metrics(measured, extractor.to(device), settings.batch_size, notes)
+    if not blind:
+        metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
+    if not is_pixels(pipeline.vae):
+        metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
+    report = {
+        "made_by": f"latentdiff {__version__}",
+        "model": {"name": last_part(settings.model), "weights_sha256": common["weights"]},
+        "data": {
+            "name": last_part(settings.data),
+            "split": settings.split,
+            "pictures": len(pictures),
+            "left_out": left_out,
+        },
+        "drawn": {"pictures": count, "seed": settings.seed}
+        | {key: common[key] for key in ("num_inference_steps", "guidance_scale", "scheduler", "precision")}
+        | {key: common[key] for key in ("height", "width")},
+        "extractor": {**extractor.describe(), "dimensions": measured.dimensions},
+        "clip": clip.describe() if clip else None,
+        "metrics": metrics,
+        "notes": notes,
+    }
+    write_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
+    for line in short_table(report):
+        logger.info("%s", line)
+    note_in_card(settings, report)
+    return report
+
+
+class Measured:
+    """The two sets of pictures, read one at a time."""
+
+    def __init__(
+        self, pictures: Sequence[CaptionedPicture], drawings: Sequence[Drawing], height: int, width: int
+    ) -> None:
+        self.pictures, self.drawings, self.height, self.width = pictures, drawings, height, width
+        self.dimensions = 0  # of the features, once they are known
+
+    def real(self) -> Iterator[Image.Image]:
+        """Cropped and resized to what the model draws, as in training: else their size alone would tell them apart."""
+        for picture in self.pictures:
+            pixels = read_pixels(picture, self.width, self.height)
+            yield Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+    def drawn(self) -> Iterator[Image.Image]:
+        for drawing in self.drawings:
+            with Image.open(drawing.file) as image:
+                yield image.convert("RGB")
+
+
+def set_metrics(measured: Measured, extractor: Extractor, batch_size: int, notes: list[str]) -> dict[str, float]:
+    """Fréchet and kernel distance, precision and recall."""
+    real = extractor.features(measured.real(), batch_size)
+    drawn = extractor.features(measured.drawn(), batch_size)
+    measured.dimensions = real.shape[1]
+    fewest = min(len(real), len(drawn))
+    frechet, kernel = ("fid", "kid") if extractor.is_fid else ("frechet_distance", "kernel_distance")
+    if fewest <= measured.dimensions:
+        notes.append(
+            f"{len(drawn)} drawn and {len(real)} real pictures are too few for {measured.dimensions} dimensions: "
+            f"{frechet} comes out too large, and can be compared only at equal counts; rather look at {kernel}"
+        )
+    if not extractor.is_fid:
+        notes.append(
+            f"the distances are not FID and KID, which need --extractor inception; compare them only with figures of "
+            f"the same extractor ({extractor.name})"
+        )
+    by_kernel = kernel_distance(drawn, real)
+    found = {frechet: frechet_distance(drawn, real), kernel: by_kernel.mean}
+    if by_kernel.subsets > 1:
+        found[f"{kernel}_std"] = by_kernel.std
+    if fewest > NEAREST:
+        both = precision_recall(drawn, real)
+        found |= {"precision": both.precision, "recall": both.recall}
+    else:
+        notes.append(f"no precision and recall: they need more than {NEAREST} pictures of each kind")
+    return found
+
+
+def caption_metrics(measured: Measured, clip: ClipScore | None, notes: list[str]) -> dict[str, float]:
+    """CLIP score of the drawn pictures, and of the real ones to compare it with."""
+    if clip is None:
+        notes.append(
+            "no CLIP score: give a CLIP model with --clip (a folder, owner/name, or open_clip:NAME/PRETRAINED)"
+        )
+        return {}
+    captions = (drawing.caption for drawing in measured.drawings)
+    real_captions = (picture.captions[0] for picture in measured.pictures)
+    return {
+        "clip_score": clip.mean(zip(measured.drawn(), captions, strict=True)),
+        "clip_score_of_real_pictures": clip.mean(zip(measured.real(), real_captions, strict=True)),
+    }
+
+
+@torch.no_grad()
+def reconstruction_metrics(measured: Measured, pipeline: Any, batch_size: int) -> dict[str, float]:
+    """PSNR and SSIM of real pictures through the model's autoencoder: what no drawing of it can surpass."""
+    vae = pipeline.vae
+    count = min(RECONSTRUCTED, len(measured.pictures))
+    sums = {"reconstruction_psnr": 0.0, "reconstruction_ssim": 0.0}
+    for start in range(0, count, batch_size):
+        chosen = measured.pictures[start : min(start + batch_size, count)]
+        part = Measured(chosen, [], measured.height, measured.width)
+        pixels = pictures_to_pixels(list(part.real()))
+        output = vae(pixels.to(pipeline._execution_device, vae.dtype)).sample.float().cpu()
+        sums["reconstruction_psnr"] += psnr(output, pixels) * len(chosen)
+        if min(measured.height, measured.width) >= WINDOW:
+            sums["reconstruction_ssim"] += ssim(output, pixels) * len(chosen)
+    return {name: total / count for name, total in sums.items() if total or name.endswith("psnr")}
+
+
+def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
+    """Put the evaluation into the card of a model in a folder, if latentdiff wrote it."""
+    folder = find_model(settings.model)
+    if folder is None or settings.model in packaged_models():
+        return
+    if update_evaluation(folder, markdown(report)):
+        logger.info("the evaluation is in %s", folder / "README.md")
+    else:
+        logger.info("%s has no card that latentdiff wrote and can read, so none was changed", folder)

@@ -1,0 +1,151 @@
+"""The training step: gradients of every pass, and at the end of an accumulation one update of the weights."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentdiff.training.batch.batches import NamedBatch
+from latentdiff.training.loop.adversary import Adversary
+from latentdiff.training.loop.average import MovingAverage
+from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.optimizers import build_optimizer
+from latentdiff.training.loop.order import seed_of
+from latentdiff.training.loop.processes import spread_modules
+from latentdiff.training.loop.watch import LossWatch, name_batch
+from latentdiff.training.objectives.objective import Objective, RealAndFake
+from latentdiff.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+MOST_BAD_IN_A_ROW = 20  # with on_bad_loss=skip
+
+
+class Learner:
+    """An objective with all that changes its weights: optimizer, moving average, adversary.
+
+    Args:
+        objective: what is trained; see `Objective`.
+        adversary: what is trained against it, with an optimizer of its own.
+        adversary_rate: its learning rate; None is that of the settings.
+        checkpoints: their folder, for a message.
+
+    Attributes:
+        objective: as Accelerate has wrapped it.
+        plain: the same without the wrapper.
+
+    Raises:
+        ValueError: there is nothing to train, or FSDP is to train against an adversary.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: RunSettings,
+        objective: Objective[Any],
+        adversary: Objective[RealAndFake] | None,
+        adversary_rate: float | None,
+        checkpoints: Path,
+    ) -> None:
+        self.accelerator, self.settings, self.checkpoints = accelerator, settings, checkpoints
+        objective.train()
+        optimizer = build_optimizer(settings, [p for p in objective.parameters() if p.requires_grad])
+        if settings.compile:
+            objective.compile()
+        self.objective: Any
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.plain: Objective[Any] = accelerator.unwrap_model(self.objective)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        self.adversary: Adversary | None = None
+        if adversary is not None:
+            if spread_modules(self.objective):
+                raise ValueError("FSDP cannot train against a discriminator; use several processes without FSDP")
+            self.adversary = Adversary(accelerator, settings, adversary, adversary_rate)
+        self.average = MovingAverage(self.parameters, settings)
+        self.watch = LossWatch(settings.explosion)
+        self.skipped, self._bad_in_a_row = 0, 0
+        self._pass_losses: list[Tensor] = []
+        self._figures: dict[str, Tensor] = {}
+
+    def learn(self, batch: NamedBatch, step: int) -> bool:
+        """One pass, and at the end of an accumulation the update of `step`; returns whether there was one.
+
+        Raises:
+            FloatingPointError: the loss is bad and ``on_bad_loss`` is "stop", or too many in a row were.
+        """
+        accelerator, adversary = self.accelerator, self.adversary
+        # Dropout, if the network has any, is drawn from the step too.
+        torch.manual_seed(seed_of(self.settings.seed, step, len(self._pass_losses), accelerator.process_index))
+        with accelerator.accumulate(self.objective, *([] if adversary is None else [adversary.module])):
+            self._pass_losses.append(self._backward(batch))
+            if accelerator.sync_gradients:
+                self._update(step, batch.names)
+        return accelerator.sync_gradients
+
+    def _backward(self, batch: NamedBatch) -> Tensor:
+        """Gradients of both sides; returns the loss to watch, or the one that is not finite."""
+        result = self.objective(batch)
+        self.accelerator.backward(result.loss)
+        losses = [result.loss.detach()]
+        self._figures = dict(result.figures)
+        if self.adversary is not None and result.for_adversary is not None:
+            losses.append(self.adversary.backward(result.for_adversary))
+        return next((loss for loss in losses if not loss.isfinite()), result.watched)
+
+    def _update(self, step: int, names: Sequence[str]) -> None:
+        """Clip, look whether loss and gradient are sound, and change the weights if so."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        if self.adversary is not None:
+            self.adversary.clip_gradients()
+        own_loss = torch.stack(self._pass_losses).mean().float()
+        self._pass_losses.clear()
+        loss = float(self.accelerator.reduce(own_loss, "mean"))
+        # In float16 the scaler expects gradients that overflow now and then, and leaves such updates out by itself.
+        gradient_norm = 0.0 if norm is None or self.accelerator.scaler is not None else float(norm)
+        fault = self.watch.fault(loss, gradient_norm)
+        if fault is None:
+            self._bad_in_a_row = 0
+            self.watch.add(loss)
+            self._change_weights(learning_rate_at(self.settings, step))
+        else:
+            self._leave_out(f"{fault} at step {step} (of this process alone: {float(own_loss):.4g})", names)
+        self.optimizer.zero_grad()
+        if self.adversary is not None:
+            self.adversary.optimizer.zero_grad()
+        if fault is None:
+            self.average.update()
+        self.plain.after_update(fault is None)
+
+    def _change_weights(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.adversary is not None:
+            self.adversary.change_weights(learning_rate)
+
+    def _leave_out(self, fault: str, names: Sequence[str]) -> None:
+        """Count and report an update that is not made, or raise FloatingPointError."""
+        self.skipped += 1
+        self._bad_in_a_row += 1
+        if names:
+            fault += f"; the last batch of process {self.accelerator.process_index} was {name_batch(names)}"
+        if self.settings.on_bad_loss == "stop" or self._bad_in_a_row >= MOST_BAD_IN_A_ROW:
+            raise FloatingPointError(
+                f"{fault}. The weights were not changed by it. Lower learning_rate, use mixed_precision=bf16 or no, "
+                f"look at these pictures, or leave such updates out with on_bad_loss=skip. The last good checkpoint is "
+                f"in {self.checkpoints}"
+            )
+        logger.warning("%s. The update was left out.", fault)
+        if self.accelerator.scaler is not None:  # it must know of every update whose gradients it has seen
+            self.accelerator.scaler.update()
+
+    def figures(self) -> dict[str, float]:
+        """The objectives' figures, of the last pass and of the updates before."""
+        found = {name: float(value) for name, value in self._figures.items()} | self.plain.recent_figures()
+        if self.adversary is not None:
+            found |= {name: float(value) for name, value in self.adversary.figures.items()}
+        return found

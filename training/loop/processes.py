@@ -1,0 +1,63 @@
+"""The processes of one training, as Accelerate sees them, and weights that FSDP has spread over them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from latentdiff.pipelines.processes import on_cpu
+from latentdiff.training.settings import RunSettings
+
+
+def accelerator_of(settings: RunSettings) -> Accelerator:
+    """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
+    if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
+        AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
+    output = Path(settings.output) / "training"
+    accelerator = Accelerator(
+        cpu=on_cpu(),
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=list(settings.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")
+    if accelerator.state.deepspeed_plugin is not None:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed's ZeRO stage 3 is not supported; set zero_stage to 2, or use FSDP version 2")
+        # It asks, since it is shown no data loader.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+    return accelerator
+
+
+def spread_modules(objective: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP has spread over the processes."""
+    return [module for module in objective.modules() if isinstance(module, FSDPModule)]
+
+
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Exchange the contents of two tensors."""
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
+
+
+@contextmanager
+def whole_parameters(objective: nn.Module) -> Iterator[None]:
+    """With spread weights: every process has all of them, so that parts of the objective can be called alone."""
+    spread = spread_modules(objective)
+    for module in spread:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in spread:
+            module.reshard()

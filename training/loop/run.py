@@ -1,0 +1,249 @@
+"""One run of a trainer: its steps, its checkpoints, and what it records."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from latentdiff.training.batch.batches import NamedBatch
+from latentdiff.training.loop.checkpoints import Checkpoints
+from latentdiff.training.loop.learner import Learner
+from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.processes import accelerator_of, spread_modules, whole_parameters
+from latentdiff.training.loop.records import Records, memory_in_use
+from latentdiff.training.loop.stopping import Stopping
+from latentdiff.training.objectives.objective import Objective, RealAndFake
+from latentdiff.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """One run of a trainer.
+
+    The optimizer step counter `step` is what a checkpoint restores. Everything random derives from the seed and the
+    step, so a resumed run goes on as if it had never stopped.
+
+    Args:
+        settings: the run's settings.
+        objective, adversary, adversary_rate: see `Learner`.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        objective: Objective[Any],
+        adversary: Objective[RealAndFake] | None = None,
+        adversary_rate: float | None = None,
+    ) -> None:
+        self.settings = settings
+        self.folder = Path(settings.output) / "training"
+        self.accelerator = accelerator_of(settings)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings.save(self.folder / "settings.yaml")
+        checkpoints = self.folder / "checkpoints"
+        self.learner = Learner(self.accelerator, settings, objective, adversary, adversary_rate, checkpoints)
+        self.step = 0
+        self.figures: dict[str, float] = {}  # of the model, the last ones measured
+        self.checkpoints = Checkpoints(checkpoints, self.accelerator, settings.keep_checkpoints)
+        self._resume()
+        self.records = Records(self.folder, self.accelerator, settings, self.step)
+        self.stopping = Stopping(self.accelerator, settings.max_minutes)
+        self.started, self.first_step = time.monotonic(), self.step
+
+    @property
+    def objective(self) -> Any:
+        """The objective, as Accelerate has wrapped it."""
+        return self.learner.objective
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    # Passes and updates
+
+    @property
+    def update_size(self) -> int:
+        """Pictures in one update, of all processes and passes."""
+        settings = self.settings
+        return settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def slots(self, number: int) -> range:
+        """Which pictures of its update pass `number` of this process trains on."""
+        part = number % self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+        start = (part + self.accelerator.process_index) * self.settings.batch_size
+        return range(start, start + self.settings.batch_size)
+
+    def remaining(self) -> Iterator[int]:
+        """Numbers of the forward-backward passes from the present step to `max_steps`, for a loader to prepare."""
+        per_step = self.settings.gradient_accumulation_steps
+        yield from range(self.step * per_step, self.settings.max_steps * per_step)
+
+    def passes(self) -> Iterator[int]:
+        """Numbers of the passes that are left; ends at `max_steps`, at a signal or out of time.
+
+        The trainer's loop body makes one call of `learn` per number.
+        """
+        per_step = self.settings.gradient_accumulation_steps
+        self.started, self.first_step = time.monotonic(), self.step
+        self._bar = tqdm(
+            total=self.settings.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=2.0,
+        )
+        with self.stopping.signals(), self._bar, logging_redirect_tqdm():
+            while self.step < self.settings.max_steps and not self.stopping.must_stop():
+                first, self.accelerator.step = self.step * per_step, 0  # it counts the passes of an accumulation
+                yield from range(first, first + per_step)
+                # Only now, so that what the trainer did after the update is done when a checkpoint says so.
+                if self.step % self.settings.checkpoint_every == 0:
+                    self.save()
+
+    def learn(self, batch: NamedBatch) -> dict[str, float]:
+        """One pass on `batch`, and at the end of an accumulation one update; see `Learner.learn`.
+
+        Returns:
+            The objectives' figures, where they were recorded after it; otherwise nothing.
+        """
+        if not self.learner.learn(batch, self.step):
+            return {}
+        self.step += 1
+        self._bar.update()
+        if not self.due(self.settings.log_every):
+            return {}
+        if self.accelerator.is_main_process:
+            self._bar.set_postfix(self.progress())
+        figures = self.learner.figures()
+        rate = learning_rate_at(self.settings, self.step - 1)
+        self.record(**self.learner.watch.report(), learning_rate=rate, **figures)
+        return figures
+
+    def due(self, every: int) -> bool:
+        """Whether an update has just ended a stretch of `every` steps, or was the last."""
+        return self.accelerator.sync_gradients and (self.step % every == 0 or self.step == self.settings.max_steps)
+
+    # Records
+
+    def progress(self) -> dict[str, str]:
+        """Loss, pictures per second and memory, for the bar, which adds the time left."""
+        return {
+            "loss": f"{self.learner.watch.mean:.4f}",
+            "pictures/s": f"{self.rate():.1f}",
+            "memory": f"{memory_in_use(self.device) / 2**30:.1f} GiB",
+        }
+
+    def rate(self) -> float:
+        """Pictures per second of all processes, since the first pass of this process."""
+        return (self.step - self.first_step) * self.update_size / max(time.monotonic() - self.started, 1e-9)
+
+    def measured(self, figures: dict[str, float]) -> None:
+        """Record figures of the model, and keep them for its card."""
+        self.figures = figures
+        self.record(**figures)
+
+    def record(self, **figures: float) -> None:
+        """Write `figures` down, with the speed and the number of updates that were left out."""
+        if figures:
+            more = {"pictures_per_second": round(self.rate(), 2), "skipped": self.learner.skipped}
+            self.records.add(self.step, {**figures, **more})
+
+    def show(self, name: str, file: Path) -> None:
+        """Give a picture that was written to the trackers that take pictures."""
+        self.records.show(self.step, name, file)
+
+    # Checkpoints
+
+    def save(self, must: bool = False) -> None:
+        """Write a checkpoint of the present step.
+
+        A disk that is full does not end a run that goes on: it warns, keeps the older checkpoints and tries again at
+        the next one.
+
+        Raises:
+            OSError: it cannot be written, and `must` is True.
+        """
+        state = {
+            "watch": self.learner.watch.state(),
+            "skipped": self.learner.skipped,
+            "figures": self.figures,
+            "optimization_step": self.learner.average.updates,
+        }
+        try:
+            self.checkpoints.save(self.step, state, self.learner.average.weights)
+        except OSError as error:
+            if must:
+                raise
+            logger.warning("%s. The run goes on; the older checkpoints are kept.", error)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        state, averaged = self.checkpoints.load_latest()
+        if state:
+            self.step, self.learner.skipped = int(state["step"]), int(state["skipped"])
+            self.learner.watch.restore(state["watch"])
+            self.figures = state["figures"]
+            self.learner.average.restore(averaged, int(state["optimization_step"]))
+
+    # The trained networks
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The objective in evaluation mode with its averaged weights; the trained ones come back afterwards."""
+        self._exchange_weights()
+        self.objective.eval()
+        try:
+            with whole_parameters(self.objective):
+                yield
+        finally:
+            self._exchange_weights()
+            self.objective.train()
+
+    def _exchange_weights(self) -> None:
+        """Trained weights for averaged ones, or back."""
+        self.learner.average.exchange()
+        for module in spread_modules(self.objective):
+            module.reshard()  # or it would go on with the weights that it had gathered
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process computes what only one reports: the main one, and under FSDP all together."""
+        return self.accelerator.is_main_process or bool(spread_modules(self.objective))
+
+    def whole(self, network: Any) -> Any:
+        """A network of the objective, to be saved; under FSDP a copy with all of its weights. All must call it.
+
+        network: a model of ours or diffusers'.
+        """
+        if not spread_modules(self.objective):
+            return network
+        state = network.state_dict()
+        weights = {
+            name: part.full_tensor().cpu() if isinstance(part, DTensor) else part for name, part in state.items()
+        }
+        copy = type(network).from_config(network.config)
+        copy.load_state_dict(weights)
+        return copy.eval()
+
+    # The end
+
+    def end_training(self) -> None:
+        """Write the last checkpoint, and let go of what only training needs."""
+        self.save(must=True)
+        self.learner.optimizer.zero_grad()
+        self.learner.optimizer.state.clear()
+
+    def finish(self) -> None:
+        """Wait for the other processes and close the trackers."""
+        self.accelerator.wait_for_everyone()
+        self.records.close()

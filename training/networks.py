@@ -1,0 +1,177 @@
+"""The networks that training starts from: new ones of the size that settings describe, or those of a folder."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from latentdiff.models import (
+    AutoencoderKL,
+    FSQModel,
+    GumbelVQModel,
+    IdentityAutoencoder,
+    NoisyClassifier,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE
+from latentdiff.training.settings import AutoencoderSettings, ClassifierSettings, DenoiserSettings
+
+Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | IdentityAutoencoder
+AUTOENCODERS = OUR_CLASSES["vae"] + OURS_ALONE["vae"]
+
+
+def build_autoencoder(settings: AutoencoderSettings) -> Any:
+    """A new autoencoder of the kind and size that the settings describe."""
+    attends = settings.attention_levels or (False,) * len(settings.block_out_channels)
+    shape: dict[str, Any] = {
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)),
+        "block_out_channels": settings.block_out_channels,
+        "layers_per_block": settings.layers_per_block,
+        "latent_channels": settings.latent_channels,
+        "norm_num_groups": settings.norm_num_groups,
+        "sample_size": settings.resolution,
+    }
+    match settings.kind:
+        case "vq":
+            return VQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+        case "gumbel":
+            return GumbelVQModel(
+                **shape,
+                num_vq_embeddings=settings.num_vq_embeddings,
+                logit_laplace=settings.logit_laplace_weight > 0,
+            )
+        case "fsq":
+            return FSQModel(**shape, levels=settings.fsq_levels)
+    return AutoencoderKL(**shape)
+
+
+def build_text_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_width: int) -> UNet2DConditionModel:
+    """A new UNet for the autoencoder's latents and text states of width `text_width`."""
+    channels = autoencoder.config.latent_channels
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attention_levels]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(settings.attention_levels)]
+    heads = [max(1, width // settings.attention_head_dim) for width in settings.block_out_channels]
+    return UNet2DConditionModel(
+        sample_size=settings.resolution // pixels_per_latent(autoencoder),
+        in_channels=channels,
+        out_channels=channels * (2 if settings.learns_variance else 1),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=settings.block_out_channels,
+        layers_per_block=settings.layers_per_block,
+        transformer_layers_per_block=settings.transformer_layers_per_block,
+        attention_head_dim=tuple(heads),  # diffusers' name for the number of heads
+        cross_attention_dim=text_width,
+        norm_num_groups=settings.norm_num_groups,
+        use_linear_projection=True,
+        resnet_time_scale_shift=settings.resnet_time_scale_shift,
+    )
+
+
+def build_textless_unet(settings: DenoiserSettings, autoencoder: Autoencoder, classes: int) -> UNet2DModel:
+    """A new UNet for the autoencoder's latents; with `classes`, one embedding more than there are, for none of them."""
+    channels, kind = autoencoder.config.latent_channels, settings.resample_type
+    plain = "DownBlock2D" if kind == "conv" else "ResnetDownsampleBlock2D"
+    down = ["AttnDownBlock2D" if attends else plain for attends in settings.attention_levels]
+    return UNet2DModel(
+        sample_size=settings.resolution // pixels_per_latent(autoencoder),
+        in_channels=channels,
+        out_channels=channels * (2 if settings.learns_variance else 1),
+        down_block_types=tuple(down),
+        up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
+        block_out_channels=settings.block_out_channels,
+        layers_per_block=settings.layers_per_block,
+        attention_head_dim=settings.attention_head_dim,
+        norm_num_groups=settings.norm_num_groups,
+        resnet_time_scale_shift=settings.resnet_time_scale_shift,
+        downsample_type=kind,
+        upsample_type=kind,
+        num_class_embeds=classes + 1 if classes else None,
+    )
+
+
+def build_classifier(settings: ClassifierSettings, autoencoder: Autoencoder, classes: int) -> NoisyClassifier:
+    """A new classifier of noisy latents of the autoencoder."""
+    down = ["AttnDownBlock2D" if attends else "ResnetDownsampleBlock2D" for attends in settings.attention_levels]
+    return NoisyClassifier(
+        sample_size=settings.resolution // pixels_per_latent(autoencoder),
+        in_channels=autoencoder.config.latent_channels,
+        num_classes=classes,
+        down_block_types=tuple(down),
+        block_out_channels=settings.block_out_channels,
+        layers_per_block=settings.layers_per_block,
+        attention_head_dim=settings.attention_head_dim,
+        norm_num_groups=settings.norm_num_groups,
+        attn_norm_num_groups=settings.norm_num_groups,
+        dropout=settings.dropout,
+        pool=settings.pool,
+    )
+
+
+def load_autoencoder(folder: str) -> Autoencoder:
+    """The autoencoder in `folder`, or in the ``vae`` or ``vqvae`` folder of a pipeline there; one that changes nothing
+    for "pixels".
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a model of another class, or its latents are not what its config says of them.
+    """
+    from latentdiff import models
+
+    if folder == "pixels":
+        return IdentityAutoencoder()
+    for candidate in (Path(folder), Path(folder) / "vae", Path(folder) / "vqvae"):
+        if (candidate / "config.json").is_file():
+            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            if kind not in AUTOENCODERS:
+                raise ValueError(f"{candidate}: its config.json is of a {kind}, not of {' or '.join(AUTOENCODERS)}")
+            autoencoder = getattr(models, kind).from_pretrained(candidate)
+            check_latents(candidate, autoencoder.config)
+            return cast(Autoencoder, autoencoder)
+    raise FileNotFoundError(
+        f"{folder}: no autoencoder found (no config.json there or in its vae/); train one with "
+        f"'latentdiff train autoencoder --output {folder}'"
+    )
+
+
+def check_latents(folder: Path, config: Any) -> None:
+    """Raises ValueError if codes have another number of channels than ``latent_channels``, by which pipelines go."""
+    channels = len(config["levels"]) if "levels" in config else config.get("vq_embed_dim") or config["latent_channels"]
+    if channels != config["latent_channels"]:
+        key = "levels" if "levels" in config else "vq_embed_dim"
+        raise ValueError(
+            f"{folder}: its latents have {channels} channels ({key}) and latent_channels={config['latent_channels']}; "
+            f"pipelines draw with autoencoders where both are the same"
+        )
+
+
+def pixels_per_latent(autoencoder: Any) -> int:
+    """Pixels per latent along one side, of any autoencoder."""
+    return halvings(autoencoder)
+
+
+def halvings(network: Any) -> int:
+    """What the sides of a network's input must be multiples of: it is halved at every level but the last."""
+    return int(2 ** (len(network.config.block_out_channels) - 1))
+
+
+def is_pixels(autoencoder: Any) -> bool:
+    """Whether latents are pixels in [-1, 1]."""
+    return isinstance(autoencoder, IdentityAutoencoder) and autoencoder.config.scaling_factor == 1
+
+
+def freeze(*networks: nn.Module) -> None:
+    """Networks that are not trained: no gradients, evaluation mode."""
+    for network in networks:
+        network.requires_grad_(False).eval()
+
+
+def without_dropout(network: nn.Module) -> None:
+    """Take the dropout out, as in drawing: a little training of a finished network needs none. The config keeps it."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,59 @@
+"""The contract of what a network is trained for."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+
+
+class RealAndFake(NamedTuple):
+    """What an adversary compares, (B, 3, H, W) each; `fake` carries no gradient."""
+
+    real: Tensor
+    fake: Tensor
+
+
+class Result(NamedTuple):
+    """What an objective returns of a batch. (A tuple, because FSDP looks for tensors in tuples only.)
+
+    Args:
+        loss: scalar float32, to be minimised.
+        watched: scalar without gradient: the loss that is recorded, and that must not explode. It differs from `loss`
+            where a part of `loss` may pass through zero.
+        figures: what else is recorded, by name; scalars, or of held-out batches (B,), one for each picture.
+        for_adversary: what the adversary takes; None where there is none, or it does not take part yet.
+    """
+
+    loss: Tensor
+    watched: Tensor
+    figures: Mapping[str, Tensor]
+    for_adversary: RealAndFake | None = None
+
+
+class Objective(nn.Module, ABC, Generic[Batch]):
+    """A loss with the networks that minimise it: the module that a `TrainingRun` trains.
+
+    Its parameters that require a gradient are trained, averaged and kept in checkpoints, its buffers kept too.
+    """
+
+    def forward(self, batch: Batch, held_out: bool = False) -> Result:
+        """`training_loss`, or with `held_out` `held_out_loss`: wrappers of several processes pass only this on."""
+        return self.held_out_loss(batch) if held_out else self.training_loss(batch)
+
+    @abstractmethod
+    def training_loss(self, batch: Batch) -> Result:
+        """The loss of a batch that is trained on."""
+
+    def held_out_loss(self, batch: Batch) -> Result:
+        """Losses by which runs can be compared: figures (B,) of each picture, without any weight of training's."""
+        raise NotImplementedError(f"{type(self).__name__} has no held-out loss")
+
+    def after_update(self, made: bool) -> None:
+        """Called after every update; `made` is False where it was left out because of a bad loss."""
+
+    def recent_figures(self) -> dict[str, float]:
+        """Further figures to be recorded, of the updates before."""
+        return {}

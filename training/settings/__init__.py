@@ -1,0 +1,21 @@
+"""Training settings: one typed, strict object per trainer."""
+
+from latentdiff.training.settings.autoencoder import AutoencoderSettings
+from latentdiff.training.settings.base import Settings
+from latentdiff.training.settings.data import Condition, DataSettings, DoctorSettings
+from latentdiff.training.settings.diffusion import ClassifierSettings, DenoiserSettings, DiffusionSettings
+from latentdiff.training.settings.finetune import FinetuneSettings
+from latentdiff.training.settings.run import RunSettings
+
+__all__ = [
+    "AutoencoderSettings",
+    "ClassifierSettings",
+    "Condition",
+    "DataSettings",
+    "DenoiserSettings",
+    "DiffusionSettings",
+    "DoctorSettings",
+    "FinetuneSettings",
+    "RunSettings",
+    "Settings",
+]

@@ -1,0 +1,71 @@
+"""Settings of ``latentdiff train autoencoder``."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from latentdiff.training.settings.run import RunSettings
+
+
+class AutoencoderSettings(RunSettings):
+    """Settings of ``latentdiff train autoencoder``."""
+
+    kind: Literal["kl", "vq", "gumbel", "fsq"] = "kl"
+    block_out_channels: tuple[int, ...] = (32, 64, 128)
+    attention_levels: tuple[bool, ...] = Field((), description="levels with attention; the middle always has it")
+    layers_per_block: int = Field(1, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(16, ge=1)
+
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term, summed over a picture's latents (kl)")
+
+    num_vq_embeddings: int = Field(1024, ge=2, description="size of the codebook (vq, gumbel)")
+    codebook: Literal["ema", "learned"] = Field("ema", description="codes as moving averages, or by gradient (vq)")
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the moving averages (vq)")
+    codebook_distance: Literal["euclidean", "cosine"] = "euclidean"
+    codebook_start: Literal["kmeans", "data", "none"] = Field("kmeans", description="first codes, from data (vq)")
+    codebook_restart: int = Field(100, ge=0, description="updates after which an unused code moves; 0: never (vq)")
+    commitment_weight: float = Field(1.0, ge=0, description="how strongly vectors are drawn to their codes (vq)")
+    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 5, 5, 5), description="levels per channel (fsq)")
+    gumbel_temperature: float = Field(1.0, gt=0, description="at the beginning (gumbel)")
+    gumbel_temperature_end: float = Field(1 / 16, gt=0, description="from gumbel_steps on, along a cosine (gumbel)")
+    gumbel_steps: int = Field(5000, ge=1)
+    gumbel_kl_weight: float = Field(5e-4, ge=0, description="pull towards using all codes alike (gumbel)")
+
+    l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(1.0, ge=0)
+    logit_laplace_weight: float = Field(0.0, ge=0, description="of the likelihood by which DALL-E learned (gumbel)")
+    perceptual_weight: float = Field(0.0, ge=0)
+    perceptual_network: str | None = Field(None, description="what judges likeness; default: see the documentation")
+
+    discriminator_weight: float = Field(0.0, ge=0, description="0: no discriminator")
+    discriminator_start: int = Field(2000, ge=0, description="steps before it begins")
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    discriminator_channels: int = Field(64, ge=1)
+    discriminator_layers: int = Field(3, ge=1)
+    discriminator_norm: Literal["batch", "group"] = "batch"
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="default: learning_rate")
+    adaptive_weight: bool = Field(True, description="balance by the gradients of the last layer (VQGAN, Eq. 7)")
+    adaptive_weight_limit: float = Field(100.0, gt=0, description="the most that balance may multiply by")
+    r1_weight: float = Field(0.0, ge=0, description="penalty on the discriminator's slope at real pictures")
+
+    validation_pictures: int = Field(64, ge=1, description="how many held-out pictures are measured on")
+    validation_extractor: str = Field("auto", description="features of the Frechet distance, as 'evaluate' takes it")
+    latent_shift: bool = Field(False, description="save a shift of the latents too (Stable Diffusion's have none)")
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if self.attention_levels and len(self.attention_levels) != len(self.block_out_channels):
+            raise ValueError("attention_levels and block_out_channels must have the same length")
+        if self.logit_laplace_weight and self.kind != "gumbel":
+            raise ValueError(f"logit_laplace_weight is for kind=gumbel, not for kind={self.kind}")
+        if self.latent_shift and self.kind != "kl":
+            raise ValueError(f"latent_shift is for kind=kl; codes of kind={self.kind} are what they are")
+        if self.compile and self.discriminator_weight and self.adaptive_weight:
+            raise ValueError("compile=true does not go with adaptive_weight; set adaptive_weight=false")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)

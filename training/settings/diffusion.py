@@ -1,0 +1,102 @@
+"""Settings of ``latentdiff train denoiser`` and ``latentdiff train classifier``, and what fine-tuning shares."""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from latentdiff.training.settings.data import Condition
+from latentdiff.training.settings.run import RunSettings
+
+
+class DiffusionSettings(RunSettings):
+    """What training a new denoiser and fine-tuning one share."""
+
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value for a whole channel")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
+    caption_shuffle: bool = Field(False, description="put the parts between a caption's commas in a random order")
+    caption_keep: int = Field(1, ge=0, description="so many first parts of a shuffled caption stay in place")
+    cache_latents: bool = Field(True, description="encode every picture once and keep the result on disk")
+    cache_text: bool = Field(True, description="encode every caption once and keep the result on disk")
+    cache_dir: str | None = Field(None, description="where encoded pictures and captions are kept; default: output")
+    cached_variants: int = Field(4, ge=1, description="random crops, and orders of a caption, kept in the cache")
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: int = Field(20, ge=1)
+    sample_guidance_scale: float = Field(4.0, ge=1)
+
+
+class DenoiserSettings(DiffusionSettings):
+    """Settings of ``latentdiff train denoiser``."""
+
+    autoencoder: str = Field(
+        description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
+    )
+    condition: Condition = Field(
+        "text", description="what the denoiser is told: the caption; as a class, of which it has one embedding; nothing"
+    )
+    text_encoder: str = Field("emoji", description="folder with text_encoder/ and tokenizer/, or a packaged model")
+    block_out_channels: tuple[int, ...] = (128, 256, 256)
+    layers_per_block: int = Field(1, ge=1)
+    attention_levels: tuple[bool, ...] = (True, True, True)
+    attention_head_dim: int = Field(64, ge=8, description="width of one attention head")
+    transformer_layers_per_block: int = Field(1, ge=1)
+    norm_num_groups: int = Field(32, ge=1)
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
+        "default", description="scale_shift: ADM's adaptive group normalisation"
+    )
+    resample_type: Literal["conv", "resnet"] = Field(
+        "conv", description="what halves and doubles; resnet: ADM's blocks (not with condition=text)"
+    )
+    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    num_train_timesteps: int = Field(1000, ge=2)
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    zero_terminal_snr: bool = True
+    loss: Literal["simple", "l1", "hybrid", "bound"] = Field(
+        "simple", description="hybrid, bound: learn the variances too (DDPM sampler)"
+    )
+    p2_gamma: float = Field(0.0, ge=0, description="P2 weighting in the place of min_snr_gamma; 0: none")
+    timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
+        "uniform", description="loss_second_moment: more of the timesteps with large losses; for loss=bound"
+    )
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        check_levels(self.attention_levels, self.block_out_channels)
+        if self.condition == "text" and self.resample_type != "conv":
+            raise ValueError("resample_type=resnet is for condition=class or none; with text leave it at conv")
+        return self
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.loss in ("hybrid", "bound")
+
+
+class ClassifierSettings(DiffusionSettings):
+    """Settings of ``latentdiff train classifier``."""
+
+    model: str = Field(description="pipeline folder of the class-conditional or unconditional model to be guided")
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    layers_per_block: int = Field(1, ge=1)
+    attention_levels: tuple[bool, ...] = (False, True, True)
+    attention_head_dim: int = Field(32, ge=8, description="width of one attention head")
+    norm_num_groups: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    pool: Literal["attention", "adaptive"] = "attention"
+    resolution: int = Field(0, ge=0, description="0: the model's own")
+    weight_decay: float = Field(0.05, ge=0)
+    caption_dropout: float = Field(0.0, ge=0, le=0, description="a classifier always sees the class")
+    sample_classifier_scale: float = Field(2.0, ge=0)
+    condition: Literal["class"] = "class"
+    sample_guidance_scale: float = Field(1.0, ge=1)
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        check_levels(self.attention_levels, self.block_out_channels)
+        return self
+
+
+def check_levels(attention: Sequence[bool], channels: Sequence[int]) -> None:
+    """Raises ValueError if these are not of equally many levels."""
+    if len(attention) != len(channels):
+        raise ValueError("attention_levels and block_out_channels must have the same length")

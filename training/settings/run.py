@@ -1,0 +1,52 @@
+"""What every training run has."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from latentdiff.training.settings.data import DataSettings
+
+
+def yaml_no(value: Any) -> Any:
+    """YAML reads a bare ``no`` as False; where "no" is a choice, that is what was meant."""
+    return "no" if value is False else value
+
+
+class RunSettings(DataSettings):
+    """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
+
+    output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: int = Field(10_000, ge=1)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int = Field(0, ge=0, description="the learning rate falls to zero over this many last steps")
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.99, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights that are saved; 0: no average")
+    ema_warmup: bool = Field(True, description="let the average follow faster at first: (1 + step) / (10 + step)")
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(yaml_no)] = "no"
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    compile: bool = Field(False, description="torch.compile the network that is trained")
+    seed: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0)
+    on_bad_loss: Literal["stop", "skip"] = Field("stop", description="when a loss is not finite, or explodes")
+    explosion: float = Field(1000.0, gt=1, description="a loss this many times the recent mean is a bad one")
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int = Field(500, ge=1, description="draw samples and measure on held-out pictures this often")
+    log_every: int = Field(10, ge=1)
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    push_to_hub: str | None = Field(None, description="'owner/name' on the hub that gets the finished model")
+    max_minutes: float | None = Field(None, gt=0, description="stop cleanly after this long; run again to go on")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ValueError("warmup_steps + decay_steps is more than max_steps")
+        return self

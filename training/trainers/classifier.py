@@ -1,0 +1,59 @@
+"""Training a classifier of noisy pictures, to guide a model that is there already. ADM (Dhariwal & Nichol 2021)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.training.card.describe import describe
+from latentdiff.training.card.kinds import class_conditional_kind
+from latentdiff.training.data.classes import class_names
+from latentdiff.training.evaluation.textless import load_textless
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import build_classifier, freeze
+from latentdiff.training.objectives.classifier import ClassifierObjective
+from latentdiff.training.settings import ClassifierSettings
+from latentdiff.training.trainers.diffusion import load_data, train_diffusion
+from latentdiff.training.trainers.models import GuidedModel
+
+
+def train_classifier(settings: ClassifierSettings) -> Path:
+    """Train a classifier, or go on with a run that `settings.output` holds; returns the folder of model and classifier.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, pictures or a model that cannot be trained for, and what to do.
+    """
+    model = load_textless(settings.model)
+    if Path(settings.output).resolve() == Path(settings.model).resolve():
+        raise ValueError(f"{settings.output} is the model to be guided, which is not changed; choose another --output")
+    if settings.resolution == 0:
+        settings = settings.model_copy(update={"resolution": model.picture_size(None, None)[0]})
+    if settings.resolution % model.vae_scale_factor:
+        raise ValueError(
+            f"resolution {settings.resolution} is not divisible by the autoencoder's factor {model.vae_scale_factor}"
+        )
+    process = GaussianDiffusion.from_scheduler_config(model.scheduler.config)
+    freeze(model.unet, model.vae)
+    data = load_data(settings, "class")
+    classes = class_names(data.pictures)
+    known: Mapping[int, str] | None = getattr(model, "id2label", None)
+    if known is not None:
+        new = sorted(set(classes) - set(known.values()))
+        if new:
+            raise ValueError(f"{settings.model} knows no class {new[0]!r}; its classes: {', '.join(known.values())}")
+        classes = [known[i] for i in range(len(known))]
+    set_seed(settings.seed)
+    classifier = build_classifier(settings, model.vae, len(classes))
+    if settings.gradient_checkpointing:
+        classifier.enable_gradient_checkpointing()
+    trained = GuidedModel(model.vae, classifier, model.scheduler, process, classes, model)
+
+    def save(run: TrainingRun) -> None:
+        pipeline = trained.pipeline()
+        pipeline.register_defaults(**model.registered_defaults)
+        pipeline.save_pretrained(settings.output)
+        kind = class_conditional_kind("class-conditional image pipeline with a classifier")
+        describe(run, settings, kind, len(data.pictures))
+
+    return train_diffusion(settings, trained, data, ClassifierObjective(classifier, process), save)

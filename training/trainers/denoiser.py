@@ -1,0 +1,122 @@
+"""Training a denoiser, conditioned on text, a class or nothing, on the latents of an autoencoder or on pixels."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from latentdiff.diffusion import GaussianDiffusion, build_scheduler
+from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
+from latentdiff.diffusion.losses import LogLikelihood
+from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.text import load_text_encoder
+from latentdiff.training.card.describe import describe
+from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
+from latentdiff.training.data.classes import class_names
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import (
+    Autoencoder,
+    build_text_unet,
+    build_textless_unet,
+    freeze,
+    is_pixels,
+    load_autoencoder,
+    pixels_per_latent,
+)
+from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.settings import DenoiserSettings
+from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
+from latentdiff.training.trainers.models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
+
+
+def train_denoiser(settings: DenoiserSettings) -> Path:
+    """Train a denoiser, or go on with a run that `settings.output` holds; returns the pipeline's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
+    """
+    autoencoder = load_autoencoder(settings.autoencoder)
+    factor = pixels_per_latent(autoencoder)
+    if settings.resolution % factor:
+        raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
+    process = build_process(settings)
+    text: Any = load_text_encoder(settings.text_encoder) if settings.condition == "text" else None
+    data = load_data(settings, settings.condition)
+    model = build_model(settings, autoencoder, process, text, data)
+    if settings.gradient_checkpointing:
+        model.network.enable_gradient_checkpointing()
+
+    def save(run: TrainingRun) -> None:
+        pipeline = model.pipeline()
+        defaults: dict[str, float] = {"num_inference_steps": settings.sample_steps}
+        if settings.condition != "none":
+            defaults["guidance_scale"] = settings.sample_guidance_scale
+        pipeline.register_defaults(**defaults)
+        pipeline.save_pretrained(settings.output)
+        describe(run, settings, kind_of(settings), len(data.pictures))
+
+    by_loss = settings.timestep_sampler == "loss_second_moment"
+    objective = DenoiserObjective(
+        model.network,
+        process,
+        settings.min_snr_gamma,
+        p2_gamma=settings.p2_gamma,
+        timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
+        log_likelihood=likelihood_of(autoencoder),
+    )
+    return train_diffusion(settings, model, data, objective, save)
+
+
+def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
+    """The diffusion process that the settings describe."""
+    return GaussianDiffusion(
+        settings.noise_schedule,
+        settings.num_train_timesteps,
+        settings.prediction_type,
+        settings.zero_terminal_snr,
+        variance_type="learned_range" if settings.learns_variance else "fixed_small",
+        loss_type=settings.loss,
+    )
+
+
+def build_model(
+    settings: DenoiserSettings, autoencoder: Autoencoder, process: GaussianDiffusion, text: Any, data: Data
+) -> DiffusionModel:
+    """A new network with its first weights, what conditions it, and its scheduler; what is not trained is frozen.
+
+    text: tokenizer and text encoder, with condition=text.
+
+    Raises:
+        ValueError: the captions are no classes.
+    """
+    scheduler = build_scheduler(process, "DDPMScheduler" if settings.learns_variance else "DDIMScheduler")
+    freeze(autoencoder)
+    if settings.condition == "text":
+        tokenizer, text_encoder = text
+        freeze(text_encoder)
+        set_seed(settings.seed)
+        unet = build_text_unet(settings, autoencoder, text_encoder.config.hidden_size)
+        return TextModel(autoencoder, unet, scheduler, process, tokenizer, text_encoder)
+    if is_pixels(autoencoder):
+        scheduler.register_to_config(clip_sample=True)
+    classes = class_names(data.pictures) if settings.condition == "class" else []
+    set_seed(settings.seed)
+    network = build_textless_unet(settings, autoencoder, len(classes))
+    if classes:
+        return ClassModel(autoencoder, network, scheduler, process, classes)
+    return UnconditionalModel(autoencoder, network, scheduler, process)
+
+
+def likelihood_of(autoencoder: Autoencoder) -> LogLikelihood:
+    """Of the last step: pixels are whole numbers, latents are not."""
+    return discretized_gaussian_log_likelihood if is_pixels(autoencoder) else gaussian_log_likelihood
+
+
+def kind_of(settings: DenoiserSettings) -> ModelKind:
+    """What is trained, for its card."""
+    match settings.condition:
+        case "class":
+            return class_conditional_kind()
+        case "none":
+            return unconditional_kind()
+    return text_to_image_kind(settings.sample_prompts)

@@ -1,0 +1,164 @@
+"""The training of denoisers, new ones or not, and of classifiers of noisy pictures."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.pipelines.processes import processes
+from latentdiff.training.batch.assembly import diffusion_batch
+from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
+from latentdiff.training.batch.choices import ViewChoice
+from latentdiff.training.batch.latents import all_views, centred_views, latent_source
+from latentdiff.training.batch.loader import batches
+from latentdiff.training.batch.samples import DiffusionSamples, chunks_alike, held_out_samples
+from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
+from latentdiff.training.evaluation.validation import HeldOutLoss
+from latentdiff.training.loop.order import PictureOrder
+from latentdiff.training.loop.processes import spread_modules
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import halvings, pixels_per_latent
+from latentdiff.training.objectives.objective import Objective
+from latentdiff.training.settings import Condition, DiffusionSettings
+from latentdiff.training.trainers.models import SAMPLES, DiffusionModel
+
+logger = logging.getLogger(__name__)
+
+BANDS = 4  # of timesteps, for which the held-out loss is given separately
+
+
+@dataclass
+class Data:
+    """Pictures to train on, and others to measure on."""
+
+    pictures: list[CaptionedPicture]
+    held_out: list[CaptionedPicture]
+
+
+def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
+    """The usable pictures of both splits; one process looks at them first, the others read what it found."""
+    with processes().main_process_first():
+        pictures = prepare_pictures(settings, condition=condition)
+        seen = {picture.digest for picture in pictures}
+        try:
+            held_out = prepare_pictures(settings, "validation", condition)
+        except NoPicturesError as error:
+            logger.info("no held-out pictures: %s", error)
+            held_out = []
+    return Data(pictures, [picture for picture in held_out if picture.digest not in seen])
+
+
+def train_diffusion(
+    settings: DiffusionSettings,
+    model: DiffusionModel,
+    data: Data,
+    objective: Objective[DiffusionBatch],
+    save: Callable[[TrainingRun], None],
+) -> Path:
+    """Train what in `objective` asks for a gradient, or go on with the run that ``settings.output`` holds.
+
+    Args:
+        model: its networks that are trained are the very ones in `objective`, the others are frozen.
+        save: called once at the end, on the main process, with the averaged weights in place.
+
+    Returns:
+        ``settings.output``.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
+        FloatingPointError: the loss went bad; see `Learner.learn`.
+    """
+    factor = pixels_per_latent(model.autoencoder)
+    step = factor * halvings(model.network) if settings.buckets else factor
+    run = TrainingRun(settings, objective)
+    if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
+        raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
+    views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
+    other_views = ViewChoice(settings, data.held_out, step)
+    wanted = all_views(views, data.pictures) + centred_views(other_views, data.held_out)
+    latents = latent_source(run, settings, model.autoencoder, wanted)
+    conditions = model.conditions(run, settings, data.pictures + data.held_out)
+
+    def samples_of(pictures: Sequence[CaptionedPicture], views: ViewChoice) -> DiffusionSamples:
+        return DiffusionSamples(
+            settings,
+            pictures,
+            views,
+            latents.read,
+            conditions.read,
+            latent_channels=model.autoencoder.config.latent_channels,
+            factor=factor,
+            update_size=run.update_size,
+        )
+
+    def batch_of(samples: SampleBatch) -> DiffusionBatch:
+        return diffusion_batch(samples, latents, conditions, run.device)
+
+    bands = min(BANDS, model.process.num_timesteps)
+    held_out = held_out_samples(samples_of(data.held_out, other_views), bands)
+    fixed = [batch_of(SampleBatch.stack(chunk)) for chunk in chunks_alike(held_out)]
+    loss = HeldOutLoss(model.process, bands)
+    prompts = settings.sample_prompts or sample_captions(data.pictures)
+    order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
+    for samples in batches(run, order, samples_of(data.pictures, views), SampleBatch.stack):
+        run.learn(batch_of(samples))
+        if run.due(settings.sample_every):
+            with run.averaged():
+                figures = loss(run.objective, fixed, run.accelerator)
+                if run.takes_part:
+                    draw_samples(run, settings, model, prompts, latents.idle + conditions.idle)
+            run.measured(figures)
+            run.accelerator.wait_for_everyone()
+    run.end_training()
+    with run.averaged():
+        model.network = run.whole(model.network)
+        if run.accelerator.is_main_process:
+            save(run)
+    run.finish()
+    return Path(settings.output)
+
+
+def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:
+    """Whether all of the network is trained, and nothing else."""
+    own = {id(parameter) for parameter in network.parameters()}
+    trained = {id(parameter) for parameter in objective.parameters() if parameter.requires_grad}
+    return trained == own
+
+
+def sample_captions(pictures: Sequence[CaptionedPicture], most: int = SAMPLES) -> list[str]:
+    """Captions to draw samples of: different ones as long as there are any, of pictures from everywhere."""
+    rounds: dict[str, int] = {}
+    by_round: list[list[str]] = []
+    for picture in pictures:
+        caption = picture.captions[0]
+        number = rounds[caption] = rounds.get(caption, -1) + 1
+        if number == len(by_round):
+            by_round.append([])
+        by_round[number].append(caption)
+    chosen: list[str] = []
+    for captions in by_round:
+        room = min(most - len(chosen), len(captions))
+        chosen += [captions[i * len(captions) // room] for i in range(room)]
+    return chosen
+
+
+def draw_samples(
+    run: TrainingRun,
+    settings: DiffusionSettings,
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    idle: Sequence[Any],
+) -> None:
+    """A grid of the prompts, drawn by the pipeline that will be saved; `idle` networks leave a GPU afterwards."""
+    images = model.draw(prompts, settings, run.device)
+    for network in idle:  # a GPU's memory is the denoiser's
+        network.to("cpu")
+    if not run.accelerator.is_main_process:
+        return
+    file = run.folder / "samples" / f"step-{run.step:08d}.png"
+    save_picture(image_grid(images, 8), file)
+    run.show("samples", file)

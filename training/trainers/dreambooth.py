@@ -1,0 +1,108 @@
+"""DreamBooth (Ruiz et al. 2023): a subject under a rare word, beside pictures of its class drawn by the model itself.
+
+The class pictures keep the model from forgetting what the class looks like otherwise (Sec. 4.3, Eq. 2).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from latentdiff import __version__
+from latentdiff.interchange.png import read_settings, save_picture
+from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.processes import processes
+from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.settings import FinetuneSettings
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8  # pictures drawn at once; each has its own seed
+
+
+def recipe(settings: FinetuneSettings, number: int) -> dict[str, Any]:
+    """How class picture `number` is drawn; kept in its file, and compared when the run is repeated."""
+    return {
+        "prompts": [settings.class_prompt],
+        "count": 1,
+        "seed": settings.seed + number,
+        "negative_prompt": None,
+        "num_inference_steps": settings.sample_steps,
+        "guidance_scale": settings.sample_guidance_scale,
+        "model": settings.model,
+        "width": settings.resolution,
+        "height": settings.resolution,
+    }
+
+
+def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> list[CaptionedPicture]:
+    """Pictures of the class, in ``training/class_pictures``; those that are there already are not drawn again.
+
+    Each process draws its share. `pipeline` is the model before any training, on the process's device.
+
+    Raises:
+        FileExistsError: a picture that this program did not draw stands in the way.
+    """
+    state = processes()
+    folder = Path(settings.output) / "training" / "class_pictures"
+    files = [folder / f"{number:05d}.png" for number in range(settings.class_pictures)]
+    missing = [number for number, file in enumerate(files) if not drawn(file, recipe(settings, number))]
+    state.wait_for_everyone()  # all have looked before any draws
+    share = missing[state.process_index :: state.num_processes]
+    if missing and state.is_main_process:
+        logger.info("drawing %d pictures of %r into %s", len(missing), settings.class_prompt, folder)
+    for i in range(0, len(share), BATCH):
+        draw(settings, pipeline, {number: files[number] for number in share[i : i + BATCH]})
+    state.wait_for_everyone()
+    return [class_picture(file, settings) for file in files]
+
+
+def drawn(file: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `file` is the picture that the recipe `wanted` gives."""
+    if not file.exists():
+        return False
+    found = read_settings(file)
+    if found is None:
+        raise FileExistsError(f"{file} was not drawn by this program; move it away, or choose another --output")
+    return {key: found.get(key) for key in wanted} == wanted
+
+
+def draw(settings: FinetuneSettings, pipeline: TextToImagePipeline, files: dict[int, Path]) -> None:
+    recipes = [recipe(settings, number) for number in files]
+    images: Any = pipeline(
+        [str(settings.class_prompt)] * len(files),
+        height=settings.resolution,
+        width=settings.resolution,
+        num_inference_steps=settings.sample_steps,
+        guidance_scale=settings.sample_guidance_scale,
+        seed=[one["seed"] for one in recipes],
+    )
+    extra = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
+    for image, file, one in zip(images.images, files.values(), recipes, strict=True):
+        save_picture(image, file, {**one, **extra})
+
+
+def class_picture(file: Path, settings: FinetuneSettings) -> CaptionedPicture:
+    side = settings.resolution
+    return CaptionedPicture(
+        name=str(file),
+        read=functools.partial(Path.read_bytes, file),
+        captions=(str(settings.class_prompt),),
+        loss_weight=settings.prior_loss_weight,
+        digest=hashlib.sha256(file.read_bytes()).hexdigest(),
+        size=(side, side),
+    )
+
+
+def mix(instances: Sequence[CaptionedPicture], priors: Sequence[CaptionedPicture]) -> list[CaptionedPicture]:
+    """Both together, with weights by which half of the pictures drawn in training are of each."""
+    share = sum(picture.weight for picture in instances) / len(priors)
+    return [*instances, *(dataclasses.replace(prior, weight=share) for prior in priors)]
+
+
+def of_subject(pictures: Sequence[CaptionedPicture], caption: str) -> list[CaptionedPicture]:
+    """`pictures`, all under the subject's caption."""
+    return [dataclasses.replace(picture, captions=(caption,)) for picture in pictures]

@@ -1,0 +1,189 @@
+"""Fine-tuning a pipeline on pictures of one's own: all weights, LoRA, DreamBooth, textual inversion."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.interchange.folders import find_model
+from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.processes import processes
+from latentdiff.text import max_tokens
+from latentdiff.training.card.describe import describe
+from latentdiff.training.card.kinds import text_to_image_kind
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import freeze, without_dropout
+from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.settings import FinetuneSettings
+from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
+from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
+from latentdiff.training.trainers.lora import add_lora, lora_rank, merge_lora, save_lora
+from latentdiff.training.trainers.models import TextModel
+from latentdiff.training.trainers.textual_inversion import Expand, add_word, check_captions, save_word, settle
+
+logger = logging.getLogger(__name__)
+
+USED_BY = {
+    "lora_rank": ("lora", "dreambooth"),
+    "lora_alpha": ("lora", "dreambooth"),
+    "lora_targets": ("lora", "dreambooth"),
+    "train_text_encoder": ("full", "lora", "dreambooth"),
+    "class_prompt": ("dreambooth",),
+    "class_pictures": ("dreambooth",),
+    "prior_loss_weight": ("dreambooth",),
+    "placeholder_token": ("textual-inversion",),
+    "initializer_token": ("textual-inversion",),
+    "num_vectors": ("textual-inversion",),
+}
+"""Settings that not every method knows."""
+
+Finish = Callable[[], None]
+"""Brings the pipeline into the shape in which it is saved, and saves what goes beside it."""
+
+
+def finetune(settings: FinetuneSettings) -> Path:
+    """Fine-tune a model, or go on with a run that ``settings.output`` holds.
+
+    ``settings.output`` becomes a pipeline folder, with the LoRA (merged in) or the new word's embedding beside it in a
+    file of its own. The model it starts from is not changed.
+
+    Returns:
+        ``settings.output``.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, pictures or models that cannot be used, and what to do.
+        OSError: the hub was asked for the model and cannot be reached.
+    """
+    check_method(settings)
+    check_output(settings)
+    pipeline = TextToImagePipeline.from_pretrained(settings.model)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = complete(settings, pipeline)
+    freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    data = load_data(settings)
+    if settings.method == "dreambooth":
+        data = with_class_pictures(settings, pipeline, data)
+    set_seed(settings.seed)  # the adapters' first weights
+    finish = prepare(settings, pipeline, data)
+    trains_text = settings.train_text_encoder or settings.method == "textual-inversion"
+    model = model_of(pipeline, trains_text)
+    text_encoder = model.text_encoder if trains_text else None
+    objective = DenoiserObjective(model.network, model.process, settings.min_snr_gamma, text_encoder)
+
+    def save(run: TrainingRun) -> None:
+        pipeline.unet = model.network  # the same, but where FSDP has spread its weights
+        finish()
+        pipeline.save_pretrained(settings.output)
+        kind = text_to_image_kind(settings.sample_prompts, settings.method, lora=lora_rank(settings) > 0)
+        describe(run, settings, kind, len(data.pictures), settings.model)
+
+    return train_diffusion(settings, model, data, objective, save)
+
+
+def check_method(settings: FinetuneSettings) -> None:
+    """Raises ValueError for a setting that would do nothing with this method."""
+    for key, methods in USED_BY.items():
+        usual = FinetuneSettings.model_fields[key].default
+        if settings.method not in methods and getattr(settings, key) != usual:
+            raise ValueError(f"{key} does nothing with method={settings.method}; it is for {', '.join(methods)}")
+
+
+def check_output(settings: FinetuneSettings) -> None:
+    """Raises ValueError if the output folder holds a model that is not of this command."""
+    output, model = Path(settings.output), find_model(settings.model)
+    if model is not None and output.exists() and output.resolve() == model.resolve():
+        raise ValueError(f"{output} is the model to start from, which is not changed; choose another --output")
+    if (output / "model_index.json").exists() and not (output / "training" / "settings.yaml").exists():
+        raise ValueError(f"{output} holds a pipeline that was not made by training; choose another --output")
+
+
+def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> FinetuneSettings:
+    """`settings` with what depends on the model.
+
+    Raises:
+        ValueError: the model cannot be fine-tuned, or not at this resolution.
+    """
+    takes, gives = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != gives:
+        raise ValueError(
+            f"{settings.model}: its UNet takes {takes} channels and the autoencoder's latents have {gives}; UNets for "
+            f"inpainting and the like cannot be fine-tuned"
+        )
+    changes: dict[str, Any] = {}
+    factor = pipeline.vae_scale_factor
+    if settings.resolution == 0:
+        height, width = pipeline.picture_size(None, None)
+        if height != width:
+            raise ValueError(f"{settings.model} draws {width}x{height} pictures; give a resolution=")
+        changes["resolution"] = height
+    elif settings.resolution % factor:
+        raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
+    given = settings.model_fields_set
+    if "sample_steps" not in given:
+        changes["sample_steps"] = pipeline.defaults["num_inference_steps"]
+    if "sample_guidance_scale" not in given:
+        changes["sample_guidance_scale"] = pipeline.defaults["guidance_scale"]
+    if settings.method == "textual-inversion":
+        if settings.caption is None:
+            changes["caption"] = settings.placeholder_token
+        if "caption_dropout" not in given:
+            changes["caption_dropout"] = 0.0  # without the new word there is nothing to learn
+    return settings.model_copy(update=changes)
+
+
+def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
+    """The networks of `pipeline`, and the process that its scheduler samples from."""
+    process = GaussianDiffusion.from_scheduler_config(pipeline.scheduler.config)
+    return TextModel(
+        pipeline.vae,
+        pipeline.unet,
+        pipeline.scheduler,
+        process,
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        Expand(pipeline.tokenizer) if trains_text else None,
+    )
+
+
+def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Data:
+    """The pictures under the subject's caption, and as many draws of the class's."""
+    caption = str(settings.caption)
+    pipeline.to(processes().device)
+    priors = draw_class_pictures(settings, pipeline)
+    pipeline.to("cpu")
+    return Data(mix(of_subject(data.pictures, caption), priors), of_subject(data.held_out, caption))
+
+
+def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Finish:
+    """Let what the method trains ask for gradients; returns how the result is saved."""
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    output, trains_text = Path(settings.output), settings.train_text_encoder
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    without_dropout(text_encoder)
+    if settings.method == "textual-inversion":
+        word = str(settings.placeholder_token)
+        extended = add_word(settings, pipeline.tokenizer, text_encoder)
+        check_captions(data.pictures, word, pipeline.tokenizer, max_tokens(pipeline.tokenizer, text_encoder))
+
+        def save_new_word() -> None:
+            save_word(extended, word, output)
+            settle(extended, text_encoder)
+
+        return save_new_word
+    if lora_rank(settings):
+        add_lora(settings, unet, text_encoder if trains_text else None)
+
+        def save_adapter() -> None:
+            save_lora(pipeline, output)
+            merge_lora(pipeline)
+
+        return save_adapter
+    unet.requires_grad_(True)
+    if trains_text:
+        for name, parameter in text_encoder.named_parameters():
+            parameter.requires_grad_("pooler" not in name)  # what pools has no part in the text states
+    return lambda: None

@@ -1,0 +1,135 @@
+"""The kinds of diffusion model in training: their networks, what they are conditioned on, and how they draw."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
+from latentdiff.training.batch.conditions import ClassSource, ConditionSource, NoCondition, TokenSource, text_source
+from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import is_pixels
+from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
+
+SAMPLES = 16  # pictures of a grid of samples, at most
+
+
+@dataclass
+class DiffusionModel(ABC):
+    """A model in training.
+
+    Args:
+        autoencoder: frozen.
+        network: that is trained: a denoiser, or a classifier.
+        scheduler: that pipelines draw with.
+        process: that the scheduler samples from.
+    """
+
+    autoencoder: Any
+    network: Any
+    scheduler: Any
+    process: GaussianDiffusion
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """A pipeline of these very networks."""
+
+    @abstractmethod
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        """What the network is given of the captions of `pictures`."""
+
+    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
+        """A picture of each prompt, with seed 0."""
+        return self._pictures(device, settings, list(prompts), guidance_scale=settings.sample_guidance_scale)
+
+    def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
+        pipeline = self.pipeline().to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        size = {"height": settings.resolution, "width": settings.resolution}
+        return pipeline(*args, **size, num_inference_steps=settings.sample_steps, seed=0, **call).images
+
+
+@dataclass
+class TextModel(DiffusionModel):
+    """A denoiser that is conditioned on text.
+
+    Args:
+        prepare_caption: what is done to a caption before it becomes tokens for a text encoder that is trained; None:
+            the text encoder is not.
+    """
+
+    tokenizer: Any = None
+    text_encoder: Any = None
+    prepare_caption: Callable[[str], str] | None = None
+
+    def pipeline(self) -> TextToImagePipeline:
+        return TextToImagePipeline(self.autoencoder, self.text_encoder, self.tokenizer, self.network, self.scheduler)
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        if self.prepare_caption is not None:
+            return TokenSource(self.tokenizer, self.text_encoder, self.prepare_caption)
+        return text_source(run, settings, self.tokenizer, self.text_encoder, pictures)
+
+
+@dataclass
+class ClassModel(DiffusionModel):
+    """A denoiser that is conditioned on classes, which are numbered in the order of their names."""
+
+    classes: Sequence[str] = field(default_factory=list)
+
+    def pipeline(self) -> ClassConditionalPipeline:
+        codec = None if is_pixels(self.autoencoder) else self.autoencoder
+        return ClassConditionalPipeline(self.network, self.scheduler, codec, id2label=dict(enumerate(self.classes)))
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        return ClassSource(self.classes)
+
+
+@dataclass
+class UnconditionalModel(DiffusionModel):
+    """A denoiser that is given nothing but noisy latents and the timestep."""
+
+    def pipeline(self) -> UnconditionalPipeline:
+        codec = None if is_pixels(self.autoencoder) else self.autoencoder
+        return UnconditionalPipeline(self.network, self.scheduler, codec)
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        return NoCondition()
+
+    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
+        return self._pictures(device, settings, batch_size=SAMPLES)
+
+
+@dataclass
+class GuidedModel(ClassModel):
+    """A classifier of noisy pictures, as `network`, and the pipeline that it will guide."""
+
+    guided: Any = None
+
+    def pipeline(self) -> ClassConditionalPipeline:
+        names = dict(enumerate(self.classes))
+        return ClassConditionalPipeline(
+            self.guided.unet, self.scheduler, self.guided.vqvae, self.network, id2label=names
+        )
+
+    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
+        assert isinstance(settings, ClassifierSettings)
+        return self._pictures(
+            device,
+            settings,
+            list(prompts),
+            guidance_scale=settings.sample_guidance_scale,
+            classifier_scale=settings.sample_classifier_scale,
+        )
