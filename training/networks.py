@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from latentdiff.codec import Codec
 from latentdiff.models import (
     AutoencoderKL,
     FSQModel,
@@ -49,14 +50,14 @@ def build_autoencoder(settings: AutoencoderSettings) -> Any:
     return AutoencoderKL(**shape)
 
 
-def build_text_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_width: int) -> UNet2DConditionModel:
-    """A new UNet for the autoencoder's latents and text states of width `text_width`."""
-    channels = autoencoder.config.latent_channels
+def build_text_unet(settings: DenoiserSettings, codec: Codec, text_width: int) -> UNet2DConditionModel:
+    """A new UNet for the codec's latents and text states of width `text_width`."""
+    channels = codec.channels
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attention_levels]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(settings.attention_levels)]
     heads = [max(1, width // settings.attention_head_dim) for width in settings.block_out_channels]
     return UNet2DConditionModel(
-        sample_size=settings.resolution // pixels_per_latent(autoencoder),
+        sample_size=settings.resolution // codec.factor,
         in_channels=channels,
         out_channels=channels * (2 if settings.learns_variance else 1),
         down_block_types=tuple(down),
@@ -72,13 +73,13 @@ def build_text_unet(settings: DenoiserSettings, autoencoder: Autoencoder, text_w
     )
 
 
-def build_textless_unet(settings: DenoiserSettings, autoencoder: Autoencoder, classes: int) -> UNet2DModel:
-    """A new UNet for the autoencoder's latents; with `classes`, one embedding more than there are, for none of them."""
-    channels, kind = autoencoder.config.latent_channels, settings.resample_type
+def build_textless_unet(settings: DenoiserSettings, codec: Codec, classes: int) -> UNet2DModel:
+    """A new UNet for the codec's latents; with `classes`, one embedding more than there are, for none of them."""
+    channels, kind = codec.channels, settings.resample_type
     plain = "DownBlock2D" if kind == "conv" else "ResnetDownsampleBlock2D"
     down = ["AttnDownBlock2D" if attends else plain for attends in settings.attention_levels]
     return UNet2DModel(
-        sample_size=settings.resolution // pixels_per_latent(autoencoder),
+        sample_size=settings.resolution // codec.factor,
         in_channels=channels,
         out_channels=channels * (2 if settings.learns_variance else 1),
         down_block_types=tuple(down),
@@ -94,12 +95,12 @@ def build_textless_unet(settings: DenoiserSettings, autoencoder: Autoencoder, cl
     )
 
 
-def build_classifier(settings: ClassifierSettings, autoencoder: Autoencoder, classes: int) -> NoisyClassifier:
-    """A new classifier of noisy latents of the autoencoder."""
+def build_classifier(settings: ClassifierSettings, codec: Codec, classes: int) -> NoisyClassifier:
+    """A new classifier of noisy latents of the codec."""
     down = ["AttnDownBlock2D" if attends else "ResnetDownsampleBlock2D" for attends in settings.attention_levels]
     return NoisyClassifier(
-        sample_size=settings.resolution // pixels_per_latent(autoencoder),
-        in_channels=autoencoder.config.latent_channels,
+        sample_size=settings.resolution // codec.factor,
+        in_channels=codec.channels,
         num_classes=classes,
         down_block_types=tuple(down),
         block_out_channels=settings.block_out_channels,
@@ -147,21 +148,6 @@ def check_latents(folder: Path, config: Any) -> None:
             f"{folder}: its latents have {channels} channels ({key}) and latent_channels={config['latent_channels']}; "
             f"pipelines draw with autoencoders where both are the same"
         )
-
-
-def pixels_per_latent(autoencoder: Any) -> int:
-    """Pixels per latent along one side, of any autoencoder."""
-    return halvings(autoencoder)
-
-
-def halvings(network: Any) -> int:
-    """What the sides of a network's input must be multiples of: it is halved at every level but the last."""
-    return int(2 ** (len(network.config.block_out_channels) - 1))
-
-
-def is_pixels(autoencoder: Any) -> bool:
-    """Whether latents are pixels in [-1, 1]."""
-    return isinstance(autoencoder, IdentityAutoencoder) and autoencoder.config.scaling_factor == 1
 
 
 def freeze(*networks: nn.Module) -> None:

@@ -1,13 +1,14 @@
 """What a training pass learns from, as typed batches of tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.conditioning import Conditioning
+from latentdiff.diffusion.process import Process
 
 
 class NamedBatch(Protocol):
@@ -17,48 +18,8 @@ class NamedBatch(Protocol):
     def names(self) -> Sequence[str]: ...
 
 
-class TensorFields:
-    """What dataclasses of tensors with a batch dimension, or None, share."""
-
-    def _changed(self, change: Any) -> Self:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
-
-    def to(self, device: torch.device) -> Self:
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """In memory from which a GPU copies faster; a data loader calls it."""
-        return self._changed(lambda tensor: tensor.pin_memory())
-
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """Several as one batch; all have the same fields."""
-        names = [f.name for f in fields(parts[0])]  # type: ignore[arg-type]
-        columns = {name: [getattr(part, name) for part in parts] for name in names}
-        return cls(**{name: torch.cat(c) for name, c in columns.items() if isinstance(c[0], Tensor)})
-
-
 @dataclass(frozen=True)
-class Conditioning(TensorFields):
-    """What a denoiser is given besides latents and timesteps; without any field nothing.
-
-    Args:
-        encoder_hidden_states: (B, L, D), text states.
-        class_labels: (B,) long.
-    """
-
-    encoder_hidden_states: Tensor | None = None
-    class_labels: Tensor | None = None
-
-    def arguments(self) -> dict[str, Tensor]:
-        """The fields that there are, as a network's keyword arguments."""
-        found = {"encoder_hidden_states": self.encoder_hidden_states, "class_labels": self.class_labels}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-@dataclass(frozen=True)
-class Tokens(TensorFields):
+class Tokens:
     """Captions as a text encoder reads them, where the encoder is trained.
 
     Args:
@@ -69,15 +30,21 @@ class Tokens(TensorFields):
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        masks = [part.attention_mask for part in parts if part.attention_mask is not None]
+        return cls(torch.cat([part.input_ids for part in parts]), torch.cat(masks) if masks else None)
+
+    def to(self, device: torch.device) -> Self:
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask)
+
 
 @dataclass(frozen=True)
 class Captions:
     """Captions themselves, which a frozen text encoder reads batch by batch where there is no cache."""
 
     texts: tuple[str, ...]
-
-    def pin_memory(self) -> Self:
-        return self
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -136,8 +103,13 @@ class SampleBatch:
 
     def pin_memory(self) -> Self:
         """In memory from which a GPU copies faster; a data loader calls it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "draws")}
-        return replace(self, **{name: value.pin_memory() for name, value in found.items()})
+        return replace(
+            self,
+            pictures=self.pictures.pin_memory(),
+            posterior_noise=self.posterior_noise.pin_memory(),
+            noise=self.noise.pin_memory(),
+            loss_weight=self.loss_weight.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +118,7 @@ class DiffusionBatch:
 
     Args:
         latents, noise: (B, C, h, w) float32, on the device; clean scaled latents, and what is mixed into them.
-        draws: (B,) float64, on the CPU; uniform in [0, 1), from which timesteps are taken.
+        draws: (B,) float64, on the CPU; uniform in [0, 1), from which the process takes times.
         condition: what the network is given of the captions, or their tokens.
         loss_weight: (B,) float32, on the device.
         names: of the pictures.
@@ -159,10 +131,10 @@ class DiffusionBatch:
     loss_weight: Tensor
     names: tuple[str, ...] = ()
 
-    def timesteps(self, process: GaussianDiffusion) -> Tensor:
-        """(B,) long, on the device of the latents."""
-        last = process.num_timesteps - 1
-        return (self.draws * process.num_timesteps).long().clamp(max=last).to(self.latents.device)
+    def times(self, process: Process) -> Tensor:
+        """The process's times for the draws, (B,), on the device of the latents."""
+        times = process.times(self.draws)
+        return times.to(self.latents.device, torch.float32 if times.is_floating_point() else None)
 
 
 @dataclass(frozen=True)

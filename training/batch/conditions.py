@@ -3,15 +3,17 @@
 A source has a part for the workers of a data loader, which reads captions, and one for the training process.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from latentdiff.text import encode_prompts, max_tokens
-from latentdiff.training.batch.batches import Captions, Conditioning, ReadCaptions, Tokens
+from latentdiff.conditioning import ClassConditioner, Conditioner, Conditioning, NoConditioner
+from latentdiff.text import max_tokens
+from latentdiff.text.conditioner import TextConditioner
+from latentdiff.training.batch.batches import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.choices import CaptionChoice
 from latentdiff.training.batch.latents import cache_folder
 from latentdiff.training.cache import TextCache
@@ -38,6 +40,23 @@ class ConditionSource:
         return captions.to(device)
 
 
+class ReadConditions(ConditionSource):
+    """What a conditioner that needs no network makes of captions: classes, or nothing."""
+
+    def __init__(self, conditioner: Conditioner) -> None:
+        self.read = OneCaption(conditioner)
+
+
+@dataclass
+class OneCaption:
+    """A conditioner for one caption."""
+
+    conditioner: Conditioner
+
+    def __call__(self, caption: str) -> Conditioning:
+        return self.conditioner([caption])
+
+
 class CachedText(ConditionSource):
     """Text states from a cache."""
 
@@ -46,8 +65,7 @@ class CachedText(ConditionSource):
 
     def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning:
         assert isinstance(captions, Conditioning)
-        assert captions.encoder_hidden_states is not None
-        return Conditioning(captions.encoder_hidden_states.to(device).float())
+        return captions.to(device).to(dtype=torch.float32)
 
 
 @dataclass
@@ -57,20 +75,20 @@ class TextReader:
     cache: TextCache
 
     def __call__(self, caption: str) -> Conditioning:
-        return Conditioning(self.cache[caption][None])  # (1, L, D) float16
+        return Conditioning(states=self.cache[caption][None])  # (1, L, D) float16
 
 
 class EncodedText(ConditionSource):
     """Captions through a frozen text encoder, batch by batch."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any, device: torch.device) -> None:
-        self.read, self.tokenizer, self.text_encoder = read_text, tokenizer, text_encoder.to(device)
+        self.read = read_text
+        self.conditioner = TextConditioner(tokenizer, text_encoder.to(device), warn=False)
 
     @torch.no_grad()
     def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning:
         assert isinstance(captions, Captions)
-        states = encode_prompts(captions.texts, self.tokenizer, self.text_encoder, warn=False)  # (B, L, D)
-        return Conditioning(states.float().to(device))
+        return self.conditioner(captions.texts).to(device, torch.float32)
 
 
 def read_text(caption: str) -> Captions:
@@ -107,35 +125,25 @@ class TokenReader:
         return Tokens(encoded.input_ids, encoded.attention_mask if self.mask else None)
 
 
-class ClassSource(ConditionSource):
-    """Captions as classes; the empty one is no class and has the number after the last."""
+def class_source(classes: Sequence[str], pictures: Sequence[CaptionedPicture]) -> ConditionSource:
+    """Numbers of classes, in the order of their names.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.read = ClassReader({name: number for number, name in enumerate(names)})
-
-
-@dataclass
-class ClassReader:
-    """Class names to numbers, (1,) long. Raises ValueError for a class that is not known."""
-
-    numbers: Mapping[str, int]
-
-    def __call__(self, caption: str) -> Conditioning:
-        if caption and caption not in self.numbers:
-            raise ValueError(f"there is a held-out picture of {caption!r}, of which no training picture is; remove it")
-        return Conditioning(class_labels=torch.tensor([self.numbers.get(caption, len(self.numbers))]))
+    Raises:
+        ValueError: a picture, which must be held out, is of none of them.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    for picture in pictures:
+        if picture.captions[0] not in numbers:
+            raise ValueError(
+                f"{picture.name}: a held-out picture of {picture.captions[0]!r}, of which no training picture is; "
+                f"remove it"
+            )
+    return ReadConditions(ClassConditioner(numbers))
 
 
-class NoCondition(ConditionSource):
+def no_source() -> ConditionSource:
     """Nothing, for unconditional networks."""
-
-    def __init__(self) -> None:
-        self.read = read_nothing
-
-
-def read_nothing(caption: str) -> Conditioning:
-    """A condition without fields."""
-    return Conditioning()
+    return ReadConditions(NoConditioner())
 
 
 def text_source(

@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latentdiff.codec import Codec, Posterior
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.samples import read_view
 from latentdiff.training.cache import LatentCache
@@ -41,31 +41,25 @@ class LatentSource(ABC):
 class CachedLatents(LatentSource):
     """Moments of the posterior from a cache."""
 
-    def __init__(self, cache: LatentCache, autoencoder: Any, device: torch.device) -> None:
-        self.read, self.idle, self.device = CacheReader(cache), (autoencoder,), device
-        self.scale, self.shift = scale_of(autoencoder)
+    def __init__(self, cache: LatentCache, codec: Codec, device: torch.device) -> None:
+        self.read, self.codec, self.device = CacheReader(cache), codec, device
+        self.idle = (codec.autoencoder,)
 
     def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
         mean, *std = pictures.to(self.device).float().unbind(1)  # (B, C, h, w) each
-        drawn = mean + std[0] * noise.to(self.device) if std else mean
-        return (drawn - self.shift) * self.scale
+        return self.codec.scaled(Posterior(mean, *std).sample(noise.to(self.device)))
 
 
 class EncodedLatents(LatentSource):
     """Pictures through a frozen autoencoder, batch by batch."""
 
-    def __init__(self, autoencoder: Any, device: torch.device) -> None:
-        self.read, self.device = read_view, device
-        self.autoencoder = autoencoder.to(device)
-        self.scale, self.shift = scale_of(autoencoder)
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.read, self.codec = read_view, codec
+        codec.autoencoder.to(device)
 
     @torch.no_grad()
     def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        encoded = self.autoencoder.encode(pictures.to(self.device))
-        if hasattr(encoded, "latents"):  # a codebook's latents have no spread
-            return (encoded.latents - self.shift) * self.scale
-        posterior = encoded.latent_dist
-        return (posterior.mean + posterior.std * noise.to(self.device) - self.shift) * self.scale
+        return self.codec.encode_with(pictures, noise)
 
 
 @dataclass
@@ -78,16 +72,10 @@ class CacheReader:
         return self.cache[picture, view]
 
 
-def scale_of(autoencoder: Any) -> tuple[float, float]:
-    """What an autoencoder's latents are multiplied by, and what is subtracted before."""
-    shift = getattr(autoencoder.config, "shift_factor", None) or 0.0
-    return float(autoencoder.config.scaling_factor), float(shift)
-
-
 def latent_source(
     run: TrainingRun,
     settings: DiffusionSettings,
-    autoencoder: Any,
+    codec: Codec,
     wanted: Sequence[tuple[CaptionedPicture, View]],
 ) -> LatentSource:
     """The source that the settings ask for; a cache is filled with all of `wanted`.
@@ -95,11 +83,12 @@ def latent_source(
     The autoencoder is back on the CPU afterwards where it is not needed, so that a GPU's memory is the denoiser's.
     """
     if not settings.cache_latents:
-        return EncodedLatents(autoencoder, run.device)
-    autoencoder.to(run.device)
-    cache = LatentCache(cache_folder(run, settings) / "latents", autoencoder)
-    cache.fill(wanted, autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
-    return CachedLatents(cache, autoencoder.to("cpu"), run.device)
+        return EncodedLatents(codec, run.device)
+    codec.autoencoder.to(run.device)
+    cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder)
+    cache.fill(wanted, codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
+    codec.autoencoder.to("cpu")
+    return CachedLatents(cache, codec, run.device)
 
 
 def cache_folder(run: TrainingRun, settings: DiffusionSettings) -> Path:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.models import IdentityAutoencoder
+from latentdiff.codec import Codec
 from latentdiff.training.cache.digests import digest, digest_of_weights, plain_config
 from latentdiff.training.cache.filling import Batches, evaluating, fill, finite
 from latentdiff.training.cache.store import TensorStore
@@ -72,14 +72,15 @@ class LatentCache:
             OSError: the disk is full.
         """
         by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
+        codec = Codec(autoencoder)
 
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
             for keys, pixels in load(by_key, batches, num_workers):
                 names = [by_key[key][0].name for key in keys]
                 moments = finite(
-                    encode(autoencoder, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
+                    encode(codec, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
                     names,
-                    torch.float32 if isinstance(autoencoder, IdentityAutoencoder) else torch.float16,
+                    torch.float32 if codec.is_identity else torch.float16,
                     "is the autoencoder sound, and in float32? Without cache_latents it need not be below",
                 )
                 yield dict(zip(keys, moments, strict=True))
@@ -130,18 +131,13 @@ def stack(items: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
     return [key for key, _ in items], torch.stack([pixels for _, pixels in items])
 
 
-def encode(autoencoder: Any, pixels: Tensor) -> Tensor:
+def encode(codec: Codec, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w); of pixels only themselves."""
-    if isinstance(autoencoder, IdentityAutoencoder):
+    if codec.is_identity:
         return pixels[:, None]
-    weight = next(autoencoder.parameters())
-    encoded = autoencoder.encode(pixels.to(weight.device, weight.dtype))
-    if hasattr(encoded, "latent_dist"):
-        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-    else:  # a codebook's latents have no spread
-        mean = encoded.latents
-        std = torch.zeros_like(mean)
-    return torch.stack([mean, std], dim=1)
+    posterior = codec.posterior(pixels)
+    std = torch.zeros_like(posterior.mean) if posterior.std is None else posterior.std
+    return torch.stack([posterior.mean, std], dim=1)
 
 
 def key_of(picture: CaptionedPicture, view: View) -> str:
@@ -155,6 +151,6 @@ def encoder_digest(autoencoder: Any) -> str:
     state = autoencoder.state_dict()
     weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
     kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
-    if isinstance(autoencoder, IdentityAutoencoder):
+    if Codec(autoencoder).is_identity:
         kind = "pixels"
     return digest(kind, digest_of_weights(weights or state), plain_config(autoencoder.config, *OF_THE_DECODER))

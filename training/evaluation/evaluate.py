@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import Field
 
 from latentdiff import __version__
+from latentdiff.codec import Codec
 from latentdiff.interchange.folders import find_model
 from latentdiff.interchange.packaged import packaged_models
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
@@ -26,7 +27,6 @@ from latentdiff.training.data.classes import labels_of
 from latentdiff.training.evaluation.drawings import Drawing, call_settings, draw_missing, plan
 from latentdiff.training.evaluation.held_out import HeldOutSettings, check_report, held_out_pictures
 from latentdiff.training.evaluation.report import markdown, short_table
-from latentdiff.training.networks import is_pixels
 from latentdiff.training.settings import Condition
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     metrics = set_metrics(measured, extractor.to(device), settings.batch_size, notes)
     if not blind:
         metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
-    if not is_pixels(pipeline.vae):
+    if not Codec(pipeline.vae).is_identity:
         metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
     report = {
         "made_by": f"latentdiff {__version__}",

@@ -167,6 +167,6 @@ def measure(
         "prior": prior.mean().item(),
         "between": terms[1:].sum().item(),
         "decoder": terms[0].item(),
-        "timesteps": bound.process.model_timesteps(torch.arange(len(terms))).tolist(),
+        "timesteps": bound.process.model_time(torch.arange(len(terms))).tolist(),
         "terms": terms.tolist(),
     }

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.diffusion.process import Process
 from latentdiff.training.batch.batches import DiffusionBatch
 
 
@@ -22,7 +22,7 @@ class HeldOutLoss:
         bands: into how many ranges of equal length.
     """
 
-    def __init__(self, process: GaussianDiffusion, bands: int = 4) -> None:
+    def __init__(self, process: Process, bands: int = 4) -> None:
         if not 1 <= bands <= process.num_timesteps:
             raise ValueError(f"bands must lie in [1, {process.num_timesteps}], not {bands}")
         self.process = process
@@ -70,8 +70,8 @@ class HeldOutLoss:
 
     def _add(self, sums: Tensor, batch: DiffusionBatch, found: Tensor) -> None:
         """found: (figures, B)"""
-        timesteps = batch.timesteps(self.process).cpu()
-        bands = torch.bucketize(timesteps, torch.tensor(self.edges[1:]), right=True)
+        times = batch.times(self.process).cpu()
+        bands = torch.bucketize(times, torch.tensor(self.edges[1:]), right=True)
         sums.index_add_(1, bands, torch.cat([found, torch.ones_like(found[:1])]))
 
     def _means(self, names: Sequence[str], sums: Tensor) -> dict[str, float]:

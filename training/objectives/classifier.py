@@ -3,8 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.training.batch.batches import Conditioning, DiffusionBatch
+from latentdiff.conditioning import Conditioning
+from latentdiff.diffusion.process import Process
+from latentdiff.training.batch.batches import DiffusionBatch
 from latentdiff.training.objectives.objective import Objective, Result
 
 
@@ -16,7 +17,7 @@ class ClassifierObjective(Objective[DiffusionBatch]):
         process: that of the model to be guided.
     """
 
-    def __init__(self, classifier: nn.Module, process: GaussianDiffusion) -> None:
+    def __init__(self, classifier: nn.Module, process: Process) -> None:
         super().__init__()
         self.classifier, self.process = classifier, process
 
@@ -34,8 +35,9 @@ class ClassifierObjective(Objective[DiffusionBatch]):
     def _losses(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
         """Of each picture the loss, (B,) float32, and whether its class is the likeliest, (B,) bool."""
         assert isinstance(batch.condition, Conditioning)
-        labels = batch.condition.class_labels
+        labels = batch.condition.labels
         assert labels is not None
-        timesteps = batch.timesteps(self.process)
-        logits = self.classifier(self.process.q_sample(batch.latents, timesteps, batch.noise), timesteps)
+        times = batch.times(self.process)
+        noisy = self.process.mix(batch.latents, batch.noise, times)
+        logits = self.classifier(noisy, self.process.model_time(times))
         return F.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(1) == labels

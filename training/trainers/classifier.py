@@ -5,7 +5,8 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.codec import Codec
+from latentdiff.diffusion.processes import process_from_config
 from latentdiff.training.card.describe import describe
 from latentdiff.training.card.kinds import class_conditional_kind
 from latentdiff.training.data.classes import class_names
@@ -33,7 +34,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         raise ValueError(
             f"resolution {settings.resolution} is not divisible by the autoencoder's factor {model.vae_scale_factor}"
         )
-    process = GaussianDiffusion.from_scheduler_config(model.scheduler.config)
+    process, codec = process_from_config(model.scheduler.config), Codec(model.vae)
     freeze(model.unet, model.vae)
     data = load_data(settings, "class")
     classes = class_names(data.pictures)
@@ -44,10 +45,10 @@ def train_classifier(settings: ClassifierSettings) -> Path:
             raise ValueError(f"{settings.model} knows no class {new[0]!r}; its classes: {', '.join(known.values())}")
         classes = [known[i] for i in range(len(known))]
     set_seed(settings.seed)
-    classifier = build_classifier(settings, model.vae, len(classes))
+    classifier = build_classifier(settings, codec, len(classes))
     if settings.gradient_checkpointing:
         classifier.enable_gradient_checkpointing()
-    trained = GuidedModel(model.vae, classifier, model.scheduler, process, classes, model)
+    trained = GuidedModel(codec, classifier, model.scheduler, process, classes, model)
 
     def save(run: TrainingRun) -> None:
         pipeline = trained.pipeline()

@@ -5,9 +5,10 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from latentdiff.diffusion import GaussianDiffusion, build_scheduler
+from latentdiff.codec import Codec
+from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
-from latentdiff.diffusion.losses import LogLikelihood
+from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
 from latentdiff.training.card.describe import describe
@@ -15,13 +16,10 @@ from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, te
 from latentdiff.training.data.classes import class_names
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import (
-    Autoencoder,
     build_text_unet,
     build_textless_unet,
     freeze,
-    is_pixels,
     load_autoencoder,
-    pixels_per_latent,
 )
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 from latentdiff.training.settings import DenoiserSettings
@@ -35,14 +33,15 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
     """
-    autoencoder = load_autoencoder(settings.autoencoder)
-    factor = pixels_per_latent(autoencoder)
-    if settings.resolution % factor:
-        raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
-    process = build_process(settings)
+    codec = Codec(load_autoencoder(settings.autoencoder))
+    if settings.resolution % codec.factor:
+        raise ValueError(
+            f"resolution {settings.resolution} is not divisible by the autoencoder's factor {codec.factor}"
+        )
+    process = build_process(settings, codec)
     text: Any = load_text_encoder(settings.text_encoder) if settings.condition == "text" else None
     data = load_data(settings, settings.condition)
-    model = build_model(settings, autoencoder, process, text, data)
+    model = build_model(settings, codec, process, text, data)
     if settings.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
 
@@ -62,13 +61,12 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         settings.min_snr_gamma,
         p2_gamma=settings.p2_gamma,
         timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
-        log_likelihood=likelihood_of(autoencoder),
     )
     return train_diffusion(settings, model, data, objective, save)
 
 
-def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
-    """The diffusion process that the settings describe."""
+def build_process(settings: DenoiserSettings, codec: Codec) -> GaussianDiffusion:
+    """The diffusion process that the settings describe, for what `codec` encodes."""
     return GaussianDiffusion(
         settings.noise_schedule,
         settings.num_train_timesteps,
@@ -76,12 +74,11 @@ def build_process(settings: DenoiserSettings) -> GaussianDiffusion:
         settings.zero_terminal_snr,
         variance_type="learned_range" if settings.learns_variance else "fixed_small",
         loss_type=settings.loss,
+        log_likelihood=discretized_gaussian_log_likelihood if codec.is_identity else gaussian_log_likelihood,
     )
 
 
-def build_model(
-    settings: DenoiserSettings, autoencoder: Autoencoder, process: GaussianDiffusion, text: Any, data: Data
-) -> DiffusionModel:
+def build_model(settings: DenoiserSettings, codec: Codec, process: Process, text: Any, data: Data) -> DiffusionModel:
     """A new network with its first weights, what conditions it, and its scheduler; what is not trained is frozen.
 
     text: tokenizer and text encoder, with condition=text.
@@ -89,27 +86,22 @@ def build_model(
     Raises:
         ValueError: the captions are no classes.
     """
-    scheduler = build_scheduler(process, "DDPMScheduler" if settings.learns_variance else "DDIMScheduler")
-    freeze(autoencoder)
+    scheduler = process.scheduler()
+    freeze(codec.autoencoder)
     if settings.condition == "text":
         tokenizer, text_encoder = text
         freeze(text_encoder)
         set_seed(settings.seed)
-        unet = build_text_unet(settings, autoencoder, text_encoder.config.hidden_size)
-        return TextModel(autoencoder, unet, scheduler, process, tokenizer, text_encoder)
-    if is_pixels(autoencoder):
+        unet = build_text_unet(settings, codec, text_encoder.config.hidden_size)
+        return TextModel(codec, unet, scheduler, process, tokenizer, text_encoder)
+    if codec.is_identity:
         scheduler.register_to_config(clip_sample=True)
     classes = class_names(data.pictures) if settings.condition == "class" else []
     set_seed(settings.seed)
-    network = build_textless_unet(settings, autoencoder, len(classes))
+    network = build_textless_unet(settings, codec, len(classes))
     if classes:
-        return ClassModel(autoencoder, network, scheduler, process, classes)
-    return UnconditionalModel(autoencoder, network, scheduler, process)
-
-
-def likelihood_of(autoencoder: Autoencoder) -> LogLikelihood:
-    """Of the last step: pixels are whole numbers, latents are not."""
-    return discretized_gaussian_log_likelihood if is_pixels(autoencoder) else gaussian_log_likelihood
+        return ClassModel(codec, network, scheduler, process, classes)
+    return UnconditionalModel(codec, network, scheduler, process)
 
 
 def kind_of(settings: DenoiserSettings) -> ModelKind:

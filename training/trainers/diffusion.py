@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.processes import processes
 from latentdiff.training.batch.assembly import diffusion_batch
 from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
@@ -21,7 +22,6 @@ from latentdiff.training.evaluation.validation import HeldOutLoss
 from latentdiff.training.loop.order import PictureOrder
 from latentdiff.training.loop.processes import spread_modules
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import halvings, pixels_per_latent
 from latentdiff.training.objectives.objective import Objective
 from latentdiff.training.settings import Condition, DiffusionSettings
 from latentdiff.training.trainers.models import SAMPLES, DiffusionModel
@@ -72,15 +72,15 @@ def train_diffusion(
         ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
         FloatingPointError: the loss went bad; see `Learner.learn`.
     """
-    factor = pixels_per_latent(model.autoencoder)
-    step = factor * halvings(model.network) if settings.buckets else factor
+    factor = model.codec.factor
+    step = factor * downscale_factor(model.network.config) if settings.buckets else factor
     run = TrainingRun(settings, objective)
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
     wanted = all_views(views, data.pictures) + centred_views(other_views, data.held_out)
-    latents = latent_source(run, settings, model.autoencoder, wanted)
+    latents = latent_source(run, settings, model.codec, wanted)
     conditions = model.conditions(run, settings, data.pictures + data.held_out)
 
     def samples_of(pictures: Sequence[CaptionedPicture], views: ViewChoice) -> DiffusionSamples:
@@ -90,7 +90,7 @@ def train_diffusion(
             views,
             latents.read,
             conditions.read,
-            latent_channels=model.autoencoder.config.latent_channels,
+            latent_channels=model.codec.channels,
             factor=factor,
             update_size=run.update_size,
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.codec import Codec
+from latentdiff.diffusion.processes import process_from_config
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.processes import processes
@@ -136,9 +137,9 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
 
 def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
     """The networks of `pipeline`, and the process that its scheduler samples from."""
-    process = GaussianDiffusion.from_scheduler_config(pipeline.scheduler.config)
+    process = process_from_config(pipeline.scheduler.config)
     return TextModel(
-        pipeline.vae,
+        Codec(pipeline.vae),
         pipeline.unet,
         pipeline.scheduler,
         process,

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.codec import Codec
+from latentdiff.diffusion.process import Process
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
-from latentdiff.training.batch.conditions import ClassSource, ConditionSource, NoCondition, TokenSource, text_source
+from latentdiff.training.batch.conditions import ConditionSource, TokenSource, class_source, no_source, text_source
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import is_pixels
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
 
 SAMPLES = 16  # pictures of a grid of samples, at most
@@ -23,16 +23,21 @@ class DiffusionModel(ABC):
     """A model in training.
 
     Args:
-        autoencoder: frozen.
+        codec: a frozen autoencoder.
         network: that is trained: a denoiser, or a classifier.
         scheduler: that pipelines draw with.
         process: that the scheduler samples from.
     """
 
-    autoencoder: Any
+    codec: Codec
     network: Any
     scheduler: Any
-    process: GaussianDiffusion
+    process: Process
+
+    @property
+    def saved_autoencoder(self) -> Any:
+        """What pipelines without text keep; None: they draw pixels."""
+        return None if self.codec.is_identity else self.codec.autoencoder
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -69,7 +74,9 @@ class TextModel(DiffusionModel):
     prepare_caption: Callable[[str], str] | None = None
 
     def pipeline(self) -> TextToImagePipeline:
-        return TextToImagePipeline(self.autoencoder, self.text_encoder, self.tokenizer, self.network, self.scheduler)
+        return TextToImagePipeline(
+            self.codec.autoencoder, self.text_encoder, self.tokenizer, self.network, self.scheduler
+        )
 
     def conditions(
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
@@ -86,13 +93,14 @@ class ClassModel(DiffusionModel):
     classes: Sequence[str] = field(default_factory=list)
 
     def pipeline(self) -> ClassConditionalPipeline:
-        codec = None if is_pixels(self.autoencoder) else self.autoencoder
-        return ClassConditionalPipeline(self.network, self.scheduler, codec, id2label=dict(enumerate(self.classes)))
+        return ClassConditionalPipeline(
+            self.network, self.scheduler, self.saved_autoencoder, id2label=dict(enumerate(self.classes))
+        )
 
     def conditions(
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
     ) -> ConditionSource:
-        return ClassSource(self.classes)
+        return class_source(self.classes, pictures)
 
 
 @dataclass
@@ -100,13 +108,12 @@ class UnconditionalModel(DiffusionModel):
     """A denoiser that is given nothing but noisy latents and the timestep."""
 
     def pipeline(self) -> UnconditionalPipeline:
-        codec = None if is_pixels(self.autoencoder) else self.autoencoder
-        return UnconditionalPipeline(self.network, self.scheduler, codec)
+        return UnconditionalPipeline(self.network, self.scheduler, self.saved_autoencoder)
 
     def conditions(
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
     ) -> ConditionSource:
-        return NoCondition()
+        return no_source()
 
     def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
         return self._pictures(device, settings, batch_size=SAMPLES)

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from lives import start, wait
 from torch import nn
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.training.batch.batches import Conditioning, DiffusionBatch
+from latentdiff.training.batch.batches import DiffusionBatch
 from latentdiff.training.evaluation.validation import HeldOutLoss
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
@@ -62,7 +63,7 @@ def test_losses_are_plain_and_given_by_band() -> None:
     plain = DenoiserObjective(objective.denoiser, PROCESS).eval()
     bands: dict[int, list[float]] = {}
     for batch in BATCHES:
-        timesteps = batch.timesteps(PROCESS)
+        timesteps = batch.times(PROCESS)
         with torch.no_grad():
             losses = plain.per_sample(replace(batch, loss_weight=torch.ones(len(timesteps))), timesteps).tolist()
         for step, loss in zip(timesteps.tolist(), losses, strict=True):

@@ -9,11 +9,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.losses import bound_term, simple_loss
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.training.batch.batches import Conditioning, DiffusionBatch, Tokens
+from latentdiff.training.batch.batches import DiffusionBatch, Tokens
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 
 UNET: dict[str, Any] = {
@@ -180,9 +181,9 @@ def test_compiles_without_a_break(hybrid: bool, batch: DiffusionBatch) -> None:
 
 def test_what_does_not_fit_is_refused(batch: DiffusionBatch) -> None:
     learned = GaussianDiffusion(variance_type="learned_range")
-    with pytest.raises(ValueError, match=r"gives 4 channels .*'learned_range'.*out_channels=8"):
+    with pytest.raises(ValueError, match=r"gives 4 channels .*out_channels=8"):
         DenoiserObjective(UNet2DConditionModel(**UNET), learned)(batch)
-    with pytest.raises(ValueError, match=r"gives 8 channels .*'fixed_small'.*out_channels=4"):
+    with pytest.raises(ValueError, match=r"gives 8 channels .*out_channels=4"):
         DenoiserObjective(UNet2DConditionModel(**HYBRID), GaussianDiffusion())(batch)
     objective = DenoiserObjective(UNet2DConditionModel(**UNET), GaussianDiffusion())
     with pytest.raises(ValueError, match="has no text_encoder"):
