@@ -18,6 +18,7 @@ from latentdiff.metrics.lpips import BACKBONES, LPIPS
 from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.bottlenecks import BottleneckOutput
+from latentdiff.training.batch.batches import PixelBatch
 from latentdiff.training.data import prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions, sheet
 from latentdiff.training.loop.run import TrainingRun
@@ -146,12 +147,13 @@ def test_no_figure_is_called_as_one_of_a_training_batch(made: Any) -> None:
     for kind in ("kl", "vq", "gumbel", "fsq"):
         settings = autoencoder_settings(Path("data"), Path("run"), kind=kind, perceptual_weight=1.0)
         objective = AutoencoderObjective(build_autoencoder(settings), settings)
-        objective(torch.zeros(2, 3, SIZE, SIZE))
+        result = objective(PixelBatch(torch.zeros(2, 3, SIZE, SIZE)))
         model = objective.autoencoder.eval()
         reconstructions, run = made(model)
         reconstructions.report(run, model)
-        assert objective.report()
-        assert not run.figures.keys() & objective.report().keys()
+        recorded = {**result.figures, **objective.recent_figures()}
+        assert recorded
+        assert not run.figures.keys() & recorded.keys()
 
 
 def test_published_names_are_for_published_networks(made: Any, tmp_path: Path) -> None:

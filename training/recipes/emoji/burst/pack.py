@@ -77,7 +77,7 @@ def pack_features(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from latentdiff.training.perceptual import efficientnet
+    from latentdiff.training.objectives.perceptual import efficientnet
 
     state = efficientnet().network.state_dict()
     floats = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
