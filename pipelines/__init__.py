@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.pipelines.registry import KINDS
+
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.many import draw_many
     from latentdiff.pipelines.core.output import ImagesOutput
@@ -17,19 +19,12 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.unconditional import UnconditionalPipeline
     from latentdiff.pipelines.tasks.variations import ImageVariationPipeline
 
-_HOMES = {
-    "ClassConditionalPipeline": "tasks.class_conditional",
-    "ImageToImagePipeline": "tasks.image_to_image",
-    "ImageVariationPipeline": "tasks.variations",
-    "ImagesOutput": "core.output",
-    "InpaintPipeline": "tasks.inpaint",
-    "LatentPipeline": "core.pipeline",
-    "Progress": "core.sampling",
-    "SuperResolutionPipeline": "tasks.super_resolution",
-    "TextToImagePipeline": "tasks.text_to_image",
-    "UnconditionalPipeline": "tasks.unconditional",
-    "draw_many": "batch.many",
-    "filmstrip": "core.previews",
+_HOMES = {kind.name: kind.module for kind in KINDS} | {
+    "ImagesOutput": "latentdiff.pipelines.core.output",
+    "LatentPipeline": "latentdiff.pipelines.core.pipeline",
+    "Progress": "latentdiff.pipelines.core.sampling",
+    "draw_many": "latentdiff.pipelines.batch.many",
+    "filmstrip": "latentdiff.pipelines.core.previews",
 }
 
 __all__ = [
@@ -51,4 +46,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentdiff.pipelines' has no attribute {name!r}")
-    return getattr(import_module(f"latentdiff.pipelines.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -40,6 +40,8 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[Inputs, dict[str
     Raises:
         FileNotFoundError, ValueError: see `read_picture`; or picture and mask differ in size.
     """
+    if mask is not None and image is None:
+        raise ValueError(f"{mask}: a mask needs the picture that it is of")
     used: dict[str, Any] = {}
     found: dict[str, Image.Image] = {}
     for name, file in (("image", image), ("mask", mask)):

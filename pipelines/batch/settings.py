@@ -92,6 +92,12 @@ class Settings(Plain):
     height: int = Field(ge=1)
     version: str
 
+    @model_validator(mode="after")
+    def _check_pictures(self) -> Self:
+        if self.mask is not None and self.image is None:
+            raise ValueError("there is a mask and no image, the picture that it is of")
+        return self
+
 
 class Recipe(Settings):
     """How the pictures in one file were drawn."""

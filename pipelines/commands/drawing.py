@@ -57,12 +57,17 @@ def draw_all(pipeline: Any, settings: Settings, batches: Sequence[Batch], inputs
             yield Drawn(image, (b, i), bool(flags[i]))
 
 
-def best_of_each(pictures: Iterator[Drawn], prompts: Sequence[str], keep: int, settings: Settings) -> Iterator[Drawn]:
-    """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there."""
+def best_of_each(
+    pictures: Iterator[Drawn], prompts: Sequence[str], keep: int, settings: Settings, device: Any
+) -> Iterator[Drawn]:
+    """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there.
+
+    device: where they are compared.
+    """
     from latentdiff.pipelines.core.reranking import best_of, load_reranker
     from latentdiff.text.weights import without_weights
 
-    reranker = load_reranker(settings.reranker)
+    reranker = load_reranker(settings.reranker, device)
     assert settings.candidates is not None
     for prompt in prompts:
         candidates = [next(pictures) for _ in range(settings.candidates)]

@@ -35,6 +35,7 @@ from latentdiff.pipelines.commands.options import (
     read_embeddings,
     read_loras,
 )
+from latentdiff.pipelines.registry import kind_taking
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.commands.drawing import Writer
@@ -176,7 +177,7 @@ def draw(writer: "Writer", prompts: list[str], count: int, inputs: Any, filmstri
         if filmstrip is not None:
             pictures = iter(draw_with_filmstrip(writer, inputs, filmstrip, FRAMES))
         if writer.settings.candidates is not None:
-            pictures = best_of_each(pictures, prompts, count, writer.settings)
+            pictures = best_of_each(pictures, prompts, count, writer.settings, writer.pipeline.device)
         for one in pictures:
             writer.add(one)
         writer.finish()
@@ -233,10 +234,9 @@ def check_files(files: list[Path], filmstrip: Path | None, overwrite: bool, cand
         raise ValueError(f"--filmstrip shows up to {BATCH} pictures, and no candidates; draw fewer")
 
 
-def pipeline_kind(image: Path | None, mask: Path | None) -> str:
-    if mask is not None:
-        return "InpaintPipeline"
-    return "TextToImagePipeline" if image is None else "ImageToImagePipeline"
+def pipeline_kind(image: object, mask: object) -> str:
+    """The class that draws from what is given of the two."""
+    return kind_taking(name for name, given in (("image", image), ("mask_image", mask)) if given is not None).name
 
 
 def usual_strength(image: Path | None, mask: Path | None, strength: float | None) -> float | None:

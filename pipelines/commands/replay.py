@@ -103,7 +103,7 @@ def find_inputs(recipe: "Recipe", beside: Path) -> Any:
 def kind(recipe: "Recipe") -> str:
     from latentdiff.pipelines.commands.generate import pipeline_kind
 
-    return pipeline_kind(*(None if used is None else Path(used.file) for used in (recipe.image, recipe.mask)))
+    return pipeline_kind(recipe.image, recipe.mask)
 
 
 def pick_replay_device(recipe: "Recipe", device: Device | None) -> Device:

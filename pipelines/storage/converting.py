@@ -11,16 +11,10 @@ import torch
 from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.folders import check_component, check_safetensors, find_model, read_json
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
+from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
 from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
-PIPELINES = (
-    "TextToImagePipeline",
-    "ImageToImagePipeline",
-    "InpaintPipeline",
-    "SuperResolutionPipeline",
-    "ImageVariationPipeline",
-)
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
 FEW = 8  # so many words at most are in a file that cannot be told from a model otherwise
 
@@ -108,22 +102,23 @@ def folder_pipeline(source: str, dtype: torch.dtype | None = None, variant: str 
     Raises:
         FileNotFoundError, ValueError, OSError: see ``from_pretrained``; or it is a folder of another pipeline.
     """
-    from latentdiff import pipelines
+    from latentdiff.pipelines import TextToImagePipeline
 
-    kinds = {getattr(pipelines, name).saved_class_name: getattr(pipelines, name) for name in PIPELINES}
     folder = find_model(source)
     if folder is None:
-        folder = Path(pipelines.TextToImagePipeline.download(source, variant=variant, use_safetensors=True))
+        folder = Path(TextToImagePipeline.download(source, variant=variant, use_safetensors=True))
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is neither a pipeline folder, with a model_index.json, nor a LoRA's")
     name = read_json(folder / "model_index.json").get("_class_name")
-    if not isinstance(name, str) or name not in {*kinds, LATENT_DIFFUSION}:
-        raise ValueError(f"{folder} is of a {name}; these can be converted: {', '.join([*kinds, LATENT_DIFFUSION])}")
+    kind = kind_saved_as(str(name))
+    if name != LATENT_DIFFUSION and (kind is None or not kind.converted):
+        known = [kind.saved_as[0] for kind in KINDS if kind.converted]
+        raise ValueError(f"{folder} is of a {name}; these can be converted: {', '.join([*known, LATENT_DIFFUSION])}")
     variant = variant or only_variant(folder)
     dtypes = dtype or {**stored_dtypes(folder, variant), "default": torch.float32}
-    if name == LATENT_DIFFUSION:
+    if kind is None:
         return latent_diffusion_pipeline(folder, dtypes, variant)
-    return kinds[name].from_pretrained(folder, dtype=dtypes, variant=variant)
+    return kind.load().from_pretrained(folder, dtype=dtypes, variant=variant)
 
 
 def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> Any:
@@ -175,9 +170,7 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
     Raises:
         FileNotFoundError, ValueError, OSError: see ``from_single_file``.
     """
-    from latentdiff import pipelines
     from latentdiff.interchange.single_file import check_checkpoint, unet_config, vae_config
-    from latentdiff.pipelines.storage.single_file_parts import fitting_pipelines
 
     file = find_file(source, allow_pickle)
     weights = Checkpoint(file, allow_pickle)
@@ -187,9 +180,9 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
             other = "vae" if name == "unet" else "unet"
             raise ValueError(f"{file} has no {name}; convert what it has alone, with --component {other}")
     unet, vae = weights.header.get("unet") or unet_config(weights), weights.header.get("vae") or vae_config(weights)
-    fitting = fitting_pipelines(unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    kind = getattr(pipelines, fitting[0] if fitting else PIPELINES[0])
-    return kind.from_single_file(file, allow_pickle=allow_pickle, ema=ema, **options)
+    fitting = kinds_of_unet(unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    kind = fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
+    return kind.load().from_single_file(file, allow_pickle=allow_pickle, ema=ema, **options)
 
 
 def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bool) -> None:

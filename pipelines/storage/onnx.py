@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.pipelines.registry import KINDS, kind_saved_as
 from latentdiff.text.encode import max_tokens
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,6 @@ MAX_BYTES = 1_800_000_000
 
 LATENTS_SCALE = 0.18215
 """What diffusers' pipelines for ONNX take for every model's ``scaling_factor``."""
-
-CLASSES = {
-    "StableDiffusionPipeline": "OnnxStableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline": "OnnxStableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline": "OnnxStableDiffusionInpaintPipeline",
-}
 
 
 class TextGraph(nn.Module):
@@ -158,13 +153,25 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
     return folder
 
 
+def onnx_class(pipeline: Any) -> str:
+    """diffusers' class for a pipeline, ours or theirs, in ONNX.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = getattr(pipeline, "saved_class_name", type(pipeline).__name__)
+    kind = kind_saved_as(name)
+    if kind is None or kind.onnx is None:
+        known = ", ".join(kind.saved_as[0] for kind in KINDS if kind.onnx)
+        raise ValueError(f"a {name} cannot be exported to ONNX; these can: {known}")
+    return kind.onnx
+
+
 def check_pipeline(pipeline: Any) -> None:
     """Raises ValueError if a pipeline cannot be exported."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kind = getattr(pipeline, "saved_class_name", type(pipeline).__name__)
-    if kind not in CLASSES:
-        raise ValueError(f"a {kind} cannot be exported to ONNX; these can: {', '.join(CLASSES)}")
+    onnx_class(pipeline)
     if getattr(pipeline, "text_encoder", None) is None:
         raise ValueError("this pipeline has no text encoder to export")
     for name in ("text_encoder", "unet"):
@@ -300,9 +307,8 @@ def write_part(name: str, part: Part, folder: Path, opset: int) -> None:
 
 def index_of(pipeline: Any) -> dict[str, Any]:
     """What ``model_index.json`` says."""
-    kind = getattr(pipeline, "saved_class_name", type(pipeline).__name__)
     return {
-        "_class_name": CLASSES[kind],
+        "_class_name": onnx_class(pipeline),
         "_diffusers_version": diffusers.__version__,
         **{name: ["diffusers", "OnnxRuntimeModel"] for name in PARTS},
         "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],

@@ -23,6 +23,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
 )
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
+from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 
 logger = logging.getLogger(__name__)
@@ -161,20 +162,10 @@ def header_of(pipeline: Any) -> dict[str, str]:
     return header_of_parts(configs)
 
 
-def fitting_pipelines(unet_channels: int, latent_channels: int) -> tuple[str, ...]:
-    """The pipelines that a UNet with so many input channels is for."""
-    kinds = {
-        latent_channels: ("TextToImagePipeline", "ImageToImagePipeline", "InpaintPipeline"),
-        2 * latent_channels + 1: ("InpaintPipeline",),
-        latent_channels + 3: ("SuperResolutionPipeline",),
-    }
-    return kinds.get(unet_channels, ())
-
-
 def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
     """Raises ValueError if a file's model is for another pipeline than the class `pipeline`, and for which."""
     takes, latents = unet.config.in_channels, vae.config.latent_channels
-    fitting = fitting_pipelines(takes, latents)
+    fitting = [kind.name for kind in kinds_of_unet(takes, latents)]
     if not {base.__name__ for base in pipeline.__mro__}.intersection(fitting):
         use = f"load it with {' or '.join(fitting)}" if fitting else "no pipeline here takes that"
         raise ValueError(f"{file}: its UNet takes {takes} channels and the latents have {latents}; {use}")

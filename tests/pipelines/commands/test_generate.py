@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
+from tiny_clip import save_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
@@ -279,3 +280,29 @@ def test_mistakes(
     assert error.startswith("Error: ")
     assert message in error
     assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> None:
+    """On "meta" nothing is computed, and torch says so when the scores are asked for."""
+    from latentdiff.pipelines.batch.settings import Settings
+    from latentdiff.pipelines.commands.drawing import Drawn, best_of_each
+    from latentdiff.pipelines.core import reranking
+
+    settings = Settings(
+        negative_prompt=None,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        candidates=2,
+        reranker=str(save_clip(tmp_path / "clip")),
+        model="tiny",
+        scheduler="DDIMScheduler",
+        precision="float32",
+        width=16,
+        height=16,
+        version="0",
+    )
+    pictures = [Drawn(Image.new("RGB", (16, 16), colour), (0, i)) for i, colour in enumerate(("red", "blue"))]
+    assert len(list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("cpu")))) == 1
+    with pytest.raises(NotImplementedError, match="meta"):
+        list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("meta")))
+    reranking._load_once.cache_clear()

@@ -206,3 +206,9 @@ def test_settings_are_plain(cup: Path) -> None:
     assert settings["batches"] == [{"prompts": ["a red cup"] * 2, "seeds": [5, 6]}]
     assert settings["pictures"] == [[0, 1]]
     assert settings["seed"] == 6
+
+
+def test_a_mask_without_its_picture_is_refused(cup: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(cup, mask={"file": "mask.png", "sha256": "0" * 64})
+    assert run("replay", cup) == 2
+    assert "there is a mask and no image, the picture that it is of" in capsys.readouterr().err

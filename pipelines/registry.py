@@ -1,0 +1,132 @@
+"""Which kinds of pipeline there are: one row for each.
+
+Everything that chooses a kind, loading, conversion, single files, export, the command line, evaluation, looks here. A
+kind that lives elsewhere is made known by `register`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+Conditions = Literal["text", "picture", "class", "none"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of pipeline. Nothing is imported before `load`."""
+
+    name: str
+    """Of its class."""
+    module: str
+    """Where the class is."""
+    saved_as: tuple[str, ...]
+    """``_class_name`` in the folders that it loads; the first is the usual one."""
+    conditioned_by: Conditions
+    further_channels: tuple[Literal["none", "picture", "mask and latents"], ...] = ("none",)
+    """What its UNet may take besides the latents' channels."""
+    pictures: tuple[str, ...] = ()
+    """Arguments of a call that are pictures."""
+    single_file: bool = False
+    """Whether it is loaded from single files too."""
+    converted: bool = False
+    """Whether ``latentdiff convert`` takes its folders."""
+    onnx: str | None = None
+    """diffusers' class for it in ONNX."""
+
+    def load(self) -> Any:
+        """The class."""
+        return getattr(import_module(self.module), self.name)
+
+    def fits(self, unet_channels: int, latent_channels: int) -> bool:
+        """Whether a UNet with this many input channels is for such a pipeline."""
+        sizes = {"none": 0, "picture": 3, "mask and latents": 1 + latent_channels}
+        return unet_channels - latent_channels in [sizes[further] for further in self.further_channels]
+
+
+TASKS = "latentdiff.pipelines.tasks"
+KINDS: list[Kind] = [
+    Kind(
+        "TextToImagePipeline",
+        f"{TASKS}.text_to_image",
+        ("StableDiffusionPipeline",),
+        "text",
+        single_file=True,
+        converted=True,
+        onnx="OnnxStableDiffusionPipeline",
+    ),
+    Kind(
+        "ImageToImagePipeline",
+        f"{TASKS}.image_to_image",
+        ("StableDiffusionImg2ImgPipeline",),
+        "text",
+        pictures=("image",),
+        single_file=True,
+        converted=True,
+        onnx="OnnxStableDiffusionImg2ImgPipeline",
+    ),
+    Kind(
+        "InpaintPipeline",
+        f"{TASKS}.inpaint",
+        ("StableDiffusionInpaintPipeline",),
+        "text",
+        further_channels=("none", "mask and latents"),
+        pictures=("image", "mask_image"),
+        single_file=True,
+        converted=True,
+        onnx="OnnxStableDiffusionInpaintPipeline",
+    ),
+    Kind(
+        "SuperResolutionPipeline",
+        f"{TASKS}.super_resolution",
+        ("StableDiffusionUpscalePipeline",),
+        "text",
+        further_channels=("picture",),
+        pictures=("image",),
+        single_file=True,
+        converted=True,
+    ),
+    Kind(
+        "ImageVariationPipeline",
+        f"{TASKS}.variations",
+        ("StableDiffusionImageVariationPipeline",),
+        "picture",
+        pictures=("image",),
+        converted=True,
+    ),
+    Kind("ClassConditionalPipeline", f"{TASKS}.class_conditional", ("ClassConditionalPipeline",), "class"),
+    Kind("UnconditionalPipeline", f"{TASKS}.unconditional", ("DDPMPipeline", "DDIMPipeline", "LDMPipeline"), "none"),
+]
+
+
+def register(kind: Kind) -> None:
+    """Make a kind known; one of the same name is replaced."""
+    KINDS[:] = [one for one in KINDS if one.name != kind.name] + [kind]
+
+
+def find_kind(name: str) -> Kind:
+    """The kind whose class has this name.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    for kind in KINDS:
+        if kind.name == name:
+            return kind
+    raise ValueError(f"there is no pipeline {name!r}; there are {', '.join(kind.name for kind in KINDS)}")
+
+
+def kind_saved_as(class_name: str) -> Kind | None:
+    """The kind that loads folders with this ``_class_name``."""
+    return next((kind for kind in KINDS if class_name in kind.saved_as), None)
+
+
+def kind_taking(pictures: Iterable[str]) -> Kind:
+    """The first kind with a prompt whose call takes exactly these pictures."""
+    wanted = set(pictures)
+    return next(kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted)
+
+
+def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:
+    """The kinds in single files whose UNet takes this many channels."""
+    return [kind for kind in KINDS if kind.single_file and kind.fits(unet_channels, latent_channels)]
