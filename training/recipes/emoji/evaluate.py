@@ -1,29 +1,70 @@
-"""What the emoji model can do: the grid of twenty prompts, and how often a colour that is asked for is drawn.
+"""What an emoji model can do: held-out prompts drawn and judged, beside what real drawings of an unseen set get.
 
-    python -m latentdiff.training.recipes.emoji.evaluate MODEL OUT
+    python -m latentdiff.training.recipes.emoji.evaluate MODEL OUT --judge judge.safetensors --bundle BUNDLE \\
+        --steps 4 25 --guidance 1 4
 
-Writes `OUT/grid.png` (the prompts of `denoiser.yaml`, seed 0), `OUT/colours.png` and `OUT/evaluation.json`.
+Writes `OUT/evaluation.json`, `OUT/table.md` (also printed), `OUT/page.md` with 100 unselected prompts and their
+pictures, and `OUT/grid.png`, the prompts of `denoiser.yaml`. Every pair of a number of steps and a guidance is drawn.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 import yaml
-from numpy.typing import NDArray
 from PIL import Image
 
 from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.metrics import kernel_distance
 from latentdiff.pipelines import TextToImagePipeline
 
-from .colour import colour_name
+from .draw import on_white
+from .drawings import Drawing, read_bundle
+from .ideals import Ideals
+from .judge import Judge
+from .judge_training import plain_drawings
+from .measures import MEASURES, Figure, Marks, known_words, knows, mark, share, synonym_ratio, within_five
+from .page import table, write_page
+from .prompts import Kind, Prompt, held_out_prompts, shuffled
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-THINGS = ("car", "apple", "fish", "heart", "flower", "umbrella", "house", "book", "balloon", "shirt", "bird", "hat")
+logger = logging.getLogger(__name__)
+
+SHOWN = 100  # pictures on the page
+TITLES = {
+    **{measure.name: measure.title for measure in MEASURES},
+    "known_words_five": "the synonyms' known words, within five",
+    "synonym_ratio": "synonyms over known words",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How pictures are drawn; the model's own guidance where it is None."""
+
+    steps: int
+    guidance: float | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.steps} steps" + ("" if self.guidance is None else f", guidance {self.guidance:g}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One setting's figures by name; the kernel distance is of the judge's features, None without real drawings."""
+
+    setting: Setting
+    figures: Mapping[str, Figure]
+    kernel_distance: float | None
+    seconds_per_picture: float
 
 
 def read_prompts() -> list[str]:
@@ -32,44 +73,155 @@ def read_prompts() -> list[str]:
     return list(settings["sample_prompts"])
 
 
-def with_alpha(image: Image.Image, white: int = 238) -> NDArray[np.uint8]:
-    """(H, W, 4): the picture with its white background transparent, as `colour_name` wants it."""
-    rgb = np.array(image.convert("RGB"))
-    alpha = np.where(rgb.min(axis=-1) >= white, 0, 255).astype(np.uint8)
-    return np.dstack([rgb, alpha])
-
-
-def draw(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 12, **settings: Any) -> list[Image.Image]:
-    """One picture a prompt; the picture of prompt number i has seed `seed + i`."""
+def draw(pipeline: Any, prompts: Sequence[str], setting: Setting, seed: int = 0, batch: int = 16) -> list[Image.Image]:
+    """One picture a prompt; the picture of prompt number i has seed `seed + i`, whatever the batch."""
+    settings: dict[str, Any] = {"num_inference_steps": setting.steps}
+    if setting.guidance is not None:
+        settings["guidance_scale"] = setting.guidance
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
         images += pipeline(chunk, seed=[seed + start + i for i in range(len(chunk))], **settings).images
+        logger.info("%s: %d of %d drawn", setting.title, len(images), len(prompts))
     return images
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Draw and measure an emoji model.")
-    parser.add_argument("model", help="pipeline folder, or the name of a packaged model")
-    parser.add_argument("output", type=Path, help="folder for the grids and evaluation.json")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    options = parser.parse_args(arguments)
+def figures_of(marks: Sequence[Marks]) -> dict[str, Figure]:
+    """By the names of `TITLES`; those that no picture tells are left out."""
+    found = {measure.name: measure.of(marks) for measure in MEASURES}
+    found["known_words_five"] = share([within_five(one) for one in known_words(marks)])
+    found["synonym_ratio"] = synonym_ratio(marks)
+    return {name: figure for name, figure in found.items() if figure is not None}
 
+
+def judge_ideals(judge: Judge, ideals: Ideals, prompts: Sequence[Prompt]) -> list[Marks]:
+    """The marks of real drawings, composed as the prompts ask, as far as the icon set has them."""
+    composed = [(prompt, picture) for prompt in prompts if (picture := ideals(prompt)) is not None]
+    return mark(judge, [prompt for prompt, _ in composed], [picture for _, picture in composed])
+
+
+def distance(judge: Judge, prompts: Sequence[Prompt], pictures: Sequence[Image.Image], ideals: Ideals) -> float | None:
+    """KID, on the judge's features, of the pictures of single things and the unseen set's drawings of the same."""
+    pairs = [
+        (picture, ideals.plain[prompt.things[0].hexcode])
+        for prompt, picture in zip(prompts, pictures, strict=True)
+        if prompt.kind == Kind.OBJECTS and prompt.things[0].hexcode in ideals.plain
+    ]
+    if len(pairs) < 2:
+        return None
+    drawn = judge.look([picture for picture, _ in pairs])[1]
+    real = judge.look([on_white(drawing.rgba) for _, drawing in pairs])[1]
+    return kernel_distance(drawn, real).mean
+
+
+def evaluate(
+    pipeline: Any, prompts: Sequence[Prompt], judge: Judge, setting: Setting, ideals: Ideals | None
+) -> tuple[Evaluation, list[Image.Image], list[Marks]]:
+    """The figures of one setting, and the pictures with their marks."""
+    start = time.monotonic()
+    pictures = draw(pipeline, [prompt.text for prompt in prompts], setting)
+    seconds = (time.monotonic() - start) / len(prompts)
+    marks = mark(judge, prompts, pictures)
+    away = distance(judge, prompts, pictures, ideals) if ideals else None
+    return Evaluation(setting, figures_of(marks), away, seconds), pictures, marks
+
+
+def chosen_prompts(judge: Judge, most: int | None = None) -> list[Prompt]:
+    """The prompts whose things the judge knows; `most` of them, of every kind in proportion, chosen by their texts."""
+    prompts = [prompt for prompt in held_out_prompts() if knows(judge, prompt)]
+    if most is None or most >= len(prompts):
+        return prompts
+    kept = set(shuffled([prompt.text for prompt in prompts], key=str)[:most])
+    return [prompt for prompt in prompts if prompt.text in kept]
+
+
+def real_drawings(bundle: Path, judge: Judge) -> list[Drawing]:
+    """The drawings that ideal pictures are made of: the unseen set's, and those of named styles."""
+    jobs = read_bundle(bundle)
+    wanted = [job for job in jobs if job.concept.hexcode in judge.index and job.concept.weight >= 2]
+    styles = {prompt.things[0].hexcode for prompt in held_out_prompts() if prompt.style}
+    return plain_drawings([job for job in wanted if job.set_name == judge.left_out or job.concept.hexcode in styles])
+
+
+def write_report(
+    output: Path, about: Mapping[str, Any], ceiling: Mapping[str, Figure], found: Sequence[Evaluation]
+) -> str:
+    """`evaluation.json` and `table.md`; returns the table."""
+    text = table(TITLES, ceiling, {one.setting.title: one.figures for one in found})
+    for one in found:
+        away = "" if one.kernel_distance is None else f", kernel distance {one.kernel_distance:.3f}"
+        text += f"\n{one.setting.title}: {one.seconds_per_picture:.2f} s a picture{away}\n"
+    report = {
+        **about,
+        "ceiling": {name: asdict(figure) for name, figure in ceiling.items()},
+        "settings": [asdict(one) for one in found],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def show(output: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.Image], setting: Setting) -> None:
+    """The page of pictures, chosen by their prompts' texts alone."""
+    pairs = dict(zip([prompt.text for prompt in prompts], pictures, strict=True))
+    texts = shuffled(pairs, key=lambda text: f"page {text}")[:SHOWN]
+    about = f"Drawn with {setting.title}, one picture each. Which prompts are shown was chosen before they were drawn."
+    write_page([pairs[text] for text in texts], texts, output, about)
+
+
+def settings_of(steps: Sequence[int], guidance: Sequence[float] | None) -> Iterator[Setting]:
+    scales: Sequence[float | None] = guidance or [None]
+    for count in steps:
+        for scale in scales:
+            yield Setting(count, scale)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Everything; returns the table."""
+    judge = Judge.load(options.judge)
+    prompts = chosen_prompts(judge, options.prompts)
+    ideals = Ideals(real_drawings(options.bundle, judge), judge.left_out) if options.bundle else None
+    ceiling = figures_of(judge_ideals(judge, ideals, prompts)) if ideals else {}
     pipeline = TextToImagePipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
-    save_picture(image_grid(draw(pipeline, read_prompts(), 0, **settings), 5), options.output / "grid.png")
+    found: list[Evaluation] = []
+    for setting in settings_of(options.steps, options.guidance):
+        evaluation, pictures, marks = evaluate(pipeline, prompts, judge, setting, ideals)
+        if not found:
+            show(options.output, prompts, pictures, setting)
+            save_picture(image_grid(draw(pipeline, read_prompts(), setting), 5), options.output / "grid.png")
+            save_marks(options.output / "marks.json", marks)
+        found.append(evaluation)
+    about = {"model": str(options.model), "prompts": len(prompts), "unseen_set": judge.left_out}
+    return write_report(options.output, about, ceiling, found)
 
-    asked = [(colour, thing) for thing in THINGS for colour in COLOURS]
-    prompts = [f"{'an' if colour == 'orange' else 'a'} {colour} {thing}" for colour, thing in asked]
-    images = draw(pipeline, prompts, 0, **settings)
-    save_picture(image_grid(images, len(COLOURS)), options.output / "colours.png")
-    named = [colour_name(with_alpha(image)) for image in images]
-    right = sum(name == colour for name, (colour, _) in zip(named, asked, strict=True))
-    figures = {"colour_prompts": len(asked), "colour_right": right, **settings}
-    (options.output / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(f"{right} of {len(asked)} prompts with a colour are drawn in it")
+
+def save_marks(file: Path, marks: Sequence[Marks]) -> None:
+    """What was asked and what was found, picture by picture."""
+    rows = []
+    for one in marks:
+        facts = {name: value for name, value in vars(one).items() if name != "prompt" and value is not None}
+        rows.append({"kind": one.prompt.kind, "prompt": one.prompt.text, **facts})
+    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate", description="Draw and judge an emoji model.")
+    parser.add_argument("model", help="pipeline folder, or the name of a packaged model")
+    parser.add_argument("output", type=Path, help="folder for the report")
+    parser.add_argument("--judge", type=Path, required=True, help="a judge that '...emoji.judge train' wrote")
+    parser.add_argument("--bundle", type=Path, help="real drawings, for the ceiling and the kernel distance")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25])
+    parser.add_argument("--guidance", type=float, nargs="+", help="by default the model's own")
+    parser.add_argument("--prompts", type=int, help="draw so many of the prompts only")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(0)
+    try:
+        print(run(options))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"evaluate: {error}")
 
 
 if __name__ == "__main__":
