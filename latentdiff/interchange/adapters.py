@@ -1,9 +1,7 @@
 """Files of adapters (LoRA, embeddings of new words): found, looked over, and written."""
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.folders import check_safetensors, read_json
 
 LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -132,9 +131,6 @@ def read_config(file: Path, header: Mapping[str, str], *, beside: bool) -> dict[
 
 
 def save_whole(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; its folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".saving-") as folder:
-        partial = Path(folder) / file.name
+    """Write a safetensors file, whole or not at all. Missing folders are made."""
+    with atomic_file(file) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, header)
-        os.replace(partial, file)

@@ -1,19 +1,23 @@
-"""What tells one model from another: a digest over the files that a pipeline is loaded from."""
+"""Digests that identify a model: of the files that a pipeline is loaded from, and of weights in memory."""
 
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentdiff.interchange.folders import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = re.compile(r"[^.]+?(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
 CONFIGS = (".json", ".txt", ".model")  # tokenizers have lists of words and merges, and sentencepiece models
 PASSING = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a config that say who wrote it or where it lay."""
+"""Keys of a config that name its writer or its place, and do not count."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -58,7 +62,7 @@ def component_files(part: Path, variant: str | None) -> Iterator[Path]:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's content; of a config without what passes."""
+    """SHA-256 of a file's content; of a config without the keys of `PASSING`."""
     stored = file.resolve()
     if stored.parent.name == "blobs" and SHA256.fullmatch(stored.name):
         return stored.name
@@ -77,6 +81,20 @@ def plain_json(content: bytes) -> bytes:
     if not isinstance(values, dict):
         return content
     return json.dumps({key: value for key, value in values.items() if key not in PASSING}, sort_keys=True).encode()
+
+
+def weights_digest(tensors: Mapping[str, "Tensor"]) -> str:
+    """SHA-256, in hexadecimal, of names, shapes, dtypes and values: the same on every device and from every file."""
+    import torch
+
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.endswith("num_batches_tracked"):  # has no effect in evaluation mode, and some files lack it
+            continue
+        tensor = tensors[name].detach().cpu().contiguous()
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def digest_in_background(folder: Path, variant: str | None = None) -> "Future[str]":

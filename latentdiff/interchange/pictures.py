@@ -1,12 +1,16 @@
-"""Picture files that somebody names: read whole, and safely."""
+"""Pictures: files read safely, and tensors to pictures."""
 
 import hashlib
 import io
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 """What is read. Others are left out: some run programs (EPS), some take any file for their own (TGA)."""
@@ -49,3 +53,14 @@ def decode(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=readable_formats())
         image.load()
         return image
+
+
+def to_pictures(pixels: "Tensor") -> list[Image.Image]:
+    """(B, 3, H, W) or (B, 1, H, W), values in [-1, 1] -> B pictures, in colour or grey.
+
+    Values outside are clipped, and what is not a number becomes mid-grey.
+    """
+    values = pixels.detach() if pixels.element_size() == 8 else pixels.detach().float()
+    levels = ((values.nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().byte()
+    arrays = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, C)
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]

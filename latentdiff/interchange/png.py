@@ -1,8 +1,6 @@
-"""Pictures with their recipe: PNG files that say how they were drawn."""
+"""PNG files that hold the settings they were generated with."""
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from latentdiff.interchange.atomic import atomic_file
 
 KEY = "latentdiff"
 """Text chunk that holds the settings, as JSON."""
@@ -53,26 +53,13 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
 
 
 def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG, with `settings` in it if given, whole or not at all. The folder is made if need be."""
+    """Write a PNG, with `settings` in it if given, whole or not at all. Missing folders are made."""
     info = PngInfo()
     if settings is not None:
         info.add_text("parameters", parameters_text(settings))
         info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as stream:
-        partial = Path(stream.name)
-    try:
+    with atomic_file(file) as partial:
         image.save(partial, format="PNG", pnginfo=info)
-        partial.chmod(0o666 & ~current_umask())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def read_settings(file: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.folders import check_safetensors
 from latentdiff.metrics.extractors import (
     Extractor,
@@ -18,7 +19,6 @@ from latentdiff.metrics.extractors import (
     pooled,
     preprocessing,
     shown_source,
-    weights_digest,
 )
 from latentdiff.metrics.resize import RESIZE
 from latentdiff.text.load import check_vocabulary

@@ -1,6 +1,6 @@
 """Networks that turn pictures into features, for the metrics of sets of pictures.
 
-An extractor is told by a short text:
+An extractor is named by a short text:
 
 - ``autoencoder``: the encoder of the model that ships in the package; needs no file and no network, and is no FID;
 - ``inception`` or ``inception:FILE``: the network of FID and KID, from torch hub's cache or from a file;
@@ -8,8 +8,7 @@ An extractor is told by a short text:
 - a folder, or ``owner/name`` on the hub: any vision model of transformers, or CLIP.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.metrics.resize import RESIZE, resize_pictures
 
 AUTO = "auto"
@@ -297,15 +297,3 @@ def pooled(output: Any, use_pooler: bool = True) -> Tensor:
     if states is None:
         raise ValueError(f"this model gives no features of a whole picture, but a {type(output).__name__}")
     return states.mean(1) if states.ndim == 3 else states.mean((2, 3))  # tokens, or a grid
-
-
-def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values, in hexadecimal; the same whatever file they came from."""
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        if name.endswith("num_batches_tracked"):  # means nothing in evaluation mode, and some files lack it
-            continue
-        tensor = tensors[name].detach().cpu().contiguous()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return whole.hexdigest()

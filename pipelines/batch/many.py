@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from latentdiff import __version__
-from latentdiff.interchange.fingerprint import plain_json
+from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, this_machine
 from latentdiff.pipelines.batch.picture_table import MARK, check_table, write_table
@@ -279,8 +279,6 @@ def gather(report: Report) -> None:
 
 def digest_of_weights(pipeline: Any) -> str:
     """What tells a pipeline in memory from others: SHA-256 of its networks' weights and its parts' configs."""
-    from latentdiff.metrics.extractors import weights_digest
-
     whole = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
         config = getattr(part, "config", None)

@@ -2,12 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.interchange.png import current_umask
+from latentdiff.interchange.atomic import write_text_whole
 
 METADATA = "metadata.jsonl"
 OTHERS = ("metadata.csv", "metadata.parquet")  # what is read in its place
@@ -49,14 +48,8 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not old and not rows:
         (folder / METADATA).unlink(missing_ok=True)
         return
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, prefix=f".{METADATA}-", delete=False) as stream:
-        partial = Path(stream.name)
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [*old, *rows])
-    try:
-        partial.chmod(0o666 & ~current_umask())
-        os.replace(partial, folder / METADATA)
-    finally:
-        partial.unlink(missing_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in [*old, *rows])
+    write_text_whole(folder / METADATA, "".join(lines))
 
 
 def is_there(folder: Path, name: Any) -> bool:

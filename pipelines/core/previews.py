@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.codec import Codec
+from latentdiff.interchange.pictures import to_pictures
 from latentdiff.interchange.png import image_grid
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress
@@ -49,8 +50,7 @@ class LatentPreview:
         own, wanted = self.moments[:, :size], self.moments[:, size:]
         colours = torch.linalg.solve(own + 1e-4 * torch.eye(size, dtype=own.dtype), wanted)  # (F, 3)
         seen = (features(latents) @ colours).view(len(latents), *latents.shape[-2:], -1)
-        array = ((seen / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy()
-        return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in array]
+        return to_pictures(seen.permute(0, 3, 1, 2))
 
 
 def features(latents: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.pictures import read_picture, to_pictures
 from latentdiff.interchange.png import KEY, read_settings
 
 
@@ -77,3 +78,16 @@ def test_a_truncated_picture(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"half\.png is damaged"):
         read_picture(file)
+
+
+def test_tensors_to_pictures() -> None:
+    levels = torch.arange(256, dtype=torch.float32)
+    grey = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
+    (picture,) = to_pictures(grey)
+    assert picture.mode == "L"
+    assert list(picture.tobytes()) == list(range(256))
+    colours = torch.tensor([[-1.0, 0.0, 1.0], [3.0, -3.0, float("nan")]])[:, :, None, None].expand(2, 3, 2, 4)
+    first, second = to_pictures(colours.half())
+    assert (first.size, first.mode) == ((4, 2), "RGB")
+    assert first.getpixel((3, 1)) == (0, 128, 255)
+    assert second.getpixel((0, 0)) == (255, 0, 128)

@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from latentdiff.interchange.fingerprint import weights_digest
 
 LENGTH = 40  # hexadecimal digits, 160 bits
 
@@ -18,12 +19,7 @@ def digest(*parts: object) -> str:
 
 def digest_of_weights(tensors: Mapping[str, Tensor]) -> str:
     """A digest of names, shapes, dtypes and bytes; the same on every device."""
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return whole.hexdigest()[:LENGTH]
+    return weights_digest(tensors)[:LENGTH]
 
 
 def plain_config(config: Any, *left_out: str) -> dict[str, Any]:

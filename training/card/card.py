@@ -5,14 +5,13 @@ matter that are not latentdiff's. A README.md without the marks is never touched
 """
 
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.interchange.png import current_umask, save_picture
+from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.png import save_picture
 from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.card.text import figures_table, is_hub_id, last_part, settings_list
 
@@ -134,22 +133,7 @@ def put_section(card: "ModelCard", name: str, text: str) -> None:
 def write_card(folder: Path, card: "ModelCard") -> None:
     """Whole or not at all."""
     text = f"---\n{card.data.to_yaml(line_break=None)}\n---\n{card.text}"
-    write_whole(folder / FILE, text)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file by way of another, so that it is whole or as it was. The folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=".partial-", delete=False) as stream:
-        partial = Path(stream.name)
-        try:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-            partial.chmod(0o666 & ~current_umask())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_text_whole(folder / FILE, text, sync=True)
 
 
 def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool:

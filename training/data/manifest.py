@@ -1,11 +1,12 @@
 """What is known of each picture of a source, as a file of JSON lines that people may read and change."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from latentdiff.interchange.atomic import atomic_file
 
 FORMAT = "latentdiff manifest 1"
 
@@ -52,18 +53,10 @@ def write_manifest(file: Path, entries: Iterable[Entry], about: Mapping[str, Any
     Args:
         about: goes into the first line: what the entries are of.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    try:
-        with partial.open("w", encoding="ascii") as lines:
-            lines.write(json.dumps({"format": FORMAT, **about}) + "\n")
-            for entry in entries:
-                lines.write(json.dumps(entry.row()) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(file, sync=True) as partial, partial.open("w", encoding="ascii") as lines:
+        lines.write(json.dumps({"format": FORMAT, **about}) + "\n")
+        for entry in entries:
+            lines.write(json.dumps(entry.row()) + "\n")
 
 
 def read_manifest(file: Path) -> dict[str, Entry]:

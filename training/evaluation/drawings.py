@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from latentdiff import __version__
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.png import check_output, read_settings, save_picture
-from latentdiff.metrics.extractors import weights_digest
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture

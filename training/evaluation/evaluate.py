@@ -11,8 +11,10 @@ from pydantic import Field
 
 from latentdiff import __version__
 from latentdiff.codec import Codec
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.folders import find_model
 from latentdiff.interchange.packaged import packaged_models
+from latentdiff.interchange.pictures import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
 from latentdiff.metrics.extractors import Extractor, load_extractor
@@ -20,7 +22,7 @@ from latentdiff.metrics.pixels import WINDOW
 from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
-from latentdiff.training.card.card import update_evaluation, write_whole
+from latentdiff.training.card.card import update_evaluation
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
@@ -106,7 +108,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
         "metrics": metrics,
         "notes": notes,
     }
-    write_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n", sync=True)
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
@@ -127,7 +129,7 @@ class Measured:
         """Cropped and resized to what the model draws, as in training: else their size alone would tell them apart."""
         for picture in self.pictures:
             pixels = read_pixels(picture, self.width, self.height)
-            yield Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+            yield to_pictures(pixels[None])[0]
 
     def drawn(self) -> Iterator[Image.Image]:
         for drawing in self.drawings:

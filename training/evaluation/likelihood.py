@@ -16,8 +16,8 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.likelihood import BitsPerDimension
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
-from latentdiff.training.card.card import write_whole
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
@@ -130,7 +130,7 @@ def evaluate_likelihood(
         "seed": settings.seed,
         **figures,
     }
-    write_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n", sync=True)
     logger.info(
         "%d %s of %s (%s), %d steps, variance %s",
         len(pictures),

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.pictures import to_pictures
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import frechet_distance, psnr, ssim
 from latentdiff.metrics.extractors import AUTO, Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW
 from latentdiff.models.bottlenecks import usage
-from latentdiff.training.card.card import write_whole
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.perceptual import PerceptualLoss
@@ -120,7 +120,7 @@ class Reconstructions:
             "perceptual_network": self.perceptual.name if self.perceptual else None,
             "extractor": self.extractor.describe() if self.extractor else None,
         }
-        write_whole(folder / FIGURES, json.dumps({**figures, **about}, indent=2) + "\n")
+        write_text_whole(folder / FIGURES, json.dumps({**figures, **about}, indent=2) + "\n", sync=True)
 
     def _compare(self, output: "Reconstructed", counted: "Counted") -> None:
         """Add to `counted` what these pictures and their originals say together."""
@@ -134,9 +134,9 @@ class Reconstructions:
             )
         if self.extractor is not None:
             extractor = self.extractor.to(have.device)
-            counted.features.append(extractor([to_image(picture) for picture in have]))
+            counted.features.append(extractor(to_pictures(have)))
             if self._features is None:
-                counted.real_features.append(extractor([to_image(picture) for picture in want]))
+                counted.real_features.append(extractor(to_pictures(want)))
 
     def _figures(self, counted: "Counted") -> dict[str, float]:
         figures = {name: total / counted.pictures for name, total in counted.sums.items()}
@@ -226,15 +226,9 @@ def sheet(originals: Tensor, reconstructed: Tensor) -> Image.Image:
     images: list[Image.Image] = []
     for start in range(0, len(originals), columns):
         for kind in (originals, reconstructed, differences):
-            row = [to_image(picture) for picture in kind[start : start + columns]]
+            row = to_pictures(kind[start : start + columns])
             images += row + [white] * (columns - len(row))
     return image_grid(images, columns)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A picture from (3, H, W) in [-1, 1]; what is no number becomes grey."""
-    array = ((pixels.float().nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def find_perceptual(settings: AutoencoderSettings) -> PerceptualLoss | None:

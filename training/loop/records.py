@@ -1,13 +1,13 @@
 """What a run writes down while it trains: ``metrics.jsonl``, and the trackers' figures and pictures."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.training.settings import RunSettings
 
 
@@ -29,9 +29,7 @@ class Records:
 
     def _remove_after(self, step: int) -> None:
         rows = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        partial = self.file.with_name(f".partial-{self.file.name}")
-        partial.write_text("".join(row for row in rows if step_of_row(row) <= step), encoding="utf-8")
-        os.replace(partial, self.file)
+        write_text_whole(self.file, "".join(row for row in rows if step_of_row(row) <= step))
 
     def add(self, step: int, figures: dict[str, Any]) -> None:
         """One row."""

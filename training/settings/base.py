@@ -8,6 +8,8 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from latentdiff.interchange.atomic import write_text_whole
+
 
 class Settings(BaseModel):
     """Base of the settings: unknown keys and values of the wrong type are errors."""
@@ -52,6 +54,4 @@ class Settings(BaseModel):
 
     def save(self, file: Path) -> None:
         """Write the settings in force as YAML, whole or not at all."""
-        partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-        partial.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(partial, file)
+        write_text_whole(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from latentdiff import ClassConditionalPipeline
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.metrics.extractors import load_extractor
 from latentdiff.metrics.resize import pictures_to_pixels
-from latentdiff.training.card.card import write_whole
 from latentdiff.training.data import load_pictures
 from latentdiff.training.evaluation.evaluate import Measured
 from latentdiff.training.evaluation.textless import load_textless
@@ -107,7 +107,7 @@ def main() -> None:
         if way in SHOWN:
             grid += images[:: options.count] + images[1 :: options.count]  # the first two of every class
     report = {"pictures_per_row": len(asked), "judge_on_real_pictures": of_real, "steps": STEPS, "rows": table}
-    write_whole(options.output / "guidance.json", json.dumps(report, indent=2) + "\n")
+    write_text_whole(options.output / "guidance.json", json.dumps(report, indent=2) + "\n", sync=True)
     whole = image_grid(grid, len(classes))
     whole = whole.resize((whole.width * 2, whole.height * 2), Image.Resampling.NEAREST)
     save_picture(whole, options.output / "grid.png")
