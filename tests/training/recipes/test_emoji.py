@@ -248,15 +248,41 @@ def test_a_settings_file_fits_its_trainer() -> None:
     assert len(set(read_prompts())) == 20
 
 
+def test_the_card_says_what_it_must(tmp_path: Path) -> None:
+    own = Path(package.__file__).with_name("MODEL_CARD.md")
+    table = tmp_path / "table.md"
+    table.write_text("| objects | 80 % |\n", encoding="utf-8")
+    given = table if package.TABLE in own.read_text(encoding="utf-8") else None
+    text = package.read_card(own, given)
+    assert package.TABLE not in text
+    card = tmp_path / "card.md"
+
+    def refused(changed: str, message: str, figures: Path | None = None) -> None:
+        card.write_text(changed, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            package.read_card(card, figures)
+
+    refused(text.replace("license: ", "licence: "), "front matter that names the license")
+    refused(text.replace("## Training", "## Trained"), "no section 'Training'")
+    refused(
+        text.replace("`@iconify-json/twemoji` | CC-BY-4.0", "`@iconify-json/twemoji` | MIT"), "twemoji with its lic"
+    )
+    refused(text, "has no <!-- evaluation --> to put", table)
+    waiting = text.replace("## Figures\n", f"## Figures\n\n{package.TABLE}\n")
+    refused(waiting, "waits for figures")
+    card.write_text(waiting, encoding="utf-8")
+    assert "\n| objects | 80 % |\n" in package.read_card(card, table)
+    with pytest.raises(FileNotFoundError, match=r"none\.md"):
+        package.read_card(card, tmp_path / "none.md")
+
+
 @pytest.mark.slow
 def test_packaging_writes_whole_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = tmp_path / "card.md"
-    card.write_text("a card", encoding="utf-8")
-    size = package.package("emoji", tmp_path / "copy", card)
+    size = package.package("emoji", tmp_path / "copy", "a card")
     assert size < package.LARGEST
     assert (tmp_path / "copy" / "README.md").read_text(encoding="utf-8") == "a card"
     assert (tmp_path / "copy" / "model_index.json").is_file()
     monkeypatch.setattr(package, "LARGEST", 1000)
     with pytest.raises(ValueError, match="more than 1000"):
-        package.package("emoji", tmp_path / "other", card)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.md", "copy"]
+        package.package("emoji", tmp_path / "other", "a card")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]

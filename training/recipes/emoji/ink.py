@@ -116,8 +116,8 @@ def with_alpha(ink: Ink) -> NDArray[np.uint8]:
 
 
 def main_colour(ink: Ink) -> str | None:
-    """The one colour that a person would name."""
-    return colour_name(with_alpha(ink))
+    """The one colour that a person would name, by the rule that drawings turned to a colour are chosen by."""
+    return colour_name(with_alpha(ink), 0.4)
 
 
 def has_most(ink: Ink, colour: str) -> bool:

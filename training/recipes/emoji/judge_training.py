@@ -26,8 +26,8 @@ from .judge import SIZE, Judge, normalise, pretrained_network
 
 logger = logging.getLogger(__name__)
 
-FEWEST = 4  # drawings of a rarer thing that make it a class
-COMMON = 2.0  # concepts of this weight always do
+FEWEST = 3  # drawings to learn from that make a rarer thing a class
+COMMON = 2.0  # concepts of this weight need only one
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Score:
 
 
 def choose_classes(concepts: Mapping[str, Concept], hexcodes: Sequence[str]) -> tuple[str, ...]:
-    """The hexcodes of the concepts that drawings (one hexcode each, of plain drawings) suffice for."""
+    """The hexcodes of the concepts that there are drawings enough to learn from; `hexcodes` has each drawing's."""
     count = Counter(hexcodes)
     return tuple(
         hexcode
@@ -136,7 +136,7 @@ def train_judge(
     Raises:
         ValueError: no drawings of that set, or none besides.
     """
-    classes = choose_classes(concepts, [job.concept.hexcode for job in jobs])
+    classes = choose_classes(concepts, [job.concept.hexcode for job in jobs if job.set_name != left_out])
     drawings = drawings_of(jobs, classes, workers)
     unseen, seen = drawings.of(left_out, others=False), drawings.of(left_out, others=True)
     trainer = Trainer(seen, turnable_classes(concepts, classes), settings)

@@ -101,23 +101,29 @@ MEASURES = (
     Measure("scenes_five", "both things of scenes, within five", Kind.SCENES, within_five),
     Measure("counts", "counts, two to four", Kind.COUNTS, lambda m: m.count),
     Measure("counts_object", "count and thing", Kind.COUNTS, lambda m: both(m.count, within_five(m))),
-    Measure("sizes", "sizes", Kind.SIZES, lambda m: m.size),
+    Measure("small", "small things", Kind.SIZES, lambda m: m.size if m.prompt.size == Size.SMALL else None),
+    Measure("big", "big things", Kind.SIZES, lambda m: m.size if m.prompt.size == Size.BIG else None),
     Measure("styles", "styles", Kind.STYLES, lambda m: m.style),
     Measure("synonyms_first", "synonyms, first guess", Kind.SYNONYMS, first),
     Measure("synonyms_five", "synonyms, within five", Kind.SYNONYMS, within_five),
 )
 
 
-def known_words(marks: Sequence[Marks]) -> list[Marks]:
-    """For each synonym, the marks of the picture of the word that training used."""
+def synonyms_and_known(marks: Sequence[Marks]) -> tuple[list[Marks], list[Marks]]:
+    """The pictures of synonyms and, for each, that of the word that training used; both only where both are there."""
     objects = {one.prompt.text: one for one in marks if one.prompt.kind == Kind.OBJECTS}
-    return [objects[one.prompt.known] for one in marks if one.prompt.known in objects]
+    pairs = [(one, objects[one.prompt.known]) for one in marks if one.prompt.known in objects]
+    return [one for one, _ in pairs], [known for _, known in pairs]
 
 
-def synonym_ratio(marks: Sequence[Marks], right: Callable[[Marks], bool] = within_five) -> Figure | None:
-    """How much of what the known words get the synonyms get."""
-    unseen = share([right(one) for one in marks if one.prompt.kind == Kind.SYNONYMS])
-    known = share([right(one) for one in known_words(marks)])
+def known_words(marks: Sequence[Marks]) -> Figure | None:
+    """The share of the synonyms' known words found within five guesses; each counts as often as it has synonyms."""
+    return share([within_five(one) for one in synonyms_and_known(marks)[1]])
+
+
+def synonym_ratio(marks: Sequence[Marks]) -> Figure | None:
+    """How much of what the known words get within five guesses the synonyms get."""
+    unseen, known = (share([within_five(one) for one in part]) for part in synonyms_and_known(marks))
     return unseen.over(known) if unseen and known else None
 
 
