@@ -38,7 +38,7 @@ def test_no_module_is_loaded_under_two_names() -> None:
     program = """
 import sys
 from pathlib import Path
-import latentdiff.training.commands, latentdiff.pipelines.commands, latentdiff.training.config
+import latentdiff.training.commands, latentdiff.pipelines.commands, latentdiff.training.settings
 seen = {}
 for name, module in sorted(sys.modules.items()):
     if name.split(".")[0] in ("latentdiff", "pipelines", "training"):

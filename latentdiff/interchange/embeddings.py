@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latentdiff.interchange.adapters import EMBEDDING_NAMES, PICKLED, SAFE, find_adapter, save_whole
+from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, PICKLED, SAFE, find_adapter, save_whole
 
 PICKLED_NAMES = (*EMBEDDING_NAMES, "learned_embeds.bin")
 EmbeddingFormat = Literal["diffusers", "a1111"]

@@ -1,4 +1,4 @@
-"""A judge of patches, for training autoencoders against it."""
+"""A discriminator of patches and the losses of adversarial training."""
 
 from typing import Literal
 
@@ -9,15 +9,15 @@ from torch.func import functional_call
 
 
 class PatchDiscriminator(nn.Module):
-    """Whether patches of a picture are real: Image-to-Image Translation (Isola et al. 2017), Sec. 3.2.2 and App. 6.1.
+    """Logits for patches of a picture, real or not. Image-to-Image Translation (Isola et al. 2017).
 
-    As in VQGAN (Esser et al. 2021), with that code's parameter names. A patch is 70 pixels wide with three layers.
+    Sec. 3.2.2 and App. 6.1 there. As in VQGAN (Esser et al. 2021), with that code's parameter names. With three layers a patch is 70 pixels wide.
 
     Args:
-        in_channels: of the pictures.
-        channels: of the first layer; the next have 2, 4 and at most 8 times as many.
-        layers: how often the picture is halved.
-        norm: "batch" as in VQGAN, or "group", which does not mix the pictures of a batch.
+        in_channels: channels of the pictures.
+        channels: channels of the first layer; the next have 2, 4 and at most 8 times as many.
+        layers: number of layers that halve the resolution.
+        norm: "batch" as in VQGAN, or "group", which computes each picture independently of the others in the batch.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class PatchDiscriminator(nn.Module):
             main += [after, nn.LeakyReLU(0.2, inplace=True)]
         main.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.main = nn.Sequential(*main)
-        self.apply(self._begin)
+        self.apply(self._initialize)
 
     @staticmethod
-    def _begin(module: nn.Module) -> None:
+    def _initialize(module: nn.Module) -> None:
         """Isola et al. 2017, App. 6.2."""
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -48,18 +48,18 @@ class PatchDiscriminator(nn.Module):
         return self.main(pixels)
 
     def judge(self, pixels: Tensor) -> Tensor:
-        """As forward, but the gradient goes to the pixels only, not to the judge's own weights."""
+        """As ``forward``, with gradients for the pixels only and none for the discriminator's weights."""
         weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
         return functional_call(self, weights, (pixels,))
 
 
-def deceiving_loss(fake: Tensor) -> Tensor:
-    """What the autoencoder minimises: minus the mean logit of its patches. VQGAN's code, for both losses below."""
+def adversarial_loss(fake: Tensor) -> Tensor:
+    """The autoencoder's adversarial loss: minus the mean logit of its patches, in VQGAN's code for both kinds below."""
     return -fake.mean()
 
 
-def judging_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "vanilla"]) -> Tensor:
-    """What the judge minimises, from its logits of real patches and of the autoencoder's.
+def discriminator_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "vanilla"]) -> Tensor:
+    """The discriminator's loss, of its logits for real patches and for the autoencoder's.
 
     "hinge": Geometric GAN (Lim & Ye 2017), Eq. 14; "vanilla": Goodfellow et al. 2014, Eq. 1. Both halved, as in VQGAN.
     """
@@ -69,10 +69,11 @@ def judging_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "vanilla"]) 
 
 
 def gradient_penalty(logits: Tensor, pixels: Tensor) -> Tensor:
-    """R1 (Mescheder et al. 2018, Eq. 9): the squared norm of the slope of the logits at real pictures, mean over them.
+    """R1 (Mescheder et al. 2018, Eq. 9): the squared gradient norm of the logits at real pictures, mean over the batch.
 
     Args:
-        logits: (B, 1, h, w), of `pixels`, (B, C, H, W), which ask for a gradient. A picture's logit is their mean.
+        logits: (B, 1, h, w); a picture's logit is their mean.
+        pixels: (B, C, H, W), from which the logits were computed; they require a gradient.
     """
     (slope,) = torch.autograd.grad(logits.mean(dim=(1, 2, 3)).sum(), pixels, create_graph=True)
     return slope.square().sum(dim=(1, 2, 3)).mean()

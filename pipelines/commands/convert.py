@@ -236,7 +236,7 @@ def convert_adapter(kind: str, source: Path, target: Path, to: Form | None, ckpt
     if to is None:
         raise ValueError(f"{source} is a LoRA; say in which format to write it: --to {', '.join(LORA_FORMS)}")
     check_form(to, LORA_FORMS, "a LoRA")
-    from latentdiff.interchange.lora_formats import convert_lora
+    from latentdiff.interchange.lora.formats import convert_lora
 
     report = convert_lora(source, target, to.value, overwrite=overwrite)  # type: ignore[arg-type]
     layers = ", ".join(f"{count} layers of the {network}" for network, count in report.layers.items())

@@ -186,7 +186,7 @@ def read_loras(arguments: list[str] | None) -> list[Any]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it cannot be one.
     """
-    from latentdiff.interchange.adapters import LORA_NAMES, find_adapter
+    from latentdiff.interchange.adapter_files import LORA_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
     from latentdiff.pipelines.batch.settings import Lora
 
@@ -204,7 +204,7 @@ def read_loras(arguments: list[str] | None) -> list[Any]:
 
 def read_embeddings(arguments: list[str] | None) -> list[Any]:
     """``FILE[:WORD]`` each, as `recipe.Embedding`."""
-    from latentdiff.interchange.adapters import EMBEDDING_NAMES, find_adapter
+    from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
     from latentdiff.pipelines.batch.settings import Embedding
 

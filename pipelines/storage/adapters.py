@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from torch import Tensor
 
-from latentdiff.interchange.adapters import LORA_NAMES, METADATA_KEY, save_whole
+from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, save_whole
 from latentdiff.interchange.embeddings import find_embeddings
-from latentdiff.interchange.lora_layers import of_network, peft_config, peft_tensors
+from latentdiff.interchange.lora.layers import of_network, peft_config, peft_tensors
 from latentdiff.pipelines.storage.lora import (
     FittedLora,
     add_to_encoder,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from latentdiff.interchange.adapters import EMBEDDING_NAMES, LORA_NAMES
+from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.folders import check_component, check_safetensors, find_model, read_json
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
 from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from latentdiff.interchange.lora_formats import LoraFile, with_network
-from latentdiff.interchange.lora_layers import Layers, LoraLayer, format_of, of_network, peft_config, read_layers
-from latentdiff.interchange.lora_names import flat_names, short
+from latentdiff.interchange.lora.formats import LoraFile, with_network
+from latentdiff.interchange.lora.layers import Layers, LoraLayer, format_of, of_network, peft_config, read_layers
+from latentdiff.interchange.lora.names import flat_names, short
 
 
 class FittedLora(NamedTuple):

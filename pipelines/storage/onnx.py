@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.registry import KINDS, kind_saved_as
 from latentdiff.text.encode import max_tokens
 
@@ -213,7 +214,7 @@ def text_part(pipeline: Any) -> Part:
 def unet_part(pipeline: Any) -> Part:
     unet, config = pipeline.unet, pipeline.unet.config
     width = config.cross_attention_dim
-    size = 2 ** (len(config.block_out_channels) - 1)
+    size = downscale_factor(config)
     channels = config.out_channels if takes_variance(pipeline.scheduler) else pipeline.vae.config.latent_channels
     return Part(
         UNetGraph(plain(unet), channels),
@@ -234,7 +235,7 @@ def unet_part(pipeline: Any) -> Part:
 
 def encoder_part(pipeline: Any) -> Part:
     vae = pipeline.vae
-    size = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = downscale_factor(vae.config)
     gaussian = not hasattr(vae, "quantize")
     return Part(
         EncoderGraph(plain(vae), gaussian),

@@ -23,6 +23,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
 )
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
+from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 
@@ -86,7 +87,7 @@ class Parts:
             return build_autoencoder(self.weights, self.dtype, told, AUTOENCODERS)
         changes = {"scaling_factor": self.settings.scaling_factor}
         vae = build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
-        size = (self.settings.sample_size or 64) * 2 ** (len(vae.config.block_out_channels) - 1)
+        size = (self.settings.sample_size or 64) * downscale_factor(vae.config)
         vae.register_to_config(sample_size=size)
         return vae
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentdiff.models.discriminator import PatchDiscriminator, deceiving_loss, gradient_penalty, judging_loss
+from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss, gradient_penalty
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -30,11 +30,11 @@ def test_its_weights_have_vqgans_names() -> None:
 
 def test_losses() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
-    assert judging_loss(real, fake, "hinge").item() == pytest.approx(0.5 * ((0 + 0.5) / 2 + (0 + 2) / 2))
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(0.5 * ((0 + 0.5) / 2 + (0 + 2) / 2))
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     vanilla = 0.5 * (bce(real, torch.ones(2)) + bce(fake, torch.zeros(2)))
-    torch.testing.assert_close(judging_loss(real, fake, "vanilla"), vanilla)
-    assert deceiving_loss(fake).item() == pytest.approx(1.0)
+    torch.testing.assert_close(discriminator_loss(real, fake, "vanilla"), vanilla)
+    assert adversarial_loss(fake).item() == pytest.approx(1.0)
 
 
 def test_the_penalty_is_the_squared_slope() -> None:

@@ -334,7 +334,7 @@ def test_an_interrupted_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("latentdiff.interchange.adapters.save_file", full)
+    monkeypatch.setattr("latentdiff.interchange.adapter_files.save_file", full)
     monkeypatch.setattr("diffusers.DDIMScheduler.save_pretrained", full)
     for target in ("new.safetensors", "new"):
         with pytest.raises(OSError, match="No space left"):

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import draw
 
-from latentdiff.interchange.lora_formats import LoraFile, convert_lora
-from latentdiff.interchange.lora_layers import read_layers
+from latentdiff.interchange.lora.formats import LoraFile, convert_lora
+from latentdiff.interchange.lora.layers import read_layers
 
 Make = Callable[..., tuple[Any, Any]]
 

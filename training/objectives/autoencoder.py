@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.models.bottlenecks import GumbelQuantizer
 from latentdiff.models.codebooks import CodebookLearner
-from latentdiff.models.discriminator import PatchDiscriminator, deceiving_loss
+from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss
 from latentdiff.models.logit_laplace import LogitLaplace
 from latentdiff.training.batch.batches import PixelBatch
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
@@ -70,7 +70,7 @@ class AutoencoderObjective(Objective[PixelBatch]):
         discriminator = self._discriminator[0]
         if discriminator is None or batch.step < self.settings.discriminator_start:
             return Result(loss, loss.detach(), figures)
-        generator_loss = deceiving_loss(discriminator.judge(output.sample).float())
+        generator_loss = adversarial_loss(discriminator.judge(output.sample).float())
         balance = self._balance(likeness, generator_loss)
         figures |= {"generator_loss": generator_loss.detach(), "adaptive_weight": balance}
         whole = loss + self.settings.discriminator_weight * balance * generator_loss

@@ -1,6 +1,6 @@
 """The objective of a discriminator, which an autoencoder is trained against."""
 
-from latentdiff.models.discriminator import PatchDiscriminator, gradient_penalty, judging_loss
+from latentdiff.models.discriminator import PatchDiscriminator, discriminator_loss, gradient_penalty
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
 from latentdiff.training.settings import AutoencoderSettings
 
@@ -22,7 +22,7 @@ class DiscriminatorObjective(Objective[RealAndFake]):
         penalised = self.settings.r1_weight > 0
         real = batch.real.detach().requires_grad_(penalised)
         of_real, of_fake = self.discriminator(real).float(), self.discriminator(batch.fake).float()
-        loss = judging_loss(of_real, of_fake, self.settings.discriminator_loss)
+        loss = discriminator_loss(of_real, of_fake, self.settings.discriminator_loss)
         accuracy = 0.5 * ((of_real > 0).float().mean() + (of_fake < 0).float().mean())
         figures = {
             "discriminator_loss": loss.detach(),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from latentdiff.interchange.adapters import CONFIG_KEYS, LORA_NAMES
+from latentdiff.interchange.adapter_files import CONFIG_KEYS, LORA_NAMES
 from latentdiff.pipelines import LatentPipeline
 from latentdiff.training.settings import FinetuneSettings
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.interchange.adapters import EMBEDDING_NAMES, save_whole
+from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, save_whole
 from latentdiff.text.words import expand_words, tokens_of
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.settings import FinetuneSettings

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.interchange.adapters import save_whole
+from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.single_file.files import HEADER
 from latentdiff.interchange.single_file.names import (
     VAE,

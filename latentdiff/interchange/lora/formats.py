@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.interchange.adapters import LORA_NAMES, METADATA_KEY, find_adapter, read_config
-from latentdiff.interchange.lora_layers import (
+from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
+from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
     Layers,
     format_of,
@@ -23,7 +23,7 @@ from latentdiff.interchange.lora_layers import (
     peft_tensors,
     read_layers,
 )
-from latentdiff.interchange.lora_names import TEXT, UNET, from_kohya_name, to_kohya_name
+from latentdiff.interchange.lora.names import TEXT, UNET, from_kohya_name, to_kohya_name
 
 LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"

@@ -1,0 +1,1 @@
+"""LoRA files in the formats of diffusers, PEFT and kohya: their names, their layers, reading and writing."""
