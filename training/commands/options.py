@@ -1,11 +1,20 @@
 """What the training commands share on the command line."""
 
+import functools
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from annotated_types import Ge
+from pydantic.fields import FieldInfo
+
+from latentdiff.training.settings.base import Settings
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 Data = Annotated[
     str,
@@ -13,8 +22,6 @@ Data = Annotated[
 ]
 Output = Annotated[Path, typer.Option(help="Folder for the model; its training/ keeps checkpoints and samples.")]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings.", exists=True, dir_okay=False)]
-HeldOutSplit = Annotated[str, typer.Option(help="Which of its pictures; best those the model was not trained on.")]
-ImageColumn = Annotated[str, typer.Option(help="Of a dataset.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's.")]
 
 
@@ -56,3 +63,41 @@ def announce(result: str) -> None:
 def is_first_process() -> bool:
     """By what torchrun and `accelerate launch` tell; to be asked before and after there are processes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def takes_settings(kind: type[SettingsT], argument: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose first parameter takes settings: each of their fields becomes an option.
+
+    Names, types, limits, defaults and descriptions are those of the fields; the function's further parameters remain.
+
+    Args:
+        argument: the field that is the command's argument instead.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {name: given.pop(name) for name in kind.model_fields}
+            command(kind.load(None, values), **given)
+
+        parameters = [parameter_of(name, field, name == argument) for name, field in kind.model_fields.items()]
+        parameters.sort(key=lambda parameter: parameter.name != argument)
+        signature = inspect.signature(command, eval_str=True)
+        parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def parameter_of(name: str, field: FieldInfo, is_argument: bool) -> inspect.Parameter:
+    """A settings field as a parameter that typer reads."""
+    least = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
+    more: dict[str, Any] = {"help": field.description}
+    if least is not None:
+        more["min"] = least
+    info = typer.Argument(metavar=name.upper(), **more) if is_argument else typer.Option(**more)
+    default = inspect.Parameter.empty if field.is_required() else field.default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[field.annotation, info]
+    )

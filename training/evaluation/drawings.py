@@ -1,43 +1,41 @@
 """The pictures of an evaluation: what to draw, and drawing what is not there yet."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.interchange.png import check_output, read_settings, save_picture
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.drawings import Drawing, draw, missing
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One picture to draw: what for, and where it is kept."""
-
-    file: Path
-    caption: str
-    seed: int
-
-
-def plan(pictures: Sequence[CaptionedPicture], count: int, seed: int, folder: Path) -> list[Drawing]:
+def plan(
+    pictures: Sequence[CaptionedPicture], count: int, seed: int, folder: Path, common: Mapping[str, Any]
+) -> list[Drawing]:
     """What to draw: the captions in a random order that is the seed's, the first of each picture, then the second...
 
     The first drawings stay the same when `count` grows, so that they are kept.
+
+    Args:
+        common: settings of all of them, see `call_settings`.
     """
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
     drawings = []
     for i in range(count):
         captions = pictures[order[i % len(order)]].captions
         caption = captions[i // len(order) % len(captions)]
-        drawings.append(Drawing(folder / f"{i:06d}.png", caption, seed + i))
+        drawings.append(Drawing(folder / f"{i:06d}.png", {"prompts": [caption], "seed": seed + i, **common}))
     return drawings
+
+
+def caption_of(drawing: Drawing) -> str:
+    return str(drawing.settings["prompts"][0])
 
 
 def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
@@ -74,30 +72,22 @@ def plain_config(scheduler: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def draw_missing(pipeline: Any, drawings: Sequence[Drawing], common: dict[str, Any], batch_size: int) -> int:
+def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) -> int:
     """Draw what is not there yet, or was drawn otherwise. Returns how many."""
+    absent = missing(drawings)
 
-    def settings_of(drawing: Drawing) -> dict[str, Any]:
-        return {"prompts": [drawing.caption], "seed": drawing.seed, **common}
+    def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
+        common = batch[0].settings
+        given: dict[str, Any] = {"batch_size": len(batch)}
+        if not isinstance(pipeline, UnconditionalPipeline):
+            which = "class_labels" if isinstance(pipeline, ClassConditionalPipeline) else "prompt"
+            given = {which: list(map(caption_of, batch)), "guidance_scale": common["guidance_scale"]}
+        return pipeline(
+            **given,
+            num_inference_steps=common["num_inference_steps"],
+            seed=[drawing.settings["seed"] for drawing in batch],
+            return_dict=False,
+        )[0]
 
-    missing = [drawing for drawing in drawings if read_settings(drawing.file) != settings_of(drawing)]
-    for drawing in missing:
-        check_output(drawing.file)
-    with tqdm(total=len(missing), desc="drawing", unit="", disable=None, leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            told: dict[str, Any] = {"batch_size": len(batch)}
-            if not isinstance(pipeline, UnconditionalPipeline):
-                captions = [drawing.caption for drawing in batch]
-                which = "class_labels" if isinstance(pipeline, ClassConditionalPipeline) else "prompt"
-                told = {which: captions, "guidance_scale": common["guidance_scale"]}
-            images = pipeline(
-                **told,
-                num_inference_steps=common["num_inference_steps"],
-                seed=[drawing.seed for drawing in batch],
-                return_dict=False,
-            )[0]
-            for drawing, image in zip(batch, images, strict=True):
-                save_picture(image, drawing.file, settings_of(drawing))
-            bar.update(len(batch))
-    return len(missing)
+    draw(absent, pictures_of, batch_size)
+    return len(absent)

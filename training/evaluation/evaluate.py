@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import Field
 
 from latentdiff import __version__
 from latentdiff.codec import Codec
@@ -26,25 +25,16 @@ from latentdiff.training.card.card import update_evaluation
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
-from latentdiff.training.evaluation.drawings import Drawing, call_settings, draw_missing, plan
-from latentdiff.training.evaluation.held_out import HeldOutSettings, check_report, held_out_pictures
+from latentdiff.training.drawings import Drawing
+from latentdiff.training.evaluation.drawings import call_settings, caption_of, draw_missing, plan
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures
 from latentdiff.training.evaluation.report import markdown, short_table
-from latentdiff.training.settings import Condition
+from latentdiff.training.settings import Condition, EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
-
-
-class EvaluationSettings(HeldOutSettings):
-    """Settings of ``latentdiff evaluate``. None is the model's own."""
-
-    count: int | None = Field(None, ge=2, description="pictures to draw; by default one for each held-out picture")
-    steps: int | None = Field(None, ge=1)
-    guidance: float | None = None
-    extractor: str = "auto"
-    clip: str | None = None
 
 
 def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, Any]:
@@ -80,9 +70,9 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     count = settings.count or len(pictures)
     if min(count, len(pictures)) < 2:
         raise ValueError(f"{settings.data}: one picture is too few to evaluate on; two are needed at least")
-    drawings = plan(pictures, count, settings.seed, folder / "samples")
     common = call_settings(pipeline, settings.model, settings.steps, settings.guidance)
-    drawn_now = draw_missing(pipeline, drawings, common, settings.batch_size)
+    drawings = plan(pictures, count, settings.seed, folder / "samples", common)
+    drawn_now = draw_missing(pipeline, drawings, settings.batch_size)
     device = pipeline._execution_device
     measured = Measured(pictures, drawings, common["height"], common["width"])
     notes: list[str] = []
@@ -173,7 +163,7 @@ def caption_metrics(measured: Measured, clip: ClipScore | None, notes: list[str]
             "no CLIP score: give a CLIP model with --clip (a folder, owner/name, or open_clip:NAME/PRETRAINED)"
         )
         return {}
-    captions = (drawing.caption for drawing in measured.drawings)
+    captions = map(caption_of, measured.drawings)
     real_captions = (picture.captions[0] for picture in measured.pictures)
     return {
         "clip_score": clip.mean(zip(measured.drawn(), captions, strict=True)),

@@ -3,41 +3,12 @@
 import logging
 from pathlib import Path
 
-from pydantic import Field
-
-from latentdiff.interchange.folders import find_model, read_json
-from latentdiff.interchange.packaged import packaged_models
+from latentdiff.interchange.folders import read_json
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, read_source
 from latentdiff.training.data.prepare import check_share, sort_out, survey_source, wanted_of
-from latentdiff.training.settings import Condition, DataSettings, Settings
+from latentdiff.training.settings import Condition, DataSettings, HeldOutSettings
 
 logger = logging.getLogger(__name__)
-
-
-class HeldOutSettings(Settings):
-    """What the commands that measure a model have in common."""
-
-    model: str
-    data: str
-    split: str = "validation"
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(8, ge=1)
-    output: str | None = None
-    image_column: str = "image"
-    caption_column: str = "text"
-
-    def folder(self) -> Path:
-        """Where the figures go.
-
-        Raises:
-            ValueError: it has to be given, as the model is no folder of the user's.
-        """
-        if self.output is not None:
-            return Path(self.output).expanduser()
-        folder = find_model(self.model)
-        if folder is None or self.model in packaged_models():
-            raise ValueError(f"{self.model} is no folder of yours; say with --output where the evaluation should go")
-        return folder / "evaluation"
 
 
 def check_report(file: Path) -> None:

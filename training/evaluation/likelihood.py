@@ -4,10 +4,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,19 +20,12 @@ from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
-from latentdiff.training.evaluation.held_out import HeldOutSettings, check_report, held_out_pictures
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures
+from latentdiff.training.settings import LikelihoodSettings
 
 logger = logging.getLogger(__name__)
 
 REPORT = "likelihood.json"
-
-
-class LikelihoodSettings(HeldOutSettings):
-    """Settings of ``latentdiff likelihood``. None is the model's own."""
-
-    count: int | None = Field(None, ge=1, description="measure on the first so many pictures")
-    steps: str | None = Field(None, description="as `space_timesteps` takes it, such as 25, 10,10,5 or ddim25")
-    variance: Literal["learned_range", "fixed_small", "fixed_large"] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff import __version__
-from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.processes import processes
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.settings import FinetuneSettings
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 BATCH = 8  # pictures drawn at once; each has its own seed
 
 
-def recipe(settings: FinetuneSettings, number: int) -> dict[str, Any]:
-    """How class picture `number` is drawn; kept in its file, and compared when the run is repeated."""
+def settings_of(settings: FinetuneSettings, number: int) -> dict[str, Any]:
+    """How class picture `number` is drawn."""
     return {
         "prompts": [settings.class_prompt],
         "count": 1,
@@ -44,45 +44,34 @@ def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
     Each process draws its share. `pipeline` is the model before any training, on the process's device.
 
     Raises:
-        FileExistsError: a picture that this program did not draw stands in the way.
+        FileExistsError: a file that latentdiff did not draw has the name of one of them.
     """
     state = processes()
     folder = Path(settings.output) / "training" / "class_pictures"
-    files = [folder / f"{number:05d}.png" for number in range(settings.class_pictures)]
-    missing = [number for number, file in enumerate(files) if not drawn(file, recipe(settings, number))]
+    drawings = [
+        Drawing(folder / f"{number:05d}.png", settings_of(settings, number))
+        for number in range(settings.class_pictures)
+    ]
+    absent = missing(drawings)
     state.wait_for_everyone()  # all have looked before any draws
-    share = missing[state.process_index :: state.num_processes]
-    if missing and state.is_main_process:
-        logger.info("drawing %d pictures of %r into %s", len(missing), settings.class_prompt, folder)
-    for i in range(0, len(share), BATCH):
-        draw(settings, pipeline, {number: files[number] for number in share[i : i + BATCH]})
+    if absent and state.is_main_process:
+        logger.info("drawing %d pictures of %r into %s", len(absent), settings.class_prompt, folder)
+
+    def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
+        images: Any = pipeline(
+            [str(settings.class_prompt)] * len(batch),
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.sample_steps,
+            guidance_scale=settings.sample_guidance_scale,
+            seed=[drawing.settings["seed"] for drawing in batch],
+        )
+        return images.images
+
+    kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
+    draw(absent[state.process_index :: state.num_processes], pictures_of, BATCH, kept)
     state.wait_for_everyone()
-    return [class_picture(file, settings) for file in files]
-
-
-def drawn(file: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `file` is the picture that the recipe `wanted` gives."""
-    if not file.exists():
-        return False
-    found = read_settings(file)
-    if found is None:
-        raise FileExistsError(f"{file} was not drawn by this program; move it away, or choose another --output")
-    return {key: found.get(key) for key in wanted} == wanted
-
-
-def draw(settings: FinetuneSettings, pipeline: TextToImagePipeline, files: dict[int, Path]) -> None:
-    recipes = [recipe(settings, number) for number in files]
-    images: Any = pipeline(
-        [str(settings.class_prompt)] * len(files),
-        height=settings.resolution,
-        width=settings.resolution,
-        num_inference_steps=settings.sample_steps,
-        guidance_scale=settings.sample_guidance_scale,
-        seed=[one["seed"] for one in recipes],
-    )
-    extra = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
-    for image, file, one in zip(images.images, files.values(), recipes, strict=True):
-        save_picture(image, file, {**one, **extra})
+    return [class_picture(drawing.file, settings) for drawing in drawings]
 
 
 def class_picture(file: Path, settings: FinetuneSettings) -> CaptionedPicture:

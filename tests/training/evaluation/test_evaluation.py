@@ -21,9 +21,11 @@ from latentdiff.metrics.sets import frechet_distance
 from latentdiff.training.card.card import write_model_card
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.data import load_pictures
-from latentdiff.training.evaluation.drawings import Drawing, plan
-from latentdiff.training.evaluation.evaluate import EvaluationSettings, Measured, evaluate_pipeline, set_metrics
+from latentdiff.training.drawings import Drawing
+from latentdiff.training.evaluation.drawings import caption_of, plan
+from latentdiff.training.evaluation.evaluate import Measured, evaluate_pipeline, set_metrics
 from latentdiff.training.evaluation.report import markdown
+from latentdiff.training.settings import EvaluationSettings
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +126,14 @@ def test_other_weights_are_drawn_anew(pictures: Path, tmp_path: Path) -> None:
 
 def test_plan(pictures: Path, tmp_path: Path) -> None:
     found = load_pictures(str(pictures))
-    drawings = plan(found, 25, 7, tmp_path)
-    assert plan(found, 4, 7, tmp_path) == drawings[:4]
-    assert plan(found, 4, 8, tmp_path) != drawings[:4]
-    assert [drawing.seed for drawing in drawings] == list(range(7, 32))
-    firsts, seconds = ([drawing.caption for drawing in part] for part in (drawings[:10], drawings[10:20]))
+    drawings = plan(found, 25, 7, tmp_path, {"steps": 2})
+    assert plan(found, 4, 7, tmp_path, {"steps": 2}) == drawings[:4]
+    assert plan(found, 4, 8, tmp_path, {"steps": 2}) != drawings[:4]
+    assert [drawing.settings["seed"] for drawing in drawings] == list(range(7, 32))
+    firsts, seconds = ([caption_of(drawing) for drawing in part] for part in (drawings[:10], drawings[10:20]))
     assert sorted(firsts) == sorted(picture.captions[0] for picture in found)
     assert sorted(seconds) == sorted(picture.captions[1] for picture in found)
-    assert [drawing.caption for drawing in drawings[20:]] == firsts[:5]
+    assert [caption_of(drawing) for drawing in drawings[20:]] == firsts[:5]
 
 
 def test_nothing_of_somebody_else_is_changed(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_only_inception_gives_fid(pictures: Path, tmp_path: Path) -> None:
     drawings = []
     for i, image in enumerate(Measured(found, [], 16, 16).real()):
         image.rotate(90).save(tmp_path / f"{i}.png")
-        drawings.append(Drawing(tmp_path / f"{i}.png", "", i))
+        drawings.append(Drawing(tmp_path / f"{i}.png", {"prompts": [""], "seed": i}))
     extractor = load_extractor("autoencoder")
     extractor.is_fid = True
     notes: list[str] = []

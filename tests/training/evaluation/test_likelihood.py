@@ -14,9 +14,10 @@ from latentdiff.cli import application
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
 from latentdiff.models import UNet2DModel, VQModel
 from latentdiff.training.data import read_pixels
-from latentdiff.training.evaluation.evaluate import EvaluationSettings, evaluate_pipeline
+from latentdiff.training.evaluation.evaluate import evaluate_pipeline
 from latentdiff.training.evaluation.held_out import held_out_pictures
-from latentdiff.training.evaluation.likelihood import LikelihoodSettings, evaluate_likelihood
+from latentdiff.training.evaluation.likelihood import evaluate_likelihood
+from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
 COLOURS = ["blue", "green", "orange", "purple", "red", "yellow"]
 

@@ -211,7 +211,7 @@ def test_class_pictures_are_drawn_once(model: Path, tmp_path: Path) -> None:
     draw_them(class_prompt="a thing")
     assert read_settings(files[0])["prompts"] == ["a thing"]
     files[0].write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"00000.png was not drawn by this program"):
+    with pytest.raises(FileExistsError, match=r"00000.png was not drawn by latentdiff"):
         draw_them()
     assert files[0].read_bytes() == b"mine"
 
