@@ -1,4 +1,4 @@
-"""Making what a store does not have: divided among processes, written bit by bit."""
+"""Encoding what a store does not have: divided among processes, written in shards."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ from latentdiff.training.cache.store import TensorStore
 
 logger = logging.getLogger(__name__)
 
-SHARD_TENSORS, SHARD_SECONDS, SHARD_BYTES = 4096, 30.0, 2**27  # a shard is written after so much
+SHARD_TENSORS, SHARD_SECONDS, SHARD_BYTES = 4096, 30.0, 2**27  # a shard is written when one of these is reached
 
 Batches = list[list[str]]  # of keys
 
@@ -34,7 +34,7 @@ def fill(
 
     Args:
         keys: distinct.
-        encode: gives the tensors of one batch after the other.
+        encode: yields the tensors of each batch.
         kind: what the keys of a batch must have in common.
         things: what the keys stand for, in messages.
 
@@ -62,7 +62,7 @@ def fill(
 
 
 def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
-    """What one of several processes does of the work.
+    """One process's share of the work.
 
     It depends on the keys alone: processes that look at different moments do not see the same ones as missing.
     """
@@ -72,8 +72,8 @@ def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
 def plan(keys: Sequence[str], missing: set[str], size: int, kind: Callable[[str], Any]) -> Batches:
     """The missing keys in batches.
 
-    What a network makes of one input depends, in its last digits, on the others in the batch. So a batch that an
-    interruption cost is made again as it would have been.
+    A network's output for one input depends, in its last digits, on the others in the batch. So a batch that was lost
+    by an interruption is encoded again as the same batch.
     """
     batches = in_batches(keys, size, kind)
     whole = [batch for batch in batches if missing.issuperset(batch)]
@@ -89,7 +89,7 @@ def in_batches(keys: Iterable[str], size: int, kind: Callable[[str], Any]) -> Ba
     return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
 
 
-class Writer:
+class ShardWriter:
     """Gathers tensors into shards."""
 
     def __init__(self, store: TensorStore) -> None:
@@ -113,13 +113,13 @@ class Writer:
 @contextmanager
 def writing(store: TensorStore) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
     """Takes tensors for `store`. What it took is kept even where an error ends the work."""
-    writer = Writer(store)
+    writer = ShardWriter(store)
     try:
         yield writer.add
     except BaseException:
         try:
             writer.flush()
-        except OSError as error:  # the first error is the one to be told
+        except OSError as error:  # the first error is the one to report
             logger.warning("what was encoded last is lost: %s", error)
         raise
     writer.flush()

@@ -18,7 +18,7 @@ from latentdiff.training.cache.store import TensorStore
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.view import View
 
-Wanted = tuple[CaptionedPicture, View]
+PictureView = tuple[CaptionedPicture, View]
 
 PIXELS = 1  # to be raised when `read_pixels` gives other pixels for the same view
 OF_THE_DECODER = (
@@ -38,7 +38,7 @@ class LatentCache:
     def __init__(self, folder: Path, autoencoder: Any) -> None:
         self.store = TensorStore(Path(folder) / encoder_digest(autoencoder))
 
-    def __getitem__(self, key: Wanted) -> Tensor:
+    def __getitem__(self, key: PictureView) -> Tensor:
         """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
 
         Of an `IdentityAutoencoder` (1, C, h, w) float32, the pixels: rounded, they would no longer be one of the 256
@@ -55,7 +55,7 @@ class LatentCache:
 
     def fill(
         self,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[PictureView],
         autoencoder: Any,
         accelerator: Accelerator,
         batch_size: int = 8,
@@ -92,7 +92,7 @@ class LatentCache:
             fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
 
 
-def load(by_key: Mapping[str, Wanted], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
+def load(by_key: Mapping[str, PictureView], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
     """Keys and pixels (B, 3, H, W) of each batch."""
     if batches:
         own = torch.Generator()  # so that the run's random state does not depend on what was cached
@@ -104,7 +104,7 @@ def load(by_key: Mapping[str, Wanted], batches: Batches, num_workers: int) -> It
 class Pixels(Dataset[tuple[str, Tensor]]):
     """Key and pixels of what is to be encoded."""
 
-    def __init__(self, by_key: Mapping[str, Wanted]) -> None:
+    def __init__(self, by_key: Mapping[str, PictureView]) -> None:
         self.by_key = by_key
 
     def __getitem__(self, key: str) -> tuple[str, Tensor]:
@@ -113,17 +113,17 @@ class Pixels(Dataset[tuple[str, Tensor]]):
 
 
 def unchanged(picture: CaptionedPicture) -> CaptionedPicture:
-    """`picture` with its bytes in memory, which are those of its digest.
+    """`picture` with its bytes in memory, checked against its digest.
 
     Raises:
-        ValueError: they are not. Under this digest, another run would take them for what they are not.
+        ValueError: they differ; cached under this digest, they would be taken for another picture.
     """
     try:
         content = picture.read()
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: cannot be read ({error})") from error
     if hashlib.sha256(content).hexdigest() != picture.digest:
-        raise ValueError(f"{picture.name}: has changed since the pictures were looked through; start again")
+        raise ValueError(f"{picture.name}: has changed since the pictures were examined; start again")
     return replace(picture, read=lambda: content)
 
 
@@ -147,7 +147,7 @@ def key_of(picture: CaptionedPicture, view: View) -> str:
 
 
 def encoder_digest(autoencoder: Any) -> str:
-    """Names what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale."""
+    """A digest of what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale."""
     state = autoencoder.state_dict()
     weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
     kind = "vq" if hasattr(autoencoder, "quantize") else "kl"

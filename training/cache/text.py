@@ -77,7 +77,7 @@ class TextCache:
 
 
 def warn_of_long(captions: Sequence[str], tokenizer: Any, length: int) -> None:
-    """Say once how many captions the encoder does not see to their end."""
+    """Warn once of captions that are longer than the encoder reads."""
     room = length - tokenizer.num_special_tokens_to_add()
     # A token has at least a byte, so short captions need no second look.
     long = [text for text in expand_words(captions, tokenizer) if len(text.encode("utf-8", "replace")) > room]
@@ -100,7 +100,7 @@ def key_of(caption: str) -> str:
 
 
 def text_digest(tokenizer: Any, text_encoder: Any) -> str:
-    """Names what text states depend on: the tokenizer, the encoder's weights and config, and the length."""
+    """A digest of what text states depend on: the tokenizer, the encoder's weights and config, and the length."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:  # settings of the last call, which come and go

@@ -1,7 +1,7 @@
 """The card of a saved model: a README.md that says what it is, how to use it, and how good it is; and its upload.
 
-latentdiff writes between marks, and only there. What somebody writes outside them stays, and so do keys of the front
-matter that are not latentdiff's. A README.md without the marks is never touched.
+latentdiff writes between its marks only. The user's text outside them stays, and so do keys of the front matter that
+are not latentdiff's. A README.md without the marks is never changed.
 """
 
 import logging
@@ -38,7 +38,7 @@ def write_model_card(
     base_model: str | None = None,
     sample_grid: Path | None = None,
 ) -> None:
-    """Write, or write anew, the card of the model in `folder`. A README.md of somebody else stays as it is.
+    """Write, or write anew, the card of the model in `folder`. A README.md without our marks stays as it is.
 
     Args:
         kind: what it is.
@@ -99,7 +99,7 @@ def is_ours(file: Path) -> bool:
 
 
 def open_card(folder: Path) -> "ModelCard | None":
-    """The card in `folder`, a new one, or None where somebody else's is there or one that cannot be read."""
+    """The card in `folder`, a new one, or None where there is one without our marks or one that cannot be read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -111,7 +111,11 @@ def open_card(folder: Path) -> "ModelCard | None":
         return None
     try:
         return ModelCard(file.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
-    except (ValueError, TypeError, YAMLError) as error:  # somebody's edit, which a finished training must not fail on
+    except (
+        ValueError,
+        TypeError,
+        YAMLError,
+    ) as error:  # the user's edit; training must not fail on it
         reason = " ".join(str(error).split())
         logger.warning("the front matter of %s cannot be read (%s), so the card is left as it is", file, reason)
         return None
@@ -153,7 +157,7 @@ def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool
 
 
 def has_heading(card: "ModelCard") -> bool:
-    """Whether somebody put a heading of their own before ours."""
+    """Whether the user put a heading before our section."""
     before = card.text.partition(BEGIN.format(MODEL))[0]
     return any(line.startswith("# ") for line in before.splitlines())
 

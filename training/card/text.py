@@ -26,7 +26,7 @@ def settings_list(settings: Mapping[str, Any]) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """A setting's value as one line of YAML, its place on somebody's disk left out."""
+    """A setting's value as one line of YAML; of paths the last part."""
     import yaml
 
     if isinstance(value, PurePath) or (isinstance(value, str) and (name in PATHS or looks_like_path(value))):
@@ -43,7 +43,7 @@ def looks_like_path(value: str) -> bool:
 
 
 def last_part(value: str) -> str:
-    """The last part of a path; a hub id, which tells nothing about a disk, stays whole."""
+    """The last part of a path; a hub id stays whole."""
     if is_hub_id(value) and not Path(value).exists():
         return value
     return PurePath(value.replace("\\", "/")).name or value

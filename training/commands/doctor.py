@@ -8,7 +8,7 @@ import typer
 from latentdiff.training.commands.options import Config, Overrides, parse_overrides
 
 if TYPE_CHECKING:
-    from latentdiff.training.data.report import Report
+    from latentdiff.training.data.report import DataReport
 
 
 def doctor(
@@ -58,7 +58,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def verdict(report: "Report", max_bad_share: float, manifest: Path | None) -> list[str]:
+def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -> list[str]:
     """What to do now."""
     lines = []
     share = f"{100 * report.bad_share:.3g} % of the pictures cannot be used"
@@ -72,7 +72,7 @@ def verdict(report: "Report", max_bad_share: float, manifest: Path | None) -> li
         lines.append("Everything can be used.")
     if manifest is not None:
         lines.append(
-            f'{manifest} tells of each picture. Set "use" to false for what to leave out, and train with '
+            f'{manifest} describes each picture. Set "use" to false for what to leave out, and train with '
             f"manifest={manifest}"
         )
     else:

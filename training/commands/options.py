@@ -43,7 +43,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def show_progress() -> None:
-    """Let the package's messages be seen, those of one process if there are several, and our progress bars only."""
+    """Show the package's messages, of one process if there are several, and its own progress bars only."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -55,13 +55,13 @@ def show_progress() -> None:
 
 
 def announce(result: str) -> None:
-    """Say what came out, once."""
+    """Print the result, on one process."""
     if is_first_process():
         typer.echo(result)
 
 
 def is_first_process() -> bool:
-    """By what torchrun and `accelerate launch` tell; to be asked before and after there are processes."""
+    """By the environment of torchrun and `accelerate launch`; valid before and after processes have started."""
     return os.environ.get("RANK", "0") == "0"
 
 

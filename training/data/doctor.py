@@ -10,7 +10,7 @@ from latentdiff.training.data.folder import metadata_of
 from latentdiff.training.data.load import read_source
 from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
 from latentdiff.training.data.prepare import leave_out, sort_out, wanted_of
-from latentdiff.training.data.report import Report
+from latentdiff.training.data.report import DataReport
 from latentdiff.training.data.rows import read_rows
 from latentdiff.training.data.source import PICTURE_SUFFIXES, Finding, NoPicturesError, Source
 from latentdiff.training.data.survey import survey
@@ -25,14 +25,14 @@ def examine_source(
     step: int = 8,
     tokens: Tokens | None = None,
     drop_duplicates: bool = False,
-) -> Report:
+) -> DataReport:
     """Look at every picture of ``settings.data``, and of its split "validation" where training looks at that too.
 
     Args:
         manifest: file to write; one that is there is read first: what it says to leave out stays out, and pictures
             that did not change since are not looked at again.
         step: what sides of buckets are multiples of, in pixels.
-        tokens: see `Report`.
+        tokens: see `DataReport`.
         drop_duplicates: say in the manifest not to use a picture that is the same as an earlier one.
 
     Raises:
@@ -50,7 +50,9 @@ def examine_source(
     usable = [entry for entry in entries if not entry.reason]
     warnings = [Finding(source.key(f.name), f.reason) for f in source.warnings]
     warnings += [Finding(entry.name, text) for entry in usable for text in entry.warnings]
-    report = Report(good, usable, refused, warnings + _unlisted(settings, source), settings.resolution, step, tokens)
+    report = DataReport(
+        good, usable, refused, warnings + _unlisted(settings, source), settings.resolution, step, tokens
+    )
     if manifest is not None:
         rows = _choices(entries, known, report, drop_duplicates)
         rows += [Entry(source.key(f.name), reason=f.reason, use=False) for f in source.refused]
@@ -91,8 +93,8 @@ def _unlisted(settings: DoctorSettings, source: Source) -> list[Finding]:
     return found
 
 
-def _choices(entries: list[Entry], known: dict[str, Entry], report: Report, drop_duplicates: bool) -> list[Entry]:
-    """Entries with what somebody chose before, and duplicates left out if that is asked for."""
+def _choices(entries: list[Entry], known: dict[str, Entry], report: DataReport, drop_duplicates: bool) -> list[Entry]:
+    """Entries with the choices of an earlier manifest, and duplicates left out if requested."""
     again: dict[str, str] = {}
     if drop_duplicates:
         names = [entry.name for entry in report.entries]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-NEAR = 3  # bits of 64; more make strangers of one kind, such as icons on white, into duplicates
+NEAR = 3  # bits of 64; more would make different pictures of one kind, such as icons on white, duplicates
 BANDS = NEAR + 1  # of 16 bits: where two hashes differ in NEAR bits, one band is equal
 NEAR_COLOUR = 12  # of 255, in each quarter and channel
 

@@ -45,7 +45,7 @@ def load_pictures(
         split: rows and folders without a split are of "train".
         caption: caption of every picture that has none of its own.
         streaming: read a dataset as a stream, once, into a copy below `cache_dir`.
-        max_pictures: take the first so many.
+        max_pictures: take this many of the first.
         condition: what captions are for: "text", "class" or "none". Classes may be whole numbers, labels of
             `datasets`, ``.cls`` files in shards, and names of folders, where a picture in a folder without a table has
             no caption beside it. With "none" every picture has the caption "".

@@ -18,7 +18,7 @@ class Entry:
     Args:
         name: within the source.
         reason: why it cannot be used; empty where it can.
-        use: False where somebody said to leave it out.
+        use: False where the user said to leave it out.
         stamp: changes when the file does; empty where there is none.
         size: (width, height) upright; (0, 0) where it cannot be decoded.
         fingerprint: see `duplicates.fingerprint`.

@@ -1,4 +1,4 @@
-"""What trainers call: pictures that were looked at, without those that cannot be used."""
+"""What trainers call: pictures that were examined, without those that cannot be used."""
 
 import logging
 from dataclasses import replace
@@ -49,7 +49,7 @@ def prepare_pictures(
         ValueError: more than ``settings.max_bad_share`` of the pictures are unusable.
     """
     folder = Path(settings.output) / "training"
-    cache_dir = Path(getattr(settings, "cache_dir", None) or folder) / "stream"
+    cache_dir = Path(settings.cache_dir or folder) / "stream"
     wanted = wanted_of(settings, split, condition, cache_dir)
     source = read_source(settings.data, wanted)
     if settings.manifest is not None:
@@ -69,14 +69,14 @@ def _file_part(split: str) -> str:
 
 
 def survey_source(source: Source, file: Path, data: str, split: str) -> list[Entry]:
-    """Look at every picture of `source`; what is known is read from `file`, and kept there."""
+    """Examine every picture of `source`; what is known is read from `file`, and kept there."""
     known: dict[str, Entry] = {}
     try:
         known = read_manifest(file)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        logger.warning("%s; all pictures are looked at anew", error)
+        logger.warning("%s; all pictures are examined again", error)
     about = {"data": data, "split": split}
 
     def keep(entries: list[Entry]) -> None:
@@ -120,7 +120,7 @@ def check_share(data: str, good: int, refused: list[Finding], most: float) -> No
         more = f"\n  and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         raise ValueError(
             f"{data}: {len(refused)} of {total} pictures cannot be used, more than max_bad_share={most:g} allows. "
-            f"'latentdiff doctor' tells more; repair or remove them, or allow more.\n{named}{more}"
+            f"'latentdiff doctor' says more; repair or remove them, or allow more.\n{named}{more}"
         )
     if not good:
         raise NoPicturesError(f"{data}: nothing is left to train on")

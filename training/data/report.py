@@ -19,7 +19,7 @@ GROUPS = 10  # of duplicates that are named
 
 
 @dataclass
-class Report:
+class DataReport:
     """The good pictures of a source with their entries, side by side, and what is wrong with others.
 
     Args:

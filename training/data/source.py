@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What is asked of a source; see `load_pictures`."""
+    """What is requested of a source; see `load_pictures`."""
 
     split: str = "train"
     image_column: str = "image"
@@ -62,7 +62,7 @@ class Source:
     Args:
         prefix: what all names begin with; a manifest leaves it out, so that it stays true of a moved folder.
         refused: entries that cannot be used.
-        warnings: entries that can, but that somebody should look at.
+        warnings: entries that can be used, but should be looked at.
     """
 
     prefix: str

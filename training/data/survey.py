@@ -1,4 +1,4 @@
-"""Every picture is decoded once before it is trained on, and what was found is kept."""
+"""The survey: every picture is decoded once before training, and what was found is kept."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from latentdiff.training.data.manifest import Entry
 from latentdiff.training.data.pictures import CaptionedPicture
 
 CHUNK = 512  # pictures handed to the threads at once
-SAVE_SHARE = 20  # keeping results in between takes at most one part in so many of the time
+SAVE_SHARE = 20  # keeping results in between takes at most this fraction of the time, as 1 / n
 SAVE_EVERY = 60.0  # seconds, at least
 
 
@@ -40,9 +40,9 @@ def survey(
     kept, cost = time.monotonic(), 0.0
     workers = min(8, os.cpu_count() or 1)
     jobs = list(zip(pictures, keys, strict=True))
-    bar = tqdm(total=len(jobs), desc="looking at pictures", unit="", disable=None, leave=False, dynamic_ncols=True)
+    bar = tqdm(total=len(jobs), desc="examining pictures", unit="", disable=None, leave=False, dynamic_ncols=True)
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool, bar:
-        warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like; what matters is told by name
+        warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like; what matters is reported by name
         try:
             for start in range(0, len(jobs), CHUNK):
                 chunk = jobs[start : start + CHUNK]
@@ -82,7 +82,7 @@ def examine(picture: CaptionedPicture, key: str, known: Entry | None = None) -> 
 
 
 def stamp_of(picture: CaptionedPicture) -> str:
-    """What changes when the picture does and is quick to tell; empty where only its bytes say it."""
+    """What changes when the picture does and is quick to find out; empty where only the bytes say it."""
     stamp = getattr(picture.read, "stamp", None)
     return "" if stamp is None else str(stamp())
 

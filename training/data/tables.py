@@ -131,7 +131,7 @@ def _label_names(features: Any, wanted: Wanted) -> list[str] | None:
 
 
 def _named(row: dict[str, Any], names: list[str] | None, wanted: Wanted) -> dict[str, Any]:
-    """A row with its label's name in the place of the number; -1 stands for no label."""
+    """A row with its label's name instead of the number; -1 stands for no label."""
     label = row.get(wanted.caption_column)
     if names is None or not isinstance(label, int):
         return row

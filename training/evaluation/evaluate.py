@@ -44,8 +44,8 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     latentdiff wrote that.
 
     Args:
-        pipeline: a `TextToImagePipeline`, `ClassConditionalPipeline` or `UnconditionalPipeline`, where it shall
-            compute.
+        pipeline: a `TextToImagePipeline`, `ClassConditionalPipeline` or `UnconditionalPipeline`, on the device that it
+            is to compute on.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -57,13 +57,13 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     """
     folder = settings.folder()
     check_report(folder / REPORT)
-    extractor = load_extractor(settings.extractor)  # what can go wrong goes wrong before hours of drawing
+    extractor = load_extractor(settings.extractor)  # errors should come before hours of drawing
     clip = load_clip(settings.clip) if settings.clip is not None else None
-    blind = isinstance(pipeline, UnconditionalPipeline)
-    if blind and (clip is not None or settings.guidance is not None):
+    unconditional = isinstance(pipeline, UnconditionalPipeline)
+    if unconditional and (clip is not None or settings.guidance is not None):
         raise ValueError(f"{settings.model} draws without captions: --clip and --guidance are not for it")
     of_classes = isinstance(pipeline, ClassConditionalPipeline)
-    condition: Condition = "none" if blind else "class" if of_classes else "text"
+    condition: Condition = "none" if unconditional else "class" if of_classes else "text"
     pictures, left_out = held_out_pictures(settings, folder, condition)
     if of_classes:
         labels_of(pipeline, pictures)
@@ -77,7 +77,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     measured = Measured(pictures, drawings, common["height"], common["width"])
     notes: list[str] = []
     metrics = set_metrics(measured, extractor.to(device), settings.batch_size, notes)
-    if not blind:
+    if not unconditional:
         metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
     if not Codec(pipeline.vae).is_identity:
         metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
@@ -116,7 +116,7 @@ class Measured:
         self.dimensions = 0  # of the features, once they are known
 
     def real(self) -> Iterator[Image.Image]:
-        """Cropped and resized to what the model draws, as in training: else their size alone would tell them apart."""
+        """Cropped and resized to what the model draws, as in training: otherwise size alone would make a difference."""
         for picture in self.pictures:
             pixels = read_pixels(picture, self.width, self.height)
             yield to_pictures(pixels[None])[0]
@@ -173,7 +173,7 @@ def caption_metrics(measured: Measured, clip: ClipScore | None, notes: list[str]
 
 @torch.no_grad()
 def reconstruction_metrics(measured: Measured, pipeline: Any, batch_size: int) -> dict[str, float]:
-    """PSNR and SSIM of real pictures through the model's autoencoder: what no drawing of it can surpass."""
+    """PSNR and SSIM of real pictures through the model's autoencoder: a limit of what it can draw."""
     vae = pipeline.vae
     count = min(RECONSTRUCTED, len(measured.pictures))
     sums = {"reconstruction_psnr": 0.0, "reconstruction_ssim": 0.0}

@@ -1,4 +1,4 @@
-"""How many bits a denoiser needs for held-out pictures: the variational bound, in bits per dimension."""
+"""The variational bound of held-out pictures, in bits per dimension."""
 
 import json
 import logging
@@ -42,8 +42,8 @@ class Bound:
     def prediction(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
         """(B, C, h, w), or twice the channels where the process takes the variances that the UNet has learned."""
         unet = self.pipeline.unet
-        told = {} if class_labels is None else {"class_labels": class_labels}
-        found = unet(x.to(unet.dtype), timesteps, return_dict=False, **told)[0].float()
+        given = {} if class_labels is None else {"class_labels": class_labels}
+        found = unet(x.to(unet.dtype), timesteps, return_dict=False, **given)[0].float()
         return found if self.process.learns_variance else found[:, : x.shape[1]]
 
     def of(self, pixels: Tensor, class_labels: Tensor | None, seeds: Sequence[int]) -> BitsPerDimension:
@@ -90,7 +90,7 @@ def evaluate_likelihood(
     Picture i has the noise of seed + i, whatever the batch size. Writes ``likelihood.json`` in the output folder.
 
     Args:
-        pipeline: where it shall compute.
+        pipeline: on the device that it is to compute on.
 
     Returns:
         What ``likelihood.json`` holds.
@@ -102,10 +102,10 @@ def evaluate_likelihood(
     folder = settings.folder()
     check_report(folder / REPORT)
     bound = Bound(pipeline, process_of(pipeline, settings.steps, settings.variance))
-    told = pipeline.unet.config.num_class_embeds is not None
-    pictures, left_out = held_out_pictures(settings, folder, "class" if told else "none")
+    of_classes = pipeline.unet.config.num_class_embeds is not None
+    pictures, left_out = held_out_pictures(settings, folder, "class" if of_classes else "none")
     pictures = pictures[: settings.count]
-    figures = measure(bound, pictures, labels_of(pipeline, pictures) if told else None, settings)
+    figures = measure(bound, pictures, labels_of(pipeline, pictures) if of_classes else None, settings)
     report = {
         "made_by": f"latentdiff {__version__}",
         "model": {"name": last_part(settings.model)},

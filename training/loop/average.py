@@ -11,7 +11,7 @@ from latentdiff.training.settings import RunSettings
 
 
 class MovingAverage:
-    """Averaged weights beside the trained ones, as the settings ask for; None of them with ``ema_decay=0``.
+    """Averaged weights beside the trained ones, as the settings ask for; none with ``ema_decay=0``.
 
     Args:
         parameters: that are trained, on their device.
@@ -49,7 +49,7 @@ class MovingAverage:
             (mine.to_local() if isinstance(mine, DTensor) else mine).copy_(saved)
 
     def exchange(self) -> None:
-        """Put the averaged weights in the place of the trained ones, or back."""
+        """Put the averaged weights instead of the trained ones, or back."""
         if self._ema is None:
             return
         for trained, averaged in zip(self.parameters, self.weights, strict=True):

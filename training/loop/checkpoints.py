@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written under a temporary name, renamed, and only then are old ones removed."""
+"""Checkpoints, each whole or absent: written under a temporary name, renamed, and only then are old ones removed."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""An eye on the loss: its recent mean, and whether it has gone bad."""
+"""Watches the loss: its recent mean, and whether an update is bad."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class LossWatch:
         self._since_report: list[float] = []
 
     def fault(self, loss: float, gradient_norm: float) -> str | None:
-        """What is wrong with an update of this loss and gradient, or None."""
+        """What is wrong with an update of this loss and gradient norm, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(gradient_norm):
@@ -31,7 +31,7 @@ class LossWatch:
         return None
 
     def add(self, loss: float) -> None:
-        """Take a good loss into account."""
+        """Count a good loss."""
         weight = max(1 - self.MEMORY, 1 / (self.seen + 1))
         self.mean += weight * (loss - self.mean)
         self.seen += 1

@@ -1,4 +1,4 @@
-"""The objective of an autoencoder: likeness, what its bottleneck asks for, and what a discriminator says."""
+"""The objective of an autoencoder: likeness, the bottleneck's own losses, and a discriminator."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ class AutoencoderObjective(Objective[PixelBatch]):
     ``generator_loss`` and ``adaptive_weight``, the balance found for it.
 
     Args:
-        discriminator: adds its judgement to the loss; it is trained by an objective of its own.
+        discriminator: adds its loss; it is trained by an objective of its own.
     """
 
     def __init__(

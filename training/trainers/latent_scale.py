@@ -1,4 +1,4 @@
-"""The scale of an autoencoder's latents, which its config keeps for whoever diffuses them."""
+"""The scale of an autoencoder's latents, which its config keeps for denoisers."""
 
 import logging
 import math
@@ -89,7 +89,7 @@ def set_shift(model: Any, found: LatentMoments, wanted: bool) -> None:
 
 
 def spread(pictures: Sequence[CaptionedPicture], most: int) -> list[CaptionedPicture]:
-    """At most so many of them, evenly spread."""
+    """At most `most` of them, evenly spread."""
     count = min(most, len(pictures))
     return [pictures[i * len(pictures) // count] for i in range(count)]
 

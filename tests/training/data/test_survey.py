@@ -68,7 +68,7 @@ def test_a_spoilt_record_is_made_anew(pictures: Path, caplog: pytest.LogCaptureF
         manifest_of(pictures).write_bytes(spoilt)
         assert prepare_pictures(settings(pictures)) == first
         assert len(read_manifest(manifest_of(pictures))) == 10
-    assert "all pictures are looked at anew" in caplog.text
+    assert "all pictures are examined again" in caplog.text
     assert [path.name for path in manifest_of(pictures).parent.iterdir()] == ["manifest-train.jsonl"]
 
 
