@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from latentdiff.interchange.fingerprint import file_digest
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import image_grid
+from latentdiff.pipelines.batch.options import GenerateOptions, defaults_of
 from latentdiff.pipelines.batch.settings import Batch, Embedding, Lora, Machine, Recipe, Settings, UsedFile
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import upright_rgb
@@ -104,27 +105,19 @@ def find_used(used: UsedFile, beside: Path) -> Path:
 
 def call_arguments(settings: Settings, batch: Batch, inputs: Inputs) -> dict[str, Any]:
     """What a pipeline is called with to draw `batch`."""
+    usual = defaults_of(GenerateOptions)
+    elsewhere = ("candidates", "reranker", "variation_strength", "height", "width")
+    given = {name: getattr(settings, name) for name in usual if name not in elsewhere}
     arguments: dict[str, Any] = {
         "prompt": batch.prompts,
-        "negative_prompt": settings.negative_prompt,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "guidance_rescale": settings.guidance_rescale,
         "seed": batch.seeds,
+        **{name: value for name, value in given.items() if value != usual[name]},
         **inputs.at(settings.width, settings.height),
     }
     if settings.image is None or settings.mask is not None:
         arguments |= {"height": settings.height, "width": settings.width}
-    if settings.strength is not None:
-        arguments["strength"] = settings.strength
     if batch.variation_seeds is not None:
         arguments |= {"variation_seed": batch.variation_seeds, "variation_strength": settings.variation_strength}
-    if settings.guidance_interval is not None:
-        arguments["guidance_interval"] = settings.guidance_interval
-    if settings.prompt_weights:
-        arguments["prompt_weights"] = True
-    if settings.long_prompts != "cut":
-        arguments["long_prompts"] = settings.long_prompts
     return arguments
 
 

@@ -15,6 +15,7 @@ from latentdiff import __version__
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, this_machine
+from latentdiff.pipelines.batch.options import RowOptions, defaults_of
 from latentdiff.pipelines.batch.picture_table import MARK, check_table, write_table
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
 from latentdiff.pipelines.batch.settings import MOST, Batch, Settings, recipe_of
@@ -44,7 +45,7 @@ class Order:
 
     def row(self) -> dict[str, Any]:
         """Of the folder's table."""
-        names = ("negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "model", MARK)
+        names = (*defaults_of(RowOptions), "model", MARK)
         shared = {name: getattr(self.settings, name) for name in names}
         return {"file_name": self.name, "text": self.prompt, "seed": self.seed, **shared}
 
@@ -94,9 +95,8 @@ def draw_many(
         model, model_digest: its name, and what tells it from others (see `interchange.fingerprint`), for the files; by
             default where the pipeline was loaded from, and a digest of the weights in memory.
         progress: called as ``progress(done, total)`` after each batch, with this process's numbers of pictures.
-        settings: of all pictures whose prompts do not say otherwise: ``negative_prompt``, ``guidance_scale``,
-            ``num_inference_steps``, ``height``, ``width``, ``guidance_rescale``, ``guidance_interval``,
-            ``prompt_weights``, ``long_prompts``; and for the files only ``loras``, ``embeddings`` and ``variant``.
+        settings: of all pictures whose prompts do not say otherwise, the options in `options.DrawingOptions`; and for
+            the files only ``loras``, ``embeddings`` and ``variant``.
 
     Raises:
         ValueError: a prompt or a setting cannot be used, or a file name leaves the folder.

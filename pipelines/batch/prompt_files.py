@@ -6,31 +6,41 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.pipelines.batch.options import RowOptions, defaults_of, model_of
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
 DRIVE = re.compile(r"[A-Za-z]:")
 
 
-class Prompt(BaseModel):
-    """One picture to draw; what is None is as for all."""
+class Row(BaseModel):
+    """Values of known names; anything else is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+if TYPE_CHECKING:
+
+    class RowWithOptions(Row, RowOptions):
+        """The options of a row as plain values."""
+
+else:
+    RowWithOptions = model_of(RowOptions, Row)
+
+
+class Prompt(RowWithOptions):
+    """One picture to draw, with its own options; what is None is as for all."""
+
     prompt: str
     seed: int | None = Field(None, ge=0, lt=2**63)
-    negative_prompt: str | None = None
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=1)
     file_name: str | None = None
     """Relative to the folder of the pictures; by default the number of the prompt, from 1."""
 
 
-COLUMNS = tuple(Prompt.model_fields)
+COLUMNS = ("prompt", "seed", *defaults_of(RowOptions), "file_name")
 
 
 def read_prompts(file: Path) -> list[Prompt]:

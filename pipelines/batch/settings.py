@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import KEY, settings_of
+from latentdiff.pipelines.batch.options import GenerateOptions, model_of
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]
@@ -64,32 +65,34 @@ class Machine(Plain):
     torch: str
 
 
-class Settings(Plain):
-    """What was asked for, but for prompts and seeds."""
+if TYPE_CHECKING:
 
-    negative_prompt: str | None
+    class PlainOptions(Plain, GenerateOptions):
+        """The options of a drawing as plain values."""
+
+else:
+    PlainOptions = model_of(GenerateOptions, Plain)
+
+
+class Settings(PlainOptions):
+    """What was asked for, but for prompts and seeds; what the model decides is filled in."""
+
+    negative_prompt: str | None = Field()
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
+    guidance_scale: float = Field()
     variation_strength: float = 0.0
-    prompt_weights: bool = False
-    long_prompts: Literal["cut", "chunk"] = "cut"
-    image: UsedFile | None = None
-    mask: UsedFile | None = None
-    strength: float | None = None
-    candidates: int | None = None
-    reranker: str | None = None
-    model: str
-    model_digest: Digest | None = None
-    variant: str | None = None
-    loras: list[Lora] = []
-    embeddings: list[Embedding] = []
-    scheduler: str
-    precision: Literal["float32", "bfloat16", "float16"]
     width: int = Field(ge=1)
     """Of one picture."""
     height: int = Field(ge=1)
+    image: UsedFile | None = None
+    mask: UsedFile | None = None
+    model: str
+    model_digest: Digest | None = None
+    variant: str | None = None
+    loras: list[Lora] = Field([])
+    embeddings: list[Embedding] = Field([])
+    scheduler: str
+    precision: Literal["float32", "bfloat16", "float16"]
     version: str
 
     @model_validator(mode="after")
@@ -110,7 +113,7 @@ class Recipe(Settings):
     """Of the first picture."""
     scores: list[float] | None = None
     """CLIP scores of the pictures, where they were chosen from candidates."""
-    withheld: list[int] = []
+    withheld: list[int] = Field([])
     """Pictures that the model's safety checker made black, counted from 0."""
     batches: list[Batch] = Field(min_length=1, max_length=MOST)
     pictures: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]] = Field(

@@ -1,35 +1,21 @@
 """``latentdiff generate``."""
 
+import inspect
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.batch.options import GenerateOptions
+from latentdiff.pipelines.commands.grouped import grouped
 from latentdiff.pipelines.commands.options import (
     BATCH,
     INTERRUPTED,
-    Device,
-    DeviceOption,
-    EmbeddingOption,
-    GuidanceOption,
-    HeightOption,
-    IntervalOption,
-    LongOption,
-    LongPrompts,
-    LoraOption,
-    ModelOption,
-    NegativeOption,
-    Precision,
-    PrecisionOption,
-    RescaleOption,
-    SchedulerOption,
-    StepsOption,
-    VariantOption,
-    WeightsOption,
-    WidthOption,
+    LoadingOptions,
     find_place,
     load_pipeline,
     read_embeddings,
@@ -38,68 +24,54 @@ from latentdiff.pipelines.commands.options import (
 from latentdiff.pipelines.registry import kind_taking
 
 if TYPE_CHECKING:
+    from latentdiff.pipelines.batch.settings import Settings
     from latentdiff.pipelines.commands.drawing import Writer
 
 FRAMES = 8  # of a filmstrip
 MOST = 4096  # pictures in a grid
 
 
-def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file to write; by default named after the prompt.")
-    ] = None,
-    model: ModelOption = "emoji",
-    variant: VariantOption = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt, in one grid.")] = 1,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    guidance_rescale: RescaleOption = 0.0,
-    guidance_interval: IntervalOption = None,
+@dataclass(frozen=True)
+class SourceOptions:
+    """What pictures are made of besides words and the model."""
+
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None
+    mask: Annotated[Path | None, typer.Option(help="White where to paint in the picture of --image, and as large.")] = (
+        None
+    )
     seed: Annotated[
         int | None, typer.Option(min=0, help="Picture i is drawn with SEED + i; by default a random one, shown.")
-    ] = None,
+    ] = None
     variation_seed: Annotated[
         int | None,
         typer.Option(min=0, help="Draw variations of the picture of SEED: picture i mixes in VARIATION_SEED + i."),
-    ] = None,
-    variation_strength: Annotated[
-        float, typer.Option(min=0, max=1, help="How much of the noise of VARIATION_SEED is mixed in.")
-    ] = 0.1,
-    negative_prompt: NegativeOption = None,
-    prompt_weights: WeightsOption = False,
-    long_prompts: LongOption = LongPrompts.cut,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="How much of it is drawn anew: 0.8 by default, and all (1) of what a mask covers."
-        ),
-    ] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="White where to paint in the picture of --image, and as large.")
-    ] = None,
-    candidates: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many of each prompt and keep those that fit it best; see --clip.")
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(help="What compares candidates: folder of a CLIP, owner/name, or open_clip:MODEL/WEIGHTS."),
-    ] = None,
-    lora: LoraOption = None,
-    embedding: EmbeddingOption = None,
-    scheduler: SchedulerOption = None,
-    device: DeviceOption = Device.auto,
-    precision: PrecisionOption = Precision.float32,
-    separate: Annotated[bool, typer.Option("--separate", help="One file for each picture instead of a grid.")] = False,
+    ] = None
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Which files are written."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG file to write; by default named after the prompt.")
+    ] = None
+    separate: Annotated[bool, typer.Option("--separate", help="One file for each picture instead of a grid.")] = False
     filmstrip: Annotated[
         Path | None, typer.Option(help="Show how the pictures came to be, step by step, in this PNG file.")
-    ] = None,
+    ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file even if this program did not write it.")
-    ] = False,
+    ] = False
+
+
+@grouped
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")],
+    target: TargetOptions,
+    loading: LoadingOptions,
+    source: SourceOptions,
+    drawing: GenerateOptions,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt, in one grid.")] = 1,
 ) -> None:
     """Draw pictures from words.
 
@@ -111,61 +83,76 @@ def generate(
 
     A picture drawn earlier by this program is replaced, other files are not.
     """
-    total = len(prompts) * count
-    check_request(prompts, count, image, mask, strength, candidates, clip)
-    output = output or Path(f"{slug(prompts[0])}.png")
-    files = numbered(output, total) if separate and total > 1 else [output]
-    check_files(files, filmstrip, overwrite, candidates, total)
-    place = find_place(model, variant)
+    check_request(prompts, count, source, drawing)
+    files = files_of(target, prompts, count, drawing.candidates)
+    place = find_place(loading.model, loading.variant)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
-    digest = digest_in_background(place, variant)
+    digest = digest_in_background(place, loading.variant)
     started = time.perf_counter()
-    from latentdiff import __version__
     from latentdiff.pipelines.batch.drawing import load_adapters, read_inputs
-    from latentdiff.pipelines.batch.settings import Settings
     from latentdiff.pipelines.commands.drawing import Writer, plan_batches
 
-    inputs, used = read_inputs(image, mask)
-    pipeline = load_pipeline(place, device, precision, scheduler, pipeline_kind(image, mask), variant=variant)
-    settings = Settings(
-        negative_prompt=negative_prompt,
-        num_inference_steps=steps or pipeline.defaults["num_inference_steps"],
-        guidance_scale=pipeline.defaults["guidance_scale"] if guidance is None else guidance,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        variation_strength=0.0 if variation_seed is None else variation_strength,
-        prompt_weights=prompt_weights,
-        long_prompts=long_prompts.value,
-        strength=usual_strength(image, mask, strength),
-        candidates=candidates,
-        reranker=clip,
-        model=model,
-        variant=variant,
-        loras=read_loras(lora),
-        embeddings=read_embeddings(embedding),
-        scheduler=type(pipeline.scheduler).__name__,
-        precision=precision.value,
-        version=__version__,
-        **used,
-        **picture_size(pipeline, inputs.image, width, height),
-    )
+    inputs, used = read_inputs(source.image, source.mask)
+    kind = pipeline_kind(source.image, source.mask)
+    pipeline = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, variant=loading.variant)
+    settings = settings_of(pipeline, loading, source, drawing, inputs.image, used)
     load_adapters(pipeline, settings.loras, settings.embeddings)
-    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
+    seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
+    total = len(prompts) * count
     writer = Writer(
         pipeline,
         settings,
-        plan_batches(prompts, candidates or count, seed, variation_seed),
+        plan_batches(prompts, drawing.candidates or count, seed, source.variation_seed),
         files,
         columns=count if len(prompts) > 1 and count > 1 else round_up_root(total),
         digest=digest.result,
     )
-    draw(writer, prompts, count, inputs, filmstrip)
+    draw(writer, prompts, count, inputs, target.filmstrip)
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
-    if variation_seed is not None:
+    if source.variation_seed is not None:
         seeds = f"seed {seed}, variation {seeds}"
     typer.echo(f"{files_text(files)}: {seeds}, {time.perf_counter() - started:.1f} s")
+
+
+def settings_of(
+    pipeline: Any,
+    loading: LoadingOptions,
+    source: SourceOptions,
+    drawing: GenerateOptions,
+    image: Any,
+    used: dict[str, Any],
+) -> "Settings":
+    """What the pictures' record says: what was asked for, and the model's own where nothing was.
+
+    Args:
+        image: to start from, if there is one.
+        used: the files that image and mask are from.
+    """
+    from latentdiff import __version__
+    from latentdiff.pipelines.batch.settings import Settings
+
+    asked = {name: value for name, value in vars(drawing).items() if value is not None}
+    decided = {
+        **pipeline.defaults,
+        "negative_prompt": None,
+        **asked,
+        **picture_size(pipeline, image, drawing.width, drawing.height),
+        "strength": usual_strength(pipeline) if image is not None and drawing.strength is None else drawing.strength,
+        "variation_strength": 0.0 if source.variation_seed is None else drawing.variation_strength,
+    }
+    return Settings(
+        model=loading.model,
+        variant=loading.variant,
+        loras=read_loras(loading.lora),
+        embeddings=read_embeddings(loading.embedding),
+        scheduler=type(pipeline.scheduler).__name__,
+        precision=loading.precision.value,
+        version=__version__,
+        **used,
+        **decided,
+    )
 
 
 def draw(writer: "Writer", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
@@ -190,16 +177,9 @@ def draw(writer: "Writer", prompts: list[str], count: int, inputs: Any, filmstri
         raise typer.Exit(INTERRUPTED) from None
 
 
-def check_request(
-    prompts: list[str],
-    count: int,
-    image: Path | None,
-    mask: Path | None,
-    strength: float | None,
-    candidates: int | None,
-    clip: str | None,
-) -> None:
+def check_request(prompts: list[str], count: int, source: SourceOptions, drawing: GenerateOptions) -> None:
     """Raises ValueError for what cannot be meant; nothing is loaded for it."""
+    image, mask, candidates = source.image, source.mask, drawing.candidates
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError('the prompt is empty; say what to draw, for instance "a red car"')
@@ -208,14 +188,23 @@ def check_request(
     for file in (image, mask):
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{file}: {'is a folder, not a picture' if file.is_dir() else 'no such file'}")
-    if image is None and (mask is not None or strength is not None):
+    if image is None and (mask is not None or drawing.strength is not None):
         raise ValueError(f"--{'mask' if mask else 'strength'} needs --image, the picture to start from")
-    if (candidates is None) != (clip is None):
+    if (candidates is None) != (drawing.reranker is None):
         raise ValueError("--candidates and --clip go together: how many to draw, and what compares them")
     if candidates is not None and candidates < count:
         raise ValueError(f"--candidates {candidates} are fewer than the {count} pictures of --count to keep")
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         typer.echo(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
+
+
+def files_of(target: TargetOptions, prompts: list[str], count: int, candidates: int | None) -> list[Path]:
+    """The files to write, after it is known that they can be: one for each picture, or one for all."""
+    total = len(prompts) * count
+    output = target.output or Path(f"{slug(prompts[0])}.png")
+    files = numbered(output, total) if target.separate and total > 1 else [output]
+    check_files(files, target.filmstrip, target.overwrite, candidates, total)
+    return files
 
 
 def check_files(files: list[Path], filmstrip: Path | None, overwrite: bool, candidates: int | None, total: int) -> None:
@@ -239,11 +228,9 @@ def pipeline_kind(image: object, mask: object) -> str:
     return kind_taking(name for name, given in (("image", image), ("mask_image", mask)) if given is not None).name
 
 
-def usual_strength(image: Path | None, mask: Path | None, strength: float | None) -> float | None:
-    """Of a call that starts from a picture, by default that of the pipelines."""
-    if image is None or strength is not None:
-        return strength
-    return 0.8 if mask is None else 1.0
+def usual_strength(pipeline: Any) -> float:
+    """Of a call that starts from a picture and says nothing else."""
+    return float(inspect.signature(type(pipeline).__call__).parameters["strength"].default)
 
 
 def picture_size(pipeline: Any, image: Any, width: int | None, height: int | None) -> dict[str, Any]:

@@ -8,28 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.batch.options import DrawingOptions
+from latentdiff.pipelines.commands.grouped import grouped
 from latentdiff.pipelines.commands.options import (
     BATCH,
     INTERRUPTED,
     Device,
-    DeviceOption,
-    EmbeddingOption,
-    GuidanceOption,
-    HeightOption,
-    IntervalOption,
-    LongOption,
-    LongPrompts,
-    LoraOption,
-    ModelOption,
-    NegativeOption,
-    Precision,
-    PrecisionOption,
-    RescaleOption,
-    SchedulerOption,
-    StepsOption,
-    VariantOption,
-    WeightsOption,
-    WidthOption,
+    LoadingOptions,
     find_place,
     load_pipeline,
     pick_device,
@@ -44,28 +29,15 @@ FAILED = 1  # exit status
 SHOWN = 20  # failures
 
 
+@grouped
 def many(
     prompts: Annotated[
         Path, typer.Argument(help="A .txt with one prompt a line, or a .jsonl or .csv with a column 'prompt'.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and their metadata.jsonl.")],
-    model: ModelOption = "emoji",
-    variant: VariantOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    guidance_rescale: RescaleOption = 0.0,
-    guidance_interval: IntervalOption = None,
+    loading: LoadingOptions,
+    drawing: DrawingOptions,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn with SEED + i.")] = 0,
-    negative_prompt: NegativeOption = None,
-    prompt_weights: WeightsOption = False,
-    long_prompts: LongOption = LongPrompts.cut,
-    lora: LoraOption = None,
-    embedding: EmbeddingOption = None,
-    scheduler: SchedulerOption = None,
-    device: DeviceOption = Device.auto,
-    precision: PrecisionOption = Precision.float32,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; takes memory.")] = BATCH,
 ) -> None:
     """Draw many prompts into a folder.
@@ -82,6 +54,7 @@ def many(
 
     rows = read_prompts(prompts)
     name_files(rows)
+    model, variant = loading.model, loading.variant
     place = find_place(model, variant)
 
     from latentdiff.interchange.fingerprint import digest_in_background
@@ -91,9 +64,12 @@ def many(
     from latentdiff.pipelines.batch.drawing import load_adapters
     from latentdiff.pipelines.batch.many import draw_many
 
-    pipeline: Any = load_pipeline(place, device, precision, scheduler, place=place_of_process(device), variant=variant)
+    of_process = place_of_process(loading.device)
+    pipeline: Any = load_pipeline(
+        place, loading.device, loading.precision, loading.scheduler, place=of_process, variant=variant
+    )
     pipeline.set_progress_bar_config(disable=True)
-    adapters: dict[str, Any] = {"loras": read_loras(lora), "embeddings": read_embeddings(embedding)}
+    adapters: dict[str, Any] = {"loras": read_loras(loading.lora), "embeddings": read_embeddings(loading.embedding)}
     load_adapters(pipeline, **adapters)
     with Watch(output) as watch:
         report = draw_many(
@@ -106,15 +82,7 @@ def many(
             model_digest=digest.result(),
             variant=variant,
             progress=watch,
-            negative_prompt=negative_prompt,
-            guidance_scale=guidance,
-            num_inference_steps=steps,
-            height=height,
-            width=width,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts.value,
+            **vars(drawing),
             **adapters,
         )
     end_processes()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,57 +34,37 @@ class Device(StrEnum):
     mps = "mps"
 
 
-class LongPrompts(StrEnum):
-    """What becomes of a prompt longer than the text encoder takes."""
-
-    cut = "cut"
-    chunk = "chunk"
-
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="A packaged model, a pipeline folder, a .safetensors file, or owner/name on the hub."
-    ),
-]
-VariantOption = Annotated[
-    str | None, typer.Option(help="Weight files to take where the model's folder has them, such as fp16.")
-]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of weights and computation.")]
-HeightOption = Annotated[int | None, typer.Option(help="In pixels; by default as the model was trained.")]
-WidthOption = Annotated[int | None, typer.Option(help="In pixels; by default as the model was trained.")]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's.")]
-GuidanceOption = Annotated[
-    float | None, typer.Option(help="How strongly to follow the prompt, 1 and up; by default the model's.")
-]
-NegativeOption = Annotated[str | None, typer.Option(help="What to keep away from.")]
-SchedulerOption = Annotated[
-    str | None, typer.Option(help="Sampler, such as ddim, dpm++, euler or unipc; by default the model's.")
-]
-RescaleOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Bring guided predictions back to the contrast of unguided ones.")
-]
-IntervalOption = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="Noise levels between which guidance acts."),
-]
-WeightsOption = Annotated[
-    bool,
-    typer.Option(
-        "--prompt-weights", help="Read weights of words: (red:1.3), (red) for more, square brackets for less."
-    ),
-]
-LongOption = Annotated[
-    LongPrompts, typer.Option(help="A prompt longer than the text encoder takes: cut it, or read it in chunks.")
-]
-LoraOption = Annotated[
-    list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="LoRA to load; may be repeated.")
-]
-EmbeddingOption = Annotated[
-    list[str] | None,
-    typer.Option("--embedding", metavar="FILE[:WORD]", help="New word to load (textual inversion); may be repeated."),
-]
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Which model to draw with, and where."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="A packaged model, a pipeline folder, a .safetensors file, or owner/name on the hub."
+        ),
+    ] = "emoji"
+    variant: Annotated[
+        str | None, typer.Option(help="Weight files to take where the model's folder has them, such as fp16.")
+    ] = None
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="LoRA to load; may be repeated.")
+    ] = None
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--embedding", metavar="FILE[:WORD]", help="New word to load (textual inversion); may be repeated."
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None, typer.Option(help="Sampler, such as ddim, dpm++, euler or unipc; by default the model's.")
+    ] = None
+    device: DeviceOption = Device.auto
+    precision: PrecisionOption = Precision.float32
 
 
 def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Path:
