@@ -9,7 +9,7 @@ import torch
 
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.drawings import Drawing, draw, missing
@@ -79,8 +79,9 @@ def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) ->
     def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
         common = batch[0].settings
         given: dict[str, Any] = {"batch_size": len(batch)}
-        if not isinstance(pipeline, UnconditionalPipeline):
-            which = "class_labels" if isinstance(pipeline, ClassConditionalPipeline) else "prompt"
+        conditioned_by = find_kind(type(pipeline).__name__).conditioned_by
+        if conditioned_by != "none":
+            which = "class_labels" if conditioned_by == "class" else "prompt"
             given = {which: list(map(caption_of, batch)), "guidance_scale": common["guidance_scale"]}
         return pipeline(
             **given,

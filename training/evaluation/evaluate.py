@@ -20,7 +20,7 @@ from latentdiff.metrics.extractors import Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW
 from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
-from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import update_evaluation
 from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
@@ -59,13 +59,11 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     check_report(folder / REPORT)
     extractor = load_extractor(settings.extractor)  # errors should come before hours of drawing
     clip = load_clip(settings.clip) if settings.clip is not None else None
-    unconditional = isinstance(pipeline, UnconditionalPipeline)
-    if unconditional and (clip is not None or settings.guidance is not None):
+    condition = condition_of(pipeline)
+    if condition == "none" and (clip is not None or settings.guidance is not None):
         raise ValueError(f"{settings.model} draws without captions: --clip and --guidance are not for it")
-    of_classes = isinstance(pipeline, ClassConditionalPipeline)
-    condition: Condition = "none" if unconditional else "class" if of_classes else "text"
     pictures, left_out = held_out_pictures(settings, folder, condition)
-    if of_classes:
+    if condition == "class":
         labels_of(pipeline, pictures)
     count = settings.count or len(pictures)
     if min(count, len(pictures)) < 2:
@@ -77,7 +75,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     measured = Measured(pictures, drawings, common["height"], common["width"])
     notes: list[str] = []
     metrics = set_metrics(measured, extractor.to(device), settings.batch_size, notes)
-    if not unconditional:
+    if condition != "none":
         metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
     if not Codec(pipeline.vae).is_identity:
         metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
@@ -104,6 +102,16 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
         logger.info("%s", line)
     note_in_card(settings, report)
     return report
+
+
+def condition_of(pipeline: Any) -> Condition:
+    """What the captions of held-out pictures are for."""
+    match find_kind(type(pipeline).__name__).conditioned_by:
+        case "class":
+            return "class"
+        case "none":
+            return "none"
+    return "text"
 
 
 class Measured:

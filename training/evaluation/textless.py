@@ -2,16 +2,9 @@
 
 import torch
 
-from latentdiff import pipelines
 from latentdiff.interchange.folders import find_model, read_json
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
-
-TEXTLESS_KINDS = {
-    "ClassConditionalPipeline": "ClassConditionalPipeline",
-    "DDPMPipeline": "UnconditionalPipeline",
-    "DDIMPipeline": "UnconditionalPipeline",
-    "LDMPipeline": "UnconditionalPipeline",
-}  # as saved, and as loaded
+from latentdiff.pipelines.registry import find_kind, kind_saved_as
 
 
 def textless_kind(model: str) -> str | None:
@@ -23,7 +16,8 @@ def textless_kind(model: str) -> str | None:
     folder = find_model(model)
     if folder is None or not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{model}: no pipeline folder; train one with 'latentdiff train denoiser'")
-    return TEXTLESS_KINDS.get(str(read_json(folder / "model_index.json").get("_class_name")))
+    kind = kind_saved_as(str(read_json(folder / "model_index.json").get("_class_name")))
+    return kind.name if kind is not None and kind.conditioned_by in ("class", "none") else None
 
 
 def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassConditionalPipeline | UnconditionalPipeline:
@@ -38,4 +32,4 @@ def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassCondit
         raise ValueError(
             f"{model} is no model without text, such as condition=class or none trains, and this needs one"
         )
-    return getattr(pipelines, kind).from_pretrained(find_model(model), dtype=dtype)
+    return find_kind(kind).load().from_pretrained(find_model(model), dtype=dtype)

@@ -25,7 +25,7 @@ class AutoencoderObjective(Objective[PixelBatch]):
     settings, and a ``codebook`` that learns by moving averages needs no loss.
 
     Figures: every part of the loss before its weight, what the bottleneck says, and with a discriminator
-    ``generator_loss`` and ``adaptive_weight``, the balance found for it.
+    ``adversarial_loss`` and ``adaptive_weight``, the balance found for it.
 
     Args:
         discriminator: adds its loss; it is trained by an objective of its own.
@@ -70,10 +70,10 @@ class AutoencoderObjective(Objective[PixelBatch]):
         discriminator = self._discriminator[0]
         if discriminator is None or batch.step < self.settings.discriminator_start:
             return Result(loss, loss.detach(), figures)
-        generator_loss = adversarial_loss(discriminator.judge(output.sample).float())
-        balance = self._balance(likeness, generator_loss)
-        figures |= {"generator_loss": generator_loss.detach(), "adaptive_weight": balance}
-        whole = loss + self.settings.discriminator_weight * balance * generator_loss
+        adversarial = adversarial_loss(discriminator.judge(output.sample).float())
+        balance = self._balance(likeness, adversarial)
+        figures |= {"adversarial_loss": adversarial.detach(), "adaptive_weight": balance}
+        whole = loss + self.settings.discriminator_weight * balance * adversarial
         return Result(whole, loss.detach(), figures, RealAndFake(batch.pixels, output.sample.detach()))
 
     def _likeness(self, output: Any, pixels: Tensor) -> tuple[Tensor, Figures]:
@@ -93,7 +93,7 @@ class AutoencoderObjective(Objective[PixelBatch]):
             loss = loss + self.settings.perceptual_weight * distance
         return loss, figures
 
-    def _balance(self, likeness: Tensor, generator_loss: Tensor) -> Tensor:
+    def _balance(self, likeness: Tensor, adversarial: Tensor) -> Tensor:
         """How much weaker the discriminator's gradient is at the last layer. VQGAN (Esser et al. 2021), Eq. 7.
 
         Held below ``adaptive_weight_limit``: where the likeness is nearly perfect, or the discriminator's gradient
@@ -102,10 +102,10 @@ class AutoencoderObjective(Objective[PixelBatch]):
         if not self.settings.adaptive_weight or not self.training:
             return likeness.new_ones(())
         last = self.autoencoder.decoder.conv_out.weight
-        of_likeness, of_generator = (
-            torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (likeness, generator_loss)
+        of_likeness, of_adversarial = (
+            torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (likeness, adversarial)
         )
-        return (of_likeness / (of_generator + 1e-6)).clamp(max=self.settings.adaptive_weight_limit).detach()
+        return (of_likeness / (of_adversarial + 1e-6)).clamp(max=self.settings.adaptive_weight_limit).detach()
 
     def _anneal(self, step: int) -> None:
         """DALL-E's discrete VAE (Ramesh et al. 2021), App. A.2."""

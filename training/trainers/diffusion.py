@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from latentdiff.interchange.png import image_grid, save_picture
-from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.processes import processes
 from latentdiff.training.batch.assembly import diffusion_batch
 from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
@@ -73,7 +72,7 @@ def train_diffusion(
         FloatingPointError: the loss went bad; see `Learner.learn`.
     """
     factor = model.codec.factor
-    step = factor * downscale_factor(model.network.config) if settings.buckets else factor
+    step = factor * model.network.downscale_factor if settings.buckets else factor
     run = TrainingRun(settings, objective)
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
