@@ -1,4 +1,4 @@
-"""Other people's files, and the packaged models."""
+"""Files of other programs, and the packaged models."""
 
 from latentdiff.interchange.folders import check_pipeline_folder, check_safetensors, find_model
 from latentdiff.interchange.packaged import packaged_model, packaged_models

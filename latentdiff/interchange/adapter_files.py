@@ -1,4 +1,4 @@
-"""Files of adapters (LoRA, embeddings of new words): found, looked over, and written."""
+"""Files of adapters (LoRA, embeddings of new words): finding, checking and writing them."""
 
 import json
 import re
@@ -18,7 +18,7 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the LoRA's config 
 CONFIG_KEYS = frozenset(
     {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "lora_bias"}
 )
-"""What of a stranger's LoRA config is used: what its weights mean, and nothing that acts on the network."""
+"""The keys of a foreign LoRA config that are used: those that define its weights, and none that acts on the network."""
 
 SAFE = (".safetensors",)
 PICKLED = (*SAFE, ".bin", ".pt")
@@ -35,16 +35,16 @@ def find_adapter(
     """The file of an adapter: a file, one in a folder, or one of a model on the hub (downloaded).
 
     Args:
-        names: what such a file is usually called, best first.
-        suffixes: of the files that may be read: `SAFE`, or `PICKLED` where that was asked for.
+        names: the usual names of such a file, best first.
+        suffixes: of the files that may be read: `SAFE`, or `PICKLED` if the user allowed it.
         weight_name: its name in the folder or on the hub; by default one of `names`, or the only safetensors file.
         hub: ``subfolder``, and what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token`` and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a safetensors file, or it is not clear which one is meant, or `weight_name`
-            or ``subfolder`` leads out of the folder.
-        OSError: the hub cannot be asked.
+        ValueError: it is damaged, no safetensors file or ambiguous, or `weight_name` or ``subfolder`` leads out of the
+            folder.
+        OSError: the hub cannot be reached.
     """
     place = Path(source).expanduser()
     for name, value in (("weight_name", weight_name), ("subfolder", hub.get("subfolder"))):

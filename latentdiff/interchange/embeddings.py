@@ -26,7 +26,7 @@ class EmbeddingReport:
     source_format: str
     file: Path
     words: dict[str, tuple[int, int]]
-    """Of each word, how many vectors it has and how wide they are."""
+    """For each word, the number of its vectors and their width."""
 
 
 def convert_embedding(
@@ -42,14 +42,14 @@ def convert_embedding(
 
     Args:
         source: a file, or a folder with one; see above.
-        target: the name of a safetensors file. In A1111's format it is what the word is called.
+        target: a safetensors file. In A1111's format its name is the word.
         allow_pickle: read ``.pt`` and ``.bin`` files as well, tensors only; nothing in them is run.
-        token: the word, if it is not to be that of the file.
-        overwrite: whether ``target`` may be there already.
+        token: the word; by default that of the file.
+        overwrite: replace ``target`` if it exists.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileExistsError: there is something at ``target``, and ``overwrite`` was not asked for.
+        FileExistsError: ``target`` exists, and ``overwrite`` is False.
         ValueError: the source is damaged or holds no embeddings, or the format cannot hold them.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
@@ -74,7 +74,7 @@ def convert_embedding(
 def find_embeddings(
     source: Any, token: str | list[str] | None, weight_name: str | None, allow_pickle: bool, hub: Mapping[str, Any]
 ) -> list[tuple[str, Tensor]]:
-    """Words and their vectors (n, D), of whatever a pipeline's ``load_textual_inversion`` takes.
+    """Words and their vectors (n, D), of any source that a pipeline's ``load_textual_inversion`` takes.
 
     Raises:
         FileNotFoundError, ValueError: see there.
@@ -101,7 +101,7 @@ def find_embeddings(
 def read_file(
     source: str | Path, weight_name: str | None, allow_pickle: bool, hub: Mapping[str, Any]
 ) -> tuple[Path, Any]:
-    """The file that `source` means, and what is in it, of no checked form."""
+    """The file that `source` refers to, and its unchecked content."""
     names, suffixes = (PICKLED_NAMES, PICKLED) if allow_pickle else (EMBEDDING_NAMES, SAFE)
     try:
         file = find_adapter(source, names, weight_name, suffixes, **hub)
@@ -113,10 +113,10 @@ def read_file(
 
 
 def unpickle(file: Path) -> Any:
-    """What a pickled file holds, if that is tensors, numbers, strings, lists and dictionaries.
+    """The content of a pickled file, if it is tensors, numbers, strings, lists and dictionaries.
 
     Raises:
-        ValueError: it is damaged, or holds something else; nothing in it was run.
+        ValueError: it is damaged, or holds something else; no code in it was executed.
     """
     try:
         with torch.serialization.safe_globals([nn.ParameterDict]):  # the original code's files hold one
@@ -168,7 +168,7 @@ def check_word(word: Any, where: str) -> str:
 
 
 def check_vectors(word: Any, vectors: Any, where: str) -> Tensor:
-    """(n, D), of what should be (n, D) or (D,)."""
+    """(n, D), from vectors of shape (n, D) or (D,), after checking them."""
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{where}: {word!r} is a {type(vectors).__name__}, not a tensor")
     if vectors.ndim not in (1, 2) or 0 in vectors.shape or not vectors.is_floating_point():

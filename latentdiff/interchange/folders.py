@@ -1,4 +1,4 @@
-"""Finding a model's folder, and telling what is wrong with it before a library stumbles over it."""
+"""Finding a model's folder, and checking it with clear errors before a library reads it."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packa
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")
-"""Where a pipeline's components may come from: two libraries, and two of diffusers' folders of pipelines. diffusers
-itself imports any module that a folder names."""
+"""Where the classes of a pipeline's components may come from: two libraries, and two folders of pipelines in diffusers,
+which itself would import any module that a folder names."""
 
 OUR_MODULES = (
     "latentdiff.models.autoencoder",  # of folders saved before there was `codes`
@@ -20,17 +20,17 @@ OUR_MODULES = (
     "latentdiff.models.codes",
     "latentdiff.models.identity",
 )
-"""... and where ours are defined that diffusers has no class for."""
+"""Where our classes are defined that diffusers does not have."""
 
 
 def find_model(source: str | Path | None) -> Path | None:
-    """Where a model is: the folder of a packaged name or of a path, or None for the id of a model on the hub.
+    """A model's folder, by the name of a packaged model or by its path; None for the id of a model on the hub.
 
     None stands for the packaged default. A packaged name wins over a folder of the same name; write ``./name`` for the
-    folder. What could be both a hub id and a path is a path if its first part exists here.
+    folder. What could be both a hub id and a path is a path if its first part exists.
 
     Raises:
-        FileNotFoundError: no such folder, and not something the hub could have.
+        FileNotFoundError: there is no such folder, and it cannot be a hub id.
     """
     if source is None:
         return packaged_model()
@@ -63,10 +63,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, Any]:
-    """The index of a pipeline folder, after a look at everything it names but the components `given` otherwise.
+    """The index of a pipeline folder, after checking all components that it names, except those in `given`.
 
     Raises:
-        FileNotFoundError: not a pipeline folder, or a component or shard that its indices name is missing.
+        FileNotFoundError: it is no pipeline folder, or a component or shard named by its indices is missing.
         ValueError: a file is damaged.
     """
     if not (folder / "model_index.json").is_file():
@@ -90,7 +90,7 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
 
 
 def check_origin(index: Path, name: str, library: Any) -> None:
-    """Raises ValueError for a component whose code would come from who knows where, or that lies outside the folder."""
+    """Raises ValueError for a component whose class is of an unknown library, or that lies outside the folder."""
     if not name.isidentifier():
         raise ValueError(f"{index}: {name!r} is no name for a component")
     if library not in (*LIBRARIES, *OUR_MODULES):
@@ -120,10 +120,10 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
 
 
 def check_safetensors(file: Path) -> None:
-    """Whether a safetensors file is whole, from its header and its size; no weights are read.
+    """Check by header and size that a safetensors file is whole; no weights are read.
 
     Raises:
-        ValueError: it is not, and how.
+        ValueError: it is damaged, and how.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:

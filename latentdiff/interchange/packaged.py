@@ -1,4 +1,4 @@
-"""The models that come inside the installed package."""
+"""The models that ship inside the package."""
 
 from pathlib import Path
 

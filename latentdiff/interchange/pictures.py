@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
-"""What is read. Others are left out: some run programs (EPS), some take any file for their own (TGA)."""
+"""The formats that are read. Others are left out: some run programs (EPS), some accept any file (TGA)."""
 
 
 def read_picture(file: Path) -> tuple[Image.Image, str]:
-    """A picture, decoded as it is (an animation's first frame), and the SHA-256 of its file.
+    """A picture, decoded without conversion (of an animation the first frame), and the SHA-256 of its file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,7 +34,7 @@ def read_picture(file: Path) -> tuple[Image.Image, str]:
         raise ValueError(f"{file} has more pixels than Pillow's limit against decompression bombs allows") from None
     except MemoryError:
         raise ValueError(f"{file}: there is not enough memory to decode this picture") from None
-    except Exception as error:  # decoders raise nearly everything when a file was made to
+    except Exception as error:  # on crafted files decoders raise nearly anything
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is damaged or was made to do harm: {what}") from None
     return image, hashlib.sha256(content).hexdigest()
@@ -49,7 +49,9 @@ def readable_formats() -> tuple[str, ...]:
 
 def decode(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large; twice that is refused
+        warnings.simplefilter(
+            "ignore", Image.DecompressionBombWarning
+        )  # a warning at the limit; twice the limit is an error
         image = Image.open(io.BytesIO(content), formats=readable_formats())
         image.load()
         return image

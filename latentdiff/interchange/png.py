@@ -33,7 +33,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Ima
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
-    """`settings` in the notation that Stable Diffusion's web pages write and picture viewers know."""
+    """`settings` in the notation of Stable Diffusion's web interfaces, which picture viewers read."""
     lines = ["\n".join(settings["prompts"])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -74,7 +74,7 @@ def read_settings(file: Path) -> dict[str, Any] | None:
 
 
 def settings_of(image: Image.Image) -> dict[str, Any] | None:
-    """The settings in an open picture; None if it has none that can be read."""
+    """The settings in an open picture; None if it has none, or unreadable ones."""
     text = image.info.get(KEY)
     try:
         settings = json.loads(text) if isinstance(text, str) else None

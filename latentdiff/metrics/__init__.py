@@ -1,4 +1,4 @@
-"""How good pictures are: likeness of two, likeness of two sets, and of pictures to their captions."""
+"""Metrics of generated pictures: similarity of two, of two sets, and of pictures to their captions."""
 
 from latentdiff.metrics.pixels import psnr, ssim
 from latentdiff.metrics.sets import frechet_distance, kernel_distance, precision_recall

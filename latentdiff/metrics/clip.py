@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their captions, by a CLIP model."""
+"""CLIP score: the similarity of pictures and their captions in a CLIP model."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +35,10 @@ class ClipScore:
     """100 times the cosine between a picture's and its caption's CLIP embedding (Hessel et al. 2021, without its 2.5).
 
     Args:
-        name: what to call it in a report.
-        model: of both towers, for its digest.
-        pictures: the picture's tower.
-        texts: captions to embeddings, on the pictures' device.
+        name: its name in a report.
+        model: with both towers, for its digest.
+        pictures: the image tower.
+        texts: captions to embeddings, on the device of the image tower.
     """
 
     def __init__(self, name: str, model: nn.Module, pictures: Extractor, texts: TextFeatures) -> None:
@@ -94,7 +94,7 @@ class ClipScore:
         return self.scores([picture for picture, _ in batch], [caption for _, caption in batch])
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about it."""
+        """The entry in a report."""
         size = self.pictures.size
         return {"name": self.name, "weights_sha256": self.digest, "resize": f"{RESIZE}, to {size}x{size}"}
 
@@ -150,9 +150,9 @@ def transformers_score(source: str) -> ClipScore:
 
 @contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Within, what a library says of a model that it cannot load becomes a ValueError with the model's name.
+    """Turn the errors of a library that cannot load a model into a ValueError with the model's name.
 
-    No network, weights of another model, no weights in safetensors files, a model that would run its own code.
+    Such as: no network, weights of another model, no safetensors files, a model that needs code of its own.
     """
     try:
         yield
@@ -197,7 +197,7 @@ def open_clip_score(source: str) -> ClipScore:
 
 
 class ImageTower(nn.Module):
-    """The picture's embedding of an open_clip model."""
+    """The image embedding of an open_clip model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -32,10 +32,10 @@ class Extractor:
     """Pictures to features.
 
     Args:
-        name: what to call it in a report.
+        name: its name in a report.
         network: (B, 3, size, size) to features (B, D).
         size: side of the square that pictures are resized to.
-        mean, std: of each channel, of pixels in [0, 1]; what the network takes is (pixel - mean) / std.
+        mean, std: of each channel, for pixels in [0, 1]; the network's input is (pixel - mean) / std.
         is_fid: whether a Fréchet distance of these features is FID.
     """
 
@@ -83,7 +83,7 @@ class Extractor:
         return torch.cat(found)
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about it."""
+        """The entry in a report."""
         return {
             "name": self.name,
             "weights_sha256": self.digest,
@@ -113,13 +113,13 @@ def load_extractor(source: str = AUTO) -> Extractor:
 
 
 def autoencoder_extractor() -> Extractor:
-    """Means over each level of the packaged autoencoder's encoder; what works everywhere."""
+    """Means over each level of the packaged autoencoder's encoder; needs no further files."""
     name, network, size = packaged_encoder()
     return Extractor(f"{name}, mean over places at each level", network, size, *HALVES)
 
 
 def packaged_encoder() -> tuple[str, "EncoderLevels", int]:
-    """What to call it, the network, and the side of the pictures it was trained on."""
+    """The name for reports, the network, and the side of the pictures it was trained on."""
     from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model
     from latentdiff.models import AutoencoderKL
 
@@ -129,10 +129,10 @@ def packaged_encoder() -> tuple[str, "EncoderLevels", int]:
 
 
 class EncoderLevels(nn.Module):
-    """(B, 3, H, W) in [-1, 1] to the activations of every level of an encoder, mean over its places, side by side.
+    """(B, 3, H, W) in [-1, 1] to the mean activations of every level of an encoder, concatenated.
 
-    Each place's activations are first scaled to unit mean square, as LPIPS scales them (Zhang et al. 2018, Eq. 1): the
-    residual sums of the levels differ a hundredfold in size, and the largest would be all that a distance sees.
+    The activations of each position are first scaled to unit mean square, as in LPIPS (Zhang et al. 2018, Eq. 1): the
+    residual sums of the levels differ a hundredfold in size, and the largest would dominate every distance.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -140,7 +140,7 @@ class EncoderLevels(nn.Module):
         self.encoder = encoder
 
     def levels(self, pixels: Tensor) -> list[Tensor]:
-        """The activations as they are, (B, C_i, h_i, w_i)."""
+        """The unscaled activations, (B, C_i, h_i, w_i)."""
         x = self.encoder.conv_in(pixels)
         found = []
         for block in (*self.encoder.down_blocks, self.encoder.mid_block):
@@ -168,7 +168,7 @@ def timm_extractor(source: str) -> Extractor:
 
 
 def timm_network(source: str) -> tuple[str, Any, dict[str, Any]]:
-    """``NAME=FILE``: the name, the network with its weights and without its head, and what pictures it takes.
+    """``NAME=FILE``: the name, the network with its weights and without its head, and timm's config of its input.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -206,13 +206,13 @@ def transformers_extractor(source: str) -> Extractor:
 
 
 def vision_model(source: str, others: str) -> tuple[Any, bool, int, Sequence[float], Sequence[float]]:
-    """A transformers model, whether it has its pooler's weights, and side, mean and deviation of what it takes.
+    """A transformers model, whether it has its pooler's weights, and side, mean and deviation of its input.
 
-    others: what else might have been meant by `source`, for a message.
+    others: what else `source` could be, for the message.
 
     Raises:
         FileNotFoundError: it is neither a model's folder nor a hub id.
-        ValueError: its weights do not fit, or how its pictures look is not known.
+        ValueError: its weights do not fit, or its preprocessing is not known.
     """
     from transformers import AutoModel
 
@@ -249,7 +249,7 @@ def find_transformers_model(source: str, others: str) -> str:
 
 
 def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Side, mean and standard deviation of what a transformers model was trained on."""
+    """Side, mean and standard deviation of the pictures that a transformers model was trained on."""
     from transformers import AutoImageProcessor
 
     try:
@@ -265,9 +265,9 @@ def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Seque
 
 
 class PooledVision(nn.Module):
-    """A transformers vision model's pooled output; of CLIP and its like, the projected features of a picture.
+    """A transformers vision model's pooled output; for CLIP and similar models the projected features of a picture.
 
-    use_pooler: False for weights without the pooler, as classifiers have them; the mean over places is taken instead.
+    use_pooler: False for weights without the pooler, as classifiers have them; then the mean over positions is taken.
     """
 
     def __init__(self, model: Any, use_pooler: bool = True) -> None:
@@ -283,7 +283,7 @@ class PooledVision(nn.Module):
 
 
 def pooled(output: Any, use_pooler: bool = True) -> Tensor:
-    """(B, D) from what a model returned.
+    """(B, D) from a model's output.
 
     Raises:
         ValueError: it has no features of whole pictures.

@@ -51,7 +51,7 @@ class LastBlock(inception.InceptionE):
 
 
 class FidInception(nn.Module):
-    """(B, 3, 299, 299), (pixel - 128) / 128 with pixels from 0 to 255 -> (B, 2048), what the classifier is given."""
+    """(B, 3, 299, 299), (pixel - 128) / 128 with pixels from 0 to 255 -> (B, 2048), the input of the classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ def cache_folder() -> Path:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file or one of torch; nothing in it is run.
+    """Tensors by name, from a safetensors file or one of torch; no code in it is executed.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or holds something else.
     """
     if not file.is_file():

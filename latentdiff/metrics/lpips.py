@@ -1,8 +1,8 @@
-"""LPIPS, how different two pictures look: The Unreasonable Effectiveness of Deep Features (Zhang et al. 2018).
+"""LPIPS, a perceptual distance: The Unreasonable Effectiveness of Deep Features (Zhang et al. 2018).
 
-Its weights are in two parts, and this package has neither: an ImageNet classifier's, which torchvision gives, and how
-much each of its channels counts, the authors' "lin" layers of version 0.1 (BSD-2-Clause). The second part lies in the
-packages ``lpips`` and ``torchmetrics``. A checkpoint of an autoencoder of Latent Diffusion's holds both.
+It needs two sets of weights, neither of them part of this package: an ImageNet classifier's, from torchvision, and the
+weights of its channels, the authors' "lin" layers of version 0.1 (BSD-2-Clause), which the packages ``lpips`` and
+``torchmetrics`` contain. A checkpoint of an autoencoder of Latent Diffusion holds both.
 """
 
 import importlib.util
@@ -27,11 +27,11 @@ NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A classifier of torchvision's.
+    """A classifier of torchvision.
 
     taps: layers of its ``features``, all ReLUs, whose outputs are compared; widths: their channels.
-    least: the smallest side of a picture that reaches the last of them.
-    files: what torchvision calls its weights in torch hub's cache.
+    least: the smallest side of a picture for which the last of them has an output.
+    files: the names of its weights in torch hub's cache.
     """
 
     model: str
@@ -48,22 +48,22 @@ BACKBONES = {
 
 
 def level_distance(have: Tensor, want: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Zhang et al. 2018, Eq. 1, of one level: squared difference of unit vectors, mean over places. (B,) float32
+    """Zhang et al. 2018, Eq. 1, for one level: squared difference of unit vectors, mean over positions. (B,) float32
 
     Args:
         have, want: (B, C, h, w).
         weight: (1, C, 1, 1), of the squares; by default 1.
     """
-    # A place where all channels are 0 has no direction; it stays 0, and so does its gradient.
+    # A position where all channels are 0 has no direction; it stays 0, and so does its gradient.
     squares = (F.normalize(have.float(), dim=1, eps=1e-10) - F.normalize(want.float(), dim=1, eps=1e-10)).square()
     return (squares if weight is None else squares * weight).sum(1).mean((1, 2))
 
 
 class LPIPS(nn.Module):
-    """Two pictures to their distance. It has no values until weights are loaded with ``assign=True``: see `load_lpips`.
+    """The distance of two pictures. On the meta device until weights are loaded with ``assign=True``; see `load_lpips`.
 
     Args:
-        network: "vgg", which is smooth enough to be a loss, or "alex", which agrees better with people.
+        network: "vgg", which is smooth enough to be a loss, or "alex", which agrees better with human judgements.
     """
 
     def __init__(self, network: str = "vgg") -> None:
@@ -107,9 +107,9 @@ def load_lpips(files: Sequence[Path] = (), network: str = "vgg") -> LPIPS:
     """LPIPS with weights, frozen and in evaluation mode.
 
     Args:
-        files: with the classifier's weights, those of the linear layers, or both. What they lack is looked for: the
+        files: with the classifier's weights, those of the linear layers, or both. Missing ones are searched: the
             classifier's in torch hub's cache, the linear layers' in an installed package.
-        network: "vgg" or "alex", if there are no files; else they say it.
+        network: "vgg" or "alex", if there are no files; else it is inferred from them.
 
     Raises:
         FileNotFoundError: something is missing, and where to get it.
@@ -134,15 +134,15 @@ def load_lpips(files: Sequence[Path] = (), network: str = "vgg") -> LPIPS:
 
 
 def read_part(file: Path) -> dict[str, Tensor]:
-    """The weights of LPIPS in a file, by their names here. Nothing in the file is run.
+    """The weights of LPIPS in a file, by their names in `LPIPS`. No code in the file is executed.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it cannot be read, or has none.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or has no such weights.
     """
     from latentdiff.interchange.single_file.pickles import SUFFIXES, read_pickle
 
-    if file.suffix in SUFFIXES and file.is_file():  # a whole checkpoint can have a trainer's objects beside its weights
+    if file.suffix in SUFFIXES and file.is_file():  # a whole checkpoint can hold objects of a trainer too
         weights: Mapping[str, Tensor] = read_pickle(file, allow=True)[0]
     else:
         weights = read_weights(file)
@@ -158,7 +158,7 @@ def read_part(file: Path) -> dict[str, Tensor]:
 
 
 def network_of(found: Mapping[str, Tensor], files: Sequence[Path]) -> str:
-    """The network that these weights are of, by their shapes."""
+    """The network that these weights belong to, by their shapes."""
     for network in BACKBONES:
         wanted = LPIPS(network).state_dict()
         if all(name in wanted and tensor.shape == wanted[name].shape for name, tensor in found.items()):

@@ -1,4 +1,4 @@
-"""Likeness of two pictures, pixel by pixel: PSNR and SSIM."""
+"""Similarity of two pictures by their pixels: PSNR and SSIM."""
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,10 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
 
 
 def ssim(prediction: Tensor, target: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004), the mean over pictures, channels and window places; 1 is the same.
+    """Structural similarity (Wang et al. 2004), mean over pictures, channels and window positions; 1 if they are equal.
 
     Each channel by itself, under an 11x11 Gaussian window (sigma 1.5) that stays inside the picture. Black counts as 0,
-    as in the paper, whose luminance term means nothing where values can be negative.
+    as in the paper, whose luminance term assumes values that are not negative.
 
     Args:
         prediction: (N, C, H, W), clamped to [-1, 1]; H and W at least 11.

@@ -1,4 +1,4 @@
-"""Pictures to the size a network takes, without aliasing."""
+"""Resizing pictures to a network's input size, without aliasing."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ RESIZE = "PIL bicubic with antialiasing, each channel in float32"
 def resize_pictures(pictures: Sequence[Image.Image], size: int) -> Tensor:
     """RGB pictures as (B, 3, size, size) float32 with values from 0 to 255, not rounded.
 
-    As clean-fid (Parmar et al. 2022) resizes: filters that do not widen when they shrink a picture, as most deep
-    learning libraries have them by default, change FID by more than models differ.
+    As in clean-fid (Parmar et al. 2022): filters that do not widen when they shrink a picture, the default of most deep
+    learning libraries, change FID by more than models differ.
     """
     channels = [resize_channel(channel, size) for picture in pictures for channel in picture.convert("RGB").split()]
     return torch.from_numpy(np.stack(channels)).unflatten(0, (-1, 3))

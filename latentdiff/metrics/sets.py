@@ -1,4 +1,4 @@
-"""Likeness of two sets of pictures, by their features: Fréchet and kernel distance, precision and recall.
+"""Similarity of two sets of pictures by their features: Fréchet and kernel distance, precision and recall.
 
 Features are (N, D) of any floating type; everything is computed in float64.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance; Binkowski et al. 2018 and clean-fid
 NEAREST = 3  # of precision and recall; Kynkäänniemi et al. 2019, section 3
-BLOCK = 2048  # rows of a distance matrix held at once
+BLOCK = 2048  # rows of a distance matrix in memory at a time
 
 
 def frechet_distance(drawn: Tensor, real: Tensor) -> float:
-    """Squared Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017, Eq. 6); 0 is the same.
+    """Squared Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017, Eq. 6); 0 for equal sets.
 
-    It is FID where the features are those of the FID Inception network. It is biased: fewer pictures give a larger
-    distance, so that only figures of equal counts can be compared.
+    With the features of the FID Inception network it is FID. It is biased: fewer pictures give a larger distance, so
+    that only values for equal numbers of pictures are comparable.
 
     Args:
         drawn: (N, D).
@@ -43,7 +43,7 @@ def root_of_covariance(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Mean and standard deviation over subsets; the deviation is 0 where there was one subset only."""
+    """Mean and standard deviation over subsets; the deviation of a single subset is 0."""
 
     mean: float
     std: float
@@ -61,8 +61,8 @@ def kernel_distance(
     Args:
         drawn: (N, D).
         real: (M, D).
-        subsets: so many random subsets are compared; all samples at once where neither set is larger than a subset.
-        subset_size: samples of each set in a subset, at most; the smaller set's size if that is less.
+        subsets: number of random subsets that are compared; all samples at once if neither set is larger than a subset.
+        subset_size: samples of each set in a subset; the smaller set's size if that is less.
         seed: of the choice of subsets.
 
     Raises:
@@ -101,7 +101,7 @@ def kernel_with_itself(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision: the share of drawn pictures that look real. Recall: the share of real ones that could be drawn."""
+    """Precision: the share of drawn pictures in the real ones' manifold. Recall: of real ones in that of drawn ones."""
 
     precision: float
     recall: float
@@ -126,7 +126,7 @@ def precision_recall(drawn: Tensor, real: Tensor, nearest: int = NEAREST) -> Pre
 
 def share_inside(samples: Tensor, manifold: Tensor, nearest: int) -> float:
     """The share of `samples` (N, D) in the manifold of other samples (M, D)."""
-    # A sample's own distance is not among its neighbours', though rounding may not make it 0.
+    # + 1 because a sample is its own nearest neighbour, though rounding may not make that distance 0.
     radii = torch.cat([own.topk(nearest + 1, dim=1, largest=False).values[:, -1] for own in blocks(manifold, manifold)])
     inside = [(distances <= radii).any(1) for distances in blocks(samples, manifold)]
     return float(torch.cat(inside).double().mean())
@@ -139,7 +139,7 @@ def blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 
 def check_features(drawn: Tensor, real: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both as float64. Raises ValueError for what cannot be compared."""
+    """Both as float64. Raises ValueError for sets that cannot be compared."""
     for name, features in (("drawn", drawn), ("real", real)):
         if features.ndim != 2:
             raise ValueError(f"features of {name} pictures must be (N, D), not {tuple(features.shape)}")

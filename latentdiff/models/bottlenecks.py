@@ -1,8 +1,8 @@
 """What stands between encoder and decoder: a Gaussian (KL) or codes (VQ, Gumbel, FSQ), under one contract.
 
-A bottleneck is a module that takes what the encoder says, (B, C', h, w), and gives a ``BottleneckOutput``: latents,
-named losses, statistics. A trainer adds up the losses it finds, each times its own weight, and need not know which
-bottleneck it trains.
+A bottleneck is a module that takes the encoder's output, (B, C', h, w), and returns a ``BottleneckOutput``: latents,
+named losses, statistics. A trainer adds up the losses, each times its own weight, and need not know which bottleneck it
+trains.
 """
 
 import math
@@ -21,18 +21,18 @@ class BottleneckOutput(NamedTuple):
     latents: Tensor
     """(B, C, h, w), what the decoder receives; gradients reach the encoder through it."""
     losses: dict[str, Tensor]
-    """Scalars to be minimised, by name."""
+    """Scalars to minimise, by name."""
     statistics: dict[str, Tensor]
-    """Scalars to look at, by name; without gradient."""
+    """Scalars to report, by name; without gradient."""
     indices: Tensor | None = None
-    """(B, h, w) int64, the codes, where there are any."""
+    """(B, h, w) int64, the codes; None without a codebook."""
 
 
 class DiagonalGaussianDistribution:
     """The encoder's posterior q(z|x), a normal distribution with its own mean and variance for every latent element.
 
     Args:
-        parameters: (B, 2C, h, w), mean and log-variance one after the other; the log-variance is held in [-30, 20].
+        parameters: (B, 2C, h, w), mean and log-variance in this order; the log-variance is clamped to [-30, 20].
     """
 
     def __init__(self, parameters: Tensor) -> None:
@@ -76,8 +76,8 @@ class GaussianBottleneck(nn.Module):
     """Latents drawn from the posterior, and its divergence from the standard normal.
 
     Loss ``kl``: summed over C, h, w, mean over the batch, as in Latent Diffusion (Rombach et al. 2022, Appendix G). It
-    therefore grows with the size of the latents. The weight there, about 1e-6, stands beside a likeness that is summed
-    over pixels too; beside one that is a mean it acts as many times as strongly as there are pixel values.
+    therefore grows with the size of the latents. The paper's weight, about 1e-6, is relative to a reconstruction loss
+    summed over pixels; relative to a mean over pixels it is stronger by the number of pixel values.
     Statistics: ``latent_mean``, ``latent_std``, and ``posterior_std``, the mean width of the posterior.
     """
 
@@ -96,21 +96,21 @@ class GaussianBottleneck(nn.Module):
 
 
 DISTANCES = ("euclidean", "cosine")
-MOST_DISTANCES = 1 << 24  # that are held at a time
+MOST_DISTANCES = 1 << 24  # in memory at a time
 
 
 class VectorQuantizer(nn.Module):
     """Every latent vector replaced by the nearest of a codebook. VQ-VAE (van den Oord et al. 2017), Eq. 1 to 3.
 
-    Losses ``commitment``, which draws the encoder to its codes, and ``codebook``, which draws the codes to the
-    encoder's output. The weights are those of Latent Diffusion's and diffusers' models, 1 and ``beta``; the paper has
+    Losses ``commitment``, which pulls the encoder's output to the codes, and ``codebook``, which pulls the codes to the
+    encoder's output. Their weights are those of Latent Diffusion's and diffusers' models, 1 and ``beta``; the paper has
     them the other way round. Their sum is diffusers' ``commit_loss``.
     Statistics: ``perplexity`` (the exponential of the entropy of the codes in this batch) and ``codes_used``, the
     share of the codebook that occurs in it.
 
     Attributes:
-        distance: "euclidean", or "cosine" to learn on the unit sphere (ViT-VQGAN, Yu et al. 2022, Sec. 3.2). It is of
-            the training alone: with codes of length 1 both distances choose the same code, and so does diffusers.
+        distance: "euclidean", or "cosine" to learn on the unit sphere (ViT-VQGAN, Yu et al. 2022, Sec. 3.2). It
+            matters in training only: with codes of length 1 both distances choose the same code, and so does diffusers.
 
     Raises:
         ValueError: there are no codes, or they have no dimensions.
@@ -128,7 +128,7 @@ class VectorQuantizer(nn.Module):
     def nearest(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, h, w), the index of the nearest code to each vector."""
         vectors = h.permute(0, 2, 3, 1).flatten(0, 2).float()  # (B h w, C)
-        # Not the weight itself: where weights are offloaded, a module has them only while it is called.
+        # Through the module, not its weight: offloaded weights are present only while their module is called.
         codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=h.device)).float()
         if self.distance == "cosine":
             vectors, codes = F.normalize(vectors, dim=1), F.normalize(codes, dim=1)
@@ -142,7 +142,7 @@ class VectorQuantizer(nn.Module):
         return F.normalize(codes, dim=1) if self.distance == "cosine" else codes
 
     def forward(self, h: Tensor, sample: bool = True, generator: Generators = None) -> BottleneckOutput:
-        """(B, C, h, w) -> latents (B, C, h, w). ``sample`` and ``generator`` are the contract's: nothing is random."""
+        """(B, C, h, w) -> latents (B, C, h, w). Nothing is random; ``sample`` and ``generator`` are unused."""
         if self.distance == "cosine":
             h = F.normalize(h, dim=1)
         indices = self.nearest(h)
@@ -156,7 +156,7 @@ class VectorQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """Codes drawn from a distribution that the encoder gives, relaxed so that gradients pass. DALL-E's discrete VAE.
+    """Codes sampled from the encoder's distribution, relaxed so that gradients pass. DALL-E's discrete VAE.
 
     Zero-Shot Text-to-Image Generation (Ramesh et al. 2021), Sec. 2.1 and App. A.2; Categorical Reparameterization with
     Gumbel-Softmax (Jang et al. 2017), Eq. 2. In evaluation, or without ``sample``, the likeliest code is taken.
@@ -178,7 +178,7 @@ class GumbelQuantizer(nn.Module):
         self.embedding = nn.Embedding(codes, dim)
 
     def nearest(self, h: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, h, w), the likeliest code of each place."""
+        """(B, C, h, w) -> (B, h, w), the likeliest code at each position."""
         return self.proj(h).argmax(dim=1)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.tensor(values, device=like.device, dtype=torch.float32).view(-1, 1, 1)
 
     def bound(self, h: Tensor) -> Tensor:
-        """(B, C, h, w) of any size -> the same, channel i between its lowest level and its highest, float32."""
+        """Any values (B, C, h, w) -> the same shape, channel i between its lowest and its highest level, float32."""
         half = self._of([(level - 1) * (1 - 1e-3) / 2 for level in self.levels], h)
         offset = self._of([0.5 * (level % 2 == 0) for level in self.levels], h)
         return torch.tanh(h.float() + torch.tan(offset / half)) * half - offset
@@ -246,7 +246,7 @@ class FiniteScalarQuantizer(nn.Module):
         return self.bound(h).round() + self._of([level // 2 for level in self.levels], h)
 
     def nearest(self, h: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, h, w), the index of the combination of levels; the first channel counts by ones."""
+        """(B, C, h, w) -> (B, h, w), the index of the combination of levels; the first channel is the lowest digit."""
         return (self.digits(h) * self._of(self._places(), h)).sum(dim=1).long()
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""How a codebook learns, apart from gradients: moving averages, a start from data, new places for dead codes.
+"""Codebook learning without gradients: moving averages, initialisation from data, restarts of dead codes.
 
-Like an optimizer, a `CodebookLearner` stands beside the model and is no part of it: what a model saves is its codes.
+Like an optimizer, a `CodebookLearner` is separate from the model, which saves only its codes.
 """
 
 from typing import Literal
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from latentdiff.models.bottlenecks import VectorQuantizer
 
-POOL = 65_536  # vectors of an update that are kept for a start and for restarts, of one process
+POOL = 65_536  # vectors that a process keeps of an update, for initialisation and restarts
 KMEANS_ROUNDS = 10
-USAGE_MEMORY = 0.99  # weight of the past in how often a code is used, for codes that learn by gradient
+USAGE_MEMORY = 0.99  # decay of the usage counts of codes that learn by gradient
 
 
 class CodebookLearner(nn.Module):
-    """Keeps the codes of a `VectorQuantizer` where the encoder's vectors are.
+    """Moves the codes of a `VectorQuantizer` to the encoder's vectors.
 
-    ``observe`` after every forward pass, ``update`` after every optimizer step, ``forget`` after one that was left
-    out. Several processes see the vectors of all, and hold the same codes. Draws come from torch's CPU generator.
+    Call ``observe`` after every forward pass, ``update`` after every optimizer step, and ``forget`` after a skipped
+    step. Processes share their vectors and hold the same codes. Random numbers come from torch's CPU generator.
 
     - ``decay``: codes are moving averages of the vectors that chose them (VQ-VAE, van den Oord et al. 2017, App. A.1,
       without its smoothing: a code that no vector chose stays where it is), and gradients do not move them. None:
       gradients do.
-    - ``start``: after the first update, codes are taken from its vectors as they come ("data"), or from their clusters
-      ("kmeans"); "none" leaves them.
-    - ``restart_after``: a code that no vector chose for so many updates goes to a random vector of the last (Jukebox,
-      Dhariwal et al. 2020, Sec. 3.1, restarts by average use instead). 0: never.
+    - ``start``: at the first update, codes are random vectors of it ("data"), or the centres of their clusters
+      ("kmeans"), or stay as they are ("none").
+    - ``restart_after``: the number of updates without use after which a code is moved to a random vector of the last
+      update (Jukebox, Dhariwal et al. 2020, Sec. 3.1, restarts by average use instead). 0: never.
 
     Raises:
         ValueError: a setting is out of range.
@@ -75,10 +75,10 @@ class CodebookLearner(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def observe(self, vectors: Tensor, indices: Tensor) -> None:
-        """Take note of one forward pass; values that are not finite are left out.
+        """Record one forward pass; vectors that are not finite are left out.
 
         Args:
-            vectors: (B, D, h, w), what the quantizer took.
+            vectors: (B, D, h, w), the input of the quantizer.
             indices: (B, h, w), the codes it chose.
         """
         flat = vectors.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
@@ -131,7 +131,7 @@ class CodebookLearner(nn.Module):
         """Codes from the vectors of the first update."""
         spread = vectors.std(0).mean() if len(vectors) > 1 else vectors.new_ones(())
         codes = vectors[draw(len(vectors), len(self.codes)).to(vectors.device)]
-        # Where there are fewer vectors than codes, some are drawn twice; they must not stay one code.
+        # With fewer vectors than codes, some are drawn twice; the noise makes their codes differ.
         codes = codes + 1e-3 * spread * torch.randn(codes.shape).to(codes)
         if self.start == "kmeans":
             codes = kmeans(vectors, codes)
@@ -144,9 +144,9 @@ class CodebookLearner(nn.Module):
             self._place(dead, vectors[draw(len(vectors), number).to(vectors.device)])
 
     def _place(self, which: Tensor, codes: Tensor) -> None:
-        """Put the codes `which` (K,) where `codes` are, with the weight of an average code; the same in all processes.
+        """Set the codes selected by `which` (K,) to `codes`, with the count of an average code, in all processes.
 
-        That weight lets a new code follow its vectors about as fast as the others do.
+        With that count a new code follows its vectors about as fast as the others do.
         """
         codes = from_main_process(codes)
         weight = (self.counts.mean() if self.updates > 0 else torch.ones(())).to(codes).clamp(min=1e-3)
@@ -155,7 +155,7 @@ class CodebookLearner(nn.Module):
         self.idle[which] = 0
 
     def statistics(self, recent: int = 100) -> dict[str, float]:
-        """``codes_in_use``: the share of the codes that some vector chose in the last `recent` updates.
+        """``codes_in_use``: the share of the codes that were used in the last `recent` updates.
         ``codebook_perplexity``: the exponential of the entropy of the averaged counts; K if all are used alike.
         """
         shares = self.counts / self.counts.sum().clamp(min=1e-12)
@@ -165,16 +165,16 @@ class CodebookLearner(nn.Module):
 
 
 def draw(size: int, number: int) -> Tensor:
-    """`number` random places in `size`, each at most once if there are enough."""
+    """`number` random indices below `size`, each at most once if there are enough."""
     if number <= size:
         return torch.randperm(size)[:number]
     return torch.randint(size, (number,))
 
 
 def kmeans(vectors: Tensor, centres: Tensor, rounds: int = KMEANS_ROUNDS) -> Tensor:
-    """Lloyd's algorithm: `centres` (K, D) moved to the means of the `vectors` (N, D) nearest to them, again and again.
+    """Lloyd's algorithm: `centres` (K, D) are moved to the means of the `vectors` (N, D) nearest to them, repeatedly.
 
-    A centre that nothing is nearest to goes to the vectors that are worst served, which keeps all K in use.
+    A centre without vectors is moved to a vector that is farthest from its centre, so that all K stay in use.
     """
     for _ in range(rounds):
         nearest = [torch.cdist(part, centres).min(1) for part in vectors.split(4096)]
@@ -191,7 +191,7 @@ def kmeans(vectors: Tensor, centres: Tensor, rounds: int = KMEANS_ROUNDS) -> Ten
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Of all processes."""
+    """Sum over all processes, in place."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
     return x

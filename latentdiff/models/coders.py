@@ -1,4 +1,4 @@
-"""Encoder and decoder: pixels to a small grid of features and back. Both autoencoders are built on them.
+"""Encoder and decoder of all autoencoders: pixels to a small grid of features and back.
 
 Taming Transformers (Esser et al. 2021), Appendix; Latent Diffusion (Rombach et al. 2022), Appendix G.
 """
@@ -21,7 +21,7 @@ UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 class CoderBlock(nn.Module):
-    """The resnet blocks of one resolution, each followed by attention or not."""
+    """The resnet blocks of one resolution, all followed by attention or none."""
 
     def __init__(self, in_channels: int, out_channels: int, *, layers: int, attention: bool, groups: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CoderBlock(nn.Module):
 
 
 class DownBlock(CoderBlock):
-    """... and then half the size, except on the last level."""
+    """Resnet blocks, then half the size, except on the last level."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, layers: int, attention: bool, groups: int, last: bool
@@ -56,7 +56,7 @@ class DownBlock(CoderBlock):
 
 
 class UpBlock(CoderBlock):
-    """... and then twice the size, except on the last level."""
+    """Resnet blocks, then twice the size, except on the last level."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, layers: int, attention: bool, groups: int, last: bool

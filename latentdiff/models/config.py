@@ -1,7 +1,8 @@
-"""What a config may ask for. Nothing in a config is silently ignored.
+"""Strict configs: nothing in a config is silently ignored.
 
-diffusers' classes have keys that ours have no use for. Such a key is accepted at its neutral value, the one that asks
-for nothing, and is kept, so that config files go both ways; any other value is an error, and so is an unknown key.
+diffusers' classes have keys that ours do not support. Such a key is accepted at its neutral value, which has no
+effect, and is kept, so that both libraries read each other's config files. Any other value is an error, and so is an
+unknown key.
 """
 
 import difflib
@@ -15,7 +16,7 @@ from diffusers import ConfigMixin
 class StrictConfig(ConfigMixin):
     """``ConfigMixin`` for a class whose ``__init__`` takes its keys by name and the rest as ``**others``.
 
-    ``neutral`` names diffusers' further keys with the values at which they ask for nothing, diffusers' default first.
+    ``neutral`` names diffusers' further keys with the values that have no effect, diffusers' default first.
     """
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -35,10 +36,10 @@ class StrictConfig(ConfigMixin):
         return super().extract_init_dict(config_dict, **kwargs)
 
     def accept_neutral(self, others: Mapping[str, Any]) -> None:
-        """Put the neutral keys into the config.
+        """Add the neutral keys to the config.
 
         Raises:
-            ValueError: one of them asks for something, or a key is unknown.
+            ValueError: one of them has another value, or a key is unknown.
         """
         name = type(self).__name__
         refuse_unknown(name, others, self._get_init_keys(type(self)))
@@ -52,7 +53,7 @@ class StrictConfig(ConfigMixin):
 
 
 def check_class(cls: type, written_by: Any) -> None:
-    """Refuse another diffusers class's config, whose keys ``ConfigMixin`` would drop without a word."""
+    """Refuse the config of another class of diffusers, whose keys ``ConfigMixin`` would silently drop."""
     family = {base.__name__ for base in cls.__mro__}
     if isinstance(written_by, str) and written_by not in family and hasattr(diffusers, written_by):
         raise ValueError(f"This is the config of a {written_by}; {cls.__name__} cannot be built from it.")
@@ -74,7 +75,7 @@ def check_choice(name: str, key: str, value: Any, choices: Sequence[Any]) -> Non
 
 
 def check_block_types(name: str, key: str, types: Sequence[str], known: Sequence[str], levels: int) -> None:
-    """One of the `known` types of blocks for each of so many `levels`."""
+    """`types` must hold one of the `known` types of blocks for each level."""
     check_choice(name, key, types, known)
     if len(types) != levels:
         raise ValueError(f"{name}: {key}={types!r} has {len(types)} entries for {levels} levels.")

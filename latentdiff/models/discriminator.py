@@ -9,9 +9,10 @@ from torch.func import functional_call
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits for patches of a picture, real or not. Image-to-Image Translation (Isola et al. 2017).
+    """Logits for patches of a picture, real or not.
 
-    Sec. 3.2.2 and App. 6.1 there. As in VQGAN (Esser et al. 2021), with that code's parameter names. With three layers a patch is 70 pixels wide.
+    Image-to-Image Translation (Isola et al. 2017), Sec. 3.2.2 and App. 6.1; as in VQGAN (Esser et al. 2021), with that
+    code's parameter names. With three layers a patch is 70 pixels wide.
 
     Args:
         in_channels: channels of the pictures.

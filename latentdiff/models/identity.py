@@ -1,6 +1,6 @@
-"""``IdentityAutoencoder``: no compression at all, factor 1, so that pipelines and trainers work on pixels.
+"""``IdentityAutoencoder``: no compression, factor 1, so that pipelines and trainers work on pixels.
 
-Latent Diffusion (Rombach et al. 2022), Sec. 4.1, has it as LDM-1.
+LDM-1 in Latent Diffusion (Rombach et al. 2022), Sec. 4.1.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from latentdiff.models.network import Network
 
 
 class PixelDistribution(DiagonalGaussianDistribution):
-    """All of it at the pixels: a draw is the mean, whatever the generator.
+    """A distribution without spread: a sample is the mean, whatever the generator.
 
     Args:
         pixels: (B, C, H, W).
@@ -41,7 +41,7 @@ class PixelDistribution(DiagonalGaussianDistribution):
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """(B,) zeros, as of diffusers' distributions without a spread."""
+        """(B,) zeros, as for diffusers' deterministic distributions."""
         return self.mean.new_zeros(len(self.mean))
 
     def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
@@ -50,16 +50,16 @@ class PixelDistribution(DiagonalGaussianDistribution):
 
 
 class IdentityAutoencoder(Network):
-    """Pixels as latents, under the contract of `AutoencoderKL`: a denoiser on it is a diffusion model of pixels.
+    """Pixels as latents, with the methods of `AutoencoderKL`: a denoiser on it is a diffusion model of pixels.
 
-    It learns nothing. Its one weight, a 1 that nothing is multiplied with, is there to be in a file, on a device and in
-    a precision. diffusers has no such class: a pipeline folder with it names ours.
+    It has nothing to learn. Its one parameter is unused; it gives the model a file, a device and a dtype. diffusers has
+    no such class: a pipeline folder with it names ours.
 
     Args:
-        in_channels, out_channels, latent_channels: of the pictures, all the same.
-        block_out_channels: of one level, for whoever reads the factor 2^(levels - 1) = 1 off its length.
-        scaling_factor: latents are multiplied with it; 1 where pixels in [-1, 1] are noised as they are.
-        sample_size: for diffusers' sake.
+        in_channels, out_channels, latent_channels: channels of the pictures, all the same.
+        block_out_channels: of one level, from whose number the factor 2^(levels - 1) = 1 is computed.
+        scaling_factor: latents are multiplied by it; with 1, pixels in [-1, 1] are noised unscaled.
+        sample_size: unused; diffusers' pipelines read it.
 
     Raises:
         ValueError: a key is unknown, the numbers of channels differ, or there is more than one level.
@@ -91,7 +91,7 @@ class IdentityAutoencoder(Network):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[PixelDistribution]:
-        """(B, C, H, W), values in [-1, 1] -> a distribution that is all at the pixels, as ``.latent_dist``."""
+        """(B, C, H, W), values in [-1, 1] -> a distribution without spread, as ``.latent_dist``."""
         posterior = PixelDistribution(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -109,12 +109,12 @@ class IdentityAutoencoder(Network):
         return_dict: bool = True,
         generator: Generators = None,
     ) -> AutoencoderOutput | tuple[Tensor]:
-        """(B, C, H, W) -> the same as ``.sample``, and ``.bottleneck`` with them as latents and without losses."""
+        """(B, C, H, W) -> the same as ``.sample`` and as the latents of ``.bottleneck``, which has no losses."""
         bottleneck = BottleneckOutput(sample, {}, {})
         return AutoencoderOutput(sample, bottleneck=bottleneck) if return_dict else (sample,)
 
     def enable_slicing(self) -> None:
-        """Nothing to save: no memory is used. The same with `enable_tiling`."""
+        """Has no effect, like `enable_tiling`: there is no memory to save."""
 
     def disable_slicing(self) -> None: ...
 

@@ -55,7 +55,7 @@ class Timesteps(nn.Module):
 class TimestepEmbedding(nn.Module):
     """Two linear layers that turn sinusoids into the embedding every resnet block of the UNet receives.
 
-    ``condition_dim``: width of something else to be told with the time, such as a guidance scale's embedding.
+    ``condition_dim``: width of a condition that is added to the time's features, such as an embedded guidance scale.
     """
 
     def __init__(self, in_dim: int, dim: int, condition_dim: int | None = None) -> None:
@@ -73,7 +73,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of normalised activations; within ``torch.no_grad()`` in the memory of what was normalised."""
+    """SiLU of normalised activations, in place under ``torch.no_grad()``."""
     h = norm(x)
     return F.silu(h, inplace=not torch.is_grad_enabled() and h is not x)
 
@@ -175,14 +175,17 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if in_one(self.conv, x) and size in (None, (2 * x.shape[2], 2 * x.shape[3])):
+        if can_fuse(self.conv, x) and size in (None, (2 * x.shape[2], 2 * x.shape[3])):
             return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
         return self.conv(double(x, size))  # (B, C, 2H, 2W) or (B, C, *size)
 
 
-def in_one(conv: nn.Module, x: Tensor) -> bool:
-    """Whether doubling and this convolution may be made in one: where that was measured, on processors in float32, and
-    where the convolution is nothing else, such as one with a LoRA, quantised, or with weights that are elsewhere."""
+def can_fuse(conv: nn.Module, x: Tensor) -> bool:
+    """Whether doubling and this convolution may run as one transposed convolution.
+
+    They may on the CPU in float32, where it was measured to be faster, if the convolution is a plain one: without LoRA,
+    quantisation, hooks or offloaded weights.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -198,9 +201,9 @@ def in_one(conv: nn.Module, x: Tensor) -> bool:
 
 
 def doubling_kernel(weight: Tensor) -> Tensor:
-    """A 3x3 convolution of an image doubled by nearest neighbours, as one transposed convolution of the image itself.
+    """The weights of one transposed convolution that equals nearest-neighbour doubling and a 3x3 convolution.
 
-    Of nine neighbours there, four are different, so their weights are added up first: 4/9 of the products.
+    Only four of the nine doubled neighbours differ, so their weights are added up first: 4/9 of the products.
 
     (C', C, 3, 3) -> (C, C', 4, 4), for stride 2 and padding 1.
     """
@@ -231,10 +234,10 @@ def merge_heads(x: Tensor) -> Tensor:
 class GridAttention(nn.Module):
     """Self-attention over all positions of a feature map; the autoencoders' has one head.
 
-    ``groups``: of the normalisation before it; None: there is none.
+    ``groups``: of the normalisation before it; None for no normalisation.
     """
 
-    _from_deprecated_attn_block = True  # diffusers' loader renames the parameters of files from before 2023
+    _from_deprecated_attn_block = True  # diffusers' loader renames parameters of files from before 2023
 
     def __init__(self, channels: int, *, groups: int | None, eps: float = 1e-6, heads: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What DALL-E's discrete VAE says of a picture: for every value a place and a width, instead of the value."""
+"""The output distribution of DALL-E's discrete VAE: for every value a location and a width, instead of the value."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ MARGIN = 0.1
 """Values are squeezed from [0, 1] into [MARGIN, 1 - MARGIN], since the logit of 0 and of 1 is infinite."""
 
 NARROWEST = 1 / 255
-"""Least width, about a third of a grey level. Of a plain surface the likelihood would otherwise grow for ever."""
+"""Least width, about a third of a grey level. On plain surfaces the likelihood would otherwise grow without bound."""
 
 
 class LogitLaplace:
     """The logit-Laplace distribution of a picture's values; DALL-E (Ramesh et al. 2021), Appendix A.3, Eq. 2.
 
-    The logit of a squeezed value follows a Laplace distribution, so all of it lies within the range of pixels.
+    The logit of a squeezed value follows a Laplace distribution, so that values lie within the range of pixels.
 
     Args:
-        parameters: (B, 2C, H, W), the places of the logits and the logarithms of their widths, one after the other.
+        parameters: (B, 2C, H, W), locations of the logits and logarithms of their widths, in this order.
     """
 
     def __init__(self, parameters: Tensor) -> None:
@@ -25,7 +25,7 @@ class LogitLaplace:
 
     @property
     def pixels(self) -> Tensor:
-        """(B, C, H, W) float32, the values at the places, in [-1.25, 1.25]; within [-1, 1] where they were learned."""
+        """(B, C, H, W) float32, the values at the locations: the medians, in [-1.25, 1.25]."""
         return (self.location.sigmoid() - 0.5) * 2 / (1 - 2 * MARGIN)
 
     def nll(self, pixels: Tensor) -> Tensor:

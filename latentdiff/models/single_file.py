@@ -24,20 +24,20 @@ class SingleFileModel:
     ) -> Self:
         """Load an autoencoder from one file: of its own, or of a whole model of which it is a part.
 
-        Latent Diffusion's and Stable Diffusion's, with a Gaussian or a codebook, and Taming Transformers' VQGANs. The
-        weights tell its shape; what a training run keeps beside them, such as its losses, is passed over.
+        Latent Diffusion's and Stable Diffusion's, with a Gaussian or a codebook, and Taming Transformers' VQGANs. Its
+        shape is inferred from the weights; other tensors of a training checkpoint, such as the losses', are ignored.
 
         Args:
             source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
             dtype: of the weights; None leaves the file's.
-            scaling_factor: for the config, since weights do not tell it; by default what the file or `original_config`
-                says, else Stable Diffusion's 0.18215, and 1 where there is a codebook. Where that is a guess, a warning
-                is logged.
-            sample_size: for the config, in pixels; likewise, else what the whole model draws, or 256, as all released
-                autoencoders were trained on.
+            scaling_factor: for the config, since weights do not contain it; by default the value in the file or in
+                `original_config`, else Stable Diffusion's 0.18215, or 1 with a codebook; a guess is logged as a
+                warning.
+            sample_size: for the config, in pixels; by default likewise, else the size that the whole model generates,
+                or 256, on which all released autoencoders were trained.
             original_config: the YAML file that was released with the autoencoder, or with a whole model.
             ema: take the averaged weights (``model_ema.``), where the file of an autoencoder has both.
-            allow_pickle: read a ``.ckpt`` too, by ``torch.load(weights_only=True)``, which runs nothing.
+            allow_pickle: read a ``.ckpt`` too, by ``torch.load(weights_only=True)``, which executes no code.
             hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``; and ``torch_dtype``,
                 the older name of ``dtype``.
 
@@ -62,17 +62,17 @@ class SingleFileModel:
         return model
 
     def save_single_file(self, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
-        """Write the weights into one safetensors file with their original names, as autoencoders are passed around.
+        """Write the weights into one safetensors file with their original names, as autoencoders are shared.
 
-        Its header holds the config, so `from_single_file` brings the same autoencoder back.
+        The file's header holds the config, so that `from_single_file` restores the same autoencoder.
 
         Args:
             file: named ``.safetensors``; written whole or not at all.
-            dtype: of the weights in it, such as ``torch.float16``; by default as they are.
-            overwrite: replace a file that is there.
+            dtype: of the weights in the file, such as ``torch.float16``; by default unchanged.
+            overwrite: replace an existing file.
 
         Raises:
-            FileExistsError: the file is there.
+            FileExistsError: the file exists.
             ValueError: another kind of file, or an autoencoder that the original code never had.
         """
         from latentdiff.interchange.single_file import write_autoencoder
@@ -96,7 +96,7 @@ class ReleasedNetwork:
         allow_pickle: bool = False,
         **hub: Any,
     ) -> Self:
-        """Load a network from a checkpoint; its shape is told from the weights.
+        """Load a network from a checkpoint; its shape is inferred from the weights.
 
         ::
 
@@ -110,7 +110,7 @@ class ReleasedNetwork:
             heads_first: False for a model trained with ``--use_new_attention_order True``; none was released.
             sample_size: for the config, in pixels.
             dtype: of the weights; None leaves the file's.
-            allow_pickle: read a ``.pt`` too, by ``torch.load(weights_only=True)``, which runs nothing.
+            allow_pickle: read a ``.pt`` too, by ``torch.load(weights_only=True)``, which executes no code.
             hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A network run over large pictures tile by tile, in the memory of one tile and of the result."""
+"""Running a network over large pictures tile by tile, with memory for one tile and the result."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,22 +15,21 @@ Run = Callable[[Tensor], Tensor]
 def in_tiles(run: Run, x: Tensor, tile: int, out_tile: int, overlap: float, *, shared_norms: bool = False) -> Tensor:
     """`run` over overlapping square parts of `x`, blended linearly where they overlap; as diffusers' ``AutoencoderKL``.
 
-    Every tile is run by itself, so what the network knows of the whole picture (normalisation, attention) it knows of
-    the tile only, and tiles can differ in colour; the overlap hides the seams. Of tiles already run, only the strips
-    that the next ones need are kept.
+    Every tile is run by itself: normalisation and attention see one tile only, so that tiles can differ in colour; the
+    overlap hides the seams. Of tiles already run, only the strips that the next ones need are kept.
 
     Args:
         run: (B, C, h, w) to (B, C', h', w'), larger or smaller by ``out_tile / tile``.
         x: (B, C, H, W).
         tile, out_tile: sides of a tile before and after; one is a multiple of the other.
-        overlap: from 0 to below 1, the share of a tile's side that the next one covers too. It is made a whole number
-            of the coarser side's places, rounded up. diffusers does not, and where it matters gives another size.
+        overlap: from 0 to below 1, the share of a tile's side that the next one covers too. It is rounded up to whole
+            positions of the coarser grid. diffusers does not round, and returns another size where it matters.
         shared_norms: run all tiles twice, and the second time normalise them alike (`with_shared_norms`).
     """
     places = min(tile, out_tile)
     shared = min(math.ceil(places * overlap - 1e-6), places - 1)
     step, blend = (places - shared) * (tile // places), shared * (out_tile // places)
-    kept, least = out_tile - blend, tile // places  # of a rest too small for one place outside, nothing comes
+    kept, least = out_tile - blend, tile // places  # remainders below one output position are dropped
     height, width = (side * out_tile // tile for side in x.shape[2:])
     tops, lefts = (range(0, max(side - least, 0) + 1, step) for side in x.shape[2:])
     if shared_norms:
@@ -72,7 +71,7 @@ def with_shared_norms(run: Run, parts: Iterable[Tensor]) -> Run:
     """`run` with group normalisation by one mean and variance for all `parts`: the averages over a run of each.
 
     Raises:
-        RuntimeError: gradients are wanted; they would be of something else where activations are recomputed.
+        RuntimeError: gradients are enabled; recomputed activations would have other statistics.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("tile_shared_norms is for use without gradients: call the model within torch.no_grad()")
@@ -84,16 +83,17 @@ def with_shared_norms(run: Run, parts: Iterable[Tensor]) -> Run:
 
 
 class SharedNorms(TorchFunctionMode):
-    """Group normalisation of the tiles of one picture: each by itself until `average` is called, then all alike.
+    """Group normalisation of the tiles of one picture, by statistics of their own until `average` is called, then by
+    their average.
 
-    The calls of ``group_norm`` in a run are told apart by their order.
+    The calls of ``group_norm`` in a run are identified by their order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.call, self.averaged = 0, False
-        self.seen: list[list[tuple[Tensor, Tensor, int]]] = []  # of every call, in every tile: mean, variance, places
-        self.statistics: list[tuple[Tensor, Tensor]] = []  # of every call: mean and variance, (B, groups)
+        self.seen: list[list[tuple[Tensor, Tensor, int]]] = []  # for every call and tile: mean, variance, positions
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # for every call: mean and variance, (B, groups)
 
     def over(self, run: Run, part: Tensor) -> Tensor:
         self.call = 0
@@ -130,7 +130,7 @@ class SharedNorms(TorchFunctionMode):
 
 
 def one_by_one(run: Run, x: Tensor) -> Tensor:
-    """`run` over each image of a batch (B, C, H, W), in the memory of one image and of the result."""
+    """`run` over each image of a batch (B, C, H, W), with memory for one image and the result."""
     first = run(x[:1])
     out = first.new_empty(len(x), *first.shape[1:])
     out[:1] = first
@@ -140,7 +140,7 @@ def one_by_one(run: Run, x: Tensor) -> Tensor:
 
 
 def check_tiles(sample: int, latent: int, overlap: float, factor: int) -> None:
-    """Raises ValueError for settings of which no tiles can be made.
+    """Raises ValueError for settings that allow no tiles.
 
     Args:
         sample, latent: a tile's side in pixels and in latents.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from latentdiff.models.layers import Upsample2D, doubling_kernel, in_one, norm_silu
+from latentdiff.models.layers import Upsample2D, can_fuse, doubling_kernel, norm_silu
 
 
 def in_two(layer: Upsample2D, x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def in_two(layer: Upsample2D, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 3), (16, 16)])
-def test_doubling_and_convolution_in_one(size: tuple[int, int]) -> None:
+def test_doubling_and_convolution_can_fuse(size: tuple[int, int]) -> None:
     layer = Upsample2D(6).double()
     x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     kernel = doubling_kernel(layer.conv.weight)
@@ -32,16 +32,16 @@ def test_doubling_and_convolution_in_one(size: tuple[int, int]) -> None:
 
 def test_it_is_taken_in_float32_and_to_the_double_only() -> None:
     layer, x = Upsample2D(4), torch.randn(1, 4, 5, 5)
-    assert in_one(layer.conv, x)
+    assert can_fuse(layer.conv, x)
     torch.testing.assert_close(layer(x), in_two(layer, x), atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not in_one(layer.conv, x)
+        assert not can_fuse(layer.conv, x)
         assert torch.equal(layer(x), in_two(layer, x))
     torch.testing.assert_close(layer(x, (10, 10)), in_two(layer, x), atol=1e-5, rtol=1e-5)
     other = layer(x, torch.Size((9, 10)))
     assert torch.equal(other, layer.conv(F.interpolate(x, size=(9, 10), mode="nearest")))
     layer.bfloat16()
-    assert not in_one(layer.conv, x.bfloat16())
+    assert not can_fuse(layer.conv, x.bfloat16())
     assert torch.equal(layer(x.bfloat16()), in_two(layer, x.bfloat16()))
 
 

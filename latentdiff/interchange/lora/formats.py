@@ -1,4 +1,4 @@
-"""LoRA files from one format into another: diffusers', PEFT's own, and kohya's (A1111, ComfyUI and others read it)."""
+"""Converting LoRA files between the formats of diffusers, PEFT and kohya (which A1111, ComfyUI and others read)."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from latentdiff.interchange.lora.names import TEXT, UNET, from_kohya_name, to_ko
 LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"
 KEPT = ("ss_", "modelspec.")
-"""What of a header says how the LoRA was trained, and goes along from format to format."""
+"""Beginnings of the header's keys that describe the training; they are kept in every format."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class LoraReport:
 
     source_format: str
     files: tuple[Path, ...]
-    """What was written."""
+    """The files written."""
     layers: dict[str, int]
-    """How many layers of each network, such as {"unet": 128}."""
+    """The number of layers in each network, such as {"unet": 128}."""
     ranks: tuple[int, ...]
-    """Those that occur, the smallest first."""
+    """The different ranks, in ascending order."""
     scales: tuple[float, ...]
-    """Likewise alpha / rank."""
+    """The different values of alpha / rank, in ascending order."""
 
 
 class LoraFile:
-    """A LoRA as it lies on disk: tensors, PEFT's config if there is one, and what the header says besides.
+    """A LoRA as read from disk: its tensors, PEFT's config if there is one, and the header.
 
-    PEFT's two parts of a file of two networks may lie in the folders ``unet`` and ``text_encoder``.
+    A LoRA of two networks in PEFT's format has the folders ``unet`` and ``text_encoder``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -85,7 +85,7 @@ class LoraFile:
 
 
 def with_network(state: Mapping[str, Tensor], source_format: str, network: str | None = None) -> dict[str, Tensor]:
-    """PEFT's tensors with the name of their network, which the format leaves out; others as they are."""
+    """PEFT's tensors with the name of their network, which the format leaves out; others unchanged."""
     if source_format != "peft":
         return dict(state)
     bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state.items()}
@@ -94,7 +94,7 @@ def with_network(state: Mapping[str, Tensor], source_format: str, network: str |
 
 
 def network_of(state: Mapping[str, Tensor]) -> str:
-    """Which network PEFT's names are of: a text encoder's begin with its encoder."""
+    """The network that PEFT's names belong to: those of a text encoder begin with its encoder."""
     starts = (f"{PEFT_PREFIX}encoder.", f"{PEFT_PREFIX}text_model.")
     return TEXT if all(key.startswith(starts) for key in state) else UNET
 
@@ -102,22 +102,22 @@ def network_of(state: Mapping[str, Tensor]) -> str:
 def convert_lora(
     source: Path, target: Path, to: LoraFormat, *, overwrite: bool = False, layers_per_block: int = 2
 ) -> LoraReport:
-    """Write a LoRA in another format. Nothing of it is lost: strengths, convolutions, text encoder, precision.
+    """Write a LoRA in another format. Strengths, convolutions, text encoder and precision are kept.
 
-    Only what has no bearing on the pictures stays behind: PEFT's settings for training. ``target`` is a safetensors
-    file; for diffusers also a folder, which then holds ``pytorch_lora_weights.safetensors``. PEFT's format is a folder
-    for one network, and a folder with two such folders, ``unet`` and ``text_encoder``, for two. It says nothing of
-    what model it is for; PEFT loads it into the network itself.
+    Only PEFT's training settings, which do not affect pictures, are dropped. ``target`` is a safetensors file; for
+    diffusers it may also be a folder, which then holds ``pytorch_lora_weights.safetensors``. PEFT's format is a folder
+    for one network, and for two a folder with two such folders, ``unet`` and ``text_encoder``. It does not name its
+    model; PEFT loads it into the network itself.
 
     Args:
         source: a file in any of the formats, or its folder.
-        overwrite: whether ``target`` may be there already.
+        overwrite: replace ``target`` if it exists.
         layers_per_block: of the UNet, for kohya files in the blocks of the original code. Stable Diffusion has 2.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileExistsError: there is something at ``target``, and ``overwrite`` was not asked for.
-        ValueError: the source is damaged or no LoRA, or the format cannot hold it. Nothing is written then.
+        FileExistsError: ``target`` exists, and ``overwrite`` is False.
+        ValueError: the source is damaged or no LoRA, or the format cannot hold it. Nothing is written.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if to not in get_args(LoraFormat):
@@ -149,11 +149,11 @@ def convert_lora(
 
 
 Content = tuple[dict[str, Tensor], dict[str, str]] | dict[str, Any]
-"""Of a file: tensors and header, or what becomes JSON."""
+"""Content of a file: tensors and header, or a JSON object."""
 
 
 def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
-    """By path below the target; "" is the target itself."""
+    """Contents by path below the target; "" is the target itself."""
     config: dict[str, Any] = {}
     for network in (UNET, TEXT):
         if own := of_network(layers, network):
@@ -163,7 +163,7 @@ def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
 
 
 def with_text_model(layers: Layers) -> Layers:
-    """With CLIP's names as they were before transformers 5; diffusers of all years reads these."""
+    """With CLIP's names as before transformers 5, which every version of diffusers reads."""
     start = f"{TEXT}.encoder.layers."
     return {name.replace(start, f"{TEXT}.text_model.encoder.layers.", 1): layer for name, layer in layers.items()}
 
@@ -211,7 +211,7 @@ FORMATS = {"diffusers": diffusers_files, "peft": peft_files, "kohya": kohya_file
 
 
 def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> tuple[Path, ...]:
-    """Write all of `files` or none; they are written aside and then moved into place.
+    """Write all of `files` or none; they are written to a temporary folder and then moved into place.
 
     Raises:
         FileExistsError: one of them is there, and `overwrite` is False.

@@ -1,6 +1,6 @@
-"""LoRA (Hu et al. 2021), layer by layer, whatever the format of the file: W + alpha/r B A, and what there is besides.
+"""LoRA (Hu et al. 2021), layer by layer, independent of the file's format: W + alpha/r B A, bias and DoRA's magnitude.
 
-Read are diffusers' format with its older spellings, PEFT's and kohya's; all three are written.
+The formats of diffusers (also its older names), PEFT and kohya are read and written.
 """
 
 import math
@@ -29,7 +29,7 @@ OWN_PARTS = {
     "lora_B.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "lora.down.weight": "down",  # from here on, what diffusers wrote before it had PEFT
+    "lora.down.weight": "down",  # from here on, names that diffusers wrote before it used PEFT
     "lora.up.weight": "up",
     "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up",
@@ -47,7 +47,7 @@ OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What is added to one layer's weight: ``alpha / rank * up @ down``."""
+    """The update of one layer's weight: ``alpha / rank * up @ down``."""
 
     down: Tensor
     """A: (r, in), or (r, in, k, k) for a convolution."""
@@ -55,7 +55,7 @@ class LoraLayer:
     """B: (out, r), or (out, r, 1, 1)."""
     alpha: float
     bias: Tensor | None = None
-    """(out,), that of B."""
+    """(out,), of B."""
     magnitude: Tensor | None = None
     """(out,), of DoRA (Liu et al. 2024)."""
 
@@ -100,14 +100,14 @@ def read_layers(
     layers_per_block: int = 2,
     known: Mapping[str, str] | None = None,
 ) -> tuple[Layers, list[str]]:
-    """The layers of a file, and the keys in it that are no part of any.
+    """The layers of a file, and the keys in it that belong to none.
 
     Args:
         state: the file's tensors; PEFT's keys without ``base_model.model.`` and with the network's name, as diffusers'.
-        config: of PEFT, its keys with the network's name as well. Without, and without an alpha in the file, alpha is
-            the rank.
+        config: PEFT's, its keys with the network's name too. With neither config nor alpha in the file, alpha is the
+            rank.
         layers_per_block: see `from_kohya_name`.
-        known: the layers of the networks at hand, as `flat_names` gives them; others are not read.
+        known: the layers of the networks that are loaded, from `flat_names`; others are not read.
 
     Raises:
         ValueError: a layer lacks a matrix, or something is not a LoRA's.
@@ -130,7 +130,7 @@ def read_layers(
 def split_key(
     key: str, layers_per_block: int = 2, known: Mapping[str, str] | None = None
 ) -> tuple[str | None, str | None]:
-    """Which layer a key belongs to, and as which part; None where that is not known."""
+    """The layer that a key belongs to, and which part it is; None where that is unknown."""
     if key.startswith(tuple(KOHYA_PREFIXES)):
         flat, _, end = key.partition(".")
         return from_kohya_name(flat, layers_per_block, known), KOHYA_PARTS.get(end)
@@ -148,7 +148,7 @@ def split_key(
 
 
 def own_name(name: str) -> str:
-    """With the network's name, which diffusers' oldest files for the UNet do without."""
+    """A name with its network, which diffusers' oldest files leave out for the UNet."""
     name = name.replace(".processor.", ".")
     return f"{UNET}.{name}" if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else short(name)
 
@@ -158,7 +158,7 @@ def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping
     if down is None or up is None:
         raise ValueError(f"{key}: this layer has no {'down (A)' if down is None else 'up (B)'} matrix")
     check_matrices(key, down, up, parts.get("mid"))
-    if "mid" in parts:  # LyCORIS: a convolution in three; the first two are one
+    if "mid" in parts:  # LyCORIS: three factors of a convolution; the first two are multiplied
         down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.flatten(1).float()).to(down.dtype)
     rank = down.shape[0]
     if "alpha" in parts:
@@ -177,7 +177,7 @@ def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping
 
 
 def check_magnitude(key: str, magnitude: Tensor, outputs: int) -> None:
-    """Raises ValueError if DoRA's magnitudes are not one for each output; LyCORIS also has some for each input."""
+    """Raises ValueError if DoRA's magnitudes are not one for each output; LyCORIS also writes one for each input."""
     axis = 0 if magnitude.ndim == 1 or key.startswith(tuple(KOHYA_PREFIXES)) else 1
     if magnitude.ndim == 0 or magnitude.numel() != outputs or magnitude.shape[axis] != outputs:
         raise ValueError(f"{key}: DoRA's magnitudes have shape {tuple(magnitude.shape)}, not one for each output")
@@ -214,10 +214,10 @@ def alpha_of(name: str, rank: int, config: Mapping[str, Any] | None) -> float:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether PEFT would take a pattern of a config for `module`.
+    """Whether PEFT would apply a config's pattern to `module`.
 
     Raises:
-        ValueError: it is a regular expression that could take for ever.
+        ValueError: it is a regular expression whose matching could take exponential time.
     """
     if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
         raise ValueError(f"{pattern!r} is too involved for the name of a layer")
@@ -226,7 +226,7 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def peft_config(layers: Layers) -> dict[str, Any]:
-    """What PEFT's ``LoraConfig`` needs to know of the layers of one network, named without it.
+    """The arguments of PEFT's ``LoraConfig`` for the layers of one network, whose names are without it.
 
     Raises:
         ValueError: PEFT cannot have such a LoRA.
@@ -255,7 +255,7 @@ def number(value: float) -> int | float:
 
 
 def peft_tensors(layers: Layers) -> dict[str, Tensor]:
-    """The layers' tensors under PEFT's names, with what stands before ``.lora_A`` as it is."""
+    """The layers' tensors under PEFT's names; what precedes ``.lora_A`` is unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.down

@@ -1,8 +1,8 @@
-"""How the formats of LoRA name a layer.
+"""The names of layers in the LoRA formats.
 
-We name it as the network does: ``unet.down_blocks.0.attentions.0.proj_in``, ``text_encoder.encoder.layers.0.mlp.fc1``.
-kohya's names have "_" for every "."; what was what is told by a network, or else by the words that the names of
-Stable Diffusion's networks are made of.
+Ours are those of the network: ``unet.down_blocks.0.attentions.0.proj_in``, ``text_encoder.encoder.layers.0.mlp.fc1``.
+kohya's names have "_" for every "."; which of them were dots is looked up in a network, or else decided by the words
+that occur in the names of Stable Diffusion's networks.
 """
 
 import re
@@ -53,12 +53,12 @@ def to_kohya_name(name: str) -> str:
 
 
 def from_kohya_name(flat: str, layers_per_block: int = 2, known: Mapping[str, str] | None = None) -> str | None:
-    """The other way round; None for a name that no network of Stable Diffusion has.
+    """The inverse of `to_kohya_name`; None for a name that no network of Stable Diffusion has.
 
     Args:
         flat: in diffusers' blocks or, for the UNet, in those of the original code (``lora_unet_input_blocks_1_1_...``).
-        layers_per_block: of the UNet; it tells the original's block 4 from layer 0 of the second block.
-        known: of the networks at hand, if there are any, what `flat_names` gives. Otherwise words decide.
+        layers_per_block: of the UNet; by it the original's blocks are numbered.
+        known: from `flat_names`, if the networks are loaded. Otherwise the words decide.
     """
     prefix = next((prefix for prefix in KOHYA_PREFIXES if flat.startswith(prefix)), None)
     if prefix is None:
@@ -73,7 +73,7 @@ def from_kohya_name(flat: str, layers_per_block: int = 2, known: Mapping[str, st
 
 
 def flat_names(names: list[str]) -> dict[str, str]:
-    """Of names such as ``unet.conv_in``, what `from_kohya_name` looks up."""
+    """A table for `from_kohya_name`, from names such as ``unet.conv_in``."""
     return {name.replace(".text_model.", ".", 1).replace(".", "_"): short(name) for name in names}
 
 
@@ -83,15 +83,15 @@ def short(name: str) -> str:
 
 
 def is_ldm_name(flat: str) -> bool:
-    """Whether `flat` (kohya's, with its prefix) speaks of the original code's blocks."""
+    """Whether `flat` (kohya's, with its prefix) is a name of the original code's blocks."""
     module = flat.removeprefix("lora_unet_")
     return module in LDM_OUTSIDE or LDM_NAME.fullmatch(module) is not None
 
 
 def from_ldm_name(flat: str, layers_per_block: int) -> str:
-    """A layer of the original Latent Diffusion UNet, in diffusers' blocks; other names as they are.
+    """A layer of the original Latent Diffusion UNet under its name in diffusers' blocks; other names unchanged.
 
-    Its blocks are counted through: the convolution at the beginning, then for each resolution its layers and a
+    The original numbers its blocks consecutively: the first convolution, then for each resolution its layers and a
     downsampler; on the way up one layer more, with the upsampler in the last of them.
     """
     if flat in LDM_OUTSIDE:
@@ -109,6 +109,6 @@ def from_ldm_name(flat: str, layers_per_block: int) -> str:
     way = "down_blocks" if part == "input_blocks" else "up_blocks"
     if rest == "op":
         return f"{way}_{block}_downsamplers_0_conv"
-    if rest == "conv":  # beside attention it is the block's third part, otherwise the second
+    if rest == "conv":  # the block's third part after attention, otherwise its second
         return f"{way}_{block}_upsamplers_0_conv"
     return f"{way}_{block}_{'attentions' if inner == '1' else 'resnets'}_{layer}_{rest}"

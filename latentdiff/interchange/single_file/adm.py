@@ -15,7 +15,7 @@ from latentdiff.interchange.single_file.names import RESNET, UNET, UNET_ENDS
 from latentdiff.interchange.single_file.parts import built, fill
 
 Place = tuple[str, int | None]
-"""An original name, and which third of what it stands for."""
+"""An original name, and which third of its tensor; None for the whole."""
 
 THIRDS = {"to_q": 0, "to_k": 1, "to_v": 2}
 ATTENTION: dict[str, Place] = {
@@ -27,11 +27,11 @@ POOL: dict[str, Place] = {"to_out": ("c_proj", None), **{name: ("qkv_proj", thir
 
 
 class AdmCheckpoint(Checkpoint):
-    """A checkpoint whose attentions are brought into the newer of the two orders that the released code knows.
+    """A checkpoint whose attention weights are converted to the newer of the two orders in the released code.
 
     Args:
-        head_channels, heads: the width of an attention's head, or the number of heads; weights do not tell.
-        heads_first: queries, keys and values stand together head by head, as in all that was released.
+        head_channels, heads: the width of an attention's head, or the number of heads; weights do not contain it.
+        heads_first: queries, keys and values are grouped by head, as in all released files.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AdmCheckpoint(Checkpoint):
         self.head_channels, self.heads, self.heads_first = head_channels, heads, heads_first
 
     def heads_of(self, channels: int) -> int:
-        """Raises ValueError if they do not fit."""
+        """The number of heads. Raises ValueError if it does not divide the channels."""
         each = channels // self.heads if self.head_channels is None else self.head_channels
         if each < 1 or channels % each or (self.head_channels is None and channels % self.heads):
             asked = f"heads={self.heads}" if self.head_channels is None else f"head_channels={self.head_channels}"
@@ -52,7 +52,7 @@ class AdmCheckpoint(Checkpoint):
         tensor = super().__getitem__(name)
         if name.endswith("positional_embedding"):
             return tensor.t()
-        if tensor.ndim == 3 and tensor.shape[2] == 1:  # attention is made of 1-wide convolutions there
+        if tensor.ndim == 3 and tensor.shape[2] == 1:  # the original attention consists of 1-wide convolutions
             tensor = tensor[..., 0]
         if not self.heads_first or ".qkv." not in name or tensor.ndim == 0 or tensor.shape[0] % 3:
             return tensor
@@ -69,11 +69,11 @@ def read_adm(weights: AdmCheckpoint, kind: Any, dtype: torch.dtype | None, chang
 
     Args:
         kind: the class: `UNet2DModel` or `NoisyClassifier`.
-        dtype: of the weights; None leaves the file's.
-        changes: of the config that is told from the shapes.
+        dtype: of the weights; None keeps the file's.
+        changes: to the config that is inferred from the shapes.
 
     Raises:
-        ValueError: there is none in it, or none that ours can be; see `fill`.
+        ValueError: the file has none, or one that is not supported; see `fill`.
     """
     classifies = kind.__name__ == "NoisyClassifier"
     if not weights.has_unet:
@@ -93,7 +93,7 @@ def unet2d_config(weights: AdmCheckpoint) -> Config:
     """`UNet2DModel`'s config, without its ``sample_size``.
 
     Raises:
-        ValueError: it is none that ours can be.
+        ValueError: the network is not supported.
     """
     try:
         return unchecked_config(weights)
@@ -121,10 +121,10 @@ def unchecked_config(weights: AdmCheckpoint) -> Config:
 
 
 def classifier_config(weights: AdmCheckpoint) -> Config:
-    """`NoisyClassifier`'s config. How many layers a level has is told by its attentions.
+    """`NoisyClassifier`'s config. The number of layers of a level is inferred from its attentions.
 
     Raises:
-        ValueError: it is none that ours can be.
+        ValueError: the network is not supported.
     """
     blocks = len(numbers(weights, re.escape(UNET) + r"input_blocks\.(\d+)\."))
     attends = [f"{UNET}input_blocks.{i}.1.qkv.weight" in weights for i in range(blocks)]
@@ -145,7 +145,7 @@ def classifier_config(weights: AdmCheckpoint) -> Config:
 
 
 def way_down(weights: AdmCheckpoint, levels: int, layers: int) -> Config:
-    """What the configs of both say of the way down and the middle."""
+    """The part of both configs that concerns the way down and the middle."""
     starts = [1 + level * (layers + 1) for level in range(levels)]
     blocks = f"{UNET}input_blocks."
     width = weights.shape(f"{blocks}0.0.weight")[0]
@@ -174,7 +174,7 @@ def way_down(weights: AdmCheckpoint, levels: int, layers: int) -> Config:
 
 
 def adm_name(key: str, config: Mapping[str, Any]) -> Place:
-    """Of a weight of ours."""
+    """The original name of one of our weights."""
     module, _, leaf = key.rpartition(".")
     if module.startswith("head"):
         return pooled(module, leaf)
@@ -203,7 +203,7 @@ def adm_name(key: str, config: Mapping[str, Any]) -> Place:
 
 
 def pooled(module: str, leaf: str) -> Place:
-    """Of a classifier's last layers."""
+    """The original names of a classifier's last layers."""
     if module == "head.2":
         return f"{UNET}out.3.{leaf}", None
     if module == "head":

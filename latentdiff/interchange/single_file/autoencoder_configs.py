@@ -1,4 +1,4 @@
-"""What the autoencoder in a checkpoint is, told from the shapes of its weights; normalisation has 32 groups."""
+"""The config of the autoencoder in a checkpoint, inferred from the shapes of its weights; GroupNorm has 32 groups."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: their names, shapes and tensors, read as they are asked for."""
+"""Checkpoint files: their names, shapes and tensors, read when they are needed."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ HEADER = "latentdiff"
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint file by their original names.
 
-    A safetensors file is read piece by piece. A ``.ckpt`` is read by ``torch.load(weights_only=True)``: see
-    `pickles.read_pickle`. An autoencoder or a UNet alone, whose names lack their beginning, gets it.
+    A safetensors file is read tensor by tensor. A ``.ckpt`` is read by ``torch.load(weights_only=True)``: see
+    `pickles.read_pickle`. The names of an autoencoder or a UNet alone, which lack their prefix, get it.
 
     Args:
         file: ``.safetensors``, or ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` with `allow_pickle`.
@@ -37,9 +37,9 @@ class Checkpoint(Mapping[str, Tensor]):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file")
         self.header: dict[str, Any] = {}
-        """What this package wrote into the file: a config for each component, by name."""
+        """The config of each component, by name, if this package wrote the file."""
         self.global_step: int | None = None
-        """How many steps the model was trained for, if a ``.ckpt`` says so."""
+        """The number of training steps, if a ``.ckpt`` holds it."""
         self._stream: Any = None
         self._tensors: dict[str, Tensor] = {}
         if file.suffix == ".safetensors":
@@ -51,19 +51,19 @@ class Checkpoint(Mapping[str, Tensor]):
             self._tensors, self.global_step = read_pickle(file, allow_pickle)
             names = list(self._tensors)
         self.beginning = missing_beginning(names)
-        """What the names in the file lack of those in a whole checkpoint: an autoencoder's or a UNet's, or nothing."""
+        """The prefix that the names in the file lack: an autoencoder's or a UNet's, or the empty string."""
         self._places = original_names(names, self.beginning)
         if ema:
             self.use_averages("UNet" if any(name.startswith(UNET) for name in self._places) else "autoencoder")
 
     def use_averages(self, part: str) -> None:
-        """Let names of weights stand for their averages, which are named without dots.
+        """Let the names of weights refer to their averages, whose names in the file have no dots.
 
         Args:
-            part: "UNet" or "autoencoder". Of a whole model only the UNet is averaged.
+            part: "UNet" or "autoencoder". A whole model has averages of the UNet only.
 
         Raises:
-            ValueError: there are none of it.
+            ValueError: the file has none.
         """
         of: Any = UNET if part == "UNet" else VAE_PARTS
         averages = {
@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return any(name.startswith(VAE_PARTS[:2]) for name in self._places)
 
     def own_name(self, name: str) -> str:
-        """How the file itself calls a weight."""
+        """The name of a weight in the file itself."""
         return name.removeprefix(self.beginning)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -95,7 +95,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._tensors[place] if self._stream is None else self._stream.get_tensor(place)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is not read for it."""
+        """The shape of a tensor, without reading it."""
         place = self._places[name]
         if self._stream is None:
             return tuple(self._tensors[place].shape)
@@ -112,7 +112,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def missing_beginning(names: list[str]) -> str:
-    """Some files hold the autoencoder or the UNet alone, without the beginnings of their names."""
+    """The prefix that the names of an autoencoder or a UNet alone lack; else the empty string."""
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in names):
         return VAE
     return UNET if "input_blocks.0.0.weight" in names else ""
@@ -133,7 +133,7 @@ def original_names(names: list[str], beginning: str) -> dict[str, str]:
 
 
 def read_header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What this package wrote into a file's header; empty for other files.
+    """The configs that this package wrote into a file's header; empty for other files.
 
     Raises:
         ValueError: it is damaged.
@@ -150,7 +150,7 @@ def read_header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def main_dtype(weights: Mapping[str, Tensor], beginning: str) -> torch.dtype:
-    """The precision of the first weight under `beginning` that is a floating-point number; float32 if there is none."""
+    """The dtype of the first floating-point weight whose name starts with `beginning`; float32 if there is none."""
     for name in weights:
         if name.startswith(beginning) and (tensor := weights[name]).is_floating_point():
             return tensor.dtype

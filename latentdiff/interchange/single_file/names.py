@@ -1,8 +1,8 @@
 """The names of weights in the original checkpoints of Latent Diffusion and Stable Diffusion.
 
-Every function takes the name that a weight has in diffusers' (and our) networks, and gives the one that it has in the
-original code. This one direction serves both: whoever reads a checkpoint builds the network first, and asks for the
-original name of each weight that it has.
+Every function maps the name of a weight in diffusers' (and our) networks to its name in the original code. This
+direction serves both reading and writing: to read a checkpoint, the network is built first, and then each of its
+weights is looked up by its original name.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 VAE_PARTS = tuple(VAE + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize."))
-"""How the names of an autoencoder's weights begin; a training checkpoint has its losses' beside them."""
+"""Prefixes of the names of an autoencoder's weights; a training checkpoint has those of its losses besides."""
 
 CODEBOOK, GUMBEL_CODEBOOK = f"{VAE}quantize.embedding.weight", f"{VAE}quantize.embed.weight"
 CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model.transformer."
@@ -38,7 +38,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_name(key: str, config: Mapping[str, Any]) -> str:
-    """Of a UNet's weight; `config` is diffusers'."""
+    """The original name of a UNet's weight; `config` is diffusers'."""
     count = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     layers = list(layers) if isinstance(layers, Sequence) else [layers] * count
@@ -64,7 +64,7 @@ def unet_name(key: str, config: Mapping[str, Any]) -> str:
 
 
 def unet_part(kind: str, rest: str) -> str:
-    """Of a weight within a resnet block or a transformer; the transformers' keep their names."""
+    """The same within a resnet block or a transformer; those in transformers keep their names."""
     if kind == "attentions":
         return rest
     module, _, leaf = rest.rpartition(".")
@@ -72,7 +72,7 @@ def unet_part(kind: str, rest: str) -> str:
 
 
 def vae_name(key: str, config: Mapping[str, Any]) -> str:
-    """Of an autoencoder's weight; `config` is diffusers'."""
+    """The original name of an autoencoder's weight; `config` is diffusers'."""
     count = len(config["block_out_channels"])
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
     key = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", key)
@@ -89,12 +89,12 @@ def vae_name(key: str, config: Mapping[str, Any]) -> str:
 
 
 def gumbel_name(key: str, config: Mapping[str, Any]) -> str:
-    """Of a `GumbelVQModel`'s weight, in the code of Taming Transformers."""
+    """The name of a `GumbelVQModel`'s weight in the code of Taming Transformers."""
     return GUMBEL_CODEBOOK if key == "quantize.embedding.weight" else vae_name(key, config)
 
 
 def clip_name(key: str) -> str:
-    """Of a weight of transformers' CLIP text model."""
+    """The original name of a weight of transformers' CLIP text model."""
     return f"{CLIP}text_model.{key.removeprefix('text_model.')}"
 
 
@@ -112,11 +112,11 @@ OPEN_CLIP_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""Modules of transformers' CLIP whose weights open_clip keeps as one, one above the other."""
+"""Modules of transformers' CLIP whose weights open_clip stacks in one tensor."""
 
 
 def open_clip_name(key: str) -> tuple[str, int | None]:
-    """Of a weight of transformers' CLIP text model in open_clip's; and which third of it, or None for the whole."""
+    """The name in open_clip of a weight of transformers' CLIP text model, and which third of it; None for the whole."""
     key = key.removeprefix("text_model.")
     if key in OPEN_CLIP_ENDS:
         return OPEN_CLIP + OPEN_CLIP_ENDS[key], None
@@ -149,7 +149,7 @@ BERT_LAYER = {  # which of the two sub-layers, and the name in it
 
 
 def bert_name(key: str) -> str:
-    """Of a weight of diffusers' ``LDMBertModel``, the text encoder of Latent Diffusion."""
+    """The original name of a weight of diffusers' ``LDMBertModel``, the text encoder of Latent Diffusion."""
     if key in BERT_ENDS:
         return BERT + BERT_ENDS[key]
     _, _, number, rest = key.split(".", 3)  # model.layers.N....

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint: built and filled."""
+"""Building the networks of a checkpoint and loading their weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ from latentdiff.interchange.single_file.names import (
 )
 
 Names = Callable[[str], tuple[str, int | None]]
-"""A network's own name of a weight to the checkpoint's, and which third of it, or None for all."""
+"""From a weight's name in the network to its name in the checkpoint, and which third of it; None for the whole."""
 
 
 def check_checkpoint(weights: Checkpoint) -> None:
@@ -61,13 +61,13 @@ AUTOENCODERS = {
 def fill(
     network: nn.Module, weights: Checkpoint, names: Names, part: str, dtype: torch.dtype, known: Iterable[str] = ()
 ) -> None:
-    """Give `network`, which may be without memory yet, its weights from a checkpoint.
+    """Load the weights of `network`, which may be on the meta device, from a checkpoint.
 
     Args:
-        known: beginnings of names that are all to be used.
+        known: prefixes of names that must all be used.
 
     Raises:
-        ValueError: a weight is missing, has another shape or is no number with a fraction; or one is left over.
+        ValueError: a weight is missing, has another shape or is not of floating point; or one is unused.
     """
     own = network.state_dict()
     places = {key: names(key) for key in own}
@@ -90,7 +90,7 @@ def fill(
 
 
 def take(weights: Checkpoint, name: str, third: int | None, shape: torch.Size) -> Tensor:
-    """A weight, or the first, second or last third of it, in a shape that is the same but for 1x1 convolutions."""
+    """A weight, or the first, second or last third of it, as `shape`, which may differ by 1x1 convolutions only."""
     tensor, own = weights[name], weights.own_name(name)
     found = (tensor.shape[0] // 3, *tensor.shape[1:]) if third is not None and tensor.ndim else tuple(tensor.shape)
     if plain_shape(found) != plain_shape(shape) or (third is not None and tensor.shape[0] % 3):
@@ -103,7 +103,7 @@ def take(weights: Checkpoint, name: str, third: int | None, shape: torch.Size) -
     if not tensor.is_floating_point():
         raise ValueError(f"{weights.file}: {own} is of {tensor.dtype}; quantised weights are not supported")
     part = tensor if third is None else tensor.chunk(3)[third]
-    return part.reshape(shape).clone()  # the file may go, and parts of one tensor must not share memory
+    return part.reshape(shape).clone()  # independent of the file, and parts of one tensor must not share memory
 
 
 def plain_shape(shape: Iterable[int]) -> tuple[int, ...]:
@@ -116,11 +116,11 @@ def build_unet(weights: Checkpoint, dtype: torch.dtype | None, changes: Config, 
 
     Args:
         kind: the class.
-        dtype: of the weights; None leaves the file's.
-        changes: of the config that is told from the shapes, or that the file holds.
+        dtype: of the weights; None keeps the file's.
+        changes: to the config that is inferred from the shapes, or that the file holds.
 
     Raises:
-        ValueError: there is no UNet in it, or none that ours can be; see `fill`.
+        ValueError: the file has no UNet, or one that is not supported; see `fill`.
     """
     if not weights.has_unet:
         raise ValueError(f"{weights.file} has no UNet; give one with unet=")
@@ -136,10 +136,10 @@ def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: C
     """An autoencoder with a checkpoint's weights; see `build_unet`.
 
     Args:
-        kinds: classes by name, of which it must be one.
+        kinds: the allowed classes, by name.
 
     Raises:
-        ValueError: it is of none of them, which is said.
+        ValueError: it is of another class, which the message names.
     """
     if not weights.has_vae:
         raise ValueError(f"{weights.file} has no autoencoder; give one with vae=")
@@ -150,21 +150,21 @@ def build_autoencoder(weights: Checkpoint, dtype: torch.dtype | None, changes: C
     with torch.device("meta"):
         vae = built(lambda: kinds[kind].from_config(config), weights)
     name_of = gumbel_name if kind == "GumbelVQModel" else vae_name
-    known = VAE_PARTS[:4]  # besides its codes, a codebook can have what it was learned with
+    known = VAE_PARTS[:4]  # not the codebook's, which can have its training state beside the codes
     dtype = dtype or main_dtype(weights, VAE)
     fill(vae, weights, whole(lambda key: name_of(key, vae.config)), "autoencoder", dtype, known)
     return vae
 
 
 def built(make: Callable[[], Any], weights: Checkpoint) -> Any:
-    """A network that `make` makes by a config.
+    """The network that `make` returns.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: its config is not supported.
     """
     try:
         return make()
-    except Exception as error:  # a stranger's config can fail in many places
+    except Exception as error:  # a foreign config can fail in many places
         raise ValueError(f"{weights.file}: {error}") from error
 
 
@@ -193,7 +193,7 @@ BERT_KEYS = (
     "activation_function",
     "pad_token_id",
 )
-"""What of a config in a file's header is used; transformers' configs can also name code to fetch."""
+"""The keys of a config in a file's header that are used; transformers' configs can also name code to download."""
 
 
 def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:

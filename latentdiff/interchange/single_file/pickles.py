@@ -55,12 +55,12 @@ def load_pickle(file: Path, allow: bool) -> Any:
             f"{file} holds more than tensors, which could run code, so it was not read and nothing was run "
             f"({reason(error)}); get the model as .safetensors"
         ) from None
-    except Exception as error:  # whatever a damaged file does to the reader
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{file} is damaged, or no checkpoint ({reason(error)})") from None
 
 
 def reason(error: Exception) -> str:
-    """What torch's reader stumbled over, without its advice to read the file unsafely."""
+    """The reason in torch's message, without its advice to read the file unsafely."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return f"it asks for {asked[1]}"
@@ -69,7 +69,7 @@ def reason(error: Exception) -> str:
 
 
 def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]:
-    """The named tensors of a pickled checkpoint, and for how many steps it was trained, if it says so.
+    """The named tensors of a pickled checkpoint, and its number of training steps, if it holds it.
 
     Raises:
         ValueError: see `load_pickle`; or there are no named tensors in it.

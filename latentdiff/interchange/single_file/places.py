@@ -1,4 +1,4 @@
-"""Where a checkpoint file is: here, or on the hub."""
+"""Finding a checkpoint file, locally or on the hub."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ON_THE_HUB = re.compile(
     r"(?:\?download=true)?"
 )
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""What of ``hf_hub_download``'s arguments can be given."""
+"""The arguments of ``hf_hub_download`` that are accepted."""
 
 
 def find_file(source: str | Path, allow_pickle: bool = False, **hub: Any) -> Path:
@@ -19,9 +19,9 @@ def find_file(source: str | Path, allow_pickle: bool = False, **hub: Any) -> Pat
         hub: of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: it is neither.
         ValueError: it is on the hub, pickled, and `allow_pickle` is False.
-        OSError: the hub cannot be asked.
+        OSError: the hub cannot be reached.
     """
     file = Path(source).expanduser()
     if file.exists() or not isinstance(source, str):

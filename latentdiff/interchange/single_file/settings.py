@@ -1,4 +1,4 @@
-"""What the weights of a checkpoint do not say: from the caller, from the original YAML file, or as it usually is."""
+"""Settings that the weights of a checkpoint do not contain: from the caller, the original YAML file, or by default."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from latentdiff.interchange.single_file.names import CODEBOOK, GUMBEL_CODEBOOK, 
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
-"""The original names of diffusers' schedules of betas; the original's "linear" is linear in their square roots."""
+"""diffusers' names of the original beta schedules; the original's "linear" is linear in the square roots."""
 
 BASE_STEPS = 875_000
-"""For how many steps Stable Diffusion 2.0 was trained at 512 pixels, to predict noise; not v, as at 768."""
+"""Training steps of Stable Diffusion 2.0 at 512 pixels, which predicts noise; the model at 768 predicts v."""
 
 
 @dataclass(frozen=True)
 class OriginalSettings:
-    """Of a model of Latent Diffusion's or Stable Diffusion's code; None where nothing is said."""
+    """Settings of a model of Latent Diffusion's or Stable Diffusion's code; None where unknown."""
 
     prediction_type: str | None = None
     beta_schedule: str | None = None
@@ -33,7 +33,7 @@ class OriginalSettings:
     head_channels: int | None = None
 
     def __or__(self, other: "OriginalSettings") -> "OriginalSettings":
-        """These, and where `other` says something, its."""
+        """These settings, overridden by those that `other` has."""
         return OriginalSettings(**{**asdict(self), **other.said()})
 
     def said(self) -> dict[str, Any]:
@@ -41,9 +41,9 @@ class OriginalSettings:
 
     @classmethod
     def read(cls, file: Path) -> "OriginalSettings":
-        """From the YAML file of a released model. Only numbers are taken from it; what it names is never imported.
+        """Read the YAML file of a released model. Only values are taken from it; classes it names are never imported.
 
-        What the file leaves out is as in the original code (``LatentDiffusion`` and ``DDPM`` in CompVis' ddpm.py).
+        Missing keys have the defaults of the original code (``LatentDiffusion`` and ``DDPM`` in CompVis' ddpm.py).
 
         Raises:
             FileNotFoundError: no such file.
@@ -90,12 +90,12 @@ def choice(file: Path, section: dict[str, Any], key: str, known: dict[str, str],
 
 
 def number(file: Path, section: Any, key: str, kind: type, usual: Any = None) -> Any:
-    """A number above 0; the original writes -1 for "not this one"."""
+    """A number above 0; the original writes -1 for "unset"."""
     value = section.get(key) if isinstance(section, dict) else None
     if value is None or value == -1:
         return usual
     try:
-        found = kind(value)  # YAML takes 1e-4 for a word
+        found = kind(value)  # YAML reads 1e-4 as a string
     except (TypeError, ValueError, OverflowError):
         found = 0
     if isinstance(value, bool) or not 0 < found < 1e9 or found != float(value):
@@ -104,7 +104,7 @@ def number(file: Path, section: Any, key: str, kind: type, usual: Any = None) ->
 
 
 def assumed_settings(weights: Checkpoint) -> OriginalSettings:
-    """What is usual for a model of this kind."""
+    """The usual settings of a model of this kind."""
     process: dict[str, Any] = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     stable = OriginalSettings(
         prediction_type="epsilon", beta_start=0.00085, beta_end=0.012, scaling_factor=0.18215, sample_size=64, **process
@@ -130,7 +130,7 @@ def assumed_settings(weights: Checkpoint) -> OriginalSettings:
 
 
 def measured_scale(weights: Checkpoint) -> float | None:
-    """The scale of the latents that a model was trained on, if it was measured; it stands beside the weights then."""
+    """The measured scaling factor of the latents, if the file has it beside the weights."""
     if "scale_factor" not in weights or weights.shape("scale_factor") not in ((), (1,)):
         return None
     scale = float(weights["scale_factor"])
@@ -138,19 +138,19 @@ def measured_scale(weights: Checkpoint) -> float | None:
 
 
 def takes_latents_only(weights: Checkpoint) -> bool:
-    """Whether the UNet is not one for inpainting, as far as the file tells."""
+    """Whether the UNet's input is latents only, without the mask of an inpainting model."""
     first, last = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
     return first in weights and last in weights and weights.shape(first)[1] == weights.shape(last)[0]
 
 
 def is_guess(weights: Checkpoint) -> bool:
-    """Whether models of this kind were trained to predict one thing or another, and the file does not say which."""
+    """Whether models of this kind differ in what they predict, and the file does not say which it is."""
     no_hint = weights.global_step != BASE_STEPS and "scheduler" not in weights.header
     return text_kind(weights) == "open_clip" and no_hint and takes_latents_only(weights)
 
 
 def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
-    """The config of the scheduler to draw with."""
+    """The config of the scheduler for sampling."""
     said = settings.said()
     process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     return {

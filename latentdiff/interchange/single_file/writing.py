@@ -1,4 +1,4 @@
-"""The networks of a pipeline under the names of the original checkpoints."""
+"""Writing the networks of a pipeline under the names of the original checkpoints."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ def original_unet(unet: Any) -> dict[str, Tensor]:
     """A UNet's weights by their original names.
 
     Raises:
-        ValueError: it has weights that the originals do not know.
+        ValueError: it has weights that the original code does not have.
     """
     return named(unet, lambda key: unet_name(key, unet.config), "UNet")
 
@@ -40,7 +40,7 @@ def original_autoencoder(vae: Any) -> dict[str, Tensor]:
     name_of = gumbel_name if hasattr(getattr(vae, "quantize", None), "proj") else vae_name
     state = named(vae, lambda key: name_of(key, vae.config), "autoencoder")
     return {
-        # attention is made of 1x1 convolutions there
+        # the original attention consists of 1x1 convolutions
         name: tensor[..., None, None] if ".attn" in name and tensor.ndim == 2 else tensor
         for name, tensor in state.items()
     }
@@ -49,12 +49,11 @@ def original_autoencoder(vae: Any) -> dict[str, Tensor]:
 def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
     """A text encoder's weights by their original names: with CLIP's fast GELU as in Stable Diffusion 1, else as in 2.
 
-    Stable Diffusion 2 never uses the last layer of its tower, so neither diffusers nor this package keep it, and there
-    is nothing that could be written in its place. Programs that build it all the same say that it is missing (and so
-    is the projection); they draw the same pictures.
+    Stable Diffusion 2 never uses the last layer of its text tower, so neither diffusers nor this package keeps it, and
+    it cannot be written. Programs that build it report it (and the projection) as missing; their pictures are the same.
 
     Raises:
-        ValueError: the text encoder is of a kind that the originals never had.
+        ValueError: the original code has no such text encoder.
     """
     kind = type(text_encoder).__name__
     if kind == "LDMBertModel":
@@ -96,12 +95,12 @@ def named(network: Any, name_of: Callable[[str], Any], part: str) -> dict[Any, T
 
 
 def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
-    """An autoencoder's weights as in files that hold nothing else: without the beginning of their original names."""
+    """An autoencoder's weights as in files of autoencoders alone: without the prefix of their original names."""
     return {name.removeprefix(VAE): tensor for name, tensor in original_autoencoder(vae).items()}
 
 
 def header_of_parts(configs: Mapping[str, Any]) -> dict[str, str]:
-    """A file's header with the configs of what it holds."""
+    """A file's header with the configs of its components."""
     return {"format": "pt", HEADER: json.dumps(configs, sort_keys=True)}
 
 
@@ -130,7 +129,7 @@ def check_target(file: Path, overwrite: bool) -> None:
 
 
 def plain_config(part: Any) -> dict[str, Any]:
-    """A component's config without what it notes for itself."""
+    """A component's config without private keys and values that JSON cannot hold."""
     config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
     return {key: value for key, value in config.items() if not key.startswith("_") and is_plain(value)}
 
