@@ -4,7 +4,6 @@ Parameter names are diffusers', so weights need no mapping. Letters in shape com
 and width (of pixels or of the latent grid), L tokens, D width, N attention heads.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,50 +25,6 @@ class Checkpointed(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *args)  # type: ignore[operator]
         return module(*args)
-
-
-def timestep_features(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of a timestep: (B,) -> (B, dim), float32. Attention Is All You Need (Vaswani et al. 2017), Sec. 3.5.
-
-    Frequency i is 10000^(-i / (dim/2 - freq_shift)). The order is [sin, cos], or [cos, sin] with ``flip_sin_to_cos``.
-    """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, dim/2)
-    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
-
-
-class Timesteps(nn.Module):
-    """`timestep_features` as a module without parameters, which diffusers' classes look for in a UNet."""
-
-    def __init__(self, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> None:
-        super().__init__()
-        self.dim, self.flip_sin_to_cos, self.freq_shift = dim, flip_sin_to_cos, freq_shift
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """(B,) -> (B, dim), float32."""
-        return timestep_features(timesteps, self.dim, self.flip_sin_to_cos, self.freq_shift)
-
-
-class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn sinusoids into the embedding every resnet block of the UNet receives.
-
-    ``condition_dim``: width of a condition that is added to the time's features, such as an embedded guidance scale.
-    """
-
-    def __init__(self, in_dim: int, dim: int, condition_dim: int | None = None) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.cond_proj = None if condition_dim is None else nn.Linear(condition_dim, in_dim, bias=False)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(B, in_dim), maybe (B, condition_dim) -> (B, dim)."""
-        if condition is not None:
-            assert self.cond_proj is not None
-            features = features + self.cond_proj(condition)
-        return self.linear_2(F.silu(self.linear_1(features)))
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.models.layers import timestep_features
 from latentdiff.models.lora_scale import lora_scaled
+from latentdiff.models.time_embedding import timestep_features
 
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 """(prediction, what the network saw, timestep) -> another prediction."""
