@@ -227,10 +227,18 @@ class Call:
 
     def callback_tensors(self, denoiser: GuidedDenoiser, progress: Progress) -> dict[str, Any]:
         """All tensors that a callback may ask for; kinds of calls add their own."""
-        return {"latents": progress.latents}
+        negative = denoiser.conditioning.negative if self.guidance.active else None
+        return {
+            "latents": progress.latents,
+            "prompt_embeds": denoiser.joint_states,
+            "negative_prompt_embeds": None if negative is None else negative.states,
+        }
 
     def take_over(self, denoiser: GuidedDenoiser, changed: dict[str, Any]) -> None:
         """Go on with what a callback changed, but for the latents; kinds of calls add their own."""
+        states = changed.get("prompt_embeds")
+        if states is not None and states is not denoiser.joint_states:
+            denoiser.conditioning = denoiser.conditioning.with_joint_states(states)
 
     # From latents to what the caller asked for
 

@@ -14,7 +14,6 @@ from latentdiff.pipelines.core.options import TextOptions, check_count, refuse
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import are_latents, check_pictures
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
-from latentdiff.pipelines.core.sampling import Progress
 from latentdiff.pipelines.core.schedulers import modern_scheduler
 from latentdiff.pipelines.storage.adapters import AdapterPipeline
 from latentdiff.pipelines.storage.single_file import SingleFilePipeline
@@ -195,20 +194,6 @@ class TextCall(Call):
         else:
             latents = self.codec.encode(pixels, self.noise.generator, self.count)
         return latents.to(self.device, self.pipeline.unet.dtype)
-
-    def callback_tensors(self, denoiser: GuidedDenoiser, progress: Progress) -> dict[str, Any]:
-        negative = denoiser.conditioning.negative if self.guidance.active else None
-        return {
-            **super().callback_tensors(denoiser, progress),
-            "prompt_embeds": denoiser.joint_states,
-            "negative_prompt_embeds": None if negative is None else negative.states,
-        }
-
-    def take_over(self, denoiser: GuidedDenoiser, changed: dict[str, Any]) -> None:
-        super().take_over(denoiser, changed)
-        states = changed.get("prompt_embeds")
-        if states is not None and states is not denoiser.joint_states:
-            denoiser.conditioning = denoiser.conditioning.with_joint_states(states)
 
     def choose(self, pixels: Tensor, output: ImagesOutput) -> Tensor:
         """Of candidates the best, with their scores."""

@@ -168,6 +168,15 @@ def test_variations_are_diffusers(twins: Twins) -> None:
     call = {"image": [picture((40, 30)), picture((16, 16), "blue")], "num_images_per_prompt": 2, "guidance_scale": 3.0}
     assert largest_difference(ours, theirs, **call) < 1e-4
 
+    def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if step == 2 else tensors
+
+    names = [name for name in ours._callback_tensor_inputs if name in ("latents", "prompt_embeds")]
+    shown = list(ours.stream(**call, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, seed=0))
+    plain = list(ours.stream(**call, seed=0))
+    assert torch.equal(shown[2].latents, plain[2].latents)
+    assert (shown[3].latents - plain[3].latents).abs().max() > 1e-3
+
 
 @pytest.mark.parametrize("kind", ["text", "image", "paint"])
 def test_models_that_guide_themselves(twins: Twins, kind: str) -> None:
