@@ -214,7 +214,11 @@ def test_ranks_figures_and_their_errors(trained: tuple[Judge, Score]) -> None:
     figure = measures.share([True, True, True, False])
     assert figure is not None
     assert (figure.value, figure.count) == (0.75, 4)
-    assert figure.error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert figure.error == pytest.approx((5 / 8 * 3 / 8 / 8) ** 0.5)
+    none = measures.share([False] * 4)
+    assert none is not None
+    assert (none.value, none.error) == (0.0, pytest.approx((2 / 8 * 6 / 8 / 8) ** 0.5))
+    assert none.over(measures.Figure(0.5, 0.1, 10)).error == pytest.approx(none.error / 0.5)
     ratio = figure.over(measures.Figure(0.5, 0.1, 10))
     assert ratio is not None
     assert ratio.value == 1.5
@@ -278,6 +282,24 @@ def test_ideal_pictures_get_full_marks(trained: tuple[Judge, Score]) -> None:
         Ideals([drawing(DISC, RED)], "none")
 
 
+def test_the_kernel_distance_is_less_for_like_pictures(trained: tuple[Judge, Score]) -> None:
+    judge, _ = trained
+    drawings = [drawing(shape, RED) for shape in (DISC, BOX)] + [drawing(shape, BLUE, "two") for shape in (DISC, BOX)]
+    ideals = Ideals(drawings, "toy")
+    same = {shape: scene((shape, (0.5, 0.5, 0.9))) for shape in (DISC, BOX)}
+    noise = np.random.default_rng(0).integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
+    other = dict(zip((DISC, BOX), map(Image.fromarray, noise), strict=True))
+    near, far = (evaluate.distance(judge, shown, ideals) for shown in (same, other))
+    assert near is not None
+    assert far is not None
+    assert near < far
+    assert evaluate.distance(judge, {CROSS: scene()}, ideals) is None
+    found = evaluate.yardstick(judge, ideals, Ideals(drawings, "two"))
+    assert found is not None
+    assert found.set_name == "two"
+    assert evaluate.yardstick(judge, ideals, Ideals(drawings[2:3], "two")) is None
+
+
 def test_distortions_keep_shape_and_range_and_repeat() -> None:
     drawings = torch.from_numpy(np.stack([drawing(BOX, RED).rgba] * 8)).permute(0, 3, 1, 2) / 255
     turnable = torch.tensor([True] * 4 + [False] * 4)
@@ -321,8 +343,8 @@ def test_a_page_and_a_table(tmp_path: Path) -> None:
 
 def test_a_judge_trained_for_seconds_tells_three_shapes_apart(trained: tuple[Judge, Score], tmp_path: Path) -> None:
     judge, score = trained
-    assert (score.first, score.five, score.count) == (1.0, 1.0, 3)
-    assert str(score) == "100.0 ± 0.0 % at first guess, 100.0 ± 0.0 % within five, of 3 drawings"
+    assert (score.first.value, score.five.value, score.five.count) == (1.0, 1.0, 3)
+    assert str(score) == "100.0 ± 17.1 % at first guess, 100.0 ± 17.1 % within five, of 3 drawings"
     judge.save(tmp_path / "judge.safetensors")
     loaded = Judge.load(tmp_path / "judge.safetensors")
     assert loaded.classes == judge.classes == tuple(CONCEPTS)
@@ -403,7 +425,8 @@ def test_the_packaged_model_is_drawn_and_judged(tmp_path: Path) -> None:
     report = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
     assert [one["setting"]["steps"] for one in report["settings"]] == [1, 2]
     assert report["settings"][0]["figures"]["objects_five"]["count"] > 0
-    assert report["ceiling"]
+    assert report["ceiling"]["objects_five"]["count"] > 0
+    assert report["yardstick"]["set_name"] == "glossy"
     assert "2 steps, guidance 1" in (output / "table.md").read_text(encoding="utf-8")
     assert (output / "page-1.png").is_file()
     assert (output / "grid.png").is_file()

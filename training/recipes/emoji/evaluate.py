@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -67,6 +68,14 @@ class Evaluation:
     seconds_per_picture: float
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """How far another icon set's drawings are from the unseen set's, as pictures' kernel distance is measured."""
+
+    set_name: str
+    kernel_distance: float
+
+
 def read_prompts() -> list[str]:
     """The twenty prompts of the recipe."""
     settings = yaml.safe_load(files(__package__).joinpath("denoiser.yaml").read_text(encoding="utf-8"))
@@ -100,18 +109,25 @@ def judge_ideals(judge: Judge, ideals: Ideals, prompts: Sequence[Prompt]) -> lis
     return mark(judge, [prompt for prompt, _ in composed], [picture for _, picture in composed])
 
 
-def distance(judge: Judge, prompts: Sequence[Prompt], pictures: Sequence[Image.Image], ideals: Ideals) -> float | None:
-    """KID, on the judge's features, of the pictures of single things and the unseen set's drawings of the same."""
-    pairs = [
-        (picture, ideals.plain[prompt.things[0].hexcode])
-        for prompt, picture in zip(prompts, pictures, strict=True)
-        if prompt.kind == Kind.OBJECTS and prompt.things[0].hexcode in ideals.plain
-    ]
-    if len(pairs) < 2:
+def distance(judge: Judge, drawn: Mapping[str, Image.Image], real: Ideals) -> float | None:
+    """KID, on the judge's features, of pictures by the hexcode of their thing and real drawings of the same things."""
+    both = [hexcode for hexcode in drawn if hexcode in real.plain]
+    if len(both) < 2:
         return None
-    drawn = judge.look([picture for picture, _ in pairs])[1]
-    real = judge.look([on_white(drawing.rgba) for _, drawing in pairs])[1]
-    return kernel_distance(drawn, real).mean
+    features = judge.look([drawn[hexcode] for hexcode in both])[1]
+    return kernel_distance(features, judge.look([on_white(real.plain[hexcode].rgba) for hexcode in both])[1]).mean
+
+
+def single_things(prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> dict[str, Image.Image]:
+    """The pictures of the prompts for single things, by hexcode."""
+    pairs = zip(prompts, pictures, strict=True)
+    return {prompt.things[0].hexcode: picture for prompt, picture in pairs if prompt.kind == Kind.OBJECTS}
+
+
+def yardstick(judge: Judge, ideals: Ideals, others: Ideals) -> Yardstick | None:
+    """The kernel distance of the same things in another icon set; None where it has too few of them."""
+    away = distance(judge, {hexcode: on_white(one.rgba) for hexcode, one in others.plain.items()}, ideals)
+    return None if away is None else Yardstick(others.set_name, away)
 
 
 def evaluate(
@@ -122,7 +138,7 @@ def evaluate(
     pictures = draw(pipeline, [prompt.text for prompt in prompts], setting)
     seconds = (time.monotonic() - start) / len(prompts)
     marks = mark(judge, prompts, pictures)
-    away = distance(judge, prompts, pictures, ideals) if ideals else None
+    away = distance(judge, single_things(prompts, pictures), ideals) if ideals else None
     return Evaluation(setting, figures_of(marks), away, seconds), pictures, marks
 
 
@@ -135,16 +151,25 @@ def chosen_prompts(judge: Judge, most: int | None = None) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.text in kept]
 
 
-def real_drawings(bundle: Path, judge: Judge) -> list[Drawing]:
-    """The drawings that ideal pictures are made of: the unseen set's, and those of named styles."""
-    jobs = read_bundle(bundle)
-    wanted = [job for job in jobs if job.concept.hexcode in judge.index and job.concept.weight >= 2]
-    styles = {prompt.things[0].hexcode for prompt in held_out_prompts() if prompt.style}
-    return plain_drawings([job for job in wanted if job.set_name == judge.left_out or job.concept.hexcode in styles])
+def real_drawings(bundle: Path, prompts: Sequence[Prompt], unseen: str) -> tuple[list[Drawing], str | None]:
+    """Drawings of the things that prompts name: the unseen set's, another set's, and for prompts of styles all sets'.
+
+    The other set is the coloured one that has most of them; its name is returned, None where there is no other.
+    """
+    wanted = {asked.hexcode for prompt in prompts for asked in prompt.things}
+    styled = {prompt.things[0].hexcode for prompt in prompts if prompt.style}
+    jobs = [job for job in read_bundle(bundle) if job.concept.hexcode in wanted]
+    sets = Counter(job.set_name for job in jobs if job.set_name != unseen and job.style != "outline")
+    other = max(sets, key=lambda name: sets[name]) if sets else None
+    return plain_drawings([j for j in jobs if j.set_name in (unseen, other) or j.concept.hexcode in styled]), other
 
 
 def write_report(
-    output: Path, about: Mapping[str, Any], ceiling: Mapping[str, Figure], found: Sequence[Evaluation]
+    output: Path,
+    about: Mapping[str, Any],
+    ceiling: Mapping[str, Figure],
+    found: Sequence[Evaluation],
+    other: Yardstick | None = None,
 ) -> str:
     """`evaluation.json` and `table.md`; returns the table."""
     text = table(TITLES, ceiling, {one.setting.title: one.figures for one in found})
@@ -152,10 +177,13 @@ def write_report(
     for one in found:
         away = "" if one.kernel_distance is None else f", kernel distance {one.kernel_distance:.3f}"
         text += f"\n{one.setting.title}: {one.seconds_per_picture:.2f} s a picture{away}\n"
+    if other:
+        text += f"\nKernel distance of another set of real drawings, {other.set_name}: {other.kernel_distance:.3f}\n"
     report = {
         **about,
         "ceiling": {name: asdict(figure) for name, figure in ceiling.items()},
         "settings": [asdict(one) for one in found],
+        "yardstick": asdict(other) if other else None,
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -182,9 +210,11 @@ def run(options: argparse.Namespace) -> str:
     """Everything; returns the table."""
     judge = Judge.load(options.judge)
     prompts = chosen_prompts(judge, options.prompts)
-    ideals = Ideals(real_drawings(options.bundle, judge), judge.left_out) if options.bundle else None
+    drawings, other_set = real_drawings(options.bundle, prompts, judge.left_out) if options.bundle else ([], None)
+    ideals = Ideals(drawings, judge.left_out) if options.bundle else None
     ceiling = figures_of(judge_ideals(judge, ideals, prompts)) if ideals else {}
     ceiling.pop("synonym_ratio", None)  # real drawings have no words
+    other = yardstick(judge, ideals, Ideals(drawings, other_set)) if ideals and other_set else None
     pipeline = TextToImagePipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     found: list[Evaluation] = []
@@ -196,7 +226,7 @@ def run(options: argparse.Namespace) -> str:
             save_marks(options.output / "marks.json", marks)
         found.append(evaluation)
     about = {"model": str(options.model), "prompts": len(prompts), "unseen_set": judge.left_out}
-    return write_report(options.output, about, ceiling, found)
+    return write_report(options.output, about, ceiling, found, other)
 
 
 def save_marks(file: Path, marks: Sequence[Marks]) -> None:

@@ -23,6 +23,7 @@ from .draw import on_white, render
 from .drawings import Drawing, Job
 from .grammar import says_colour
 from .judge import SIZE, Judge, normalise, pretrained_network
+from .measures import Figure, share
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +69,14 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Score:
-    """The shares of `count` drawings whose thing is the judge's first guess, or among its first five."""
+    """The shares of drawings whose thing is the judge's first guess, and among its first five."""
 
-    first: float
-    five: float
-    count: int
+    first: Figure
+    five: Figure
 
     def __str__(self) -> str:
-        errors = [100 * math.sqrt(value * (1 - value) / self.count) for value in (self.first, self.five)]
-        first, five = (f"{100 * v:.1f} ± {e:.1f} %" for v, e in zip((self.first, self.five), errors, strict=True))
-        return f"{first} at first guess, {five} within five, of {self.count} drawings"
+        shares = [f"{100 * one.value:.1f} ± {100 * one.error:.1f} %" for one in (self.first, self.five)]
+        return f"{shares[0]} at first guess, {shares[1]} within five, of {self.first.count} drawings"
 
 
 def choose_classes(concepts: Mapping[str, Concept], hexcodes: Sequence[str]) -> tuple[str, ...]:
@@ -149,7 +148,9 @@ def score(judge: Judge, drawings: Drawings) -> Score:
     opinions, _ = judge.look([on_white(rgba) for rgba in drawings.rgba])
     labels = torch.from_numpy(drawings.labels)[:, None]
     right = opinions.topk(min(5, opinions.shape[1])).indices == labels
-    return Score(float(right[:, 0].float().mean()), float(right.any(1).float().mean()), len(labels))
+    first, five = share(right[:, 0].tolist()), share(right.any(1).tolist())
+    assert first is not None and five is not None  # there are drawings
+    return Score(first, five)
 
 
 class Trainer:

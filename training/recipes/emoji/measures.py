@@ -48,9 +48,8 @@ class Figure:
         """The ratio of two independent figures (delta method); None over 0."""
         if not other.value:
             return None
-        ratio = self.value / other.value
-        relative = math.hypot(self.error / self.value if self.value else 0.0, other.error / other.value)
-        return Figure(ratio, (ratio or 1 / other.value / max(self.count, 1)) * relative, self.count)
+        error = math.hypot(self.error / other.value, self.value * other.error / other.value**2)
+        return Figure(self.value / other.value, error, self.count)
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,15 @@ class Measure:
 
 
 def share(right: Sequence[bool]) -> Figure | None:
-    """With the standard error of a share of independent answers."""
+    """With a standard error that is not 0 for none or all of a few: two right and two wrong are added for it.
+
+    (Agresti and Coull 1998; the share itself is left as it is.)
+    """
     if not right:
         return None
-    value = sum(right) / len(right)
-    return Figure(value, math.sqrt(value * (1 - value) / len(right)), len(right))
+    count = len(right) + 4
+    adjusted = (sum(right) + 2) / count
+    return Figure(sum(right) / len(right), math.sqrt(adjusted * (1 - adjusted) / count), len(right))
 
 
 def first(marks: Marks) -> bool:
