@@ -212,11 +212,9 @@ def test_ranks_figures_and_their_errors(trained: tuple[Judge, Score]) -> None:
     assert measures.rank_of(judge, asked(CROSS), opinion) == 3
     assert measures.rank_of(judge, Asked(CROSS, (CROSS, BOX)), opinion) == 2
     figure = measures.share([True, True, True, False])
-    assert figure is not None
     assert (figure.value, figure.count) == (0.75, 4)
     assert figure.error == pytest.approx((5 / 8 * 3 / 8 / 8) ** 0.5)
     none = measures.share([False] * 4)
-    assert none is not None
     assert (none.value, none.error) == (0.0, pytest.approx((2 / 8 * 6 / 8 / 8) ** 0.5))
     assert none.over(measures.Figure(0.5, 0.1, 10)).error == pytest.approx(none.error / 0.5)
     ratio = figure.over(measures.Figure(0.5, 0.1, 10))

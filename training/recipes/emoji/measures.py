@@ -64,16 +64,15 @@ class Measure:
     def of(self, marks: Iterable[Marks]) -> Figure | None:
         """None where no picture tells."""
         told = [self.right(one) for one in marks if one.prompt.kind == self.kind]
-        return share([right for right in told if right is not None])
+        known = [right for right in told if right is not None]
+        return share(known) if known else None
 
 
-def share(right: Sequence[bool]) -> Figure | None:
+def share(right: Sequence[bool]) -> Figure:
     """With a standard error that is not 0 for none or all of a few: two right and two wrong are added for it.
 
-    (Agresti and Coull 1998; the share itself is left as it is.)
+    (Agresti and Coull 1998; the share itself is left as it is.) There must be one answer at least.
     """
-    if not right:
-        return None
     count = len(right) + 4
     adjusted = (sum(right) + 2) / count
     return Figure(sum(right) / len(right), math.sqrt(adjusted * (1 - adjusted) / count), len(right))
@@ -121,13 +120,17 @@ def synonyms_and_known(marks: Sequence[Marks]) -> tuple[list[Marks], list[Marks]
 
 def known_words(marks: Sequence[Marks]) -> Figure | None:
     """The share of the synonyms' known words found within five guesses; each counts as often as it has synonyms."""
-    return share([within_five(one) for one in synonyms_and_known(marks)[1]])
+    known = synonyms_and_known(marks)[1]
+    return share([within_five(one) for one in known]) if known else None
 
 
 def synonym_ratio(marks: Sequence[Marks]) -> Figure | None:
     """How much of what the known words get within five guesses the synonyms get."""
-    unseen, known = (share([within_five(one) for one in part]) for part in synonyms_and_known(marks))
-    return unseen.over(known) if unseen and known else None
+    parts = synonyms_and_known(marks)
+    if not parts[0]:
+        return None
+    unseen, known = (share([within_five(one) for one in part]) for part in parts)
+    return unseen.over(known)
 
 
 def mark(judge: Judge, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> list[Marks]:
