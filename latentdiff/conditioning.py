@@ -1,7 +1,7 @@
 """What conditions a network besides latents and time, as one object, and what makes it of prompts.
 
 Text states, a pooled embedding, class labels, further input channels: all have a batch dimension, so that selecting,
-repeating and joining batches is written once, here, and whoever passes it on need not know what is in it.
+repeating and joining batches is written once, here, and callers pass it on without knowing its content.
 """
 
 from collections.abc import Callable, Mapping, Sequence

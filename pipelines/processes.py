@@ -1,4 +1,4 @@
-"""This process among others, as Accelerate sees them."""
+"""This process and the others of the same run, by Accelerate."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 def on_cpu() -> bool:
     """Whether to compute on the CPU: asked for by Accelerate's configuration, or several processes without a device.
 
-    Without being told, Accelerate takes the latter for programs that know nothing of each other.
+    By default Accelerate would take the latter for separate programs.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several and not torch.accelerator.is_available())

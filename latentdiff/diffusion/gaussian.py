@@ -83,7 +83,7 @@ class GaussianDiffusion(GaussianProcess):
         self.predicts, self.loss_type, self.log_likelihood = TARGETS[prediction_type], loss_type, log_likelihood
         self.zero_terminal_snr, self.beta_start, self.beta_end = zero_terminal_snr, beta_start, beta_end
         self.given_betas: Tensor | None = None
-        self.kept: Tensor | None = None  # timesteps of the process that this one takes only some steps of
+        self.kept: Tensor | None = None  # of a respaced process: the timesteps of the original one
         if alphas_cumprod is not None:
             alphas_cumprod = alphas_cumprod.to("cpu", torch.float64)
             self.given_betas = betas_of(alphas_cumprod)
@@ -154,8 +154,8 @@ class GaussianDiffusion(GaussianProcess):
         return (uniform * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def level(self, time: Any) -> tuple[float, float]:
-        kept = self.alpha_bar(time)
-        return float(kept.sqrt()), float((1 - kept).sqrt())
+        alpha_bar = self.alpha_bar(time)
+        return float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
 
     def alpha_bar(self, time: Any) -> Tensor:
         """What is left of the picture's variance at one time (DDPM, Eq. 4), a float64 scalar.

@@ -35,17 +35,17 @@ class GaussianProcess(Process):
         """Make the tables of DDPM (Ho et al. 2020) from betas (T,), and alpha-bar (T,) where it is known better."""
         self.betas, alphas = betas, 1 - betas
         self.num_timesteps = len(betas)
-        kept = alphas.cumprod(0).clamp(0, 1) if alphas_cumprod is None else alphas_cumprod
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        self._alpha_bar, self._alpha_bar_before = Table(kept), Table(before)
-        self._signal, self._sigma = Table(kept.sqrt()), Table((1 - kept).sqrt())
-        self._snr = Table(kept / (1 - kept))
-        self._noise_variance, self._log_noise_variance = Table(1 - kept), Table((1 - kept).log())
+        alpha_bar = alphas.cumprod(0).clamp(0, 1) if alphas_cumprod is None else alphas_cumprod
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        self._alpha_bar, self._alpha_bar_before = Table(alpha_bar), Table(before)
+        self._signal, self._sigma = Table(alpha_bar.sqrt()), Table((1 - alpha_bar).sqrt())
+        self._snr = Table(alpha_bar / (1 - alpha_bar))
+        self._noise_variance, self._log_noise_variance = Table(1 - alpha_bar), Table((1 - alpha_bar).log())
         # q(x_{t-1} | x_t, x_0): Eq. 6, 7
-        posterior = betas * (1 - before) / (1 - kept)
+        posterior = betas * (1 - before) / (1 - alpha_bar)
         self._posterior_variance = Table(posterior)
-        self._clean_share = Table(betas * before.sqrt() / (1 - kept))
-        self._noisy_share = Table((1 - before) * alphas.sqrt() / (1 - kept))
+        self._clean_share = Table(betas * before.sqrt() / (1 - alpha_bar))
+        self._noisy_share = Table((1 - before) * alphas.sqrt() / (1 - alpha_bar))
         # At t = 0 the posterior has no spread and its logarithm would be infinite; that of t = 1 takes its place.
         self._posterior_log_variance = Table(torch.cat([posterior[1:2], posterior[1:]]).log())
         self._log_betas = Table(betas.log())
@@ -223,10 +223,10 @@ class GaussianProcess(Process):
         Returns:
             A scalar, or (B, C, ...) where variances are learned; float32.
         """
-        kept = self.alphas_cumprod[time]
-        kept_before = self.alphas_cumprod[before] if before >= 0 else torch.ones_like(kept)
-        beta = 1 - kept / kept_before
-        small = ((1 - kept_before) / (1 - kept) * beta).clamp(min=1e-20)
+        alpha_bar = self.alphas_cumprod[time]
+        bar_before = self.alphas_cumprod[before] if before >= 0 else torch.ones_like(alpha_bar)
+        beta = 1 - alpha_bar / bar_before
+        small = ((1 - bar_before) / (1 - alpha_bar) * beta).clamp(min=1e-20)
         learned = self.split_variance(prediction)[1]
         if learned is not None:
             return interpolated(learned.float(), *torch.stack([small, beta]).log().tolist()).exp()
@@ -239,7 +239,7 @@ class GaussianProcess(Process):
         return table.at(timesteps, like)
 
     def _check(self, timesteps: Tensor) -> None:
-        # On a GPU a look at the values would make the host wait at every step; compiled, it would split the graph.
+        # On a GPU reading the values would make the host wait at every step; compiled, it would split the graph.
         if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if timesteps.min() < 0 or timesteps.max() >= self.num_timesteps:

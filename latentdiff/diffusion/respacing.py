@@ -14,7 +14,7 @@ def space_timesteps(num_timesteps: int, sections: int | str | Sequence[int]) -> 
             (DDIM, Song et al. 2021).
 
     Raises:
-        ValueError: there are no so many, or it is none of these.
+        ValueError: there are fewer timesteps, or `sections` is none of these.
     """
     if isinstance(sections, str) and sections.startswith("ddim"):
         return strided(num_timesteps, whole_numbers(sections[4:])[0])

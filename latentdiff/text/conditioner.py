@@ -75,7 +75,7 @@ class TextConditioner:
             return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
 
     def of_length(self, tokens: int) -> tuple["TextConditioner", int]:
-        """A conditioner whose states, in so many chunks, have `tokens` tokens, to go with states that are given."""
+        """A conditioner, and a number of chunks, for states of `tokens` tokens: as many as given states have."""
         if self.text_encoder is None:
             return self, 1
         whole = max_tokens(self.tokenizer, self.text_encoder)

@@ -68,7 +68,7 @@ def encode_prompts(
     """The text encoder's states for each prompt, padded to one length: (B, L, D) in the encoder's dtype.
 
     Padding is hidden from the encoder if its config says ``use_attention_mask``; this, and the rest, is what
-    diffusers' ``StableDiffusionPipeline`` does. A prompt that is too long is cut, with a warning that tells what went.
+    diffusers' ``StableDiffusionPipeline`` does. A prompt that is too long is cut, with a warning that shows the part.
 
     Args:
         prompts: B strings; "" stands for no prompt.
@@ -76,10 +76,10 @@ def encode_prompts(
         max_length: L; by default as many tokens as the encoder takes.
         clip_skip: take the states this many layers before the last one (CLIP only).
         device: where the encoder runs; by default where it is.
-        warn: say what is cut of prompts that are too long.
+        warn: log what is cut of prompts that are too long.
         weights: read weights from the prompts, see `weights.parse_weights`.
         chunks: how many parts to encode a prompt in, one after the other, each with the special tokens of a whole one;
-            then the result is (B, chunks L, D). `tokens.count_chunks` tells how many are needed.
+            then the result is (B, chunks L, D). `tokens.count_chunks` gives the number that is needed.
 
     Raises:
         TypeError: a prompt is not a string.

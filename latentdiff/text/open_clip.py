@@ -173,7 +173,7 @@ def convert_tokenizer(tokenizer: Any) -> Any:
     if not isinstance(tokenizer, own.SimpleTokenizer) or tokenizer.vocab_size != 49408:
         raise ValueError(f"a {type(tokenizer).__name__} cannot be a CLIPTokenizer")
     if tokenizer.encode("A") != tokenizer.encode("a"):
-        raise ValueError("a tokenizer that tells upper from lower case cannot be a CLIPTokenizer")
+        raise ValueError("a case-sensitive tokenizer cannot be a CLIPTokenizer")
     renamed = {"<start_of_text>": START, "<end_of_text>": END}
     vocab = {renamed.get(token, token): number for token, number in tokenizer.encoder.items()}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)

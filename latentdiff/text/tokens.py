@@ -128,7 +128,7 @@ def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, *, weights: bo
     A prompt that fits into one part has the tokens that the tokenizer gives it; what is too long for all is cut.
 
     Raises:
-        ValueError: a bracket has no partner; the tokenizer does not tell where its tokens are, or has no padding.
+        ValueError: a bracket has no partner; the tokenizer gives no positions of its tokens, or has no padding.
     """
     frame = Frame.of(tokenizer)
     room, padding = frame.room(length), tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Recipes to pictures: pipelines set up as they say, their inputs found, their batches drawn."""
+"""From records to pictures: adapters loaded, source pictures found, batches drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from latentdiff.interchange.fingerprint import file_digest
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import image_grid
 from latentdiff.pipelines.batch.options import GenerateOptions, defaults_of
-from latentdiff.pipelines.batch.settings import Batch, Embedding, Lora, Machine, Recipe, Settings, UsedFile
+from latentdiff.pipelines.batch.record import Batch, Embedding, Lora, Machine, Record, Settings, UsedFile
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import upright_rgb
 from latentdiff.pipelines.core.previews import filmstrip
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SourcePictures:
     """Pictures to draw from, as they are in their files: upright, RGB; the mask of one channel."""
 
     image: Image.Image | None = None
@@ -35,8 +35,8 @@ class Inputs:
         }
 
 
-def read_inputs(image: Path | None, mask: Path | None) -> tuple[Inputs, dict[str, Any]]:
-    """Pictures to draw from, and what a recipe says of them.
+def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, dict[str, Any]]:
+    """Pictures to draw from, and what a record says of them.
 
     Raises:
         FileNotFoundError, ValueError: see `read_picture`; or picture and mask differ in size.
@@ -58,7 +58,7 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[Inputs, dict[str
             raise ValueError(
                 f"{image} has {sizes[0]} pixels and {mask} has {sizes[1]}; a mask must be as large as its picture"
             )
-    return Inputs(**found), used
+    return SourcePictures(**found), used
 
 
 def input_size(
@@ -85,7 +85,7 @@ def input_size(
 
 
 def find_used(used: UsedFile, beside: Path) -> Path:
-    """A file that a recipe names: where it says, or by its name in the folder `beside`.
+    """A file that a record names: where it says, or by its name in the folder `beside`.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -103,7 +103,7 @@ def find_used(used: UsedFile, beside: Path) -> Path:
     raise ValueError(f"{used.file} has changed since this picture was made with it; put the old one back")
 
 
-def call_arguments(settings: Settings, batch: Batch, inputs: Inputs) -> dict[str, Any]:
+def call_arguments(settings: Settings, batch: Batch, inputs: SourcePictures) -> dict[str, Any]:
     """What a pipeline is called with to draw `batch`."""
     usual = defaults_of(GenerateOptions)
     elsewhere = ("candidates", "reranker", "variation_strength", "height", "width")
@@ -121,24 +121,24 @@ def call_arguments(settings: Settings, batch: Batch, inputs: Inputs) -> dict[str
     return arguments
 
 
-def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: Inputs) -> ImagesOutput:
+def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures) -> ImagesOutput:
     """The pictures of `batch`."""
     return pipeline(**call_arguments(settings, batch, inputs))
 
 
 def draw_filmstrip(
-    pipeline: Any, settings: Settings, batch: Batch, inputs: Inputs, frames: int
+    pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, frames: int
 ) -> tuple[Image.Image, ImagesOutput]:
     """The drawing of `batch` as one picture, a row for each of its pictures; and the pictures."""
     return filmstrip(pipeline.stream(**call_arguments(settings, batch, inputs)), frames)
 
 
-def redraw(pipeline: Any, recipe: Recipe, inputs: Inputs) -> Image.Image:
-    """What the file of `recipe` shows, drawn again."""
-    if recipe.filmstrip is not None:
-        return draw_filmstrip(pipeline, recipe, recipe.batches[0], inputs, recipe.filmstrip)[0]
-    drawn = [draw_batch(pipeline, recipe, batch, inputs).images for batch in recipe.batches]
-    return in_one([drawn[batch][number] for batch, number in recipe.pictures], recipe.columns)
+def redraw(pipeline: Any, record: Record, inputs: SourcePictures) -> Image.Image:
+    """What the file of `record` shows, drawn again."""
+    if record.filmstrip is not None:
+        return draw_filmstrip(pipeline, record, record.batches[0], inputs, record.filmstrip)[0]
+    drawn = [draw_batch(pipeline, record, batch, inputs).images for batch in record.batches]
+    return in_one([drawn[batch][number] for batch, number in record.pictures], record.columns)
 
 
 def in_one(images: Sequence[Image.Image], columns: int) -> Image.Image:

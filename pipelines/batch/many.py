@@ -1,4 +1,4 @@
-"""Many prompts to a folder of pictures: in batches, over several processes, and on from where it stopped."""
+"""Many prompts to a folder of pictures: in batches, over several processes, continuing an interrupted run."""
 
 import hashlib
 import json
@@ -14,22 +14,23 @@ from pydantic import ValidationError
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
-from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, this_machine
+from latentdiff.pipelines.batch.drawing import SourcePictures, draw_batch, this_machine
 from latentdiff.pipelines.batch.options import RowOptions, defaults_of
 from latentdiff.pipelines.batch.picture_table import MARK, check_table, write_table
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
-from latentdiff.pipelines.batch.settings import MOST, Batch, Settings, recipe_of
+from latentdiff.pipelines.batch.record import MOST, Batch, Settings, record_of
 
 BATCH = 8
 LONG = timedelta(days=7)  # processes may end far apart
 PASSING = ("batches", "pictures", "machine", "version", "withheld", "model")
-"""What of a recipe does not say which picture it is."""
+"""What of a record does not say which picture it is."""
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
+"""(done, total)"""
 
 
 @dataclass(frozen=True)
-class Order:
+class PlannedPicture:
     """One picture: its file, and what to draw."""
 
     name: str
@@ -54,8 +55,8 @@ class Order:
 class Report:
     """What `draw_many` did, all processes together; file names within ``folder``.
 
-    ``drawn``: this time. ``kept``: were there. ``failed``: what went wrong. ``withheld``: made black by the model's
-    safety checker; they are not in the folder's table.
+    ``drawn``: in this run. ``kept``: were there before. ``failed``: what went wrong. ``withheld``: made black by the
+    model's safety checker; they are not in the folder's table.
     """
 
     folder: Path
@@ -74,7 +75,7 @@ def draw_many(
     batch_size: int = BATCH,
     model: str | None = None,
     model_digest: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Report:
     """Draw a picture of each prompt into `folder`, a PNG with its settings, and a table of them, ``metadata.jsonl``.
@@ -92,8 +93,8 @@ def draw_many(
         pipeline: a `TextToImagePipeline`, on its device.
         prompts: texts, or mappings with the keys of `prompt_files.Prompt`.
         batch_size: prompts with equal settings that are drawn at once. It changes the last bits of pictures.
-        model, model_digest: its name, and what tells it from others (see `interchange.fingerprint`), for the files; by
-            default where the pipeline was loaded from, and a digest of the weights in memory.
+        model, model_digest: its name, and a digest that identifies it (see `interchange.fingerprint`), for the files;
+            by default where the pipeline was loaded from, and a digest of the weights in memory.
         progress: called as ``progress(done, total)`` after each batch, with this process's numbers of pictures.
         settings: of all pictures whose prompts do not say otherwise, the options in `options.DrawingOptions`; and for
             the files only ``loras``, ``embeddings`` and ``variant``.
@@ -107,12 +108,14 @@ def draw_many(
         raise ValueError(f"batch_size must lie in [1, {MOST}], not {batch_size}")
     folder = Path(folder)
     common = common_settings(pipeline, model, model_digest or digest_of_weights(pipeline), settings)
-    orders = make_orders(prompts, common, seed)
-    there = look_around(folder, orders)
+    pictures = plan_pictures(prompts, common, seed)
+    there = look_around(folder, pictures)
     state = several_processes(pipeline)
-    report = Report(folder, kept=[order.name for order in orders if order.name in there])
+    report = Report(folder, kept=[picture.name for picture in pictures if picture.name in there])
     report.withheld = [name for name, found in there.items() if found.get("withheld")]
-    missing = [batch for batch in make_batches(orders, batch_size) if any(order.name not in there for order in batch)]
+    missing = [
+        batch for batch in make_batches(pictures, batch_size) if any(picture.name not in there for picture in batch)
+    ]
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     if state is not None:
         state.wait_for_everyone()  # all have looked before any writes
@@ -121,7 +124,7 @@ def draw_many(
         gather(report)
     if index == 0:
         left_out = {*report.failed, *report.withheld}
-        write_table(folder, [order.row() for order in orders if order.name not in left_out])
+        write_table(folder, [picture.row() for picture in pictures if picture.name not in left_out])
     return report
 
 
@@ -152,17 +155,19 @@ def common_settings(pipeline: Any, model: str | None, digest: str, settings: Map
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
 
 
-def make_orders(prompts: Iterable[str | Mapping[str, Any] | Prompt], common: Settings, seed: int) -> list[Order]:
+def plan_pictures(
+    prompts: Iterable[str | Mapping[str, Any] | Prompt], common: Settings, seed: int
+) -> list[PlannedPicture]:
     """Raises ValueError for a prompt that cannot be used, and if there are none."""
     rows = [as_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
     if not rows:
         raise ValueError("there are no prompts")
-    orders = []
+    pictures = []
     for i, (row, name) in enumerate(zip(rows, name_files(rows), strict=True)):
         own = row.model_dump(exclude={"prompt", "seed", "file_name"}, exclude_none=True)
         settings = common.model_copy(update=own) if own else common
-        orders.append(Order(name, row.prompt, seed + i if row.seed is None else row.seed, settings))
-    return orders
+        pictures.append(PlannedPicture(name, row.prompt, seed + i if row.seed is None else row.seed, settings))
+    return pictures
 
 
 def as_prompt(value: str | Mapping[str, Any] | Prompt, where: str) -> Prompt:
@@ -173,7 +178,7 @@ def as_prompt(value: str | Mapping[str, Any] | Prompt, where: str) -> Prompt:
     return check_row({"prompt": value} if isinstance(value, str) else value, where)
 
 
-def look_around(folder: Path, orders: Sequence[Order]) -> dict[str, dict[str, Any]]:
+def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> dict[str, dict[str, Any]]:
     """What in `folder` need not be drawn: the settings in the file of each such picture.
 
     Raises:
@@ -184,25 +189,27 @@ def look_around(folder: Path, orders: Sequence[Order]) -> dict[str, dict[str, An
     check_table(folder)
     root = folder.resolve()
     there = {}
-    for order in orders:
-        file = folder / order.name
+    for picture in pictures:
+        file = folder / picture.name
         if not file.parent.resolve().is_relative_to(root):
-            raise ValueError(f"file_name {order.name!r} leads out of {folder}")
+            raise ValueError(f"file_name {picture.name!r} leads out of {folder}")
         if not os.path.lexists(file):
             continue
         found = None if file.is_symlink() else read_settings(file)
         if found is None:
             raise FileExistsError(f"{file} exists and was not drawn by latentdiff; move it, or choose another folder")
-        if order.is_in(found):
-            there[order.name] = found
+        if picture.is_in(found):
+            there[picture.name] = found
     return there
 
 
-def make_batches(orders: Sequence[Order], size: int) -> Iterator[list[Order]]:
-    """Orders with the same settings, in order; the same whatever has been drawn already, for the last bits' sake."""
-    groups: dict[str, list[Order]] = {}
-    for order in orders:
-        groups.setdefault(order.settings.model_dump_json(), []).append(order)
+def make_batches(pictures: Sequence[PlannedPicture], size: int) -> Iterator[list[PlannedPicture]]:
+    """Pictures with the same settings, in their order. They do not depend on what has been drawn already: the last bits
+    of a picture depend on its batch.
+    """
+    groups: dict[str, list[PlannedPicture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.settings.model_dump_json(), []).append(picture)
     for group in groups.values():
         for i in range(0, len(group), size):
             yield group[i : i + size]
@@ -210,13 +217,13 @@ def make_batches(orders: Sequence[Order], size: int) -> Iterator[list[Order]]:
 
 def draw_batches(
     pipeline: Any,
-    batches: Sequence[Sequence[Order]],
+    batches: Sequence[Sequence[PlannedPicture]],
     there: Mapping[str, Any],
     report: Report,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> None:
     """Draw this process's part; what is `there` is drawn with its batch, but not written again."""
-    total = sum(order.name not in there for batch in batches for order in batch)
+    total = sum(picture.name not in there for batch in batches for picture in batch)
     for batch in batches:
         try:
             draw_and_write(pipeline, batch, there, report)
@@ -224,12 +231,12 @@ def draw_batches(
             if len(batch) == 1:
                 report.failed[batch[0].name] = describe(error)
         done = {*report.drawn, *report.failed}
-        for order in batch:  # one after the other, if it did not go together
-            if order.name not in there and order.name not in done:
+        for picture in batch:  # one after the other, if it did not go together
+            if picture.name not in there and picture.name not in done:
                 try:
-                    draw_and_write(pipeline, [order], there, report)
+                    draw_and_write(pipeline, [picture], there, report)
                 except (ValueError, TypeError, RuntimeError) as error:
-                    report.failed[order.name] = describe(error)
+                    report.failed[picture.name] = describe(error)
         if progress is not None:
             progress(len(report.drawn) + len(report.failed), total)
 
@@ -239,22 +246,22 @@ def describe(error: Exception) -> str:
     return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
 
 
-def draw_and_write(pipeline: Any, orders: Sequence[Order], there: Mapping[str, Any], report: Report) -> None:
+def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], there: Mapping[str, Any], report: Report) -> None:
     """Draw a batch, and write what of it is missing."""
-    settings = orders[0].settings
-    batch = Batch(prompts=[order.prompt for order in orders], seeds=[order.seed for order in orders])
-    output = draw_batch(pipeline, settings, batch, Inputs())
-    flags = output.nsfw_content_detected or [False] * len(orders)
+    settings = pictures[0].settings
+    batch = Batch(prompts=[picture.prompt for picture in pictures], seeds=[picture.seed for picture in pictures])
+    output = draw_batch(pipeline, settings, batch, SourcePictures())
+    flags = output.nsfw_content_detected or [False] * len(pictures)
     machine = this_machine(pipeline)
-    for i, (order, image) in enumerate(zip(orders, output.images, strict=True)):
-        if order.name in there:
+    for i, (picture, image) in enumerate(zip(pictures, output.images, strict=True)):
+        if picture.name in there:
             continue
         withheld = [0] if flags[i] else []
-        recipe = recipe_of(settings, [batch], [(0, i)], machine, withheld=withheld)
-        save_picture(image, report.folder / order.name, recipe.dump())
-        report.drawn.append(order.name)
+        record = record_of(settings, [batch], [(0, i)], machine, withheld=withheld)
+        save_picture(image, report.folder / picture.name, record.dump())
+        report.drawn.append(picture.name)
         if withheld:
-            report.withheld.append(order.name)
+            report.withheld.append(picture.name)
 
 
 def several_processes(pipeline: Any) -> Any:
@@ -278,7 +285,7 @@ def gather(report: Report) -> None:
 
 
 def digest_of_weights(pipeline: Any) -> str:
-    """What tells a pipeline in memory from others: SHA-256 of its networks' weights and its parts' configs."""
+    """Identifies a pipeline in memory: SHA-256 of its networks' weights and its components' configs."""
     whole = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
         config = getattr(part, "config", None)

@@ -91,5 +91,5 @@ def model_of(options: type[RowOptions], base: Any) -> Any:
 
 
 def defaults_of(options: type[RowOptions]) -> dict[str, Any]:
-    """The names of a class's options, and what each is where nobody says otherwise."""
+    """The names of a class's options, with their defaults."""
     return {field.name: field.default for field in fields(options)}

@@ -34,7 +34,7 @@ def read_table(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_table(folder: Path) -> None:
-    """Raises FileExistsError if a table of somebody else's lies where one is to be written, or would hide it."""
+    """Raises FileExistsError if another program's table is where ours is to be written, or would be read instead."""
     for name in OTHERS:
         if os.path.lexists(folder / name):
             raise FileExistsError(f"{folder / name}: this folder has a table of its own; choose another folder")

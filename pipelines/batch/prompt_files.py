@@ -126,7 +126,7 @@ def name_files(prompts: Iterable[Prompt]) -> list[str]:
     taken: dict[str, int] = {}
     for number, prompt in enumerate(prompts, 1):
         name = f"{number:06d}.png" if prompt.file_name is None else check_name(prompt.file_name)
-        same = taken.setdefault(name.casefold(), number)  # some file systems do not tell A from a
+        same = taken.setdefault(name.casefold(), number)  # for some file systems A and a are the same
         if same != number:
             raise ValueError(f"prompts {same} and {number} have the same file_name, {name!r}")
         names.append(name)

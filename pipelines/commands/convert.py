@@ -68,7 +68,7 @@ def convert(
         str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
     ] = None,
     scaling_factor: Annotated[
-        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not tell.")
+        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not show.")
     ] = None,
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
@@ -133,8 +133,8 @@ def convert(
         pipeline = folder_pipeline(source, precision, from_variant)
     else:
         refuse("a single file", {"--from-variant": from_variant})
-        told = {"prediction_type": prediction_type, "scaling_factor": scaling_factor}
-        pipeline = read_file(source, precision, component, ckpt, ema, told, original_config, tokenizer)
+        stated = {"prediction_type": prediction_type, "scaling_factor": scaling_factor}
+        pipeline = read_file(source, precision, component, ckpt, ema, stated, original_config, tokenizer)
     write(pipeline, form, target, variant, component, overwrite)
 
 
@@ -144,7 +144,7 @@ def read_file(
     component: Component | None,
     ckpt: bool,
     ema: bool,
-    told: dict[str, Any],
+    stated: dict[str, Any],
     original_config: Path | None,
     tokenizer: str | None,
 ) -> Any:
@@ -152,9 +152,9 @@ def read_file(
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
     from latentdiff.pipelines.storage.converting import checkpoint_pipeline
     from latentdiff.pipelines.storage.single_file import check_prediction
-    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, Parts
+    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, CheckpointParts
 
-    check_prediction(told["prediction_type"])
+    check_prediction(stated["prediction_type"])
     if component is None:
         return checkpoint_pipeline(
             source,
@@ -163,15 +163,15 @@ def read_file(
             dtype=dtype,
             original_config=original_config,
             tokenizer=tokenizer,
-            **told,
+            **stated,
         )
     weights = Checkpoint(find_file(source, ckpt), ckpt)
     if ema:
         weights.use_averages("autoencoder" if component is Component.vae else "UNet")
     if component is Component.vae:
-        scale = told["scaling_factor"]
+        scale = stated["scaling_factor"]
         return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=original_config))
-    parts = Parts(weights, dtype, OriginalSettings(**told), original_config)
+    parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), original_config)
     return OnePart(**{component.value: getattr(parts, component.value)()})
 
 

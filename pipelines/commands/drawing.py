@@ -9,8 +9,8 @@ import typer
 from PIL import Image
 
 from latentdiff.interchange.png import save_picture
-from latentdiff.pipelines.batch.drawing import Inputs, draw_batch, draw_filmstrip, in_one, this_machine
-from latentdiff.pipelines.batch.settings import Batch, Recipe, Settings, recipe_of
+from latentdiff.pipelines.batch.drawing import SourcePictures, draw_batch, draw_filmstrip, in_one, this_machine
+from latentdiff.pipelines.batch.record import Batch, Record, Settings, record_of
 from latentdiff.pipelines.commands.options import BATCH
 
 
@@ -48,7 +48,7 @@ def plan_batches(prompts: Sequence[str], count: int, seed: int, variation_seed: 
     return batches
 
 
-def draw_all(pipeline: Any, settings: Settings, batches: Sequence[Batch], inputs: Inputs) -> Iterator[Drawn]:
+def draw_all(pipeline: Any, settings: Settings, batches: Sequence[Batch], inputs: SourcePictures) -> Iterator[Drawn]:
     """All pictures of `batches`, each as soon as its batch is finished."""
     for b, batch in enumerate(batches):
         output = draw_batch(pipeline, settings, batch, inputs)
@@ -64,7 +64,7 @@ def best_of_each(
 
     device: where they are compared.
     """
-    from latentdiff.pipelines.core.reranking import best_of, load_reranker
+    from latentdiff.pipelines.core.candidates import best_of, load_reranker
     from latentdiff.text.weights import without_weights
 
     reranker = load_reranker(settings.reranker, device)
@@ -110,12 +110,12 @@ class Writer:
 
     def _write(self, drawn: Sequence[Drawn], file: Path) -> None:
         columns = min(self.columns, len(drawn))
-        save_picture(in_one([one.image for one in drawn], columns), file, self.recipe(drawn, columns=columns).dump())
+        save_picture(in_one([one.image for one in drawn], columns), file, self.record(drawn, columns=columns).dump())
         self.written.append(file)
 
-    def recipe(self, drawn: Sequence[Drawn], **more: Any) -> Recipe:
+    def record(self, drawn: Sequence[Drawn], **more: Any) -> Record:
         scores = [one.score for one in drawn if one.score is not None]
-        return recipe_of(
+        return record_of(
             self.settings.model_copy(update={"model_digest": self.digest()}),
             self.batches,
             [one.place for one in drawn],
@@ -142,10 +142,10 @@ class Writer:
         return seeds[number]
 
 
-def draw_with_filmstrip(writer: Writer, inputs: Inputs, file: Path, frames: int) -> list[Drawn]:
+def draw_with_filmstrip(writer: Writer, inputs: SourcePictures, file: Path, frames: int) -> list[Drawn]:
     """The pictures of the only batch, and a filmstrip of their drawing in `file`."""
     strip, output = draw_filmstrip(writer.pipeline, writer.settings, writer.batches[0], inputs, frames)
     flags = output.nsfw_content_detected or [False] * len(output.images)
     drawn = [Drawn(image, (0, i), bool(flags[i])) for i, image in enumerate(output.images)]
-    save_picture(strip, file, writer.recipe(drawn, filmstrip=frames).dump())
+    save_picture(strip, file, writer.record(drawn, filmstrip=frames).dump())
     return drawn

@@ -24,7 +24,7 @@ from latentdiff.pipelines.commands.options import (
 from latentdiff.pipelines.registry import kind_taking
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.batch.settings import Settings
+    from latentdiff.pipelines.batch.record import Settings
     from latentdiff.pipelines.commands.drawing import Writer
 
 FRAMES = 8  # of a filmstrip
@@ -131,7 +131,7 @@ def settings_of(
         used: the files that image and mask are from.
     """
     from latentdiff import __version__
-    from latentdiff.pipelines.batch.settings import Settings
+    from latentdiff.pipelines.batch.record import Settings
 
     asked = {name: value for name, value in vars(drawing).items() if value is not None}
     decided = {
@@ -156,7 +156,7 @@ def settings_of(
 
 
 def draw(writer: "Writer", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
-    """Draw and write; a Ctrl-C leaves what is finished, and says what that is."""
+    """Draw and write; after Ctrl-C the finished pictures stay, and are listed."""
     from latentdiff.pipelines.commands.drawing import best_of_each, draw_all, draw_with_filmstrip
 
     try:

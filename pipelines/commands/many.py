@@ -87,7 +87,7 @@ def many(
         )
     end_processes()
     if os.environ.get("RANK", "0") == "0":
-        tell(report, time.perf_counter() - started)
+        print_report(report, time.perf_counter() - started)
     if report.failed:
         raise typer.Exit(FAILED)
 
@@ -104,7 +104,7 @@ def place_of_process(device: Device) -> str | None:
 
 
 def end_processes() -> None:
-    """Take leave of the other processes, which torch asks for."""
+    """Close the connection to the other processes, as torch requires."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -112,7 +112,7 @@ def end_processes() -> None:
 
 
 class Watch:
-    """A progress bar; says how far this process came if it is stopped."""
+    """A progress bar; after an interruption it reports how far this process came."""
 
     def __init__(self, output: Path) -> None:
         self.output, self.done, self.total = output, 0, 0
@@ -141,7 +141,7 @@ class Watch:
             raise typer.Exit(INTERRUPTED)
 
 
-def tell(report: "Report", seconds: float) -> None:
+def print_report(report: "Report", seconds: float) -> None:
     """What was drawn, and what was not."""
     for name in report.withheld:
         typer.echo(f"{report.folder / name}: withheld by the model's safety checker; it is black", err=True)

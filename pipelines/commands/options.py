@@ -120,7 +120,7 @@ def load_pipeline(
 
     is_file = Path(model).is_file()
     if not is_file:
-        find_model(model)  # what can be told quickly is told before torch is loaded
+        find_model(model)  # errors that need no torch come before it is loaded
     if scheduler is not None:
         find_scheduler(scheduler)
 
@@ -162,14 +162,14 @@ def pick_device(device: Device) -> str:
 
 
 def read_loras(arguments: list[str] | None) -> list[Any]:
-    """``FILE[:SCALE]`` each, as `recipe.Lora`; a folder or a model on the hub stands for the file in it.
+    """``FILE[:SCALE]`` each, as `record.Lora`; a folder or a model on the hub stands for the file in it.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it cannot be one.
     """
     from latentdiff.interchange.adapter_files import LORA_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.batch.settings import Lora
+    from latentdiff.pipelines.batch.record import Lora
 
     found = []
     for argument in arguments or []:
@@ -184,10 +184,10 @@ def read_loras(arguments: list[str] | None) -> list[Any]:
 
 
 def read_embeddings(arguments: list[str] | None) -> list[Any]:
-    """``FILE[:WORD]`` each, as `recipe.Embedding`."""
+    """``FILE[:WORD]`` each, as `record.Embedding`."""
     from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, find_adapter
     from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.batch.settings import Embedding
+    from latentdiff.pipelines.batch.record import Embedding
 
     found = []
     for argument in arguments or []:

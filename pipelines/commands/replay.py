@@ -11,7 +11,7 @@ from latentdiff.pipelines.commands.options import Device, Precision, find_place,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from latentdiff.pipelines.batch.settings import Machine, Recipe
+    from latentdiff.pipelines.batch.record import Machine, Record
 
 DIFFERENT = 1  # exit status
 
@@ -41,89 +41,89 @@ def replay(
     """
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.interchange.png import check_output, save_picture
-    from latentdiff.pipelines.batch.settings import read_recipe
+    from latentdiff.pipelines.batch.record import read_record
 
-    before, recipe = read_recipe(picture)
+    before, record = read_record(picture)
     if output is not None:
         check_output(output, overwrite)
         if output.exists() and output.samefile(picture):
             raise ValueError(f"{output} is the picture itself; choose another name for the new one")
-    place = find_model_of(recipe, model)
-    digest = digest_in_background(place, recipe.variant)
+    place = find_model_of(record, model)
+    digest = digest_in_background(place, record.variant)
 
     started = time.perf_counter()
     from latentdiff.pipelines.batch.drawing import load_adapters, redraw, this_machine
 
-    inputs = find_inputs(recipe, picture.parent)
-    set_threads(recipe, threads)
-    where_to = pick_replay_device(recipe, device)
-    precision = Precision(recipe.precision)
-    pipeline: Any = load_pipeline(place, where_to, precision, None, kind(recipe), variant=recipe.variant)
-    found = check_model(recipe, picture, pipeline, digest.result(), any_model)
-    set_scheduler(pipeline, recipe.scheduler)
-    load_adapters(pipeline, recipe.loras, recipe.embeddings, picture.parent)
-    after = redraw(pipeline, recipe, inputs)
+    inputs = find_inputs(record, picture.parent)
+    set_threads(record, threads)
+    where_to = pick_replay_device(record, device)
+    precision = Precision(record.precision)
+    pipeline: Any = load_pipeline(place, where_to, precision, None, kind(record), variant=record.variant)
+    found = check_model(record, picture, pipeline, digest.result(), any_model)
+    set_scheduler(pipeline, record.scheduler)
+    load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
+    after = redraw(pipeline, record, inputs)
     machine = this_machine(pipeline)
     if output is not None:
         from latentdiff import __version__
 
         new = {"model_digest": found, "machine": machine, "version": __version__}
-        save_picture(after, output, recipe.model_copy(update=new).dump())
+        save_picture(after, output, record.model_copy(update=new).dump())
     different = difference(before, after)
     where = f"{output}, {picture}" if output else str(picture)
     took = f"{time.perf_counter() - started:.1f} s"
     if different is None:
         typer.echo(f"{where}: equal, {took}")
         return
-    typer.echo(f"{where}: {different}, {took}. {reasons(recipe, machine, found)}")
+    typer.echo(f"{where}: {different}, {took}. {reasons(record, machine, found)}")
     raise typer.Exit(DIFFERENT)
 
 
-def find_model_of(recipe: "Recipe", model: str | None) -> Path:
+def find_model_of(record: "Record", model: str | None) -> Path:
     """Where the model is. What only the picture names is not fetched from the hub: anybody may have made it."""
     try:
-        return find_place(model or recipe.model, recipe.variant, fetch=model is not None)
+        return find_place(model or record.model, record.variant, fetch=model is not None)
     except OSError as error:
         if model is not None:
             raise
         raise FileNotFoundError(
-            f"the model {recipe.model!r}, with which this picture was drawn, is not here; say with --model where it "
+            f"the model {record.model!r}, with which this picture was drawn, is not here; say with --model where it "
             f"is, a folder or owner/name on the hub"
         ) from error
 
 
-def find_inputs(recipe: "Recipe", beside: Path) -> Any:
+def find_inputs(record: "Record", beside: Path) -> Any:
     """The pictures that it was drawn from, which must be what they were."""
     from latentdiff.pipelines.batch.drawing import find_used, read_inputs
 
-    files = [None if used is None else find_used(used, beside) for used in (recipe.image, recipe.mask)]
+    files = [None if used is None else find_used(used, beside) for used in (record.image, record.mask)]
     return read_inputs(*files)[0]
 
 
-def kind(recipe: "Recipe") -> str:
+def kind(record: "Record") -> str:
     from latentdiff.pipelines.commands.generate import pipeline_kind
 
-    return pipeline_kind(recipe.image, recipe.mask)
+    return pipeline_kind(record.image, record.mask)
 
 
-def pick_replay_device(recipe: "Recipe", device: Device | None) -> Device:
+def pick_replay_device(record: "Record", device: Device | None) -> Device:
     """As asked for; else as it was drawn, if there is such a device here."""
     if device is not None:
         return device
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return Device(recipe.machine.device) if there.get(recipe.machine.device) else Device.auto
+    return Device(record.machine.device) if there.get(record.machine.device) else Device.auto
 
 
-def set_threads(recipe: "Recipe", threads: int | None) -> None:
+def set_threads(record: "Record", threads: int | None) -> None:
     """As many threads as it was drawn with, for sums depend on how they are divided."""
     import os
 
     import torch
 
     most = 4 * (os.cpu_count() or 1)  # a file may say anything
-    torch.set_num_threads(threads or min(recipe.machine.threads, most))
+    torch.set_num_threads(threads or min(record.machine.threads, most))
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
@@ -134,13 +134,13 @@ def set_scheduler(pipeline: Any, name: str) -> None:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, name)
 
 
-def check_model(recipe: "Recipe", picture: Path, pipeline: Any, digest: str, any_model: bool) -> str:
-    """The digest of the model at hand, of the kind that the recipe has.
+def check_model(record: "Record", picture: Path, pipeline: Any, digest: str, any_model: bool) -> str:
+    """The digest of the model at hand, of the kind that the record has.
 
     Raises:
         ValueError: it is another one, and that is not wanted.
     """
-    expected = recipe.model_digest or ""
+    expected = record.model_digest or ""
     if expected.startswith("weights:"):
         from latentdiff.pipelines.batch.many import digest_of_weights
 
@@ -148,7 +148,7 @@ def check_model(recipe: "Recipe", picture: Path, pipeline: Any, digest: str, any
     if digest != expected and not any_model:
         was = f"with digest {expected[:16]}..." if expected else "whose digest is not known"
         raise ValueError(
-            f"{picture} was drawn with another model, {recipe.model!r} {was}; the one here has {digest[:16]}...; say "
+            f"{picture} was drawn with another model, {record.model!r} {was}; the one here has {digest[:16]}...; say "
             f"with --model where the right one is, or go on with --any-model"
         )
     return digest
@@ -165,14 +165,14 @@ def difference(before: "Image.Image", after: "Image.Image") -> str | None:
     return f"{count} of {apart.size} pixels differ, by at most {apart.max()} of 255" if count else None
 
 
-def reasons(recipe: "Recipe", machine: "Machine", digest: str) -> str:
+def reasons(record: "Record", machine: "Machine", digest: str) -> str:
     """What was otherwise when the picture was drawn."""
     from latentdiff import __version__
 
     names = {"device": "device", "processor": "processor", "threads": "number of threads", "torch": "torch"}
-    pairs = [(name, getattr(recipe.machine, key), getattr(machine, key)) for key, name in names.items()]
-    pairs.append(("latentdiff", recipe.version, __version__))
-    pairs.append(("model", (recipe.model_digest or "")[:16], digest[:16]))
+    pairs = [(name, getattr(record.machine, key), getattr(machine, key)) for key, name in names.items()]
+    pairs.append(("latentdiff", record.version, __version__))
+    pairs.append(("model", (record.model_digest or "")[:16], digest[:16]))
     found = [f"{name} ({then} then, {now} now)" for name, then, now in pairs if then != now]
     if not found:
         return "Nothing that is known was otherwise then; maybe the file was changed, or another library was."

@@ -31,7 +31,7 @@ AnyAutoencoder: TypeAlias = (
 
 
 _STARTING = Lock()
-"""Held while calls of a pipeline are added or told to stop."""
+"""Held while the set of running calls is read or changed."""
 
 
 class CallState:
@@ -163,7 +163,7 @@ class LatentPipeline(CallState, FolderPipeline):
                 progress.preview()[0].resize((256, 256)).show()
             progress.output.images[0].save("car.png")
 
-        When the pictures are decoded the last ``Progress`` comes once more, with them as ``output``. Whoever stops
+        When the pictures are decoded the last ``Progress`` comes once more, with them as ``output``. Leaving the loop
         early stops the drawing.
         """
         drawing = type(self).__call__.__wrapped__(self, *args, **call)  # type: ignore[attr-defined]

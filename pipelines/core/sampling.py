@@ -63,7 +63,7 @@ class Progress:
 def denoise(
     denoiser: Denoiser, sampler: Sampler, latents: Tensor, timesteps: Tensor, **options: Any
 ) -> Iterator[Progress]:
-    """From noise to latents; yields after each step, for the caller to look at or to change.
+    """From noise to latents; yields after each step; the caller can read and change what it gets.
 
     Args:
         denoiser: gives the prediction that the scheduler is made for. Learned variances after it are for a DDPM

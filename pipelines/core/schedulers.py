@@ -1,4 +1,4 @@
-"""Samplers by name: diffusers' schedulers, for whoever types names."""
+"""diffusers' schedulers by short names."""
 
 import re
 from typing import Any

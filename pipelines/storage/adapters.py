@@ -58,7 +58,7 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         Args:
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, an ``owner/name`` on the hub, or the
                 tensors themselves; in diffusers', PEFT's or kohya's format.
-            adapter_name: to speak of it later; by default ``default_0`` and so on.
+            adapter_name: its name in later calls; by default ``default_0`` and so on.
             hotswap: put it in the place of the adapter of this name, as long as that need not be compiled anew (UNet
                 only, all layers of one alpha / rank; see diffusers).
             weight_name: of the file in the folder or on the hub.

@@ -16,7 +16,7 @@ from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHT
 from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
-FEW = 8  # so many words at most are in a file that cannot be told from a model otherwise
+FEW = 8  # an embedding file holds at most this many tensors; with more it is taken for a model
 
 
 def kind_of_source(source: str, allow_pickle: bool = False) -> str:

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which tells of the other components
+loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "VQModel"),
     "vqvae": ("AutoencoderKL", "VQModel"),  # what diffusers calls the autoencoder where there is no text
@@ -105,7 +105,7 @@ def load_network(folder: Path, class_name: str, dtype: torch.dtype, variant: str
             output_loading_info=True,
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {told_shortly(error)}") from error
+        raise ValueError(f"{folder}: {shortened(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # diffusers would leave them at random values
         raise ValueError(
@@ -126,8 +126,8 @@ def align(network: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def told_shortly(error: Exception) -> str:
-    """What an error of diffusers' loader says, without its advice to load with random weights instead."""
+def shortened(error: Exception) -> str:
+    """The message of diffusers' loader, without its advice to load with random weights instead."""
     shapes = re.search(
         r"because (\S+) expected shape (?:torch\.Size\()?(.*?)\)?, but got (?:torch\.Size\()?(.*?)\)?\.", str(error)
     )

@@ -52,7 +52,7 @@ class TextGraph(nn.Module):
 class UNetGraph(nn.Module):
     """``sample`` (B, C, h, w), ``timestep`` (1,), ``encoder_hidden_states`` (B, L, D) -> ``out_sample`` (B, C', h, w).
 
-    The first `channels` of the prediction, so that nobody need know of learned variances.
+    The first `channels` of the prediction, without learned variances.
     """
 
     def __init__(self, unet: nn.Module, channels: int) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def tidy_configs(folder: Path) -> None:
-    """Make the saved components' configs fit to travel.
+    """Make the saved components' configs independent of this machine.
 
-    They forget where a component was loaded from. And the text encoder's asks for float32 where nobody asks for another
-    precision: diffusers loads its networks in float32 then, but transformers in the precision that the config names; a
-    folder in half precision would come out mixed, and could not draw.
+    The place where a component was loaded from is removed. The text encoder's config gets float32 as its precision:
+    without another request diffusers loads its networks in float32, but transformers uses the precision in the config,
+    and a folder in half precision would be loaded in two precisions and could not draw.
     """
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -38,9 +38,9 @@ def move_into(new: Path, folder: Path, variant: str | None) -> None:
         rf"(diffusion_pytorch_model|model){suffix}(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
         rf"(diffusion_pytorch_model|model)\.safetensors\.index{suffix}\.json"
     )
-    kept = {folder / file.relative_to(new) for file in files}
-    for part in {target.parent for target in kept if target.parent != folder}:
+    written = {folder / file.relative_to(new) for file in files}
+    for part in {target.parent for target in written if target.parent != folder}:
         for old in part.iterdir():
-            if old not in kept and weights.fullmatch(old.name):
+            if old not in written and weights.fullmatch(old.name):
                 old.unlink()
     shutil.rmtree(new)

@@ -16,7 +16,7 @@ from latentdiff.interchange.single_file import (
     original_unet,
     write_checkpoint,
 )
-from latentdiff.pipelines.storage.single_file_parts import Parts, check_kind, header_of, load_tokenizer
+from latentdiff.pipelines.storage.single_file_parts import CheckpointParts, check_kind, header_of, load_tokenizer
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -47,13 +47,13 @@ class SingleFilePipeline:
     ) -> Self:
         """Load a model from one file: Stable Diffusion 1 or 2, inpainting or not, the x4 upscaler, Latent Diffusion.
 
-        Its weights tell what kind it is. Nothing but the file is needed: CLIP's tokenizer comes with open_clip.
+        Its weights show what kind it is. Nothing but the file is needed: CLIP's tokenizer comes with open_clip.
 
         Args:
             source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
             dtype: of the weights; None leaves the file's.
             prediction_type: "epsilon" or "v_prediction" (Stable Diffusion 2 at 768 pixels), which the weights do not
-                tell; by default what the file or `original_config` says, else what is usual: v for Stable Diffusion 2
+                show; by default what the file or `original_config` says, else what is usual: v for Stable Diffusion 2
                 (with a warning) and the upscaler.
             sample_size: of the latents that the model was trained on; likewise, else as usual: 64, and 96 for Stable
                 Diffusion 2 that predicts v.
@@ -79,13 +79,13 @@ class SingleFilePipeline:
         check_arguments(cls.__name__, others, known)
         check_prediction(prediction_type)
         file = find_file(source, allow_pickle, **hub)
-        told = OriginalSettings(
+        stated = OriginalSettings(
             prediction_type=prediction_type,
             sample_size=sample_size,
             scaling_factor=scaling_factor,
             heads=attention_head_dim,
         )
-        parts = Parts(Checkpoint(file, allow_pickle, ema), dtype, told, original_config)
+        parts = CheckpointParts(Checkpoint(file, allow_pickle, ema), dtype, stated, original_config)
         given = dict(others)
         if isinstance(given.get("vae"), (str, Path)):
             given["vae"] = parts.vae_of(find_file(given["vae"], allow_pickle, **hub), allow_pickle)

@@ -35,13 +35,13 @@ LARGE_V = 96
 """``sample_size`` of Stable Diffusion 2 that predicts v."""
 
 
-class Parts:
+class CheckpointParts:
     """The components of a pipeline that are in a checkpoint, each built when it is asked for.
 
     Args:
         weights: of a checkpoint.
         dtype: of the weights; None leaves the file's.
-        told: what the caller says of the model, and `original_config` where the caller says nothing.
+        stated: what the caller knows of the model; `original_config` counts where the caller states nothing.
 
     Raises:
         FileNotFoundError: there is no such YAML file.
@@ -52,39 +52,39 @@ class Parts:
         self,
         weights: Checkpoint,
         dtype: torch.dtype | None = None,
-        told: OriginalSettings | None = None,
+        stated: OriginalSettings | None = None,
         original_config: str | Path | None = None,
     ) -> None:
         check_checkpoint(weights)
-        told = told or OriginalSettings()
+        stated = stated or OriginalSettings()
         yaml = OriginalSettings.read(Path(original_config)) if original_config else OriginalSettings()
-        self.weights, self.dtype, self.told = weights, dtype, yaml | told
+        self.weights, self.dtype, self.stated = weights, dtype, yaml | stated
         assumed = assumed_settings(weights)
-        self.settings = assumed | self.told
-        if assumed.sample_size == LARGE_V and told.sample_size is None:  # the YAML file says 64 for 768 pixels too
+        self.settings = assumed | self.stated
+        if assumed.sample_size == LARGE_V and stated.sample_size is None:  # the YAML file says 64 for 768 pixels too
             large = self.settings.prediction_type == "v_prediction"
             self.settings = replace(self.settings, sample_size=LARGE_V if large else 64)
 
     def unet(self) -> Any:
         size, changes = self.settings.sample_size, self.heads()
         if "unet" in self.weights.header:
-            size = self.told.sample_size
+            size = self.stated.sample_size
         changes = changes if size is None else {**changes, "sample_size": size}
         return build_unet(self.weights, self.dtype, changes, UNet2DConditionModel)
 
     def heads(self) -> dict[str, Any]:
-        """How many attention heads there are, if that was told. In the original code their width counts first."""
-        if self.told.head_channels:
+        """How many attention heads there are, if that was stated. In the original code their width counts first."""
+        if self.stated.head_channels:
             config = self.weights.header.get("unet") or unet_config(self.weights)
-            widths = [max(1, width // self.told.head_channels) for width in config["block_out_channels"]]
+            widths = [max(1, width // self.stated.head_channels) for width in config["block_out_channels"]]
             return {"attention_head_dim": widths}
-        return {"attention_head_dim": self.told.heads} if self.told.heads else {}
+        return {"attention_head_dim": self.stated.heads} if self.stated.heads else {}
 
     def vae(self) -> Any:
         if "vae" in self.weights.header:
-            factor = self.told.scaling_factor
-            told = {} if factor is None else {"scaling_factor": factor}
-            return build_autoencoder(self.weights, self.dtype, told, AUTOENCODERS)
+            factor = self.stated.scaling_factor
+            stated = {} if factor is None else {"scaling_factor": factor}
+            return build_autoencoder(self.weights, self.dtype, stated, AUTOENCODERS)
         changes = {"scaling_factor": self.settings.scaling_factor}
         vae = build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
         size = (self.settings.sample_size or 64) * downscale_factor(vae.config)
@@ -93,8 +93,8 @@ class Parts:
 
     def vae_of(self, file: Path, allow_pickle: bool) -> Any:
         """The autoencoder of another file, for this one's UNet."""
-        other = Parts(Checkpoint(file, allow_pickle), self.dtype, self.told)
-        if other.told.scaling_factor is None:
+        other = CheckpointParts(Checkpoint(file, allow_pickle), self.dtype, self.stated)
+        if other.stated.scaling_factor is None:
             other.settings = replace(other.settings, scaling_factor=self.settings.scaling_factor)
         return other.vae()
 
@@ -109,10 +109,10 @@ class Parts:
         """
         config = dict(self.weights.header.get("scheduler", {}))
         if config:
-            said = scheduler_settings(self.told)
-            config |= {key: value for key, value in said.items() if key in self.told.said()}
+            said = scheduler_settings(self.stated)
+            config |= {key: value for key, value in said.items() if key in self.stated.said()}
             return self.built(config)
-        if self.told.prediction_type is None and is_guess(self.weights):
+        if self.stated.prediction_type is None and is_guess(self.weights):
             logger.warning(
                 "%s does not say whether it predicts v, as Stable Diffusion 2 for 768 pixels, or noise, as that for "
                 "512; v is assumed. If pictures come out brown, give prediction_type='epsilon' (--prediction-type)",
@@ -134,7 +134,7 @@ class Parts:
             raise ValueError(f"{self.weights.file} names a {name}, which is none of diffusers' schedulers")
         try:
             return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-        except Exception as error:  # whatever a scheduler says to a stranger's values
+        except Exception as error:  # a scheduler may raise anything for values from a file
             raise ValueError(f"{self.weights.file}: the config of its {name} is damaged ({error})") from None
 
     def defaults(self) -> dict[str, Any]:

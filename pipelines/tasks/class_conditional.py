@@ -153,7 +153,7 @@ class ClassConditionalPipeline(TextlessPipeline):
 
         Args:
             class_labels: numbers or names of classes.
-            guidance_scale: of classifier-free guidance; up to 1 the class is merely told. By default the model's.
+            guidance_scale: of classifier-free guidance; up to 1 there is none. By default the model's.
             classifier_scale: of the classifier's gradient, the paper's s, if there is a classifier; 0: it is not asked.
                 It acts at every noise level, also outside ``guidance_interval``.
             height, width: in pixels; by default what the model was trained on.

@@ -1,4 +1,4 @@
-"""Inpainting: part of a picture drawn anew, the rest kept."""
+"""Inpainting: part of a picture is drawn anew, the rest stays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,8 +116,8 @@ class InpaintPipeline(TextPipeline):
             mask_image: white where to paint; a PIL image, or with one channel an array or a tensor, values in [0, 1].
             masked_image_latents: (P, C, h, w), instead of the encoded picture without what the mask covers; for a UNet
                 made for inpainting.
-            padding_mask_crop: paint only the mask's surroundings, with at least so many pixels around the mask, at the
-                model's full size, and put the result back into the picture. For PIL images.
+            padding_mask_crop: paint only the mask's surroundings, with at least this many pixels around the mask, at
+                the model's full size, and put the result back into the picture. For PIL images.
             strength: from 0 to 1, how much of the way from noise is drawn anew; below 1 the masked part shows through.
             callback_on_step_end_tensor_inputs: as there, and mask (B, 1, h, w) and masked_image_latents (None with a
                 plain UNet).
@@ -243,7 +243,7 @@ class Keeper:
 
     def __call__(self, progress: Progress) -> Tensor:
         """(B, C, h, w)"""
-        kept, mask = self.start, self.call.mask
+        unpainted, mask = self.start, self.call.mask
         if progress.step + 1 < len(self.timesteps):
-            kept = self.call.sampler.noised(kept, self.noise, self.timesteps[progress.step + 1])
-        return (1 - mask) * kept + mask * progress.latents
+            unpainted = self.call.sampler.noised(unpainted, self.noise, self.timesteps[progress.step + 1])
+        return (1 - mask) * unpainted + mask * progress.latents

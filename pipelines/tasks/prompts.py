@@ -10,7 +10,7 @@ from latentdiff.text.conditioner import TextConditioner
 from latentdiff.text.encode import as_prompts
 from latentdiff.text.weights import without_weights
 
-Prompt = str | list[str] | None
+PromptArgument = str | list[str] | None
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Prompts:
     texts: list[str] | None
     states: Tensor | None
     """(P, L, D), instead of texts."""
-    negative: Prompt = None
+    negative: PromptArgument = None
     negative_states: Tensor | None = None
 
     @classmethod
     def read(
         cls,
-        prompt: Prompt,
-        negative_prompt: Prompt = None,
+        prompt: PromptArgument,
+        negative_prompt: PromptArgument = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> "Prompts":
@@ -97,7 +97,7 @@ class Prompts:
         return negatives
 
 
-def check_either(name: str, prompt: Prompt, embeds: Tensor | None) -> None:
+def check_either(name: str, prompt: PromptArgument, embeds: Tensor | None) -> None:
     if prompt is not None and embeds is not None:
         raise ValueError(f"give either {name} or {name}_embeds, not both")
 

@@ -31,9 +31,9 @@ class SuperResolutionPipeline(TextPipeline):
     """Draws pictures larger by the autoencoder's factor, towards a prompt (Latent Diffusion, Rombach et al. 2022, 4.4).
 
     The small picture goes into the UNet as three further channels. A UNet with class embeddings (Stable Diffusion's x4
-    upscaler) is also told how much noise was put on it before (Cascaded Diffusion, Ho et al. 2021). With the same
-    components and generator the pictures are those of diffusers' ``StableDiffusionUpscalePipeline``, as which this one
-    is saved; that one sets the autoencoder's ``scaling_factor`` to 0.08333, whatever its config says.
+    upscaler) also gets the level of the noise that is added to it first (Cascaded Diffusion, Ho et al. 2021). With the
+    same components and generator the pictures are those of diffusers' ``StableDiffusionUpscalePipeline``, as which this
+    one is saved; that one sets the autoencoder's ``scaling_factor`` to 0.08333, whatever its config says.
 
     Args:
         low_res_scheduler: puts the noise on the small picture; usually a ``DDPMScheduler``.

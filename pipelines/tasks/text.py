@@ -33,7 +33,7 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
         safety_checker, feature_extractor: of Stable Diffusion 1; both or none. What it withholds is black, the output
             and the log say which.
         image_encoder: must be None (no IP-Adapter).
-        requires_safety_checker: kept for diffusers.
+        requires_safety_checker: has no effect; diffusers' configs have it.
 
     Raises:
         ValueError: components that do not fit together.
@@ -135,9 +135,9 @@ class TextCall(Call):
     options: TextOptions
 
     def __init__(self, pipeline: TextPipeline, options: TextOptions) -> None:
-        self.kept = check_count(options.num_images_per_prompt)
+        self.wanted = check_count(options.num_images_per_prompt)
         self.reranker: Any = None
-        drawn = self.kept if options.candidates is None else self._candidates(pipeline, options)
+        drawn = self.wanted if options.candidates is None else self._candidates(pipeline, options)
         if options.candidates is None and options.reranker is not None:
             raise ValueError("a reranker needs candidates=, how many pictures of each prompt to choose from")
         lora_scale = options.lora_scale
@@ -160,9 +160,9 @@ class TextCall(Call):
 
     def _candidates(self, pipeline: TextPipeline, options: TextOptions) -> int:
         """How many images of each prompt to draw, after what compares them is loaded."""
-        from latentdiff.pipelines.core.reranking import check_candidates, load_reranker
+        from latentdiff.pipelines.core.candidates import check_candidates, load_reranker
 
-        check_candidates(options.candidates, self.kept)
+        check_candidates(options.candidates, self.wanted)
         assert options.candidates is not None
         if options.output_type == "latent":
             raise ValueError("candidates are compared as pictures; output_type='latent' does not go with them")
@@ -199,11 +199,11 @@ class TextCall(Call):
         """Of candidates the best, with their scores."""
         if self.reranker is None:
             return pixels
-        from latentdiff.pipelines.core.reranking import best_of
+        from latentdiff.pipelines.core.candidates import best_of
 
         pictures = self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         flags = output.nsfw_content_detected
-        best, output.scores = best_of(pictures, self.captions or [], self.per_item, self.kept, self.reranker, flags)
+        best, output.scores = best_of(pictures, self.captions or [], self.per_item, self.wanted, self.reranker, flags)
         if flags is not None:
             output.nsfw_content_detected = [flags[i] for i in best]
         if output.seeds is not None:

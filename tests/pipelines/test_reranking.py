@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from latentdiff.metrics.clip import ClipScore, load_clip
-from latentdiff.pipelines.core.reranking import best_of, load_reranker
+from latentdiff.pipelines.core.candidates import best_of, load_reranker
 
 FEW = {"num_inference_steps": 2}
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
-from latentdiff.pipelines.batch.settings import read_recipe
+from latentdiff.pipelines.batch.record import read_record
 from latentdiff.pipelines.commands import drawing
 
 Run = Callable[..., int]
@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_what_is_finished(
     files = sorted(path.name for path in Path().glob("*"))
     assert files == ([f"cups-{i:02d}.png" for i in range(1, 9)] if separate else ["cups.png"])
     assert run("replay", files[-1]) == 0
-    assert len(read_recipe(Path(files[-1]))[1].pictures) == (1 if separate else 8)
+    assert len(read_record(Path(files[-1]))[1].pictures) == (1 if separate else 8)
 
 
 def test_withheld_pictures_are_named(
@@ -284,9 +284,9 @@ def test_mistakes(
 
 def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> None:
     """On "meta" nothing is computed, and torch says so when the scores are asked for."""
-    from latentdiff.pipelines.batch.settings import Settings
+    from latentdiff.pipelines.batch.record import Settings
     from latentdiff.pipelines.commands.drawing import Drawn, best_of_each
-    from latentdiff.pipelines.core import reranking
+    from latentdiff.pipelines.core import candidates
 
     settings = Settings(
         negative_prompt=None,
@@ -305,4 +305,4 @@ def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> 
     assert len(list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("cpu")))) == 1
     with pytest.raises(NotImplementedError, match="meta"):
         list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("meta")))
-    reranking._load_once.cache_clear()
+    candidates._load_once.cache_clear()

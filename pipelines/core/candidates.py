@@ -16,18 +16,18 @@ from latentdiff.metrics.clip import ClipScore, load_clip
 BATCH = 16
 
 
-def check_candidates(candidates: Any, kept: int) -> None:
-    """Raises ValueError if of `candidates` pictures `kept` cannot be kept."""
-    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < kept:
+def check_candidates(candidates: Any, wanted: int) -> None:
+    """Raises ValueError if `wanted` pictures cannot be chosen from `candidates`."""
+    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < wanted:
         raise ValueError(
-            f"candidates must be a whole number, at least the {kept} to keep of each prompt, not {candidates!r}"
+            f"candidates must be a whole number, at least the {wanted} to keep of each prompt, not {candidates!r}"
         )
 
 
 def load_reranker(source: Any, device: torch.device | str = "cpu") -> ClipScore:
     """A ``ClipScore``, or one loaded from where `latentdiff.metrics.clip.load_clip` finds it.
 
-    What is loaded goes to `device`, and is kept for the next call.
+    What is loaded goes to `device`, and stays loaded for the next call.
 
     Raises:
         TypeError: neither a ``ClipScore`` nor a name.

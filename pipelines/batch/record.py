@@ -1,4 +1,4 @@
-"""How a picture was drawn, in plain values: all that is needed to draw it again, and what is kept in its file."""
+"""How a picture was drawn, in plain values: what its file records, and all that is needed to draw it again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +102,7 @@ class Settings(PlainOptions):
         return self
 
 
-class Recipe(Settings):
+class Record(Settings):
     """How the pictures in one file were drawn."""
 
     prompts: list[str]
@@ -138,17 +138,17 @@ class Recipe(Settings):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def recipe_of(
+def record_of(
     settings: Settings,
     batches: Sequence[Batch],
     pictures: Sequence[tuple[int, int]],
     machine: Machine,
     **more: Any,
-) -> Recipe:
-    """The recipe of a file with these `pictures`, (batch, number) each; batches that none of them is of are left out.
+) -> Record:
+    """The record of a file with these `pictures`, (batch, number) each; batches that none of them is of are left out.
 
     Args:
-        more: further fields of `Recipe`.
+        more: further fields of `Record`.
     """
     used = sorted({batch for batch, _ in pictures})
     prompts = [batches[batch].prompts[number] for batch, number in pictures]
@@ -162,10 +162,10 @@ def recipe_of(
         "pictures": [(used.index(batch), number) for batch, number in pictures],
         "machine": machine.model_dump(),
     }
-    return Recipe.model_validate({**settings.model_dump(), **values, **more})
+    return Record.model_validate({**settings.model_dump(), **values, **more})
 
 
-def read_recipe(file: Path) -> tuple[Image.Image, Recipe]:
+def read_record(file: Path) -> tuple[Image.Image, Record]:
     """A picture that was drawn by this program, and how.
 
     Raises:
@@ -181,7 +181,7 @@ def read_recipe(file: Path) -> tuple[Image.Image, Recipe]:
             f"drawn again"
         )
     try:
-        recipe = Recipe.model_validate(values)
+        record = Record.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "settings"
@@ -189,9 +189,9 @@ def read_recipe(file: Path) -> tuple[Image.Image, Recipe]:
             f"{file} was drawn by latentdiff {values.get('version', 'of an unknown version')}, whose settings this "
             f"version cannot draw again: {key}: {first['msg']}"
         ) from None
-    if recipe.width > image.width or recipe.height > image.height:
+    if record.width > image.width or record.height > image.height:
         raise ValueError(
-            f"{file} has {image.width} x {image.height} pixels, and says that it shows pictures of {recipe.width} x "
-            f"{recipe.height}; it was changed"
+            f"{file} has {image.width} x {image.height} pixels, and says that it shows pictures of {record.width} x "
+            f"{record.height}; it was changed"
         )
-    return image, recipe
+    return image, record
