@@ -23,6 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.pipelines import TextToImagePipeline
@@ -185,9 +186,8 @@ def write_report(
         "settings": [asdict(one) for one in found],
         "yardstick": asdict(other) if other else None,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (output / "table.md").write_text(text, encoding="utf-8")
+    write_text_whole(output / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    write_text_whole(output / "table.md", text)
     return text
 
 
@@ -235,7 +235,7 @@ def save_marks(file: Path, marks: Sequence[Marks]) -> None:
     for one in marks:
         facts = {name: value for name, value in vars(one).items() if name != "prompt" and value is not None}
         rows.append({"kind": one.prompt.kind, "prompt": one.prompt.text, **facts})
-    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_text_whole(file, json.dumps(rows, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

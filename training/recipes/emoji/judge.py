@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.folders import check_safetensors
 from latentdiff.metrics.extractors import IMAGENET
 
@@ -71,11 +72,11 @@ class Judge:
         return opinions.softmax(-1).mean(0).log().cpu(), torch.stack(features).float().mean(0).cpu()
 
     def save(self, path: Path) -> None:
-        """A safetensors file of half precision, with the classes in its metadata."""
+        """Write a safetensors file of half precision, whole or not at all, with the classes in its metadata."""
         weights = {name: half(tensor) for name, tensor in self.network.state_dict().items()}
         about = {"classes": list(self.classes), "left_out": self.left_out, "size": self.size}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path, {"format": FORMAT, "judge": json.dumps(about)})
+        with atomic_file(path) as partial:
+            save_file(weights, partial, {"format": FORMAT, "judge": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Judge":
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         print(train_command(options) if options.command == "train" else score_command(options))
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"judge: {error}")
 
 
@@ -189,6 +190,7 @@ def train_command(options: argparse.Namespace) -> str:
         device=options.device,
     )
     jobs = read_bundle(options.bundle)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # to fail before the training, if at all
     judge, score = train_judge(jobs, read_concepts(), options.left_out, settings, options.workers)
     judge.save(options.output)
     return f"{options.output}: {len(judge.classes)} classes; the unseen set {judge.left_out}: {score}"

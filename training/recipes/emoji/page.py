@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import save_picture
 
 from .measures import Figure
@@ -50,7 +51,7 @@ def write_page(
         f"![{'; '.join(labels[i * each : (i + 1) * each])}]({file.name})" for i, file in enumerate(files)
     )
     text = f"# {len(pictures)} prompts, unselected\n\n{about}\n\n{shown}\n"
-    (folder / "page.md").write_text(text, encoding="utf-8")
+    write_text_whole(folder / "page.md", text)
     return files
 
 
