@@ -246,6 +246,16 @@ def test_from_a_bundle_to_a_pipeline_that_plain_diffusers_loads(tmp_path: Path) 
     shared = ("packed", "out", "--device", "cpu", "--settings", json.dumps(TINY))
     base = run("burst", "base", *shared, "--seconds", "40", "--autoencoder-seconds", "4", "--workers", "1")
     base.check_returncode()
+    again = run(
+        "burst", "base", "packed", "again", *shared[2:], "--seconds", "30", "--weights", "out", "--workers", "1"
+    )
+    again.check_returncode()
+    assert (tmp_path / "again" / "vae-0.safetensors").read_bytes() == (
+        tmp_path / "out" / "vae-0.safetensors"
+    ).read_bytes()
+    assert (
+        "not the output of an earlier run" in run("burst", "base", *shared, "--seconds", "1", "--weights", "no").stderr
+    )
     run("burst", "distil", *shared, "--seconds", "8").check_returncode()
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "log.jsonl",
@@ -253,6 +263,11 @@ def test_from_a_bundle_to_a_pipeline_that_plain_diffusers_loads(tmp_path: Path) 
         "student.png",
         "facts.json",
     }
+    refined = run("burst.refine", "out", "bundle.xz", "refined", "--minutes", "0.02", "--batch", "2")
+    refined.check_returncode()
+    run("burst.refine", "out", "bundle.xz", "refined", "--minutes", "0.02", "--batch", "2").check_returncode()
+    rows = [json.loads(line) for line in (tmp_path / "refined" / "log.jsonl").read_text().splitlines()]
+    assert 0 < rows[1]["updates"] == rows[2]["updates"] < rows[3]["updates"]  # goes on where it stopped
     stages = [json.loads(line)["stage"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"autoencoder", "denoiser", "distillation"} <= set(stages)
 

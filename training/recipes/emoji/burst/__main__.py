@@ -1,6 +1,7 @@
 """Train the packaged model in one short run.
 
     python -m latentdiff.training.recipes.emoji.burst base PACKED OUT --seconds 450 --autoencoder-seconds 110
+    python -m latentdiff.training.recipes.emoji.burst base PACKED OUT --seconds 450 --weights EARLIER_OUT
     python -m latentdiff.training.recipes.emoji.burst distil PACKED OUT --seconds 200
 
 PACKED is a folder that `pack` wrote. `base` trains autoencoder and denoiser, `distil` the few-step student of the
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, required=True, help="of the whole run; it ends by itself")
     parser.add_argument("--autoencoder-seconds", type=float, default=110.0)
     parser.add_argument("--state", type=Path, default=Path("burst-state"), help="where base leaves what distil needs")
+    parser.add_argument("--weights", type=Path, help="go on from an earlier run's output; its autoencoder stays")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--settings", type=json.loads, default={}, help="a JSON object of BurstSettings")
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = BurstSettings.read(options.settings)
         if not (options.packed / "bundle.xz").is_file():
             raise FileNotFoundError(f"{options.packed} has no bundle.xz; it is not a folder that pack wrote")
+        if options.weights is not None and not (options.weights / "facts.json").is_file():
+            raise FileNotFoundError(f"{options.weights} has no facts.json; it is not the output of an earlier run")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"burst: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -92,12 +96,19 @@ def _autoencode(options: argparse.Namespace, settings: BurstSettings, pool: Any,
     from . import autoencoder
 
     device = torch.device(options.device)
-    features = options.packed / "features.safetensors"
-    perceptual = autoencoder.Perceptual(features).to(device) if features.exists() else None
-    distance = perceptual.to(memory_format=torch.channels_last) if perceptual is not None else None
-    model = autoencoder.train(pool, settings, options.autoencoder_seconds, device, options.output, distance)
-    latents = autoencoder.encode_pool(model, pool, device)
-    scale = 1 / float(latents[:4096].float().std())
+    if options.weights is None:
+        features = options.packed / "features.safetensors"
+        perceptual = autoencoder.Perceptual(features).to(device) if features.exists() else None
+        distance = perceptual.to(memory_format=torch.channels_last) if perceptual is not None else None
+        model = autoencoder.train(pool, settings, options.autoencoder_seconds, device, options.output, distance)
+        latents = autoencoder.encode_pool(model, pool, device)
+        scale = 1 / float(latents[:4096].float().std())
+    else:
+        for path in options.weights.glob("vae-*"):
+            (options.output / path.name).write_bytes(path.read_bytes())
+        model = autoencoder.load(settings, [options.weights], device)
+        latents = autoencoder.encode_pool(model, pool, device)
+        scale = json.loads((options.weights / "facts.json").read_text(encoding="utf-8"))["scaling_factor"]
     np.save(options.state / "latents.npy", (latents.float() * scale).half().numpy())
     facts = {"scaling_factor": scale, "settings": settings.as_dict()}
     (options.output / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -116,7 +127,10 @@ def _denoise(options: argparse.Namespace, settings: BurstSettings, pool: Any, re
     device = torch.device(options.device)
     compiled = device.type == "cuda"
     width = text_width(options.packed)
-    unet = denoiser.build(settings, width, device)
+    if options.weights is None:
+        unet = denoiser.build(settings, width, device)
+    else:
+        unet = denoiser.load(settings, width, [options.weights], device, "unet")
     network = denoiser.warm_up(unet, settings, width, device, compiled)
     print(f"denoiser is warm, {deadline - time.monotonic():.0f} s left", flush=True)
     pool.wait(1.0)
