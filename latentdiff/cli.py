@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.extensions import VARIABLE, extensions_of_environment, load_extensions
+
 USER_MISTAKES = (ValueError, TypeError, OSError, NotImplementedError)
 
 app = typer.Typer(
@@ -33,9 +35,19 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE|FILE.py",
+            help="Load a module that registers kinds of pipeline or diffusion processes; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     if debug:
         os.environ["LATENTDIFF_DEBUG"] = "1"
+    if extension:
+        load_extensions(extension)
+        os.environ[VARIABLE] = os.pathsep.join([*extensions_of_environment(), *extension])  # for further processes
 
 
 @cache
@@ -52,6 +64,7 @@ def application() -> typer.Typer:
 def run(program: typer.Typer) -> None:
     """Run a command-line application; what the user can mend is said without a traceback, with exit status 2."""
     try:
+        load_extensions(extensions_of_environment())
         program()
     except Exception as error:
         if os.environ.get("LATENTDIFF_DEBUG", "0") not in ("", "0"):

@@ -121,10 +121,11 @@ def kind_saved_as(class_name: str) -> Kind | None:
     return next((kind for kind in KINDS if class_name in kind.saved_as), None)
 
 
-def kind_taking(pictures: Iterable[str]) -> Kind:
-    """The first kind with a prompt whose call takes exactly these pictures."""
+def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
+    """The kind with a prompt whose call takes exactly these pictures: that of a folder if it does, else the first."""
     wanted = set(pictures)
-    return next(kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted)
+    fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
+    return next((kind for kind in fitting if saved_as in kind.saved_as), fitting[0])
 
 
 def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:

@@ -95,7 +95,7 @@ def generate(
     from latentdiff.pipelines.commands.drawing import Writer, plan_batches
 
     inputs, used = read_inputs(source.image, source.mask)
-    kind = pipeline_kind(source.image, source.mask)
+    kind = pipeline_kind(place, source.image, source.mask)
     pipeline = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, variant=loading.variant)
     settings = settings_of(pipeline, loading, source, drawing, inputs.image, used)
     load_adapters(pipeline, settings.loras, settings.embeddings)
@@ -223,9 +223,14 @@ def check_files(files: list[Path], filmstrip: Path | None, overwrite: bool, cand
         raise ValueError(f"--filmstrip shows up to {BATCH} pictures, and no candidates; draw fewer")
 
 
-def pipeline_kind(image: object, mask: object) -> str:
-    """The class that draws from what is given of the two."""
-    return kind_taking(name for name, given in (("image", image), ("mask_image", mask)) if given is not None).name
+def pipeline_kind(place: Path, image: object, mask: object) -> str:
+    """The class that draws with the model in `place` from what is given of the two."""
+    from latentdiff.interchange.folders import read_json
+
+    pictures = [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]
+    index = place / "model_index.json"
+    saved_as = read_json(index).get("_class_name") if index.is_file() else None
+    return kind_taking(pictures, saved_as).name
 
 
 def usual_strength(pipeline: Any) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.registry import find_kind
+
 if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.text import TextPipeline
 
@@ -111,7 +113,7 @@ def load_pipeline(
 
     Args:
         model: a name, a folder, or a single file.
-        kind: class of `latentdiff.pipelines`.
+        kind: name of a class in `registry.KINDS`.
         place: device with its number, if `device` is not enough.
         variant: such as "fp16", of a folder's weight files.
     """
@@ -126,10 +128,8 @@ def load_pipeline(
 
     import torch
 
-    from latentdiff import pipelines
-
     be_quiet()
-    pipeline_class, dtype = getattr(pipelines, kind), getattr(torch, precision.value)
+    pipeline_class, dtype = find_kind(kind).load(), getattr(torch, precision.value)
     if is_file:
         pipeline = pipeline_class.from_single_file(model, dtype=dtype)
     else:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.options import Device, Precision, find_place, load_pipeline
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def replay(
     set_threads(record, threads)
     where_to = pick_replay_device(record, device)
     precision = Precision(record.precision)
-    pipeline: Any = load_pipeline(place, where_to, precision, None, kind(record), variant=record.variant)
+    kind = pipeline_kind(place, record.image, record.mask)
+    pipeline: Any = load_pipeline(place, where_to, precision, None, kind, variant=record.variant)
     found = check_model(record, picture, pipeline, digest.result(), any_model)
     set_scheduler(pipeline, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
@@ -98,12 +100,6 @@ def find_inputs(record: "Record", beside: Path) -> Any:
 
     files = [None if used is None else find_used(used, beside) for used in (record.image, record.mask)]
     return read_inputs(*files)[0]
-
-
-def kind(record: "Record") -> str:
-    from latentdiff.pipelines.commands.generate import pipeline_kind
-
-    return pipeline_kind(record.image, record.mask)
 
 
 def pick_replay_device(record: "Record", device: Device | None) -> Device:

@@ -1,0 +1,99 @@
+"""A kind of pipeline and a process that live in one file outside the package, from the command line."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import tiny_pipeline
+
+from latentdiff import cli
+from latentdiff.extensions import VARIABLE, load_extensions
+from latentdiff.interchange.png import read_settings
+from latentdiff.pipelines import registry
+
+POSTCARD = '''
+"""Text to image, with a border."""
+
+from PIL import ImageOps
+
+from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.core.sampling import whole
+from latentdiff.pipelines.registry import Kind, register
+
+
+class PostcardPipeline(TextToImagePipeline):
+    saved_class_name = "PostcardPipeline"
+
+    @whole
+    def __call__(self, *arguments, **options):
+        output = yield from TextToImagePipeline.__call__.__wrapped__(self, *arguments, **options)
+        output.images = [ImageOps.expand(ImageOps.crop(image, 2), 2, "white") for image in output.images]
+        return output
+
+
+register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text", single_file=True, converted=True))
+'''
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs the program in a folder with ``postcards.py``; what that registers is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr(registry, "KINDS", [*registry.KINDS])
+    Path("postcards.py").write_text(POSTCARD)
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, arguments)])
+        try:
+            cli.run(cli.application())
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    yield run
+    sys.modules.pop("postcards", None)
+
+
+def test_a_kind_of_pipeline_is_saved_loaded_drawn_from_and_replayed(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    load_extensions(["postcards.py"])
+    pipeline = registry.find_kind("PostcardPipeline").load()(**tiny_pipeline("clip").components)
+    pipeline.register_defaults(num_inference_steps=2)
+    pipeline.save_pretrained("model")
+    options = ["a cup", "--model", "model", "--seed", "1", "-o", "cup.png"]
+    assert run("--extension", "postcards.py", "generate", *options) == 0
+    with Image.open("cup.png") as image:
+        assert image.size == (16, 16)
+        assert {image.convert("RGB").getpixel((x, 0)) for x in range(16)} == {(255, 255, 255)}
+        assert image.convert("RGB").getpixel((8, 8)) != (255, 255, 255)
+    assert (read_settings(Path("cup.png")) or {})["prompts"] == ["a cup"]
+    assert run("replay", "cup.png") == 0  # the environment knows the extension by now
+    assert "equal" in capsys.readouterr().out
+    assert run("convert", "model", "model.safetensors") == 0
+    assert run("convert", "model", "again") == 0
+    assert '"PostcardPipeline"' in Path("again/model_index.json").read_text()
+
+
+def test_what_cannot_be_loaded_is_named(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("json.py").write_text("")
+    Path("broken.py").write_text("import a_module_that_is_not_there")
+    for name, message in (
+        ("nowhere.py", "the extension nowhere.py: no such file"),
+        ("json.py", "has the name of another module, json; rename the file"),
+        ("broken.py", "the extension broken.py cannot be imported: No module named 'a_module_that_is_not_there'"),
+        ("no_module_of_this_name", "the extension no_module_of_this_name cannot be imported"),
+    ):
+        assert run("--extension", name, "doctor", "x") == 2
+        assert message in capsys.readouterr().err
+    assert "broken" not in sys.modules
+    monkeypatch.setenv(VARIABLE, "nowhere.py")
+    assert run("doctor", "x") == 2
+    assert "nowhere.py: no such file" in capsys.readouterr().err
