@@ -127,8 +127,8 @@ def load_lpips(files: Sequence[Path] = (), network: str = "vgg") -> LPIPS:
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
     if missing:
-        told = ", ".join(map(str, files)) or "the files found"
-        raise ValueError(f"{told}: {missing[0]} of LPIPS ({network}) is missing, or of another shape")
+        names = ", ".join(map(str, files)) or "the files found"
+        raise ValueError(f"{names}: {missing[0]} of LPIPS ({network}) is missing, or of another shape")
     model.load_state_dict({name: found[name].to(torch.float32, copy=True) for name in wanted}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -163,8 +163,8 @@ def network_of(found: Mapping[str, Tensor], files: Sequence[Path]) -> str:
         wanted = LPIPS(network).state_dict()
         if all(name in wanted and tensor.shape == wanted[name].shape for name, tensor in found.items()):
             return network
-    told = ", ".join(map(str, files))
-    raise ValueError(f"{told}: these are not weights of one network, {' or '.join(BACKBONES)}, of LPIPS")
+    names = ", ".join(map(str, files))
+    raise ValueError(f"{names}: these are not weights of one network, {' or '.join(BACKBONES)}, of LPIPS")
 
 
 def find_classifier(network: str) -> Path:

@@ -333,7 +333,7 @@ def test_other_files_are_refused(model: Callable[[str], Any], tmp_path: Path) ->
         ({"model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, "a Stable Diffusion 3 model, which is not"),
         (
             {**state, "model.diffusion_model.label_emb.0.0.weight": torch.ones(256, 70)},
-            r"told more than a timestep and text \(model.diffusion_model.label_emb.0.0.weight\)",
+            r"takes more conditions than a timestep and text \(model.diffusion_model.label_emb.0.0.weight\)",
         ),
         ({"what": torch.ones(1)}, "something else; its first weight is what"),
         (

@@ -38,7 +38,7 @@ def vae_config(weights: Checkpoint) -> Config:
 
 
 def autoencoder_kind(weights: Checkpoint) -> str:
-    """Which of our classes the autoencoder in a checkpoint is: "AutoencoderKL", "VQModel" or "GumbelVQModel".
+    """The class of the autoencoder in a checkpoint: "AutoencoderKL", "VQModel" or "GumbelVQModel".
 
     Raises:
         ValueError: it is not one of Latent Diffusion's, or has no codebook where there should be one.
@@ -52,7 +52,7 @@ def autoencoder_kind(weights: Checkpoint) -> str:
         takes = weights.shape(f"{VAE}decoder.conv_in.weight")[1]
     except (KeyError, IndexError) as error:
         raise not_of_latent_diffusion(weights, error) from None
-    if gives == takes:  # a Gaussian's encoder gives a mean and a width for each
+    if gives == takes:  # the encoder of a Gaussian has twice as many, for mean and width
         raise ValueError(
             f"{weights.file}: {weights.own_name(CODEBOOK)} is missing; the encoder gives {gives} channels and the "
             f"decoder takes as many, as where there is a codebook"
@@ -61,7 +61,7 @@ def autoencoder_kind(weights: Checkpoint) -> str:
 
 
 def gaussian_config(weights: Checkpoint, latent_channels: int) -> Config:
-    """What of `vae_config` is of a Gaussian's alone."""
+    """The part of `vae_config` that concerns a Gaussian."""
     after = f"{VAE}post_quant_conv.weight"
     channels = weights.shape(after)[1:2] if after in weights else ()
     if channels not in ((), (latent_channels,)):
@@ -73,7 +73,7 @@ def gaussian_config(weights: Checkpoint, latent_channels: int) -> Config:
 
 
 def codes(weights: Checkpoint, codebook: str) -> Config:
-    """What of `vae_config` is of a codebook."""
+    """The part of `vae_config` that concerns a codebook."""
     if codebook not in weights:
         raise ValueError(f"{weights.file}: {weights.own_name(codebook)} is missing, the codebook")
     shape = weights.shape(codebook)

@@ -1,4 +1,4 @@
-"""Autoencoders from and to files of their own, as Latent Diffusion and Taming Transformers released theirs."""
+"""Reading and writing files of autoencoders alone, as Latent Diffusion and Taming Transformers released theirs."""
 
 import logging
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from latentdiff.interchange.single_file.writing import (
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = 256
-"""Pixels on a side of the pictures that the released autoencoders were trained on, all of them."""
+"""Side in pixels of the pictures on which all released autoencoders were trained."""
 
 XL_SCALE = 0.13025
-"""``scaling_factor`` of Stable Diffusion XL, whose autoencoder is of the others' shape."""
+"""``scaling_factor`` of Stable Diffusion XL, whose autoencoder has the same shape as the others."""
 
 
 def read_autoencoder(
@@ -39,7 +39,7 @@ def read_autoencoder(
     """The autoencoder in a checkpoint, which may hold a whole model; see `SingleFileModel.from_single_file`.
 
     Args:
-        kinds: classes by name, of which it must be one.
+        kinds: the allowed classes, by name.
 
     Raises:
         FileNotFoundError, ValueError: see there.
@@ -67,7 +67,7 @@ def read_autoencoder(
 
 
 def usual(weights: Checkpoint) -> Config:
-    """What the weights do not tell, as it usually is: of an autoencoder alone, or of that of a whole model."""
+    """Default settings that the weights do not contain, for an autoencoder alone or in a whole model."""
     assumed, size = assumed_settings(weights), TRAINED_ON
     if weights.has_unet:
         levels = len(vae_config(weights)["block_out_channels"])
@@ -77,7 +77,7 @@ def usual(weights: Checkpoint) -> Config:
 
 
 def is_unusual(weights: Checkpoint, config: Any) -> bool:
-    """Whether no released model says how a Gaussian's latents are scaled; Stable Diffusion 1 and 2 do."""
+    """Whether the scale of a Gaussian's latents is unknown: not in the file, and not of Stable Diffusion's shape."""
     if "num_vq_embeddings" in config or measured_scale(weights) is not None or weights.has_unet:
         return False
     return (config["latent_channels"], len(config["block_out_channels"])) != (4, 4)

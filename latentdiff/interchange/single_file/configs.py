@@ -1,8 +1,8 @@
-"""What the networks in a checkpoint are, told from the shapes of their weights.
+"""The configs of the networks in a checkpoint, inferred from the shapes of their weights.
 
-Shapes do not tell everything. The number of attention heads is taken to be what Stable Diffusion has: 8 where a
-transformer's projections are convolutions (1.x, Latent Diffusion) and in the upscaler, one for every 64 channels where
-they are linear (2.x); normalisation has 32 groups.
+What shapes do not determine is assumed to be as in Stable Diffusion: 8 attention heads where a transformer's
+projections are convolutions (1.x, Latent Diffusion) and in the upscaler, one head for every 64 channels where they are
+linear (2.x); 32 groups of normalisation.
 """
 
 import re
@@ -16,18 +16,18 @@ Config = dict[str, Any]
 
 
 def numbers(names: Iterable[str], pattern: str) -> list[int]:
-    """The distinct numbers that stand at the group of `pattern` in the beginnings of `names`, in order."""
+    """The distinct numbers that the group of `pattern`, matched at the start of `names`, has; in ascending order."""
     found = (re.match(pattern, name) for name in names)
     return sorted({int(match[1]) for match in found if match})
 
 
 def simplified(values: list[Any]) -> Any:
-    """One value if all are equal."""
+    """One value if all are equal, else the list."""
     return values[0] if all(value == values[0] for value in values) else values
 
 
 class UNetShapes:
-    """A UNet's levels, read from the way down."""
+    """A UNet's levels, inferred from the way down."""
 
     def __init__(self, weights: Checkpoint) -> None:
         self.weights = weights
@@ -63,7 +63,7 @@ class UNetShapes:
         self.only_cross[-1] = first != self.channels[-1]
 
     def up_attention(self) -> list[bool]:
-        """Whether the levels have transformers on the way up, from the lowest resolution."""
+        """Whether the levels have transformers on the way up, beginning at the lowest resolution."""
         found, block = [], 0
         for layers in self.layers[::-1]:
             found.append(f"{UNET}output_blocks.{block}.1.proj_in.weight" in self.weights)
@@ -120,10 +120,10 @@ def middle_type(weights: Checkpoint) -> str | None:
 
 
 def class_config(weights: Checkpoint) -> Config:
-    """What a UNet is told besides a timestep and text: nothing, a whole number, or a number like the timestep.
+    """The class embedding of a UNet: none, of a whole number, or of a number that is embedded like the timestep.
 
     Raises:
-        ValueError: something else.
+        ValueError: it has another one.
     """
     numbered, embedded = f"{UNET}label_emb.weight", f"{UNET}label_emb.0.0.weight"
     if numbered in weights:
@@ -132,8 +132,8 @@ def class_config(weights: Checkpoint) -> Config:
         return {}
     if weights.shape(embedded)[1] != weights.shape(f"{UNET}time_embed.0.weight")[1]:
         raise ValueError(
-            f"{weights.file}: its UNet is told more than a timestep and text ({embedded}), as in Stable Diffusion XL "
-            f"and unCLIP, which is not supported"
+            f"{weights.file}: its UNet takes more conditions than a timestep and text ({embedded}), as in Stable "
+            f"Diffusion XL and unCLIP, which is not supported"
         )
     return {"class_embed_type": "timestep"}
 
@@ -162,7 +162,7 @@ def text_config(weights: Checkpoint, kind: str) -> Config:
 
 
 def bert_config(weights: Checkpoint) -> Config:
-    """Of the text encoder of Latent Diffusion, from x-transformers, whose layers are two each; it has 8 heads."""
+    """The config of Latent Diffusion's text encoder, from x-transformers, with two layers each; it has 8 heads."""
     layers = numbers(weights, re.escape(BERT) + r"attn_layers\.layers\.(\d+)\.")
     vocabulary, width = weights.shape(f"{BERT}token_emb.weight")
     return {
@@ -195,7 +195,7 @@ def clip_config(weights: Checkpoint) -> Config:
 
 
 def open_clip_config(weights: Checkpoint) -> Config:
-    """Of an open_clip tower, without its last layer if it is whole: Stable Diffusion 2 takes the states before it."""
+    """The config of an open_clip tower, without its last layer: Stable Diffusion 2 takes the states before it."""
     vocabulary, width = weights.shape(f"{OPEN_CLIP}token_embedding.weight")
     layers = len(numbers(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\."))
     is_whole = layers == 24 if width == 1024 else f"{OPEN_CLIP}text_projection" in weights  # ViT-H, or others

@@ -208,7 +208,7 @@ def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:
         network = built(lambda: text_network(kind, config), weights)
     dtype = dtype or main_dtype(weights, OPEN_CLIP if kind == "open_clip" else CLIP)
     fill(network, weights, names, "text encoder", dtype)
-    for module in network.modules():  # CLIP notes the positions beside its weights
+    for module in network.modules():  # CLIP has its positions in a buffer
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(len(module.position_embedding.weight))[None]
     return network
@@ -226,7 +226,7 @@ def text_network(kind: str, config: Config) -> Any:
 
 
 def clip_tokenizer(text_encoder: Any) -> Any:
-    """CLIP's tokenizer, of whose words the installed open_clip has a copy, padded as the text encoder is used to.
+    """CLIP's tokenizer, made from the vocabulary in the installed open_clip, with the padding of the text encoder.
 
     Raises:
         ValueError: the text encoder has another vocabulary.

@@ -1,4 +1,4 @@
-"""Pickled checkpoints, as the first models were released: read without running anything in them."""
+"""Pickled checkpoints, as the first models were released: read without executing code in them."""
 
 import pickle
 import re
@@ -13,7 +13,7 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 class Ignored:
-    """Stands for the trainer's own objects that the first released checkpoints hold beside their weights."""
+    """Stand-in for objects of the trainer that the first released checkpoints hold beside their weights."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -28,11 +28,11 @@ IGNORED = (
     "numpy.dtype",
     "torch.nn.modules.container.ParameterDict",
 )
-"""What is read as `Ignored`; the classes themselves are never looked up. The last is in files of embeddings."""
+"""Classes that are read as `Ignored` and never imported. The last one occurs in files of embeddings."""
 
 
 def load_pickle(file: Path, allow: bool) -> Any:
-    """What ``torch.save`` wrote into a file: tensors, numbers, strings and containers of them, and nothing else.
+    """The content of a file of ``torch.save``, if it is tensors, numbers, strings and containers of them.
 
     Tensors stay on disk until they are used, if the file is not of the oldest format.
 

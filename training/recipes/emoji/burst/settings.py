@@ -61,7 +61,8 @@ class BurstSettings:
         for key in values:
             if key not in known:
                 raise ValueError(f"unknown setting {key!r}; there are {', '.join(sorted(known))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
