@@ -1,5 +1,6 @@
 """A kind of pipeline and a process that live in one file outside the package, from the command line."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,3 +98,38 @@ def test_what_cannot_be_loaded_is_named(
     monkeypatch.setenv(VARIABLE, "nowhere.py")
     assert run("doctor", "x") == 2
     assert "nowhere.py: no such file" in capsys.readouterr().err
+
+
+def test_a_process_is_trained_on_drawn_with_and_replayed(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through ``finetune``, on a model whose scheduler samples from the process."""
+    import straight
+    from PIL import Image
+
+    from latentdiff.diffusion import processes
+
+    monkeypatch.setattr(processes, "_PROCESSES", [*processes._PROCESSES])
+    source = Path(straight.__file__).read_text()
+    registered = "from latentdiff.diffusion import register_process\n\nregister_process(Straight)\n"
+    Path("flow.py").write_text(f"{source}\n{registered}")
+    pipeline = tiny_pipeline("clip")
+    pipeline.scheduler = straight.Straight().scheduler()
+    pipeline.save_pretrained("model")
+    Path("data").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 90, 30)).save(f"data/{i}.png")
+        Path(f"data/{i}.txt").write_text(f"cup {i}")
+    settings = ["batch_size=2", "max_steps=2", "checkpoint_every=2", "sample_every=2", "resolution=16"]
+    command = ["finetune", "--model", "model", "--data", "data", "--output", "tuned", "--method", "full", *settings]
+    assert run(*command) == 2
+    assert "neither beta_schedule nor trained_betas" in capsys.readouterr().err
+    assert run("--extension", "flow.py", *command) == 0
+    losses = [json.loads(line)["loss"] for line in Path("tuned/training/metrics.jsonl").read_text().splitlines()]
+    assert all(0.01 < loss < 10 for loss in losses)
+    assert losses
+    assert "FlowMatchEulerDiscreteScheduler" in Path("tuned/model_index.json").read_text()
+    assert run("generate", "a cup", "--model", "tuned", "--seed", "1", "--steps", "2", "-o", "cup.png") == 0
+    assert run("replay", "cup.png") == 0
+    assert "equal" in capsys.readouterr().out
+    sys.modules.pop("flow", None)

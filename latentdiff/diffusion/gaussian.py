@@ -153,16 +153,18 @@ class GaussianDiffusion(GaussianProcess):
         """(B,) in [0, 1) -> (B,) long, all timesteps alike."""
         return (uniform * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
-    def level(self, time: Any) -> tuple[float, float]:
-        alpha_bar = self.alpha_bar(time)
+    def level(self, timestep: Any) -> tuple[float, float]:
+        alpha_bar = self.alpha_bar(timestep)
         return float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
 
-    def alpha_bar(self, time: Any) -> Tensor:
-        """What is left of the picture's variance at one time (DDPM, Eq. 4), a float64 scalar.
+    def alpha_bar(self, timestep: Any) -> Tensor:
+        """What is left of the picture's variance at one timestep (DDPM, Eq. 4), a float64 scalar.
 
         Between whole timesteps the noise level is interpolated, as diffusers' Euler schedulers do it.
         """
-        table, where = self.alphas_cumprod, float(time)
+        table, where = self.alphas_cumprod, float(timestep)
+        if self.kept is not None:
+            where = float(torch.searchsorted(self.kept, int(timestep)))
         below = min(max(int(where), 0), len(table) - 1)
         share = where - below
         if share <= 0 or below + 1 == len(table):

@@ -211,8 +211,8 @@ class GaussianProcess(Process):
         mean = self.q_posterior_mean_variance(x_start, x_t, timesteps)[0]
         return Reverse(mean, variance, log_variance, x_start)
 
-    def step_variance(self, time: int, before: int, prediction: Tensor) -> Tensor:
-        """The variance of a step from `time` to `before`, which may lie further back than the timestep before.
+    def step_variance(self, timestep: int, before: int, prediction: Tensor) -> Tensor:
+        """The variance of a step from `timestep` to `before`, which may lie further back than the timestep before.
 
         DDPM (Ho et al. 2020), Eq. 7; Improved DDPM (Nichol & Dhariwal 2021), Eq. 15.
 
@@ -223,7 +223,7 @@ class GaussianProcess(Process):
         Returns:
             A scalar, or (B, C, ...) where variances are learned; float32.
         """
-        alpha_bar = self.alphas_cumprod[time]
+        alpha_bar = self.alphas_cumprod[timestep]
         bar_before = self.alphas_cumprod[before] if before >= 0 else torch.ones_like(alpha_bar)
         beta = 1 - alpha_bar / bar_before
         small = ((1 - bar_before) / (1 - alpha_bar) * beta).clamp(min=1e-20)

@@ -18,8 +18,9 @@ from latentdiff.diffusion.targets import SMALLEST_SIGNAL, Target
 class Process(ABC):
     """How noise is mixed into pictures, and what a network learns of it: x_t = signal(t) x_0 + sigma(t) eps.
 
-    Pictures, noise and predictions are (B, C, ...), times (B,). A *time* is what the process counts in: whole timesteps
-    for Gaussian diffusion. A scheduler's timesteps are what the network receives, `model_time`.
+    Pictures, noise and predictions are (B, C, ...). There are two clocks. Training draws *times* (B,), in the unit of
+    the process: whole timesteps for Gaussian diffusion. The network receives, and schedulers count, a *timestep*, which
+    is `model_time` of a time; what sampling asks takes one of these.
     """
 
     name: ClassVar[str]
@@ -40,8 +41,8 @@ class Process(ABC):
         """signal and sigma at the times (B,), each (B, 1, ...) in the dtype and on the device of `like`."""
 
     @abstractmethod
-    def level(self, time: Any) -> tuple[float, float]:
-        """signal and sigma at one time, also between those that training draws."""
+    def level(self, timestep: Any) -> tuple[float, float]:
+        """signal and sigma at one timestep, also between those that training draws."""
 
     @abstractmethod
     def scheduler_config(self) -> dict[str, Any]:
@@ -103,29 +104,28 @@ class Process(ABC):
         """
         return weight * self.error(prediction, clean, noise, times)
 
-    def clean(self, noisy: Tensor, prediction: Tensor, time: Any) -> Tensor:
-        """The picture x_0 that a prediction stands for at one time, computed in float32. (B, C, ...)
+    def clean(self, noisy: Tensor, prediction: Tensor, timestep: Any) -> Tensor:
+        """The picture x_0 that a prediction stands for at one timestep, computed in float32. (B, C, ...)
 
         prediction: (B, C, ...); channels after the first C are ignored.
         """
-        signal, sigma = self.level(time)
+        signal, sigma = self.level(timestep)
         wanted = prediction[:, : noisy.shape[1]].float()
         return self.predicts.clean(noisy.float(), wanted, max(signal, SMALLEST_SIGNAL), sigma).to(noisy.dtype)
 
-    def noise_level(self, time: Any) -> float:
+    def noise_level(self, timestep: Any) -> float:
         """The noise's standard deviation where the picture's is 1, sigma / signal, from 0 to infinity."""
-        signal, sigma = self.level(time)
+        signal, sigma = self.level(timestep)
         return sigma / signal if signal > 0 else math.inf
 
     def model_time(self, times: Tensor) -> Tensor:
-        """What the network receives for these times, (B,) -> (B,)."""
+        """The timesteps that the network receives for these times, (B,) -> (B,)."""
         return times
 
     def snr(self, times: Tensor) -> Tensor:
         """Signal-to-noise ratio signal^2 / sigma^2, (B,) float64."""
-        levels = [self.level(time) for time in times.tolist()]
-        ratios = [signal**2 / sigma**2 if sigma > 0 else math.inf for signal, sigma in levels]
-        return torch.tensor(ratios, dtype=torch.float64).to(times.device)
+        signal, sigma = self.coefficients(times, torch.empty(len(times), dtype=torch.float64, device=times.device))
+        return (signal / sigma).square()
 
     def min_snr_weight(self, times: Tensor, gamma: float = 5.0) -> Tensor:
         """Min-SNR-gamma loss weights (Hang et al. 2023, Sec. 3.4), (B,) float32.
@@ -143,15 +143,15 @@ class Process(ABC):
         snr = self.snr(times)
         return (snr / (k + snr) ** gamma / self.predicts.error_ratio(snr)).float()
 
-    def step_variance(self, time: int, before: int, prediction: Tensor) -> Tensor:
-        """The variance with which a sampler draws the step from `time` to `before`; a scalar, or (B, C, ...).
+    def step_variance(self, timestep: int, before: int, prediction: Tensor) -> Tensor:
+        """The variance with which a sampler draws the step from `timestep` to `before`; a scalar, or (B, C, ...).
 
         Raises:
             ValueError: steps of this process are not drawn.
         """
         raise ValueError(f"the {self.name} process has no variance of a step")
 
-    def with_gradient(self, prediction: Tensor, noisy: Tensor, time: Any, gradient: Tensor) -> Tensor:
+    def with_gradient(self, prediction: Tensor, noisy: Tensor, timestep: Any, gradient: Tensor) -> Tensor:
         """A prediction moved along a gradient of log p(x_t): the noise less sigma times the gradient.
 
         ADM (Dhariwal & Nichol 2021), Alg. 2, for any target.
@@ -160,7 +160,7 @@ class Process(ABC):
             prediction: (B, C, ...); channels after the first C stay.
             gradient: (B, C, ...).
         """
-        signal, sigma = self.level(time)
+        signal, sigma = self.level(timestep)
         factor = -sigma * self.predicts.per_noise(signal, sigma)
         channels = noisy.shape[1]
         moved = prediction[:, :channels] + (factor * gradient).to(prediction.dtype)

@@ -96,10 +96,15 @@ class Sampler:
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) as they are at `timestep`, in the scheduler's own scale."""
-        return self.scheduler.add_noise(latents, noise, timestep.reshape(1).repeat(len(latents)))
+        timesteps = timestep.reshape(1).repeat(len(latents))
+        if hasattr(self.scheduler, "add_noise"):
+            return self.scheduler.add_noise(latents, noise, timesteps)
+        return self.scheduler.scale_noise(latents, timesteps, noise)  # as schedulers of flow matching call it
 
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents in the scheduler's scale as the network sees them, noise and picture of variance 1 together."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return latents
         return self.scheduler.scale_model_input(latents, timestep)
 
     def step_options(self, generator: Generators, eta: float) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The contract of a process: what everybody else asks, for Gaussian diffusion and for one made in this file."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from straight import Straight
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,61 +19,9 @@ from latentdiff.diffusion import (
     processes,
     register_process,
 )
-from latentdiff.diffusion.targets import TARGETS, Target
+from latentdiff.diffusion.targets import TARGETS
 
 TIMES = torch.tensor([3, 400, 999])
-
-
-class StraightTarget(Target):
-    name = "flow"
-
-    def of(self, clean: Tensor, noise: Tensor, signal: Any, sigma: Any) -> Tensor:
-        return noise - clean
-
-    def clean(self, noisy: Tensor, prediction: Tensor, signal: Any, sigma: Any) -> Tensor:
-        return noisy - sigma * prediction
-
-    def noise(self, noisy: Tensor, prediction: Tensor, signal: Any, sigma: Any) -> Tensor:
-        return noisy + signal * prediction
-
-    def error_ratio(self, snr: Tensor) -> Tensor | float:
-        return (1 + snr.sqrt()) ** 2
-
-    def per_noise(self, signal: float, sigma: float) -> float:
-        return 1 / signal if signal else 0.0
-
-
-class Straight(Process):
-    """Rectified flow, no more than the contract asks for."""
-
-    name, predicts, num_timesteps = "straight", StraightTarget(), 1000
-
-    def times(self, uniform: Tensor) -> Tensor:
-        return uniform
-
-    def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        times = times.to(like).view(-1, *[1] * (like.ndim - 1))
-        return 1 - times, times
-
-    def level(self, time: Any) -> tuple[float, float]:
-        return 1 - float(time) / 1000, float(time) / 1000
-
-    def model_time(self, times: Tensor) -> Tensor:
-        return 1000 * times
-
-    def scheduler_config(self) -> dict[str, Any]:
-        return {"num_train_timesteps": 1000}
-
-    def scheduler(self, name: str | None = None) -> Any:
-        return getattr(diffusers, name or "FlowMatchEulerDiscreteScheduler")(**self.scheduler_config())
-
-    @classmethod
-    def fits(cls, config: Mapping[str, Any]) -> bool:
-        return str(config.get("_class_name", "")).startswith("FlowMatch")
-
-    @classmethod
-    def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:
-        return cls()
 
 
 @pytest.fixture
@@ -130,9 +79,10 @@ def test_a_gradient_moves_the_noise_alike_whatever_is_predicted(kind: str) -> No
 
 def test_weights_of_the_picture_are_those_of_every_target() -> None:
     """min(SNR, gamma) is of the error of x_0; the same error through a prediction must cost the same."""
-    snr = Straight().snr(torch.tensor([100.0, 500.0, 900.0]))
+    times = torch.tensor([0.1, 0.5, 0.9])
+    snr = Straight().snr(times)
     assert snr.tolist() == pytest.approx([81, 1, 1 / 81])
-    weights = Straight().min_snr_weight(torch.tensor([100.0, 500.0, 900.0]))
+    weights = Straight().min_snr_weight(times)
     assert weights.tolist() == pytest.approx([5 / 100, 1 / 4, (1 / 81) / (1 + 1 / 9) ** 2])
 
 
@@ -159,6 +109,13 @@ class Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += "_to_copy" in str(func)
         return func(*args, **(kwargs or {}))
+
+
+def test_a_process_of_fewer_steps_knows_the_networks_timesteps() -> None:
+    whole = GaussianDiffusion("cosine", 1000)
+    few = whole.respaced(10)
+    for timestep in few.model_time(torch.arange(10)).tolist():
+        assert few.level(timestep) == pytest.approx(whole.level(timestep))
 
 
 def test_tables_are_copied_once() -> None:

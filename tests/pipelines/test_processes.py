@@ -1,0 +1,63 @@
+"""Pipelines with a process that the package does not know: its scheduler, its guidance interval, its previews."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from straight import Straight
+from torch import Tensor
+
+from latentdiff import ImageToImagePipeline
+from latentdiff.diffusion import processes, register_process
+from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.pipelines.core.sampler import Sampler
+from latentdiff.pipelines.core.sampling import denoise
+
+
+@pytest.fixture
+def straight() -> Iterator[Straight]:
+    register_process(Straight)
+    yield Straight()
+    processes._PROCESSES.remove(Straight)
+
+
+def test_a_perfect_network_is_sampled_to_its_picture(straight: Straight) -> None:
+    sampler = Sampler(straight.scheduler())
+    picture, start = torch.randn(2, 1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    class Perfect:
+        guidance = ClassifierFreeGuidance(1.0)
+
+        def __call__(self, latents: Tensor, timestep: Any, guided: bool = True) -> Tensor:
+            signal, sigma = straight.level(timestep)
+            return straight.predicts.of(picture, (latents - signal * picture) / sigma, signal, sigma)
+
+    for progress in denoise(Perfect(), sampler, start, sampler.plan(5, torch.device("cpu"))):
+        torch.testing.assert_close(progress.clean, picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(progress.latents, picture, atol=1e-4, rtol=0)
+
+
+def test_pipelines_draw_with_it(straight: Straight, pipeline: Any) -> None:
+    pipeline.scheduler = straight.scheduler()
+    rows: list[int] = []
+    handle = pipeline.unet.conv_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    call = {"num_inference_steps": 4, "seed": 0, "guidance_scale": 3.0}
+    shown = list(pipeline.stream("a red car", guidance_interval=(0.5, 2.0), **call))
+    handle.remove()
+    assert [row == 2 for row in rows] == [0.5 < straight.noise_level(one.timestep) <= 2.0 for one in shown[:4]]
+    assert 2 in rows
+    assert [one.preview()[0].size for one in shown] == [(8, 8)] * 5
+    torch.testing.assert_close(shown[3].clean, shown[3].latents, atol=1e-5, rtol=1e-5)
+
+
+def test_pictures_are_changed_with_it(straight: Straight, pipeline: Any) -> None:
+    pipeline.scheduler = straight.scheduler()
+    redraw = ImageToImagePipeline.from_pipe(pipeline)
+    picture = Image.new("RGB", (16, 16), "red")
+    call = {"image": picture, "num_inference_steps": 8, "seed": 0, "output_type": "latent"}
+    start = redraw.vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.mean.shape
+    little, much = (redraw("a red car", strength=strength, **call).images for strength in (0.15, 0.9))
+    assert little.shape == much.shape == start
+    assert (little - much).abs().max() > 1e-2
