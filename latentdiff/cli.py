@@ -39,7 +39,7 @@ def options(
         list[str] | None,
         typer.Option(
             metavar="MODULE|FILE.py",
-            help="Load a module that registers kinds of pipeline or diffusion processes; may be repeated.",
+            help="Load a module that registers kinds of pipeline, processes or denoisers; may be repeated.",
         ),
     ] = None,
 ) -> None:

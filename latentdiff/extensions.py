@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 VARIABLE = "LATENTDIFF_EXTENSIONS"
 """Of the environment: names as `load_extensions` takes them, with the system's path separator between."""
@@ -51,3 +52,22 @@ def _import_file(file: Path) -> None:
     except BaseException:
         del sys.modules[file.stem]
         raise
+
+
+Network = TypeVar("Network", bound=type)
+
+_NETWORKS: dict[tuple[str, str], type] = {}
+
+
+def register_network(network: Network) -> Network:
+    """Let saved pipelines name a class of networks that is not of this package; also a class decorator.
+
+    Without it a folder that names the class is refused: a folder alone must not choose what code is imported.
+    """
+    _NETWORKS[network.__module__, network.__name__] = network
+    return network
+
+
+def registered_network(library: Any, class_name: Any) -> Any:
+    """The registered class of that module and name; None: there is none."""
+    return _NETWORKS.get((str(library), str(class_name)))

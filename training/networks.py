@@ -1,12 +1,16 @@
 """The networks that training starts from: new ones of the size that settings describe, or those of a folder."""
 
+import inspect
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from latentdiff.codec import Codec
+from latentdiff.diffusion.process import Process
 from latentdiff.models import (
     AutoencoderKL,
     FSQModel,
@@ -50,16 +54,85 @@ def build_autoencoder(settings: AutoencoderSettings) -> Any:
     return AutoencoderKL(**shape)
 
 
-def build_text_unet(settings: DenoiserSettings, codec: Codec, text_width: int) -> UNet2DConditionModel:
+@dataclass(frozen=True)
+class Conditions:
+    """What a denoiser is conditioned on.
+
+    Args:
+        text_width: D, of text states (B, L, D); None: no text.
+        classes: how many there are, besides none of them, which is the label after the last; 0: no classes.
+    """
+
+    text_width: int | None = None
+    classes: int = 0
+
+
+_DENOISERS: dict[str, Callable[..., Any]] = {}
+
+
+def register_denoiser(name: str, build: Callable[..., Any]) -> None:
+    """Make a kind of denoiser known to ``train denoiser``, as ``denoiser=name``.
+
+    Args:
+        build: called with ``settings`` (`DenoiserSettings`), ``codec``, ``process``, ``conditions`` (`Conditions`) and
+            the ``denoiser_options`` of the settings, all by name; returns a new network, which takes
+            ``codec.channels`` channels and gives ``process.prediction_channels(codec.channels)``. See
+            `latentdiff.models.denoiser` for what it must be.
+    """
+    _DENOISERS[name] = build
+
+
+def build_denoiser(settings: DenoiserSettings, codec: Codec, process: Process, conditions: Conditions) -> Any:
+    """The new denoiser that the settings describe.
+
+    Raises:
+        ValueError: there is no such denoiser, or it does not take these options.
+    """
+    given = {"settings": settings, "codec": codec, "process": process, "conditions": conditions}
+    return made_by(_DENOISERS, "denoiser", settings.denoiser, **given, **settings.denoiser_options)
+
+
+def made_by(makers: Mapping[str, Callable[..., Any]], key: str, name: str, **options: Any) -> Any:
+    """What the maker of that name makes with these options.
+
+    Raises:
+        ValueError: there is no such maker, or it does not take these options; the message names `key`.
+    """
+    if name not in makers:
+        raise ValueError(
+            f"there is no {key} {name!r}; there are {', '.join(makers)}, and those of modules given by --extension"
+        )
+    try:
+        inspect.signature(makers[name]).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{key}_options of {key}={name}: {error}") from error
+    return makers[name](**options)
+
+
+def build_unet(
+    settings: DenoiserSettings, codec: Codec, process: Process, conditions: Conditions
+) -> UNet2DConditionModel | UNet2DModel:
+    """A new UNet: with cross-attention if there is text, else without."""
+    out_channels = process.prediction_channels(codec.channels)
+    if conditions.text_width is not None:
+        return build_text_unet(settings, codec, out_channels, conditions.text_width)
+    return build_textless_unet(settings, codec, out_channels, conditions.classes)
+
+
+register_denoiser("unet", build_unet)
+
+
+def build_text_unet(
+    settings: DenoiserSettings, codec: Codec, out_channels: int, text_width: int
+) -> UNet2DConditionModel:
     """A new UNet for the codec's latents and text states of width `text_width`."""
-    channels = codec.channels
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attention_levels]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(settings.attention_levels)]
     heads = [max(1, width // settings.attention_head_dim) for width in settings.block_out_channels]
     return UNet2DConditionModel(
         sample_size=settings.resolution // codec.factor,
-        in_channels=channels,
-        out_channels=channels * (2 if settings.learns_variance else 1),
+        in_channels=codec.channels,
+        out_channels=out_channels,
         down_block_types=tuple(down),
         up_block_types=tuple(up),
         block_out_channels=settings.block_out_channels,
@@ -73,15 +146,15 @@ def build_text_unet(settings: DenoiserSettings, codec: Codec, text_width: int) -
     )
 
 
-def build_textless_unet(settings: DenoiserSettings, codec: Codec, classes: int) -> UNet2DModel:
+def build_textless_unet(settings: DenoiserSettings, codec: Codec, out_channels: int, classes: int) -> UNet2DModel:
     """A new UNet for the codec's latents; with `classes`, one embedding more than there are, for none of them."""
-    channels, kind = codec.channels, settings.resample_type
+    kind = settings.resample_type
     plain = "DownBlock2D" if kind == "conv" else "ResnetDownsampleBlock2D"
     down = ["AttnDownBlock2D" if attends else plain for attends in settings.attention_levels]
     return UNet2DModel(
         sample_size=settings.resolution // codec.factor,
-        in_channels=channels,
-        out_channels=channels * (2 if settings.learns_variance else 1),
+        in_channels=codec.channels,
+        out_channels=out_channels,
         down_block_types=tuple(down),
         up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
         block_out_channels=settings.block_out_channels,

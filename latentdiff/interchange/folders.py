@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from latentdiff.extensions import registered_network
 from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packaged_models
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -83,7 +84,8 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
         is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
         if not is_component or name.startswith("_"):
             continue
-        check_origin(folder / "model_index.json", name, value[0])
+        if registered_network(*value) is None:
+            check_origin(folder / "model_index.json", name, value[0])
         if name not in given:
             check_component(folder, name, value[1])
     return index

@@ -69,10 +69,13 @@ def network_class(folder: Path) -> str | None:
 def network_alone(source: str, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """The network of a folder that holds nothing else; see `folder_pipeline`."""
     folder = Path(source).expanduser().absolute()
+    from latentdiff import models
+
     class_name = read_json(folder / "config.json")["_class_name"]
     check_component(folder.parent, folder.name, class_name)
     variant = variant or only_variant(folder.parent, folder.name)
-    return load_network(folder, class_name, dtype or stored_dtype(folder, variant) or torch.float32, variant)
+    dtype = dtype or stored_dtype(folder, variant) or torch.float32
+    return load_network(folder, getattr(models, class_name), dtype, variant)
 
 
 def only_part(source: str, allow_pickle: bool = False) -> str | None:

@@ -10,6 +10,8 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
+from latentdiff.extensions import registered_network
+
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "VQModel"),
@@ -73,31 +75,32 @@ def load_networks(
     Raises:
         ValueError: a component is of a class that we have no version of, or lacks weights.
     """
+    import latentdiff.models as models
+
     networks = {}
     for name, of_diffusers in OUR_CLASSES.items():
         class_names = tuple(unet_classes) if name == "unet" else of_diffusers + OURS_ALONE[name]
         if name not in index or index[name][0] is None:
             continue
         class_name = index[name][1]
-        if class_name not in class_names:
+        network_class = registered_network(*index[name]) or getattr(models, class_name, None)
+        if class_name not in class_names and registered_network(*index[name]) is None:
             hint = ""
             if class_name == "UNet2DModel":
                 hint = " (without text, draw from Python with UnconditionalPipeline or ClassConditionalPipeline)"
             wanted = " or ".join(class_names)
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")
         own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
-        networks[name] = load_network(folder / name, class_name, own, variant)
+        networks[name] = load_network(folder / name, network_class, own, variant)
         loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
     return networks
 
 
-def load_network(folder: Path, class_name: str, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
-    """The network in a component's folder, of one of our classes; see `load_networks`."""
-    import latentdiff.models as models
-
+def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
+    """The network in a component's folder, of one of our classes or a registered one; see `load_networks`."""
     has_variant = variant is not None and any(folder.glob(f"*.{variant}*.safetensors"))
     try:
-        network, info = getattr(models, class_name).from_pretrained(
+        network, info = network_class.from_pretrained(
             folder,
             dtype=dtype,
             variant=variant if has_variant else None,

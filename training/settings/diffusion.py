@@ -1,7 +1,7 @@
 """Settings of ``latentdiff train denoiser`` and ``latentdiff train classifier``, and what fine-tuning shares."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,13 @@ class DiffusionSettings(RunSettings):
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = Field(20, ge=1)
     sample_guidance_scale: float = Field(4.0, ge=1)
+
+
+GAUSSIAN = ("noise_schedule", "num_train_timesteps", "prediction_type", "zero_terminal_snr", "loss", "timestep_sampler")
+UNET = (
+    *("block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups"),
+    *("transformer_layers_per_block", "resnet_time_scale_shift", "resample_type"),
+)
 
 
 class DenoiserSettings(DiffusionSettings):
@@ -47,6 +54,10 @@ class DenoiserSettings(DiffusionSettings):
     resample_type: Literal["conv", "resnet"] = Field(
         "conv", description="what halves and doubles; resnet: ADM's blocks (not with condition=text)"
     )
+    process: str = Field("gaussian", description="how noise is mixed in; gaussian, or one that an extension registers")
+    process_options: dict[str, Any] = Field({}, description="arguments of an extension's process")
+    denoiser: str = Field("unet", description="the network; unet, or one that an extension registers")
+    denoiser_options: dict[str, Any] = Field({}, description="arguments of an extension's network")
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     num_train_timesteps: int = Field(1000, ge=2)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -62,9 +73,20 @@ class DenoiserSettings(DiffusionSettings):
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         check_levels(self.attention_levels, self.block_out_channels)
+        self._check_extension("process", "gaussian", GAUSSIAN)
+        self._check_extension("denoiser", "unet", UNET)
         if self.condition == "text" and self.resample_type != "conv":
             raise ValueError("resample_type=resnet is for condition=class or none; with text leave it at conv")
         return self
+
+    def _check_extension(self, key: str, ours: str, keys: Sequence[str]) -> None:
+        """Raises ValueError for a setting that would do nothing with this process or denoiser."""
+        value, options = getattr(self, key), f"{key}_options"
+        if value == ours and getattr(self, options):
+            raise ValueError(f"{options} are for a {key} of an extension; {key}={ours} has settings of its own")
+        ignored = sorted(self.model_fields_set & set(keys)) if value != ours else []
+        if ignored:
+            raise ValueError(f"{ignored[0]} is for {key}={ours} and does nothing with {key}={value}; use {options}")
 
     @property
     def learns_variance(self) -> bool:

@@ -9,6 +9,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.processes import known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
 from latentdiff.training.card.describe import describe
@@ -16,10 +17,11 @@ from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, te
 from latentdiff.training.data.classes import class_names
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import (
-    build_text_unet,
-    build_textless_unet,
+    Conditions,
+    build_denoiser,
     freeze,
     load_autoencoder,
+    made_by,
 )
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 from latentdiff.training.settings import DenoiserSettings
@@ -65,8 +67,14 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     return train_diffusion(settings, model, data, objective, save)
 
 
-def build_process(settings: DenoiserSettings, codec: Codec) -> GaussianDiffusion:
-    """The diffusion process that the settings describe, for what `codec` encodes."""
+def build_process(settings: DenoiserSettings, codec: Codec) -> Process:
+    """The diffusion process that the settings describe, for what `codec` encodes.
+
+    Raises:
+        ValueError: there is no such process, or it does not take these arguments.
+    """
+    if settings.process != GaussianDiffusion.name:
+        return made_by(known_processes(), "process", settings.process, **settings.process_options)
     return GaussianDiffusion(
         settings.noise_schedule,
         settings.num_train_timesteps,
@@ -92,13 +100,13 @@ def build_model(settings: DenoiserSettings, codec: Codec, process: Process, text
         tokenizer, text_encoder = text
         freeze(text_encoder)
         set_seed(settings.seed)
-        unet = build_text_unet(settings, codec, text_encoder.config.hidden_size)
-        return TextModel(codec, unet, scheduler, process, tokenizer, text_encoder)
-    if codec.is_identity:
+        network = build_denoiser(settings, codec, process, Conditions(text_width=text_encoder.config.hidden_size))
+        return TextModel(codec, network, scheduler, process, tokenizer, text_encoder)
+    if codec.is_identity and "clip_sample" in scheduler.config:
         scheduler.register_to_config(clip_sample=True)
     classes = class_names(data.pictures) if settings.condition == "class" else []
     set_seed(settings.seed)
-    network = build_textless_unet(settings, codec, len(classes))
+    network = build_denoiser(settings, codec, process, Conditions(classes=len(classes)))
     if classes:
         return ClassModel(codec, network, scheduler, process, classes)
     return UnconditionalModel(codec, network, scheduler, process)

@@ -10,12 +10,11 @@ from torch import nn
 
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.processes import processes
-from latentdiff.training.batch.assembly import diffusion_batch
 from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.latents import all_views, centred_views, latent_source
 from latentdiff.training.batch.loader import batches
-from latentdiff.training.batch.samples import DiffusionSamples, chunks_alike, held_out_samples
+from latentdiff.training.batch.reader import Reader
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.validation import HeldOutLoss
 from latentdiff.training.loop.order import PictureOrder
@@ -79,37 +78,26 @@ def train_diffusion(
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
     wanted = all_views(views, data.pictures) + centred_views(other_views, data.held_out)
-    latents = latent_source(run, settings, model.codec, wanted)
-    conditions = model.conditions(run, settings, data.pictures + data.held_out)
-
-    def samples_of(pictures: Sequence[CaptionedPicture], views: ViewChoice) -> DiffusionSamples:
-        return DiffusionSamples(
-            settings,
-            pictures,
-            views,
-            latents.read,
-            conditions.read,
-            latent_channels=model.codec.channels,
-            factor=factor,
-            update_size=run.update_size,
-        )
-
-    def batch_of(samples: SampleBatch) -> DiffusionBatch:
-        return diffusion_batch(samples, latents, conditions, run.device)
-
+    reader = Reader(
+        settings,
+        model.codec,
+        latent_source(run, settings, model.codec, wanted),
+        model.conditions(run, settings, data.pictures + data.held_out),
+        run.update_size,
+        run.device,
+    )
     bands = min(BANDS, model.process.num_timesteps)
-    held_out = held_out_samples(samples_of(data.held_out, other_views), bands)
-    fixed = [batch_of(SampleBatch.stack(chunk)) for chunk in chunks_alike(held_out)]
+    held_out = reader.held_out(data.held_out, other_views, bands)
     loss = HeldOutLoss(model.process, bands)
     prompts = settings.sample_prompts or sample_captions(data.pictures)
     order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
-    for samples in batches(run, order, samples_of(data.pictures, views), SampleBatch.stack):
-        run.learn(batch_of(samples))
+    for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.stack):
+        run.learn(reader.batch(samples))
         if run.due(settings.sample_every):
             with run.averaged():
-                figures = loss(run.objective, fixed, run.accelerator)
+                figures = loss(run.objective, held_out, run.accelerator)
                 if run.takes_part:
-                    draw_samples(run, settings, model, prompts, latents.idle + conditions.idle)
+                    draw_samples(run, settings, model, prompts, reader.idle)
             run.measured(figures)
             run.accelerator.wait_for_everyone()
     run.end_training()
