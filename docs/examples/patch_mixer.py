@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion import Process
 from latentdiff.extensions import register_network
-from latentdiff.models.layers import timestep_features
 from latentdiff.training.networks import Conditions, register_denoiser
 from latentdiff.training.settings import DenoiserSettings
 
@@ -37,7 +37,7 @@ class PatchMixer(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True) -> Any:
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        time = timestep_features(times.float(), 32, flip_sin_to_cos=True, freq_shift=0).to(sample)
+        time = get_timestep_embedding(times, 32).to(sample)  # (B, 32)
         x = self.patches(sample)  # (B, D, h, w)
         x = x + self.condition(torch.cat([time, encoder_hidden_states.mean(1)], dim=1))[:, :, None, None]
         x = x + self.mix(x.flatten(2)).view_as(x)
