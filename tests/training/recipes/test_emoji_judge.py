@@ -130,6 +130,10 @@ def test_ink_is_what_is_not_joined_to_the_edge() -> None:
     assert ink.find_ink(scene((DISC, (0.5, 0.5, 0.5)), fill=(232, 236, 240))).mask[64, 64]  # a pale thing on white
     assert ink.longer_side(found) == pytest.approx(0.8, abs=0.02)
     assert ink.longer_side(ink.find_ink(Image.new("RGB", (64, 64), "red"))) == 0
+    specked = scene((DISC, (0.5, 0.5, 0.4)))
+    for corner in ((0, 0), (127, 0), (0, 127), (126, 126)):
+        specked.putpixel(corner, (0, 0, 0))
+    assert ink.longer_side(ink.find_ink(specked)) == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

@@ -15,6 +15,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 SIDE = 128  # pictures of other sizes are resized, so that the rules below hold for all
 NEAR = 0.04  # distance in OKLab up to which a pixel may be background
 RING = 2  # pixels at the edge that are background unless most of them are not
+SPECK = 0.0015  # of the picture, of a piece that is drawn, at least
 LEAST = 0.006  # of the picture, of a piece that counts
 PIECE = 0.3  # of the largest piece, of a piece that counts
 SMALL, BIG = 0.5, 0.9  # longer sides of what is called so, at most and at least
@@ -52,7 +53,15 @@ def find_ink(picture: Image.Image) -> Ink:
     near = np.linalg.norm(lab(rgb) - lab(background), axis=-1) < NEAR
     labels = pieces(near)
     rim = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    return Ink(rgb, ~(near & np.isin(labels, rim[rim > 0])), background)
+    return Ink(rgb, without_specks(~(near & np.isin(labels, rim[rim > 0]))), background)
+
+
+def without_specks(mask: Mask) -> Mask:
+    """`mask` without pieces of a few pixels, such as networks leave in corners: they would spoil every box."""
+    labels = pieces(mask)
+    large = np.bincount(labels.ravel()) >= SPECK * mask.size
+    large[0] = False
+    return large[labels]
 
 
 def lab(rgb: NDArray[np.uint8]) -> NDArray[np.floating]:
