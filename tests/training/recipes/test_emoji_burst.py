@@ -244,10 +244,10 @@ def test_from_a_bundle_to_a_pipeline_that_plain_diffusers_loads(tmp_path: Path) 
     assert "exists already" in run("burst.pack", "pack", "bundle.xz", "packed").stderr
     assert "not a folder that pack wrote" in run("burst", "base", "nowhere", "out", "--seconds", "1").stderr
     shared = ("packed", "out", "--device", "cpu", "--settings", json.dumps(TINY))
-    base = run("burst", "base", *shared, "--seconds", "40", "--autoencoder-seconds", "4", "--workers", "1")
+    base = run("burst", "base", *shared, "--seconds", "25", "--autoencoder-seconds", "4", "--workers", "1")
     base.check_returncode()
     again = run(
-        "burst", "base", "packed", "again", *shared[2:], "--seconds", "30", "--weights", "out", "--workers", "1"
+        "burst", "base", "packed", "again", *shared[2:], "--seconds", "15", "--weights", "out", "--workers", "1"
     )
     again.check_returncode()
     assert (tmp_path / "again" / "vae-0.safetensors").read_bytes() == (

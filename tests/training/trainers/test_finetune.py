@@ -21,7 +21,7 @@ from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.order import PictureOrder
 from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix
-from latentdiff.training.trainers.finetune import complete, finetune
+from latentdiff.training.trainers.finetune import UNDISTILLED, complete, finetune
 from latentdiff.training.trainers.textual_inversion import ExtendedEmbedding
 
 SMALL = {"batch_size": 2, "max_steps": 4, "checkpoint_every": 2, "sample_every": 4, "lora_rank": 2}
@@ -327,6 +327,23 @@ def test_what_depends_on_the_model(model: Path) -> None:
     given = {**values, "resolution": 32, "sample_steps": 5, "sample_guidance_scale": 2.0}
     mine = complete(FinetuneSettings.load(None, given), ours(model))
     assert (mine.resolution, mine.sample_steps, mine.sample_guidance_scale) == (32, 5, 2.0)
+
+
+@pytest.mark.parametrize(("method", "undone"), [("lora", True), ("full", True), ("textual-inversion", False)])
+def test_a_model_of_few_steps_draws_in_many_once_its_unet_is_tuned(
+    request: pytest.FixtureRequest, model: Path, tmp_path: Path, method: str, undone: bool
+) -> None:
+    pictures = request.getfixturevalue("pictures" if undone else "uncaptioned")
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    pipeline = ours(model)
+    pipeline.register_defaults(**few)
+    pipeline.save_pretrained(tmp_path / "few")
+    changes = options(method)
+    changes.pop("sample_steps", None)
+    changes.pop("sample_guidance_scale", None)
+    run(pictures, tmp_path / "few", tmp_path / "out", **{**changes, "max_steps": 1, "warmup_steps": 0})
+    assert ours(tmp_path / "out").defaults == (UNDISTILLED if undone else few)
+    assert ours(tmp_path / "few").defaults == few
 
 
 def test_command(pictures: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

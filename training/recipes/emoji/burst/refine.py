@@ -23,7 +23,9 @@ from .autoencoder import Perceptual, load
 from .clock import Average, Log, optimizer, save_half
 from .settings import BurstSettings
 
-SHARE = 5  # every fifth drawing is drawn; another fifth each time that the run is started
+DRAWN = 2000  # drawings at most, to begin within a minute; others each time that the run is started
+BORDER, WEIGHT = 2, 10.0  # pixels at the border that weigh more: padding spoils them, and a dot on white is seen
+WARMUP = 100  # updates until the whole learning rate: the optimizer knows nothing of the weights in the beginning
 
 
 class Refinement:
@@ -36,8 +38,11 @@ class Refinement:
         for part in (self.model.encoder, self.model.quant_conv):
             part.requires_grad_(False)
         self.part = torch.nn.ModuleList([self.model.post_quant_conv, self.model.decoder])
-        self.adam, self.average = optimizer(self.part, rate), Average(self.part, average)
+        self.rate, self.adam, self.average = rate, optimizer(self.part, rate), Average(self.part, average)
         self.parameters = [p for group in self.adam.param_groups for p in group["params"]]
+        size = self.settings.size
+        self.weights = torch.full((size, size), WEIGHT)
+        self.weights[BORDER:-BORDER, BORDER:-BORDER] = 1.0
         self.updates = 0
         if self.path.exists():
             self._read()
@@ -74,10 +79,13 @@ class Refinement:
             with torch.no_grad():
                 latents = self.model.encode_moments(pixels).chunk(2, dim=1)[0]
             decoded = self.model.decode_latents(latents).float()
-            distance = (decoded - pixels).abs().mean()
-            loss = distance
+            error = (decoded - pixels).abs()
+            distance = error.mean()
+            loss = (error * self.weights).mean()
             if perceptual is not None:
                 loss = loss + self.settings.perceptual_weight * perceptual(decoded, pixels)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.updates + 1) / WARMUP)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -121,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Refinement(options.weights, options.state, options.rate, options.average)
     size, begin = run.settings.size, run.updates
     jobs = read_bundle(options.bundle)
-    composer = Composer(render_all(jobs[begin % SHARE :: SHARE], size), size, seed=1)
+    share = -(-len(jobs) // DRAWN)
+    composer = Composer(render_all(jobs[begin % share :: share], size), size, seed=1)
     held = [job for job in jobs if job.split == "validation"]
     checked = Composer(render_all(held, size), size, split="validation") if held else composer
     perceptual = Perceptual(options.features) if options.features else None
