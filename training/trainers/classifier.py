@@ -1,12 +1,12 @@
 """Training a classifier of noisy pictures, to guide a model that is there already. ADM (Dhariwal & Nichol 2021)."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.processes import process_from_config
+from latentdiff.pipelines import ClassConditionalPipeline
 from latentdiff.training.card.describe import describe
 from latentdiff.training.card.kinds import class_conditional_kind
 from latentdiff.training.data.classes import class_names
@@ -38,7 +38,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     freeze(model.unet, model.vae)
     data = load_data(settings, "class")
     classes = class_names(data.pictures)
-    known: Mapping[int, str] | None = getattr(model, "id2label", None)
+    known = model.id2label if isinstance(model, ClassConditionalPipeline) else None
     if known is not None:
         new = sorted(set(classes) - set(known.values()))
         if new:

@@ -132,6 +132,16 @@ def test_resuming_is_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert without_rate(tmp_path / "a") == without_rate(tmp_path / "b")
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    file = run.checkpoints.whole()[-1] / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    del state["format"]  # as before formats were numbered
+    file.write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"step-00000040 is of another version of latentdiff.*another --output"):
+        TrainingRun(settings(tmp_path, max_steps=50), Line())
+
+
 def test_no_average_and_a_fast_one(tmp_path: Path) -> None:
     plain = go(TrainingRun(settings(tmp_path / "a", ema_decay=0.0), Line()))
     assert not plain.learner.average.weights
