@@ -1,11 +1,13 @@
-"""A kind of pipeline and a process that live in one file outside the package, from the command line."""
+"""Files outside the package, from the command line: kinds of pipeline, a conditioner, a process."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_pipeline
 
 from latentdiff import cli
@@ -13,38 +15,18 @@ from latentdiff.extensions import VARIABLE, load_extensions
 from latentdiff.interchange.png import read_settings
 from latentdiff.pipelines import registry
 
-POSTCARD = '''
-"""Text to image, with a border."""
-
-from PIL import ImageOps
-
-from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.pipelines.core.sampling import whole
-from latentdiff.pipelines.registry import Kind, register
-
-
-class PostcardPipeline(TextToImagePipeline):
-    saved_class_name = "PostcardPipeline"
-
-    @whole
-    def __call__(self, *arguments, **options):
-        output = yield from TextToImagePipeline.__call__.__wrapped__(self, *arguments, **options)
-        output.images = [ImageOps.expand(ImageOps.crop(image, 2), 2, "white") for image in output.images]
-        return output
-
-
-register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text", single_file=True, converted=True))
-'''
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Runs the program in a folder with ``postcards.py``; what that registers is forgotten afterwards."""
+    """Runs the program in a folder with docs/examples' files; what they register is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.setattr(registry, "KINDS", [*registry.KINDS])
-    Path("postcards.py").write_text(POSTCARD)
+    for name in ("postcards.py", "second_encoder.py"):
+        shutil.copy(EXAMPLES / name, name)
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, arguments)])
@@ -55,7 +37,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return 0
 
     yield run
-    sys.modules.pop("postcards", None)
+    for name in ("postcards", "second_encoder", "flow"):
+        sys.modules.pop(name, None)
 
 
 def test_a_kind_of_pipeline_is_saved_loaded_drawn_from_and_replayed(
@@ -79,6 +62,30 @@ def test_a_kind_of_pipeline_is_saved_loaded_drawn_from_and_replayed(
     assert run("convert", "model", "model.safetensors") == 0
     assert run("convert", "model", "again") == 0
     assert '"PostcardPipeline"' in Path("again/model_index.json").read_text()
+
+
+def test_a_conditioner_with_a_second_encoder(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    load_extensions(["second_encoder.py"])
+    parts = tiny_pipeline("clip").components
+    second = tiny_pipeline("bert").components
+    more = {"text_encoder_2": second["text_encoder"], "tokenizer_2": second["tokenizer"]}
+    pipeline = registry.find_kind("TwoEncoderPipeline").load()(**parts, **more)
+    pipeline.set_progress_bar_config(disable=True)
+    states, negative = pipeline.encode_prompt("a red cup")
+    assert states.shape == negative.shape == (1, 24, 16)
+    first, _ = tiny_pipeline("clip").encode_prompt("a red cup")
+    torch.testing.assert_close(states[:, :12], first)
+    pipeline.register_defaults(num_inference_steps=2)
+    pipeline.save_pretrained("model")
+    options = ["a red cup", "--model", "model", "--seed", "1", "--negative-prompt", "blue", "-o", "cup.png"]
+    assert run("--extension", "second_encoder.py", "generate", *options) == 0
+    assert run("replay", "cup.png") == 0
+    assert "equal" in capsys.readouterr().out
+    before = pipeline("a red cup", seed=1, output_type="pt", num_inference_steps=2).images
+    with torch.no_grad():
+        pipeline.text_encoder_2.embeddings.word_embeddings.weight.normal_()
+    after = pipeline("a red cup", seed=1, output_type="pt", num_inference_steps=2).images
+    assert (before - after).abs().max() > 1e-4
 
 
 def test_what_cannot_be_loaded_is_named(
@@ -132,4 +139,3 @@ def test_a_process_is_trained_on_drawn_with_and_replayed(
     assert run("generate", "a cup", "--model", "tuned", "--seed", "1", "--steps", "2", "-o", "cup.png") == 0
     assert run("replay", "cup.png") == 0
     assert "equal" in capsys.readouterr().out
-    sys.modules.pop("flow", None)

@@ -66,25 +66,25 @@ class Prompts:
         """
         negatives = self._negatives() if guided else []
         chunks = conditioner.chunks([*(self.texts or []), *negatives])
-        states = self.states if self.texts is None else conditioner(self.texts, chunks).states
-        assert states is not None
-        check_embeds("prompt_embeds", states)
+        positive = Conditioning(states=self.states) if self.texts is None else conditioner(self.texts, chunks)
+        length = check_embeds("prompt_embeds", positive).shape[1]
         if not guided:
-            return GuidedConditioning(Conditioning(states=states))
-        negative = self.negative_states
-        if negative is None:
+            return GuidedConditioning(positive)
+        negative = Conditioning(states=self.negative_states)
+        if self.negative_states is None:
             encoder = replace(conditioner, clip_skip=None)
             if self.texts is None:
-                encoder, chunks = encoder.of_length(states.shape[1])
-            negative = encoder(negatives, chunks).states
-        assert negative is not None
-        check_embeds("negative_prompt_embeds", negative)
-        if states.shape != negative.shape:
+                encoder, chunks = encoder.of_length(length)
+            negative = encoder(negatives, chunks)
+        shapes = [
+            tuple(check_embeds(f"{name}prompt_embeds", one).shape)
+            for name, one in (("", positive), ("negative_", negative))
+        ]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"prompt_embeds and negative_prompt_embeds must have the same shape, not {tuple(states.shape)} and "
-                f"{tuple(negative.shape)}"
+                f"prompt_embeds and negative_prompt_embeds must have the same shape, not {shapes[0]} and {shapes[1]}"
             )
-        return GuidedConditioning(Conditioning(states=states), Conditioning(states=negative))
+        return GuidedConditioning(positive, negative)
 
     def _negatives(self) -> list[str]:
         """A negative prompt for each prompt; none where its states are given."""
@@ -102,6 +102,10 @@ def check_either(name: str, prompt: PromptArgument, embeds: Tensor | None) -> No
         raise ValueError(f"give either {name} or {name}_embeds, not both")
 
 
-def check_embeds(name: str, embeds: Tensor) -> None:
-    if embeds.ndim != 3:
-        raise ValueError(f"{name} must have the shape (prompts, tokens, width), not {tuple(embeds.shape)}")
+def check_embeds(name: str, conditioning: Conditioning) -> Tensor:
+    """The text states. Raises ValueError if they are no states."""
+    states = conditioning.states
+    if states is None or states.ndim != 3:
+        shape = None if states is None else tuple(states.shape)
+        raise ValueError(f"{name} must have the shape (prompts, tokens, width), not {shape}")
+    return states

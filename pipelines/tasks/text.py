@@ -1,6 +1,6 @@
 """Latent pipelines that a prompt conditions, through a text encoder."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
@@ -88,7 +88,7 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
         clip_skip: int | None = None,
         *,
         prompt_weights: bool = False,
-        long_prompts: Any = "cut",
+        long_prompts: Literal["cut", "chunk"] = "cut",
     ) -> tuple[Tensor, Tensor | None]:
         """Text states of prompts and negative prompts, (B, L, D) each, as a call makes them and takes them.
 
@@ -98,20 +98,31 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
             TypeError, ValueError: see `Prompts`.
         """
         prompts = Prompts.read(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        conditioner = TextConditioner(
+        device = device or self._execution_device
+        conditioner = self.conditioner(device, clip_skip, prompt_weights, long_prompts)
+        conditioning = self.condition(prompts, conditioner, do_classifier_free_guidance, lora_scale)
+        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
+        conditioning = conditioning.to(device, dtype).repeat(num_images_per_prompt)
+        negative = conditioning.negative
+        assert conditioning.positive.states is not None
+        return conditioning.positive.states, None if negative is None else negative.states
+
+    def conditioner(
+        self,
+        device: torch.device,
+        clip_skip: int | None = None,
+        prompt_weights: bool = False,
+        long_prompts: Literal["cut", "chunk"] = "cut",
+    ) -> TextConditioner:
+        """What makes conditions of prompts; a kind of pipeline with more than one text encoder has its own."""
+        return TextConditioner(
             self.tokenizer,
             self.text_encoder,
-            device or self._execution_device,
+            device,
             clip_skip=clip_skip,
             prompt_weights=prompt_weights,
             long_prompts=long_prompts,
         )
-        conditioning = self.condition(prompts, conditioner, do_classifier_free_guidance, lora_scale)
-        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
-        conditioning = conditioning.to(conditioner.device, dtype).repeat(num_images_per_prompt)
-        negative = conditioning.negative
-        assert conditioning.positive.states is not None
-        return conditioning.positive.states, None if negative is None else negative.states
 
     def condition(
         self, prompts: Prompts, conditioner: TextConditioner, guided: bool, lora_scale: float | None = None
@@ -147,14 +158,7 @@ class TextCall(Call):
         super().__init__(pipeline, options, len(prompts), drawn)
         self.view._clip_skip = options.clip_skip
         self.captions = prompts.captions(options.prompt_weights)
-        conditioner = TextConditioner(
-            pipeline.tokenizer,
-            pipeline.text_encoder,
-            self.device,
-            clip_skip=options.clip_skip,
-            prompt_weights=options.prompt_weights,
-            long_prompts=options.long_prompts,
-        )
+        conditioner = pipeline.conditioner(self.device, options.clip_skip, options.prompt_weights, options.long_prompts)
         conditioning = pipeline.condition(prompts, conditioner, self.guidance.active, lora_scale)
         self.conditioning = conditioning.to(self.device, pipeline.unet.dtype).repeat(drawn)
 

@@ -1,0 +1,65 @@
+"""A conditioner as an extension, and a kind of pipeline that has it: the states of two text encoders in a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from latentdiff.conditioning import Conditioning
+from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.registry import Kind, register
+from latentdiff.text.conditioner import TextConditioner
+
+
+@dataclass(frozen=True)
+class TwoEncoders(TextConditioner):
+    """States (P, L + L2, D): of the first text encoder, then of the second, which must be as wide."""
+
+    second: TextConditioner | None = None
+
+    def __call__(self, prompts: Sequence[str], chunks: int | None = None) -> Conditioning:
+        first = super().__call__(prompts, chunks).states
+        assert self.second is not None
+        second = self.second(prompts, 1).states
+        assert first is not None
+        assert second is not None
+        return Conditioning(states=torch.cat([first, second], dim=1))
+
+
+class TwoEncoderPipeline(TextToImagePipeline):
+    """Text to image, for a UNet that reads two text encoders.
+
+    Args:
+        text_encoder_2, tokenizer_2: the second ones.
+        others: as of `TextToImagePipeline`.
+    """
+
+    saved_class_name = "TwoEncoderPipeline"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        first = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*first, requires_safety_checker)
+        self.register_modules(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
+
+    def conditioner(self, device: torch.device, *options: Any) -> TextConditioner:
+        own = super().conditioner(device, *options)
+        second = replace(own, tokenizer=self.tokenizer_2, text_encoder=self.text_encoder_2, clip_skip=None)
+        return TwoEncoders(**vars(own), second=second)
+
+
+register(Kind("TwoEncoderPipeline", __name__, ("TwoEncoderPipeline",), "text"))
