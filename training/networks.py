@@ -213,7 +213,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
 
 def check_latents(folder: Path, config: Any) -> None:
-    """Raises ValueError if codes have another number of channels than ``latent_channels``, by which pipelines go."""
+    """Raises ValueError if codes have another number of channels than ``latent_channels``, which pipelines rely on."""
     channels = len(config["levels"]) if "levels" in config else config.get("vq_embed_dim") or config["latent_channels"]
     if channels != config["latent_channels"]:
         key = "levels" if "levels" in config else "vq_embed_dim"

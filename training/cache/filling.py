@@ -64,7 +64,7 @@ def fill(
 def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
     """One process's share of the work.
 
-    It depends on the keys alone: processes that look at different moments do not see the same ones as missing.
+    It depends on the keys alone: processes that check at different moments see different keys as missing.
     """
     return [key for key in keys if int(key[:8], 16) % processes == rank]
 

@@ -1,4 +1,4 @@
-"""The latents of pictures: mean and deviation of the encoder's posterior, so that training can draw from it anew."""
+"""The latents of pictures: mean and deviation of the encoder's posterior, so that training can sample it each time."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class LatentCache:
 
         Args:
             wanted: the same in each process. Pictures need their digest.
-            autoencoder: the one that the cache was made for, where it is to run.
+            autoencoder: the one that the cache was made for, on the device that encodes.
 
         Raises:
             ValueError: a picture cannot be read, or its latents are not finite; it is named.

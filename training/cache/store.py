@@ -76,7 +76,7 @@ class TensorStore:
 
         Raises:
             KeyError: there is none.
-            OSError: its file went away.
+            OSError: its file was deleted or changed.
         """
         number, start = divmod(self._places[key], 1 << START_BITS)
         kind = self._kinds[number]
@@ -138,7 +138,7 @@ class TensorStore:
             del self._sizes[name]
         except (OSError, SafetensorError, KeyError) as error:
             logger.warning(
-                "%s is damaged or not of this cache and passed over (%s); what it held is made anew. It can be deleted",
+                "%s is damaged or not of this cache and skipped (%s); what it held is encoded again. It can be deleted",
                 file,
                 error,
             )
@@ -164,7 +164,9 @@ class TensorStore:
                 mapped = torch.from_file(str(file), shared=False, size=self._sizes[name], dtype=torch.uint8)
             except RuntimeError as error:
                 reason = "changed" if file.exists() else "was deleted"
-                raise OSError(f"{file} {reason} while in use; start again, and what it held is made anew") from error
+                raise OSError(
+                    f"{file} {reason} while in use; start again; what it held is then encoded again"
+                ) from error
             self._maps[name] = mapped
             if len(self._maps) > OPEN_SHARDS:
                 self._maps.popitem(last=False)

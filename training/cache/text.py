@@ -51,7 +51,7 @@ class TextCache:
 
         Args:
             captions: the same, in the same order, in each process.
-            tokenizer, text_encoder: those that the cache was made for; the encoder where it is to run.
+            tokenizer, text_encoder: those that the cache was made for; the encoder on the device that encodes.
 
         Raises:
             ValueError: the states of a caption are not finite; it is named.

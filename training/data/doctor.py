@@ -26,7 +26,7 @@ def examine_source(
     tokens: Tokens | None = None,
     drop_duplicates: bool = False,
 ) -> DataReport:
-    """Look at every picture of ``settings.data``, and of its split "validation" where training looks at that too.
+    """Examine every picture of ``settings.data``, and of its split "validation" if training uses that too.
 
     Args:
         manifest: file to write; one that is there is read first: what it says to leave out stays out, and pictures

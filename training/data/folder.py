@@ -162,7 +162,7 @@ class _Table:
 def read_beside(folder: Path, wanted: Wanted, whole: Path | None = None) -> Source:
     """The pictures below `folder`, each with its caption in a ``.txt`` or ``.caption`` file beside it.
 
-    Without one, its class is the name of the folder that it lies in, as in the `datasets` library's ImageFolder.
+    Without one, its class is the name of the folder that it is in, as in the `datasets` library's ImageFolder.
 
     Args:
         whole: the folder that `folder` is one split of.

@@ -191,7 +191,7 @@ def stream_rows(stream: Any, name: str, wanted: Wanted) -> Iterator[dict[str, An
 
 
 def _fetched(image: Any) -> dict[str, Any]:
-    """An encoded picture with its bytes, wherever the stream says they are; without, where they cannot be had."""
+    """An encoded picture with its bytes, read from where the stream says they are; empty if they cannot be read."""
     if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
         return image if isinstance(image, dict) else {"bytes": b"", "path": None}
     from datasets.utils.file_utils import xopen

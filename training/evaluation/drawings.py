@@ -42,7 +42,7 @@ def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float 
     """What every drawing of an evaluation has in common; kept in each picture.
 
     Args:
-        model: its name; where it lies is left out.
+        model: its name; of a path only the last part is kept.
         steps, guidance: None is the model's own.
     """
     height, width = pipeline.picture_size(None, None)

@@ -145,7 +145,7 @@ def set_metrics(measured: Measured, extractor: Extractor, batch_size: int, notes
     if fewest <= measured.dimensions:
         notes.append(
             f"{len(drawn)} drawn and {len(real)} real pictures are too few for {measured.dimensions} dimensions: "
-            f"{frechet} comes out too large, and can be compared only at equal counts; rather look at {kernel}"
+            f"{frechet} comes out too large, and can be compared only at equal counts; prefer {kernel}"
         )
     if not extractor.is_fid:
         notes.append(

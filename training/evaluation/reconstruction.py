@@ -1,4 +1,4 @@
-"""What an autoencoder makes of held-out pictures: figures, and a sheet to look at."""
+"""Reconstructions of held-out pictures by an autoencoder: figures, and a sheet that shows them."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ class Reconstructions:
         perceptual: the trainer's own, so that it is not loaded twice; by default ``settings.perceptual_network``.
 
     Raises:
-        FileNotFoundError, ValueError: what ``perceptual_network`` or ``validation_extractor`` names cannot be had.
+        FileNotFoundError, ValueError: what ``perceptual_network`` or ``validation_extractor`` names cannot be loaded.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class Checkpoints:
         except OSError as error:
             return OSError(f"{final} could not be written: {error}")
         for old in self.whole()[: -self.keep]:
-            leaving = old.with_name(f".partial-{old.name}")  # so that half of it is never taken for whole
+            leaving = old.with_name(f".partial-{old.name}")  # so that a half-deleted one is never loaded
             with suppress(OSError):
                 os.replace(old, leaving)
                 shutil.rmtree(leaving)
@@ -109,8 +109,7 @@ class Checkpoints:
         if state.get("format") != FORMAT:
             raise ValueError(
                 f"{latest} is of another version of latentdiff, whose unfinished runs this one cannot go on with: "
-                f"finish the run with that version, or start anew with another --output. Finished models are not "
-                f"concerned"
+                f"finish the run with that version, or start again with another --output. Finished models still load"
             )
         try:
             self.accelerator.load_state(str(latest))
@@ -129,7 +128,7 @@ class Checkpoints:
         """Raises ValueError for a file of the newest checkpoint that is not as it was written, by its end."""
         for file in sorted(whole[-1].iterdir()):
             if reason := damage(file):
-                then = f"goes on from {whole[-2].name}" if len(whole) > 1 else "begins anew"
+                then = f"goes on from {whole[-2].name}" if len(whole) > 1 else "starts from the beginning"
                 raise ValueError(f"{file} is damaged ({reason}); without the folder {whole[-1]} the run {then}")
 
     def whole(self) -> list[Path]:
@@ -181,7 +180,7 @@ def load_trained(model: nn.Module, file: Path) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that ask for a gradient or learn without one, and buffers that are saved."""
+    """What training changes: parameters that require a gradient or learn without one, and buffers that are saved."""
     parameters = dict(model.named_parameters())
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in dict(all_parameters(model))}
     trained = {

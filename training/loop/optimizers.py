@@ -20,7 +20,7 @@ def build_optimizer(
         ValueError: there is nothing to train, or bitsandbytes is needed and not installed.
     """
     if not parameters:
-        raise ValueError("there is nothing to train: no parameter asks for a gradient")
+        raise ValueError("there is nothing to train: no parameter requires a gradient")
     rate, decay = learning_rate or settings.learning_rate, settings.weight_decay
     betas = (settings.adam_beta1, settings.adam_beta2)
     match settings.optimizer:

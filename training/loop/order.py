@@ -22,7 +22,7 @@ class PictureOrder:
     """Which pictures make the update of step n, for all processes and passes together.
 
     The pictures of one update are of one bucket, so that they fit into one tensor. Every picture comes once before any
-    of its bucket comes again, in an order drawn anew each time round; buckets take turns in proportion to their size.
+    of its bucket comes again, in a new random order each time; buckets take turns in proportion to their size.
     If weights differ, pictures are drawn in proportion to them instead.
 
     Args:

@@ -238,7 +238,7 @@ class TrainingRun:
     # The end
 
     def end_training(self) -> None:
-        """Write the last checkpoint, and let go of what only training needs."""
+        """Write the last checkpoint, and free what only training needs."""
         self.save(must=True)
         self.learner.optimizer.zero_grad()
         self.learner.optimizer.state.clear()

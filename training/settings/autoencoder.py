@@ -34,7 +34,7 @@ class AutoencoderSettings(RunSettings):
 
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(1.0, ge=0)
-    logit_laplace_weight: float = Field(0.0, ge=0, description="of the likelihood by which DALL-E learned (gumbel)")
+    logit_laplace_weight: float = Field(0.0, ge=0, description="of DALL-E's logit-Laplace likelihood (gumbel)")
     perceptual_weight: float = Field(0.0, ge=0)
     perceptual_network: str | None = Field(
         None, description="network of the perceptual loss; default: see the documentation"

@@ -38,7 +38,7 @@ class Data:
 
 
 def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
-    """The usable pictures of both splits; one process looks at them first, the others read what it found."""
+    """The usable pictures of both splits; one process examines them first, the others read what it found."""
     with processes().main_process_first():
         pictures = prepare_pictures(settings, condition=condition)
         seen = {picture.digest for picture in pictures}
@@ -57,7 +57,7 @@ def train_diffusion(
     objective: Objective[DiffusionBatch],
     save: Callable[[TrainingRun], None],
 ) -> Path:
-    """Train what in `objective` asks for a gradient, or go on with the run that ``settings.output`` holds.
+    """Train the parameters of `objective` that require a gradient, or go on with the run in ``settings.output``.
 
     Args:
         model: its networks that are trained are the very ones in `objective`, the others are frozen.
@@ -117,7 +117,7 @@ def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:
 
 
 def sample_captions(pictures: Sequence[CaptionedPicture], most: int = SAMPLES) -> list[str]:
-    """Captions to draw samples of: different ones as long as there are any, of pictures from everywhere."""
+    """Captions to draw samples of: different ones as long as there are any, spread over the pictures."""
     rounds: dict[str, int] = {}
     by_round: list[list[str]] = []
     for picture in pictures:

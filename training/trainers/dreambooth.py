@@ -87,7 +87,7 @@ def class_picture(file: Path, settings: FinetuneSettings) -> CaptionedPicture:
 
 
 def mix(instances: Sequence[CaptionedPicture], priors: Sequence[CaptionedPicture]) -> list[CaptionedPicture]:
-    """Both together, with weights by which half of the pictures drawn in training are of each."""
+    """Both together, weighted so that training uses equally many of each."""
     share = sum(picture.weight for picture in instances) / len(priors)
     return [*instances, *(dataclasses.replace(prior, weight=share) for prior in priors)]
 

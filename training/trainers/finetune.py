@@ -1,4 +1,4 @@
-"""Fine-tuning a pipeline on pictures of one's own: all weights, LoRA, DreamBooth, textual inversion."""
+"""Fine-tuning a pipeline on the user's pictures: all weights, LoRA, DreamBooth, textual inversion."""
 
 import logging
 from collections.abc import Callable
@@ -45,7 +45,7 @@ UNDISTILLED = {"num_inference_steps": 25, "guidance_scale": 2.0}
 """How a model draws that was distilled to at most `FEW_STEPS` steps without guidance, once it has been fine-tuned."""
 
 Finish = Callable[[], None]
-"""Brings the pipeline into the shape in which it is saved, and saves what goes beside it."""
+"""Prepares the pipeline for saving, and saves the files beside it."""
 
 
 def finetune(settings: FinetuneSettings) -> Path:
@@ -175,7 +175,7 @@ def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
 
 
 def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Finish:
-    """Let what the method trains ask for gradients; returns how the result is saved."""
+    """Make what the method trains require gradients; returns how the result is saved."""
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     output, trains_text = Path(settings.output), settings.train_text_encoder
     if settings.gradient_checkpointing:

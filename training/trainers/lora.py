@@ -26,7 +26,7 @@ def lora_rank(settings: FinetuneSettings) -> int:
 
 
 def add_lora(settings: FinetuneSettings, unet: Any, text_encoder: Any = None) -> None:
-    """Put a new LoRA into the UNet and, if given, into the text encoder; only its matrices ask for a gradient.
+    """Put a new LoRA into the UNet and, if given, into the text encoder; only its matrices require a gradient.
 
     They are float32 whatever the precision of the rest, and change nothing as long as they are not trained: B is zero.
 
