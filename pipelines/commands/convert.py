@@ -1,11 +1,13 @@
 """``latentdiff convert``."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.commands.grouped import grouped
 from latentdiff.pipelines.commands.options import Precision, be_quiet
 
 
@@ -37,6 +39,42 @@ LORA_FORMS = (Form.diffusers, Form.peft, Form.kohya)
 EMBEDDING_FORMS = (None, Form.diffusers, Form.a1111)
 
 
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How a single file is read."""
+
+    prediction_type: Annotated[
+        str | None, typer.Option(help="What a single file's model predicts: epsilon or v_prediction.")
+    ] = None
+    original_config: Annotated[
+        Path | None, typer.Option(help="YAML file that was released with a single file's model.")
+    ] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
+    ] = None
+    scaling_factor: Annotated[
+        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not show.")
+    ] = None
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
+    ] = False
+    ckpt: Annotated[
+        bool, typer.Option("--ckpt", help="Read pickled files too (.ckpt, .pt, .bin); nothing in them is run.")
+    ] = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that only single files take, by their flags."""
+        return {
+            "--prediction-type": self.prediction_type,
+            "--original-config": self.original_config,
+            "--ema": self.ema or None,
+            "--tokenizer": self.tokenizer,
+            "--scaling-factor": self.scaling_factor,
+        }
+
+
+@grouped
 def convert(
     source: Annotated[
         str,
@@ -47,6 +85,7 @@ def convert(
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to write.")],
+    reading: ReadingOptions,
     to: Annotated[
         Form | None,
         typer.Option(
@@ -58,24 +97,6 @@ def convert(
     variant: Annotated[str | None, typer.Option(help="Part of the weight files' names to write, such as fp16.")] = None,
     from_variant: Annotated[str | None, typer.Option(help="The same of those to read.")] = None,
     component: Annotated[Component | None, typer.Option(help="Convert this network alone.")] = None,
-    prediction_type: Annotated[
-        str | None, typer.Option(help="What a single file's model predicts: epsilon or v_prediction.")
-    ] = None,
-    original_config: Annotated[
-        Path | None, typer.Option(help="YAML file that was released with a single file's model.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
-    ] = None,
-    scaling_factor: Annotated[
-        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not show.")
-    ] = None,
-    ema: Annotated[
-        bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
-    ] = False,
-    ckpt: Annotated[
-        bool, typer.Option("--ckpt", help="Read pickled files too (.ckpt, .pt, .bin); nothing in them is run.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")] = False,
 ) -> None:
     """Convert a model between a folder, a single file and ONNX; a LoRA or an embedding between formats.
@@ -96,82 +117,77 @@ def convert(
     be_quiet()
     from latentdiff.pipelines.storage.converting import kind_of_source, network_class, only_part
 
-    kind = kind_of_source(source, ckpt)
+    kind = kind_of_source(source, reading.ckpt)
     held: str | None = None
-    reading: dict[str, Any] = {"--prediction-type": prediction_type, "--original-config": original_config}
-    reading |= {"--ema": ema or None, "--tokenizer": tokenizer, "--scaling-factor": scaling_factor}
     shaping = {"--dtype": dtype, "--variant": variant, "--component": component}
     if kind in ("lora", "embedding"):
-        refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", {**reading, **shaping, "--from-variant": from_variant})
-        convert_adapter(kind, Path(source).expanduser(), target, to, ckpt, overwrite)
+        refuse(
+            f"a{'n' if kind == 'embedding' else ''} {kind}",
+            {**reading.given, **shaping, "--from-variant": from_variant},
+        )
+        convert_adapter(kind, Path(source).expanduser(), target, to, reading.ckpt, overwrite)
         return
     check_form(to, MODEL_FORMS, "a model")
     form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
     if kind == "network":
         held = network_class(Path(source).expanduser())
     elif kind == "checkpoint" and component is None:
-        held = only_part(source, ckpt)
+        held = only_part(source, reading.ckpt)
     if held is not None:
         component = alone(source, held, component, form)
     check_options(form, variant, component, dtype, overwrite)
     if component is not None:
-        refuse(f"the {component} alone", {key: value for key, value in reading.items() if key not in USEFUL[component]})
+        refuse(
+            f"the {component} alone",
+            {key: value for key, value in reading.given.items() if key not in USEFUL[component]},
+        )
     check_place(form, target, overwrite)
     import torch
 
     precision = None if dtype is None else getattr(torch, dtype.value)
     pipeline: Any
     if kind == "network":
-        refuse("a folder", reading)
+        refuse("a folder", reading.given)
         from latentdiff.pipelines.storage.converting import network_alone
 
         pipeline = OnePart(**{str(component): network_alone(source, precision, from_variant)})
     elif kind == "folder":
-        refuse("a folder", reading)
+        refuse("a folder", reading.given)
         from latentdiff.pipelines.storage.converting import folder_pipeline
 
         pipeline = folder_pipeline(source, precision, from_variant)
     else:
         refuse("a single file", {"--from-variant": from_variant})
-        stated = {"prediction_type": prediction_type, "scaling_factor": scaling_factor}
-        pipeline = read_file(source, precision, component, ckpt, ema, stated, original_config, tokenizer)
+        pipeline = read_file(source, precision, component, reading)
     write(pipeline, form, target, variant, component, overwrite)
 
 
-def read_file(
-    source: str,
-    dtype: Any,
-    component: Component | None,
-    ckpt: bool,
-    ema: bool,
-    stated: dict[str, Any],
-    original_config: Path | None,
-    tokenizer: str | None,
-) -> Any:
+def read_file(source: str, dtype: Any, component: Component | None, reading: ReadingOptions) -> Any:
     """The pipeline of a single file, or something with only the component that is wanted."""
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
     from latentdiff.pipelines.storage.converting import checkpoint_pipeline
     from latentdiff.pipelines.storage.single_file import check_prediction
     from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, CheckpointParts
 
-    check_prediction(stated["prediction_type"])
+    check_prediction(reading.prediction_type)
+    scale, yaml = reading.scaling_factor, reading.original_config
+    stated: dict[str, Any] = {"prediction_type": reading.prediction_type, "scaling_factor": scale}
     if component is None:
         return checkpoint_pipeline(
             source,
-            ckpt,
-            ema,
+            reading.ckpt,
+            reading.ema,
             dtype=dtype,
-            original_config=original_config,
-            tokenizer=tokenizer,
+            original_config=yaml,
+            tokenizer=reading.tokenizer,
             **stated,
         )
-    weights = Checkpoint(find_file(source, ckpt), ckpt)
-    if ema:
+    weights = Checkpoint(find_file(source, reading.ckpt), reading.ckpt)
+    if reading.ema:
         weights.use_averages("autoencoder" if component is Component.vae else "UNet")
     if component is Component.vae:
-        scale = stated["scaling_factor"]
-        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=original_config))
-    parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), original_config)
+        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
+    parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), yaml)
     return OnePart(**{component.value: getattr(parts, component.value)()})
 
 

@@ -1,7 +1,8 @@
 """One call of a pipeline: what it was asked for, and everything that changes while it runs.
 
 A pipeline holds networks and settings. What a call changes, its scheduler, guidance and interruption, is here, so that
-calls in threads, streams that are read in turn and calls within callbacks do not disturb each other.
+calls in threads, streams that are read in turn and calls within callbacks do not disturb each other. The networks
+themselves are shared: threads must not draw at the same time with LoRA scales of their own, or under CPU offloading.
 """
 
 from collections.abc import Callable, Sequence
