@@ -1,7 +1,8 @@
-"""Pixels to scaled latents and back, with any autoencoder: the one place where latents are scaled.
+"""Pixels to scaled latents and back, with any autoencoder: where pipelines and training scale latents.
 
 What a denoiser works on is (latents - shift) * scale, by the autoencoder's ``scaling_factor`` and ``shift_factor`` (the
-latter as in Stable Diffusion 3), so that it has about unit variance.
+latter as in Stable Diffusion 3), so that it has about unit variance. The graphs of `pipelines.storage.onnx` alone have
+a scale of their own, which that format prescribes.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,10 @@ kind that lives elsewhere is made known by `register`.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
+
+from latentdiff.interchange.folders import read_json
 
 Conditions = Literal["text", "picture", "class", "none"]
 
@@ -27,6 +30,9 @@ class Kind:
     """What its UNet may take besides the latents' channels."""
     pictures: tuple[str, ...] = ()
     """Arguments of a call that are pictures."""
+    interchangeable: bool = False
+    """Whether its folders are drawn from as other interchangeable kinds too, where other pictures are given: they have
+    the same components."""
     single_file: bool = False
     """Whether it is loaded from single files too."""
     converted: bool = False
@@ -51,6 +57,7 @@ KINDS: list[Kind] = [
         f"{TASKS}.text_to_image",
         ("StableDiffusionPipeline",),
         "text",
+        interchangeable=True,
         single_file=True,
         converted=True,
         onnx="OnnxStableDiffusionPipeline",
@@ -61,6 +68,7 @@ KINDS: list[Kind] = [
         ("StableDiffusionImg2ImgPipeline",),
         "text",
         pictures=("image",),
+        interchangeable=True,
         single_file=True,
         converted=True,
         onnx="OnnxStableDiffusionImg2ImgPipeline",
@@ -72,6 +80,7 @@ KINDS: list[Kind] = [
         "text",
         further_channels=("none", "mask and latents"),
         pictures=("image", "mask_image"),
+        interchangeable=True,
         single_file=True,
         converted=True,
         onnx="OnnxStableDiffusionInpaintPipeline",
@@ -122,10 +131,54 @@ def kind_saved_as(class_name: str) -> Kind | None:
 
 
 def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
-    """The kind with a prompt whose call takes exactly these pictures: that of a folder if it does, else the first."""
+    """The kind with a prompt whose call takes exactly these pictures: that of a folder, or one that reads its folders.
+
+    Args:
+        saved_as: ``_class_name`` in the folder; None: there is none.
+
+    Raises:
+        ValueError: the folder's kind takes other pictures, and no other kind stands for it; or no kind is called so,
+            nor any of diffusers' pipelines.
+    """
     wanted = set(pictures)
+    own = None if saved_as is None else kind_saved_as(saved_as)
+    if saved_as is not None and own is None:
+        check_known(saved_as)
+    if own is not None and own.conditioned_by == "text":
+        if set(own.pictures) == wanted:
+            return own
+        if not own.interchangeable:
+            takes = " and ".join(own.pictures) or "no picture"
+            raise ValueError(
+                f"a {own.name} takes {takes} besides the prompt, and {' and '.join(sorted(wanted)) or 'none'} was given"
+            )
     fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
-    return next((kind for kind in fitting if saved_as in kind.saved_as), fitting[0])
+    return next((kind for kind in fitting if kind.interchangeable), fitting[0])
+
+
+def check_known(saved_as: str) -> None:
+    """Raises ValueError for a ``_class_name`` that is neither of a kind nor of a pipeline of diffusers."""
+    import diffusers
+
+    if not hasattr(diffusers, saved_as):
+        raise ValueError(
+            f"the folder is of a {saved_as}, and there is no such kind of pipeline; if an extension has it, load that "
+            f"with --extension before the command"
+        )
+
+
+def kind_in(place: Path, pictures: Iterable[str] = ()) -> Kind:
+    """The kind that draws with a prompt and these pictures from a folder, or from a single file.
+
+    Raises:
+        ValueError: see `kind_taking`; the message names the folder.
+    """
+    index = place / "model_index.json"
+    saved_as = read_json(index).get("_class_name") if index.is_file() else None
+    try:
+        return kind_taking(pictures, saved_as if isinstance(saved_as, str) else None)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:

@@ -1,24 +1,30 @@
 """A kind of pipeline as an extension: pictures with a white border."""
 
-from typing import Any
-
-from PIL import ImageOps
+from torch import Tensor
 
 from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.pipelines.core.sampling import whole
+from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.registry import Kind, register
+from latentdiff.pipelines.tasks.text import TextCall
+
+BORDER = 2  # pixels
+
+
+class PostcardCall(TextCall):
+    """A call whose pictures get a border before they become what the caller asked for: PIL, NumPy or torch."""
+
+    def choose(self, pixels: Tensor, output: ImagesOutput) -> Tensor:
+        pixels = super().choose(pixels, output).clone()  # (B, 3, H, W), black is -1 and white 1
+        for edge in (slice(None, BORDER), slice(-BORDER, None)):
+            pixels[:, :, edge] = pixels[:, :, :, edge] = 1
+        return pixels
 
 
 class PostcardPipeline(TextToImagePipeline):
-    """Text to image, with a white border."""
+    """Text to image, with a white border; ``output_type="latent"`` gives latents, which have none."""
 
     saved_class_name = "PostcardPipeline"
-
-    @whole
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        output = yield from TextToImagePipeline.__call__.__wrapped__(self, *arguments, **options)
-        output.images = [ImageOps.expand(ImageOps.crop(image, 2), 2, "white") for image in output.images]
-        return output
+    call_class = PostcardCall
 
 
-register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text", single_file=True, converted=True))
+register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text", converted=True))

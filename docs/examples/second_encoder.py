@@ -9,22 +9,39 @@ import torch
 from latentdiff.conditioning import Conditioning
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.registry import Kind, register
+from latentdiff.text import max_tokens
 from latentdiff.text.conditioner import TextConditioner
 
 
 @dataclass(frozen=True)
 class TwoEncoders(TextConditioner):
-    """States (P, L + L2, D): of the first text encoder, then of the second, which must be as wide."""
+    """States (P, chunks (L + L2), D): of the first text encoder, then of the second, which must be as wide."""
 
     second: TextConditioner | None = None
 
     def __call__(self, prompts: Sequence[str], chunks: int | None = None) -> Conditioning:
-        first = super().__call__(prompts, chunks).states
+        chunks = self.chunks(prompts) if chunks is None else chunks
         assert self.second is not None
-        second = self.second(prompts, 1).states
-        assert first is not None
-        assert second is not None
-        return Conditioning(states=torch.cat([first, second], dim=1))
+        made = (super().__call__(prompts, chunks), self.second(prompts, chunks))
+        states = [one.states for one in made if one.states is not None]
+        widths = [one.shape[-1] for one in states]
+        if len(set(widths)) > 1:
+            raise ValueError(f"the two text encoders must be equally wide, not {widths[0]} and {widths[1]}")
+        return Conditioning(states=torch.cat(states, dim=1))
+
+    def chunks(self, prompts: Sequence[str]) -> int:
+        assert self.second is not None
+        return max(super().chunks(prompts), self.second.chunks(prompts))
+
+    def of_length(self, tokens: int) -> tuple[TextConditioner, int]:
+        assert self.second is not None
+        pairs = ((one.tokenizer, one.text_encoder) for one in (self, self.second))
+        whole = sum(max_tokens(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None)
+        if whole and tokens % whole:
+            raise ValueError(
+                f"prompt_embeds of these two text encoders have {whole} tokens, or a multiple, not {tokens}"
+            )
+        return self, tokens // whole if whole else 1
 
 
 class TwoEncoderPipeline(TextToImagePipeline):

@@ -21,7 +21,7 @@ from latentdiff.pipelines.commands.options import (
     read_embeddings,
     read_loras,
 )
-from latentdiff.pipelines.registry import kind_taking
+from latentdiff.pipelines.registry import kind_in
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.record import Settings
@@ -225,12 +225,7 @@ def check_files(files: list[Path], filmstrip: Path | None, overwrite: bool, cand
 
 def pipeline_kind(place: Path, image: object, mask: object) -> str:
     """The class that draws with the model in `place` from what is given of the two."""
-    from latentdiff.interchange.folders import read_json
-
-    pictures = [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]
-    index = place / "model_index.json"
-    saved_as = read_json(index).get("_class_name") if index.is_file() else None
-    return kind_taking(pictures, saved_as).name
+    return kind_in(place, [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]).name
 
 
 def usual_strength(pipeline: Any) -> float:

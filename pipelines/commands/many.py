@@ -21,6 +21,7 @@ from latentdiff.pipelines.commands.options import (
     read_embeddings,
     read_loras,
 )
+from latentdiff.pipelines.registry import kind_in
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.many import Report
@@ -66,7 +67,7 @@ def many(
 
     of_process = place_of_process(loading.device)
     pipeline: Any = load_pipeline(
-        place, loading.device, loading.precision, loading.scheduler, place=of_process, variant=variant
+        place, loading.device, loading.precision, loading.scheduler, kind_in(place).name, of_process, variant
     )
     pipeline.set_progress_bar_config(disable=True)
     adapters: dict[str, Any] = {"loras": read_loras(loading.lora), "embeddings": read_embeddings(loading.embedding)}

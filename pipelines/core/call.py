@@ -259,7 +259,10 @@ class Call:
         return output if self.options.return_dict else (output.images, output.nsfw_content_detected)
 
     def choose(self, pixels: Tensor, output: ImagesOutput) -> Tensor:
-        """Which of the pictures (B, 3, H, W) the caller gets; all of them, unless candidates were asked for."""
+        """Pictures (B, 3, H, W), values about [-1, 1] -> those that the caller gets.
+
+        All of them as they are, unless candidates were asked for; a kind of call of one's own may change them here.
+        """
         return pixels
 
 

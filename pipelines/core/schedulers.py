@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from latentdiff.diffusion.gaussian import GaussianDiffusion
+from latentdiff.diffusion.processes import process_of
 from latentdiff.diffusion.schedulers import takes_variance
 
 SHORT_NAMES = {
@@ -43,11 +45,20 @@ def plain(name: str) -> str:
 def change_scheduler(scheduler: Any, name: str) -> Any:
     """Another scheduler for the process that `scheduler` samples from.
 
+    A process of an extension is asked for it, for settings of betas mean nothing there.
+
     Raises:
-        ValueError: no such scheduler, or it cannot sample from a process with zero terminal SNR and must here.
+        ValueError: no such scheduler, or it cannot sample from this process, or from one with zero terminal SNR and
+            must here; or the process is not known.
     """
     import diffusers
 
+    process = process_of(scheduler)
+    if not isinstance(process, GaussianDiffusion):
+        found = process.scheduler(find_scheduler(name))
+        if type(process_of(found)) is not type(process):
+            raise ValueError(f"the {type(found).__name__} cannot sample from the {process.name} process")
+        return found
     scheduler_class = getattr(diffusers, find_scheduler(name))
     if scheduler.config.get("rescale_betas_zero_snr") and not knows_zero_snr(scheduler_class):
         able = [short for short, class_name in SHORT_NAMES.items() if knows_zero_snr(getattr(diffusers, class_name))]

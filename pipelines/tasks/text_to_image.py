@@ -1,7 +1,7 @@
 """Text to image: noise, denoised towards a prompt, decoded."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +20,8 @@ class TextToImagePipeline(TextPipeline):
     """
 
     saved_class_name = "StableDiffusionPipeline"
+    call_class: ClassVar[type[TextCall]] = TextCall
+    """What reads a call's options and draws; a kind that changes that has its own."""
 
     @whole
     @torch.no_grad()
@@ -78,7 +80,7 @@ class TextToImagePipeline(TextPipeline):
             seed: image i is drawn with the seed ``seed + i`` (or with the i-th of B seeds), by a generator of its own
                 on the CPU. So it is the picture that this seed alone gives, whatever the batch and the device.
             extras: ``guidance_interval``, ``variation_seed`` and ``variation_strength``, ``prompt_weights``,
-                ``long_prompts``, ``candidates`` and ``reranker``: see `drawing.TextExtras`.
+                ``long_prompts``, ``candidates`` and ``reranker``: see ``TextExtras``.
             ip_adapter_image, ip_adapter_image_embeds: not supported.
 
         Raises:
@@ -88,7 +90,7 @@ class TextToImagePipeline(TextPipeline):
         options = TextOptions.of(locals())
         self.check_channels(0, "a UNet for inpainting needs a picture and a mask, and cannot draw from text alone")
         size = self.picture_size(height, width)
-        call = TextCall(self, options)
+        call = self.call_class(self, options)
         schedule = call.timesteps()
         latents = call.first_latents(call.latents_shape(*size))
         return (yield from call.draw(call.denoiser(), latents, schedule))

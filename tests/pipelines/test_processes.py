@@ -14,6 +14,7 @@ from latentdiff.diffusion import processes, register_process
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.sampler import Sampler
 from latentdiff.pipelines.core.sampling import denoise
+from latentdiff.pipelines.core.schedulers import change_scheduler
 
 
 @pytest.fixture
@@ -61,3 +62,8 @@ def test_pictures_are_changed_with_it(straight: Straight, pipeline: Any) -> None
     little, much = (redraw("a red car", strength=strength, **call).images for strength in (0.15, 0.9))
     assert little.shape == much.shape == start
     assert (little - much).abs().max() > 1e-2
+
+
+def test_another_scheduler_must_sample_from_the_process(straight: Straight) -> None:
+    with pytest.raises(ValueError, match="the EulerDiscreteScheduler cannot sample from the straight process"):
+        change_scheduler(straight.scheduler(), "euler")

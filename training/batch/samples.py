@@ -46,7 +46,7 @@ class DiffusionSamples(Dataset[DiffusionSample]):
     """What denoisers and classifiers learn from: latents or pixels, noise, a draw of the timestep, and a condition.
 
     Args:
-        read_picture, read_caption: by a cache, or as they are; see `sources`.
+        read_picture, read_caption: by a cache, or as they are; see `batch.reader`.
         latent_channels, factor: of the autoencoder.
         update_size: pictures in one update, over which timesteps are spread evenly.
     """

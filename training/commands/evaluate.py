@@ -2,7 +2,15 @@
 
 import typer
 
-from latentdiff.pipelines.commands.options import Device, DeviceOption, Precision, PrecisionOption, load_pipeline
+from latentdiff.pipelines.commands.options import (
+    Device,
+    DeviceOption,
+    Precision,
+    PrecisionOption,
+    find_place,
+    load_pipeline,
+)
+from latentdiff.pipelines.registry import kind_in
 from latentdiff.training.commands.options import show_progress, takes_settings
 from latentdiff.training.settings.evaluation import EvaluationSettings
 
@@ -22,13 +30,13 @@ def evaluate(
     """
     from latentdiff.interchange.folders import find_model
 
-    find_model(settings.model)  # a missing model is reported before torch is loaded
+    local = find_model(settings.model)  # a missing model is reported before torch is loaded
     show_progress()
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
     from latentdiff.training.evaluation.textless import textless_kind
 
     folder = settings.folder()
-    kind = (find_model(settings.model) and textless_kind(settings.model)) or "TextToImagePipeline"
+    kind = (local and textless_kind(settings.model)) or kind_in(local or find_place(settings.model)).name
     pipeline = load_pipeline(settings.model, device, precision, None, kind)
     pipeline.set_progress_bar_config(disable=True)
     evaluate_pipeline(pipeline, settings)

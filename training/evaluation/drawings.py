@@ -49,6 +49,9 @@ def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float 
     defaults = pipeline.defaults
     parts = ("unet", "vae", "text_encoder", "classifier")
     networks = {part: net for part in parts if (net := getattr(pipeline, part, None)) is not None}
+    for part, net in pipeline.components.items():  # what a kind from elsewhere has besides
+        if isinstance(net, torch.nn.Module) and not any(net is other for other in networks.values()):
+            networks[part] = net
     tensors = {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
     return {
         "count": 1,

@@ -1,5 +1,6 @@
 """Fine-tuning a pipeline on the user's pictures: all weights, LoRA, DreamBooth, textual inversion."""
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from latentdiff.diffusion.processes import process_from_config
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.processes import processes
+from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
 from latentdiff.training.card.describe import describe
 from latentdiff.training.card.kinds import text_to_image_kind
@@ -63,7 +65,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     """
     check_method(settings)
     check_output(settings)
-    pipeline = TextToImagePipeline.from_pretrained(settings.model)
+    pipeline = load_model(settings.model)
     pipeline.set_progress_bar_config(disable=True)
     settings = complete(settings, pipeline)
     if is_distilled(settings, pipeline):
@@ -105,6 +107,27 @@ def check_output(settings: FinetuneSettings) -> None:
         raise ValueError(f"{output} is the model to start from, which is not changed; choose another --output")
     if (output / "model_index.json").exists() and not (output / "training" / "settings.yaml").exists():
         raise ValueError(f"{output} holds a pipeline that was not made by training; choose another --output")
+
+
+def load_model(model: str) -> TextToImagePipeline:
+    """The model to start from, as the class that its folder names.
+
+    Raises:
+        ValueError: a class that has other components, or makes its conditions in its own way.
+        FileNotFoundError, OSError: see ``from_pretrained``.
+    """
+    folder = find_model(model)
+    if folder is None:
+        folder = Path(TextToImagePipeline.download(model, use_safetensors=True))
+    kind: Any = kind_in(folder).load()
+    parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, TextToImagePipeline))
+    methods = ("conditioner", "condition", "encode_prompt")
+    if parts != usual or any(getattr(kind, name) is not getattr(TextToImagePipeline, name) for name in methods):
+        raise ValueError(
+            f"{model} is a {kind.__name__}, which has components or conditions of its own; fine-tuning knows models "
+            f"with one text encoder, an autoencoder and a UNet"
+        )
+    return kind.from_pretrained(folder)
 
 
 def is_distilled(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> bool:
@@ -162,6 +185,7 @@ def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
         pipeline.tokenizer,
         pipeline.text_encoder,
         Expand(pipeline.tokenizer) if trains_text else None,
+        type(pipeline),
     )
 
 

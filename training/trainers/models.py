@@ -67,14 +67,16 @@ class TextModel(DiffusionModel):
     Args:
         prepare_caption: what is done to a caption before it becomes tokens for a text encoder that is trained; None:
             the text encoder is not.
+        pipeline_class: what draws with these components.
     """
 
     tokenizer: Any = None
     text_encoder: Any = None
     prepare_caption: Callable[[str], str] | None = None
+    pipeline_class: type[TextToImagePipeline] = TextToImagePipeline
 
     def pipeline(self) -> TextToImagePipeline:
-        return TextToImagePipeline(
+        return self.pipeline_class(
             self.codec.autoencoder, self.text_encoder, self.tokenizer, self.network, self.scheduler
         )
 
