@@ -43,11 +43,11 @@ def test_resizing_does_not_alias() -> None:
 def test_the_packaged_encoder() -> None:
     extractor = load_extractor("autoencoder")
     features = extractor.features(pictures(5), batch_size=2)
-    assert features.shape == (5, 32 + 64 + 128 + 128)
+    assert features.shape == (5, 48 + 96 + 128 + 128 + 128)
     torch.testing.assert_close(features[3:4], extractor(pictures(5)[3:4]), atol=1e-4, rtol=1e-4)
     assert not extractor.is_fid
     assert "encoder" in extractor.describe()["name"]
-    assert "64x64" in extractor.describe()["resize"]
+    assert "128x128" in extractor.describe()["resize"]
     real = extractor.features(pictures(40))
     near, far = extractor.features(pictures(40, colour=240)), extractor.features(pictures(40, colour=100))
     assert 0 < frechet_distance(near, real) < frechet_distance(far, real)

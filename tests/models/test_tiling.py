@@ -205,13 +205,13 @@ def test_seams_of_the_packaged_model() -> None:
     """The figures are measured here; the limits lie a third above them."""
     model = models.AutoencoderKL.from_pretrained(packaged_model(), subfolder="vae").eval()
     pixels = drawing(256)
-    latents = model.encode_moments(pixels)[:, :4]
+    latents = model.encode_moments(pixels)[:, : model.config.latent_channels]
     whole = model.decode_latents(latents)
 
     def errors(**options: Any) -> tuple[float, float]:
         """Of encoding and decoding, relative to the spread of the whole."""
         model.enable_tiling(**options)
-        found = model.encode_moments(pixels)[:, :4], model.decode_latents(latents)
+        found = model.encode_moments(pixels)[:, : model.config.latent_channels], model.decode_latents(latents)
         wanted = latents, whole
         first, second = (float((a - b).square().mean().sqrt() / b.std()) for a, b in zip(found, wanted, strict=True))
         return first, second
@@ -221,8 +221,8 @@ def test_seams_of_the_packaged_model() -> None:
         assert 0 < found[0] < 4 / 3 * encoding
         assert 0 < found[1] < 4 / 3 * decoding
 
-    check(0.280, 0.099, tile_sample_min_size=64)
-    check(0.156, 0.056, tile_sample_min_size=128)
-    check(0.145, 0.144, tile_overlap_factor=0.0)
-    check(0.125, 0.051, tile_overlap_factor=0.5)
-    check(0.031, 0.033, tile_overlap_factor=0.25, tile_shared_norms=True)
+    check(0.185, 0.163, tile_sample_min_size=64)
+    check(0.096, 0.073, tile_sample_min_size=128)
+    check(0.157, 0.138, tile_overlap_factor=0.0)
+    check(0.074, 0.059, tile_overlap_factor=0.5)
+    check(0.077, 0.056, tile_overlap_factor=0.25, tile_shared_norms=True)

@@ -112,7 +112,7 @@ def test_tokens_are_counted_as_a_model_does(album: Path) -> None:
     result = run(album, "--model", "emoji")
     assert result.exit_code == 0, result.output
     assert "1 caption will be cut:\n    30.png (" in result.output
-    assert "Shapes, with buckets=true at resolution=64" in result.output
+    assert "Shapes, with buckets=true at resolution=128" in result.output
     assert isinstance(run(album, "--model", "no-such-model").exception, FileNotFoundError)
 
 

@@ -68,7 +68,7 @@ def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixtur
         "height": 16,
         "width": 16,
     }
-    assert report["extractor"]["dimensions"] == 352
+    assert report["extractor"]["dimensions"] == 528
     assert len(report["extractor"]["weights_sha256"]) == 64
     names = {"frechet_distance", "kernel_distance", "precision", "recall", "reconstruction_psnr", "reconstruction_ssim"}
     assert set(report["metrics"]) == names  # no "fid": this is not the Inception network

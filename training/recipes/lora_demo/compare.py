@@ -38,8 +38,7 @@ def draw(model: str | None) -> list[Image.Image]:
 def main(model: str, file: Path) -> None:
     before, after = draw(None), draw(model)
     rows = [images[i : i + COLUMNS] for i in range(0, len(THINGS), COLUMNS) for images in (before, after)]
-    grid = image_grid([image for row in rows for image in row], COLUMNS)
-    save_picture(grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST), file)
+    save_picture(image_grid([image for row in rows for image in row], COLUMNS), file)
     print(file)
 
 
