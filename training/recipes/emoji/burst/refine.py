@@ -35,9 +35,9 @@ class Refinement:
         facts = json.loads((weights / "facts.json").read_text(encoding="utf-8"))
         self.settings, self.path = BurstSettings.read(facts["settings"]), state / "refinement.safetensors"
         self.model: Any = load(self.settings, [weights], torch.device("cpu"))
-        for part in (self.model.encoder, self.model.quant_conv):
-            part.requires_grad_(False)
-        self.part = torch.nn.ModuleList([self.model.post_quant_conv, self.model.decoder])
+        self.model.requires_grad_(False)
+        trained = (self.model.post_quant_conv, self.model.decoder)
+        self.part = torch.nn.ModuleList([part for part in trained if part is not None]).requires_grad_(True)
         self.rate, self.adam, self.average = rate, optimizer(self.part, rate), Average(self.part, average)
         self.parameters = [p for group in self.adam.param_groups for p in group["params"]]
         size = self.settings.size
