@@ -91,7 +91,7 @@ def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
     }
 
 
-def pipelines(model: str, steps: int) -> tuple[Work, Work]:
+def pipelines(model: str, steps: int, guidance_scale: float) -> tuple[Work, Work]:
     """Whole pipelines, prompt to picture: (ours, theirs)."""
     pair = [
         TextToImagePipeline.from_pretrained(model),
@@ -102,7 +102,11 @@ def pipelines(model: str, steps: int) -> tuple[Work, Work]:
 
     def run(pipeline: Any) -> Work:
         return lambda: pipeline(
-            "a red car", num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np"
+            "a red car",
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
         )
 
     return run(pair[0]), run(pair[1])
@@ -122,7 +126,8 @@ def main() -> None:
     print(f"matrix multiply: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'':32}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'ours':>8}{'theirs':>8}  of the matrix-multiply rate")
     jobs = {**networks(model, batch=2), **networks(model, batch=8)}
-    jobs[f"pipeline, {arguments.steps} steps"] = pipelines(model, arguments.steps)
+    jobs[f"pipeline, {arguments.steps} steps, guided"] = pipelines(model, arguments.steps, 4.0)
+    jobs["pipeline, 4 steps, not guided"] = pipelines(model, 4, 1.0)
     for name, (ours, theirs) in jobs.items():
         mine, other, ratio = in_turn(ours, theirs, arguments.repeats)
         work = operations(ours), operations(theirs)
