@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -272,3 +273,10 @@ def test_a_flow_refuses_schedulers_of_betas(
     assert run("generate", "a cup", "--model", "model", "--scheduler", name, "-o", "cup.png") == 2
     assert "cannot sample from a flow; use FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
     assert not Path("cup.png").exists()
+    assert processes.process_of(pipeline.scheduler).name == "straight_flow"
+    for other in (
+        diffusers.FlowMatchHeunDiscreteScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ):
+        with pytest.raises(ValueError, match=r"no noise levels of a diffusion process"):
+            processes.process_of(other)

@@ -36,6 +36,9 @@ class PatchMixer(ModelMixin, ConfigMixin):
         self.pixels = nn.ConvTranspose2d(width, out_channels, self.downscale_factor, self.downscale_factor)
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True) -> Any:
+        side = self.config.sample_size
+        if sample.shape[-2:] != (side, side):
+            raise ValueError(f"this denoiser takes latents of {side} x {side}, not {tuple(sample.shape[-2:])}")
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         time = get_timestep_embedding(times, 32).to(sample)  # (B, 32)
         x = self.patches(sample)  # (B, D, h, w)

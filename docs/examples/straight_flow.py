@@ -64,7 +64,8 @@ class StraightFlow(Process):
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
-        return str(config.get("_class_name", "")).startswith("FlowMatch")
+        known = config.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+        return known and not config.get("use_dynamic_shifting", False)  # which shifts by the size of pictures
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import DENOISER, autoencoder_settings
 
-from latentdiff.extensions import register_network, registered_network
+from latentdiff.extensions import load_extensions, register_network, registered_network
 from latentdiff.training import networks
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
@@ -62,6 +63,28 @@ def test_an_example_goes_all_the_way(name: str, pictures: Path, text_encoder: Pa
             check=False,
         )
         assert "unet is of 'patch_mixer'" in refused.stderr
+
+
+def test_the_objective_of_the_page_is_trained(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLES.parent / "extending.md").read_text()
+    program = next(part for part in page.split("```python\n") if part.startswith("import torch")).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    assert pictures == tmp_path / "pictures"
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(program, names)
+    assert names["run"].step == 20
+    assert names["objective"].colour.abs().max() > 0
+
+
+def test_a_mixer_takes_latents_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_DENOISERS", {**networks._DENOISERS})
+    monkeypatch.setattr("latentdiff.extensions._NETWORKS", {})
+    load_extensions([str(EXAMPLES / "patch_mixer.py")])
+    mixer = sys.modules.pop("patch_mixer").PatchMixer()
+    given = torch.zeros(1, dtype=torch.long), torch.zeros(1, 3, 16)
+    assert mixer(torch.zeros(1, 4, 8, 8), *given).sample.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"takes latents of 8 x 8, not \(8, 12\)"):
+        mixer(torch.zeros(1, 4, 8, 12), *given)
 
 
 def test_networks_are_found_by_module_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
