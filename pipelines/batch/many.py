@@ -268,7 +268,7 @@ def several_processes(pipeline: Any) -> Any:
     """Accelerate's view of the processes, if this is one of several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from latentdiff.pipelines.processes import processes
+    from latentdiff.pipelines.distributed import processes
 
     return processes(cpu=pipeline.device.type == "cpu", timeout=LONG)
 

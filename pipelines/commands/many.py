@@ -98,7 +98,7 @@ def place_of_process(device: Device) -> str | None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from latentdiff.pipelines.batch.many import LONG
-    from latentdiff.pipelines.processes import processes
+    from latentdiff.pipelines.distributed import processes
 
     pick_device(device)
     return str(processes(cpu=device is Device.cpu, timeout=LONG).device)

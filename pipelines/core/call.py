@@ -15,13 +15,13 @@ from torch import Tensor
 from latentdiff.codec import Codec, Generators
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, guidance_embedding
 from latentdiff.pipelines.core.noise import NoiseSource, image_generators, image_seeds
 from latentdiff.pipelines.core.options import CallOptions, GuidedOptions
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.previews import LatentPreview
 from latentdiff.pipelines.core.safety import check_safety
-from latentdiff.pipelines.core.sampler import Sampler
 from latentdiff.pipelines.core.sampling import Progress, Steps, denoise
 
 if TYPE_CHECKING:

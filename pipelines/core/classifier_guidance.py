@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdiff.pipelines.core.sampler import Sampler
+from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.sampling import Progress
 
 MEANS = ("DDPMScheduler", "DDPMParallelScheduler")

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.sampler import Sampler
 
 P = ParamSpec("P")
 Owner = TypeVar("Owner")

@@ -10,11 +10,11 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from latentdiff.models import UNet2DConditionModel
+from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
-from latentdiff.pipelines.core.sampler import Sampler
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
 

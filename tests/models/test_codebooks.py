@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentdiff.models import FSQModel, GumbelVQModel, VQModel
 from latentdiff.models.bottlenecks import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from latentdiff.models.codebooks import CodebookLearner, kmeans
+from latentdiff.models.codebook_learning import CodebookLearner, kmeans
 
 
 def grid(vectors: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from latentdiff.conditioning import ClassConditioner, Conditioner, Conditioning, NoConditioner
 from latentdiff.text import max_tokens
 from latentdiff.text.conditioner import TextConditioner
-from latentdiff.training.batch.batches import Captions, ReadCaptions, Tokens
+from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.choices import CaptionChoice
 from latentdiff.training.batch.latents import cache_folder
 from latentdiff.training.cache import TextCache

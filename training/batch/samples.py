@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentdiff.training.batch.batches import DiffusionSample, PixelBatch, ReadCaptions
+from latentdiff.training.batch.batch_types import DiffusionSample, PixelBatch, ReadCaptions
 from latentdiff.training.batch.choices import (
     POSTERIOR,
     CaptionChoice,

@@ -96,14 +96,14 @@ def _read(source: str, wanted: Wanted) -> Source:
         return read_shards(shards, wanted)
     if os.path.isabs(folder) or source.startswith(".") or folder.exists():
         raise FileNotFoundError(f"{source}: not a folder; --data takes a folder of pictures, shards or a dataset name")
-    from latentdiff.training.data.tables import read_dataset
+    from latentdiff.training.data.hf_datasets import read_dataset
 
     return read_dataset(source, wanted)
 
 
 def _read_folder(folder: Path, wanted: Wanted) -> Source:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        from latentdiff.training.data.tables import read_dataset
+        from latentdiff.training.data.hf_datasets import read_dataset
 
         return read_dataset(str(folder), wanted)
     whole, folder = folder, split_folder(folder, wanted.split)
@@ -115,7 +115,7 @@ def _read_folder(folder: Path, wanted: Wanted) -> Source:
         return read_shards(shards, wanted, whole)
     found = read_beside(folder, wanted, whole)
     if not found.pictures and not found.refused and any(folder.rglob("*.parquet")):
-        from latentdiff.training.data.tables import read_dataset
+        from latentdiff.training.data.hf_datasets import read_dataset
 
         return read_dataset(str(folder), wanted)
     return found
@@ -142,7 +142,7 @@ def from_dataset(
         ValueError: there is no such column.
         FileNotFoundError: it has no usable picture.
     """
-    from latentdiff.training.data.tables import from_rows
+    from latentdiff.training.data.hf_datasets import from_rows
 
     wanted = Wanted(image_column=image_column, caption_column=caption_column, caption=caption)
     found = from_rows(dataset, name, wanted)

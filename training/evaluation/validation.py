@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.diffusion.process import Process
-from latentdiff.training.batch.batches import DiffusionBatch
+from latentdiff.training.batch.batch_types import DiffusionBatch
 
 
 class HeldOutLoss:

@@ -6,7 +6,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from latentdiff.training.loop.processes import exchange
+from latentdiff.training.loop.distributed import exchange
 from latentdiff.training.settings import RunSettings
 
 

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from latentdiff.training.batch.batches import NamedBatch
+from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop.checkpoints import Checkpoints
+from latentdiff.training.loop.distributed import accelerator_of, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.learning_rate import learning_rate_at
-from latentdiff.training.loop.processes import accelerator_of, spread_modules, whole_parameters
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.loop.stopping import Stopping
 from latentdiff.training.objectives.objective import Objective, RealAndFake

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from latentdiff.models.bottlenecks import GumbelQuantizer
-from latentdiff.models.codebooks import CodebookLearner
+from latentdiff.models.codebook_learning import CodebookLearner
 from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss
 from latentdiff.models.logit_laplace import LogitLaplace
-from latentdiff.training.batch.batches import PixelBatch
+from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
 from latentdiff.training.objectives.perceptual import PerceptualLoss
 from latentdiff.training.settings import AutoencoderSettings

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
-from latentdiff.training.batch.batches import DiffusionBatch
+from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.objectives.objective import Objective, Result
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.timesteps import LossSecondMoment
-from latentdiff.training.batch.batches import DiffusionBatch, Tokens
+from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
 from latentdiff.training.objectives.objective import Objective, Result
 
 

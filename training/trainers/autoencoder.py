@@ -5,8 +5,8 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.pipelines.processes import processes
-from latentdiff.training.batch.batches import PixelBatch
+from latentdiff.pipelines.distributed import processes
+from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.loader import batches
 from latentdiff.training.batch.samples import PixelSamples
@@ -14,8 +14,8 @@ from latentdiff.training.card.describe import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions
+from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.order import PictureOrder
-from latentdiff.training.loop.processes import spread_modules
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective

@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from latentdiff.interchange.png import image_grid, save_picture
-from latentdiff.pipelines.processes import processes
-from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
+from latentdiff.pipelines.distributed import processes
+from latentdiff.training.batch.assemble import Reader
+from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.latents import all_views, centred_views, latent_source
 from latentdiff.training.batch.loader import batches
-from latentdiff.training.batch.reader import Reader
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.validation import HeldOutLoss
+from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.order import PictureOrder
-from latentdiff.training.loop.processes import spread_modules
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective
 from latentdiff.training.settings import Condition, DiffusionSettings

@@ -13,7 +13,7 @@ from typing import Any
 
 from latentdiff import __version__
 from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.pipelines.processes import processes
+from latentdiff.pipelines.distributed import processes
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.settings import FinetuneSettings

@@ -12,7 +12,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion.processes import process_from_config
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.pipelines.processes import processes
+from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
 from latentdiff.training.card.describe import describe

@@ -18,7 +18,7 @@ from latentdiff.metrics.lpips import BACKBONES, LPIPS
 from latentdiff.models import AutoencoderKL, VQModel
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.bottlenecks import BottleneckOutput
-from latentdiff.training.batch.batches import PixelBatch
+from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.data import prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions, sheet
 from latentdiff.training.loop.run import TrainingRun

@@ -15,7 +15,7 @@ from torch import nn
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.training.batch.batches import DiffusionBatch
+from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.evaluation.validation import HeldOutLoss
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 from latentdiff.training.objectives.objective import Result

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lives import free_port, start, wait
 from safetensors.torch import load_file
 
-from latentdiff.models.codebooks import CodebookLearner
+from latentdiff.models.codebook_learning import CodebookLearner
 from latentdiff.training.loop import run
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder

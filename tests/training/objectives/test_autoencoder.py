@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import autoencoder_settings
 
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training.batch.batches import PixelBatch
+from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective
 from latentdiff.training.objectives.discriminator import DiscriminatorObjective

@@ -14,7 +14,7 @@ from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.losses import bound_term, simple_loss
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.training.batch.batches import DiffusionBatch, Tokens
+from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 
 UNET: dict[str, Any] = {

@@ -8,7 +8,7 @@ from tiny import DENOISER, VAE
 
 from latentdiff import TextToImagePipeline
 from latentdiff.models import FSQModel, IdentityAutoencoder, VQModel
-from latentdiff.training.batch.batches import DiffusionBatch
+from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.networks import load_autoencoder
 from latentdiff.training.objectives.denoiser import DenoiserObjective
 from latentdiff.training.objectives.objective import Result

@@ -11,7 +11,7 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from latentdiff.pipelines.processes import on_cpu
+from latentdiff.pipelines.distributed import on_cpu
 from latentdiff.training.settings import RunSettings
 
 

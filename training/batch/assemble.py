@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from latentdiff.codec import Codec
-from latentdiff.training.batch.batches import DiffusionBatch, SampleBatch
+from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.conditions import ConditionSource
 from latentdiff.training.batch.latents import LatentSource
