@@ -202,6 +202,8 @@ def page(
     import torch
     from PIL import Image
 
+    from latentdiff.interchange.png import image_grid, save_picture
+
     from . import autoencoder, sampling
     from .denoiser import process_of
     from .text import CutTokenizer, text_states
@@ -218,12 +220,7 @@ def page(
     scale = json.loads((options.state / "facts.json").read_text(encoding="utf-8"))["scaling_factor"]
     vae = autoencoder.load(settings, [options.state, options.output, options.packed], device)
     pictures = autoencoder.decode(vae, latents / scale, device).numpy()
-    columns = 8
-    grid = np.full((-(-len(pictures) // columns) * settings.size, columns * settings.size, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * settings.size, i % columns * settings.size
-        grid[y : y + settings.size, x : x + settings.size] = picture
-    Image.fromarray(grid).save(options.output / name)
+    save_picture(image_grid([Image.fromarray(picture) for picture in pictures], 8), options.output / name)
 
 
 if __name__ == "__main__":

@@ -109,12 +109,16 @@ def pixels_of(pool: Pool, index: np.ndarray, device: torch.device) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
 def psnr(model: Any, pool: Pool, device: torch.device) -> float:
-    """Mean PSNR in dB of the pictures that are kept apart, reconstructed from the means of their latents."""
-    pixels = pixels_of(pool, np.flatnonzero(pool.ready[:CHECKED]), device)
+    """Mean PSNR in dB of the pictures that are kept apart."""
+    return mean_psnr(model, pixels_of(pool, np.flatnonzero(pool.ready[:CHECKED]), device))
+
+
+@torch.no_grad()
+def mean_psnr(model: Any, pixels: Tensor, batch: int = 64) -> float:
+    """Mean PSNR in dB of pixels (B, 3, H, W) reconstructed from the means of their latents."""
     found = []
-    for part in pixels.split(64):
+    for part in pixels.split(batch):
         decoded = model.decode_latents(model.encode_moments(part).chunk(2, dim=1)[0]).clamp(-1, 1)
         found.append(-10 * ((decoded - part) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
     return float(torch.cat(found).mean())

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentdiff.interchange.atomic import atomic_file
+
 SHARD = 15_000_000  # bytes; files of at most 16 MiB come back
 
 
@@ -125,12 +127,10 @@ def save_half(state: dict[str, Tensor], folder: Path, name: str) -> list[Path]:
             size = 0
         shards[-1][key] = half
         size += half.nbytes
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}-{i}.safetensors" for i in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
-        partial = path.with_suffix(".partial")
-        save_file(shard, partial)
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            save_file(shard, partial)
     return paths
 
 

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .autoencoder import Perceptual, load
+from latentdiff.interchange.atomic import atomic_file
+
+from .autoencoder import Perceptual, load, mean_psnr
 from .clock import Average, Log, optimizer, save_half
 from .settings import BurstSettings
 
@@ -55,9 +57,8 @@ class Refinement:
             tensors |= {f"{i}.weight": parameter.detach().contiguous(), f"{i}.step": moments["step"]}
             tensors |= {f"{i}.{name}": moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
         tensors |= {f"average.{i}": value.contiguous() for i, value in enumerate(self.average.values)}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(self.path)
+        with atomic_file(self.path) as partial:
+            save_file(tensors, partial)
         self.average.swap()
         save_half(self.model.state_dict(), self.path.parent, "vae")
         self.average.swap()
@@ -95,16 +96,12 @@ class Refinement:
         return distance.detach()
 
 
-@torch.no_grad()
 def psnr(run: Refinement, pixels: Tensor) -> float:
     """Mean PSNR in dB of the averaged weights, float32."""
     run.average.swap()
-    found = []
-    for part in pixels.split(16):
-        decoded = run.model.decode_latents(run.model.encode_moments(part).chunk(2, dim=1)[0]).clamp(-1, 1)
-        found.append(-10 * ((decoded - part) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
+    found = mean_psnr(run.model, pixels)
     run.average.swap()
-    return float(torch.cat(found).mean())
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
