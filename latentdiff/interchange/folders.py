@@ -9,6 +9,7 @@ from typing import Any
 
 from latentdiff.extensions import registered_network
 from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packaged_models
+from latentdiff.interchange.user_files import check_regular, check_regular_files, parse_json_object, read_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")
@@ -53,14 +54,8 @@ def find_model(source: str | Path | None) -> Path | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError naming `file` if it is not a JSON object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged: a JSON object is expected, not a {type(value).__name__}")
-    return value
+    """Raises ValueError naming `file` if it is not a JSON object, or no regular file."""
+    return parse_json_object(read_text(file), f"{file} is damaged")
 
 
 def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, Any]:
@@ -108,6 +103,7 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
         raise FileNotFoundError(
             f"{folder}: the folder {name} is missing; model_index.json says it holds a {class_name}"
         )
+    check_regular_files(part)
     for file in sorted(part.glob("*.json")):
         names = read_json(file)
         if file.name.endswith(".index.json"):
@@ -127,6 +123,7 @@ def check_safetensors(file: Path) -> None:
     Raises:
         ValueError: it is damaged, and how.
     """
+    check_regular(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
