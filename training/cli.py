@@ -3,10 +3,8 @@
 import typer
 
 from latentdiff.training.commands.doctor import doctor
-from latentdiff.training.commands.evaluate import evaluate
-from latentdiff.training.commands.finetune import finetune
-from latentdiff.training.commands.likelihood import likelihood
-from latentdiff.training.commands.train import autoencoder, classifier, denoiser
+from latentdiff.training.commands.evaluate import evaluate, likelihood
+from latentdiff.training.commands.train import autoencoder, classifier, denoiser, finetune
 
 AGAIN = "Repeat a command to go on where it stopped."
 

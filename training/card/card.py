@@ -7,16 +7,18 @@ are not latentdiff's. A README.md without the marks is never changed.
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import save_picture
 from latentdiff.training.card.kinds import ModelKind
-from latentdiff.training.card.text import figures_table, is_hub_id, last_part, settings_list
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+    from latentdiff.training.loop.run import TrainingRun
+    from latentdiff.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,34 @@ FILE, GRID = "README.md", "samples.png"
 BEGIN, END = "<!-- latentdiff: {} (written anew; put your own text outside) -->", "<!-- latentdiff: end of {} -->"
 MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
 MODEL, EVALUATION = "model", "evaluation"
+# In a card of settings the names of these say something; where they lay says too much.
+PATHS = frozenset(
+    {"data", "output", "autoencoder", "text_encoder", "model", "manifest", "cache_dir", "perceptual_network"}
+)
 NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
+
+
+def describe(
+    run: "TrainingRun", settings: "RunSettings", kind: ModelKind, pictures: int, base_model: str | None = None
+) -> None:
+    """What every trainer does with a finished model: write its card, and push it where the settings say so.
+
+    kind, pictures, base_model: see `write_model_card`.
+    """
+    output = Path(settings.output)
+    grids = sorted((run.folder / "samples").glob("step-*.png"))
+    write_model_card(
+        output,
+        kind=kind,
+        settings=settings.model_dump(),
+        figures=run.figures,
+        pictures=pictures,
+        steps=run.step,
+        base_model=base_model,
+        sample_grid=grids[-1] if grids else None,
+    )
+    if settings.push_to_hub and run.step >= settings.max_steps:
+        logger.info("pushed to %s", push_model(output, settings.push_to_hub))
 
 
 def write_model_card(
@@ -53,7 +82,6 @@ def write_model_card(
     if card is None:
         return
     data: Any = card.data
-    base = last_part(base_model) if base_model else None
     data.library_name = data.library_name or "diffusers"
     if kind.draws:
         data.pipeline_tag = data.pipeline_tag or kind.task
@@ -62,11 +90,13 @@ def write_model_card(
     if base_model and is_hub_id(base_model):  # the hub refuses anything else
         data.base_model = base_model
     grid = copy_grid(folder, card, sample_grid)
+    before = card.text.partition(BEGIN.format(MODEL))[0].splitlines()
+    has_heading = any(line.startswith("# ") for line in before)  # of the user's, before our section
+    source = f" from {last_part(base_model)}" if base_model else ""
+    made = f"trained with latentdiff{source} on {pictures:,} pictures in {steps:,} optimizer steps."
     parts = [
-        f"# {title(folder)}" if not has_heading(card) else "",
-        f"{kind.name[:1].upper()}{kind.name[1:]}, trained with latentdiff"
-        + (f" from {base}" if base else "")
-        + f" on {pictures:,} pictures in {steps:,} optimizer steps.",
+        "" if has_heading else f"# {folder.resolve().name or 'model'}",
+        f"{kind.name[:1].upper()}{kind.name[1:]}, {made}",
         f"![Samples]({GRID})" if grid else "",
         kind.usage,
         figures_table(figures, pictures),
@@ -82,20 +112,12 @@ def update_evaluation(folder: Path, text: str) -> bool:
     Returns:
         Whether there is such a card, with a front matter that can be read.
     """
-    card = open_card(folder) if is_ours(folder / FILE) else None
+    card = open_card(folder) if (folder / FILE).exists() else None
     if card is None:
         return False
     put_section(card, EVALUATION, text)
     write_card(folder, card)
     return True
-
-
-def is_ours(file: Path) -> bool:
-    """Whether latentdiff wrote this card."""
-    try:
-        return BEGIN.format(MODEL) in file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def open_card(folder: Path) -> "ModelCard | None":
@@ -106,16 +128,16 @@ def open_card(folder: Path) -> "ModelCard | None":
     file = folder / FILE
     if not (file.exists() or file.is_symlink()):
         return ModelCard("---\n{}\n---\n")
-    if not is_ours(file):
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 first
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if BEGIN.format(MODEL) not in text:
         logger.warning("%s was not written by latentdiff, so it is left as it is", file)
         return None
     try:
-        return ModelCard(file.read_text(encoding="utf-8-sig"))  # some editors put a mark of UTF-8 first
-    except (
-        ValueError,
-        TypeError,
-        YAMLError,
-    ) as error:  # the user's edit; training must not fail on it
+        return ModelCard(text)
+    except (ValueError, TypeError, YAMLError) as error:  # the user's edit; training must not fail on it
         reason = " ".join(str(error).split())
         logger.warning("the front matter of %s cannot be read (%s), so the card is left as it is", file, reason)
         return None
@@ -156,14 +178,48 @@ def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool
     return True
 
 
-def has_heading(card: "ModelCard") -> bool:
-    """Whether the user put a heading before our section."""
-    before = card.text.partition(BEGIN.format(MODEL))[0]
-    return any(line.startswith("# ") for line in before.splitlines())
+def figures_table(figures: Mapping[str, float], pictures: int) -> str:
+    if not figures:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(figures.items()))
+    return f"## Figures of training\n\n| what | figure |\n|---|---|\n{rows}\n| training pictures | {pictures:,} |"
 
 
-def title(folder: Path) -> str:
-    return folder.resolve().name or "model"
+def settings_list(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return ""
+    lines = "\n".join(f"{name}: {shown(name, value)}" for name, value in settings.items() if value is not None)
+    return f"## Settings\n\n```yaml\n{lines}\n```"
+
+
+def shown(name: str, value: Any) -> str:
+    """A setting's value as one line of YAML; of paths the last part."""
+    import yaml
+
+    if isinstance(value, PurePath) or (isinstance(value, str) and (name in PATHS or looks_like_path(value))):
+        value = last_part(str(value))
+    if isinstance(value, (list, tuple)):
+        value = [last_part(item) if isinstance(item, str) and looks_like_path(item) else item for item in value]
+    line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return line.removesuffix("...\n").strip()
+
+
+def looks_like_path(value: str) -> bool:
+    """Whether a string is the absolute path, or the home path, of something."""
+    return bool(re.match(r"(/|~|[A-Za-z]:[\\/]|\.\.?[\\/])\S", value)) and " " not in value
+
+
+def last_part(value: str) -> str:
+    """The last part of a path; a hub id stays whole."""
+    if is_hub_id(value) and not Path(value).exists():
+        return value
+    return PurePath(value.replace("\\", "/")).name or value
+
+
+def is_hub_id(value: str) -> bool:
+    from latentdiff.interchange.folders import HUB_ID
+
+    return bool(HUB_ID.fullmatch(value)) and not value.startswith(".") and not Path(value).expanduser().exists()
 
 
 def push_model(folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:

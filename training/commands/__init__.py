@@ -1,1 +1,1 @@
-"""The commands of the command line that train, look after data and measure, one module each."""
+"""The commands of the command line that train, look after data and measure."""

@@ -1,4 +1,4 @@
-"""``latentdiff evaluate``."""
+"""``latentdiff evaluate`` and ``latentdiff likelihood``."""
 
 import typer
 
@@ -9,10 +9,11 @@ from latentdiff.pipelines.commands.options import (
     PrecisionOption,
     find_place,
     load_pipeline,
+    pick_device,
 )
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.training.commands.options import show_progress, takes_settings
-from latentdiff.training.settings.evaluation import EvaluationSettings
+from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
 
 @takes_settings(EvaluationSettings, argument="model")
@@ -33,11 +34,33 @@ def evaluate(
     local = find_model(settings.model)  # a missing model is reported before torch is loaded
     show_progress()
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
-    from latentdiff.training.evaluation.textless import textless_kind
+    from latentdiff.training.evaluation.held_out import textless_kind
 
     folder = settings.folder()
-    kind = (local and textless_kind(settings.model)) or kind_in(local or find_place(settings.model)).name
-    pipeline = load_pipeline(settings.model, device, precision, None, kind)
+    kind = (local and textless_kind(settings.model)) or kind_in(local or find_place(settings.model))
+    pipeline = load_pipeline(settings.model, device, precision, None, kind.name)
     pipeline.set_progress_bar_config(disable=True)
     evaluate_pipeline(pipeline, settings)
     typer.echo(f"The figures are in {folder / 'evaluation.json'}")
+
+
+@takes_settings(LikelihoodSettings, argument="model")
+def likelihood(
+    settings: LikelihoodSettings,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.float32,
+) -> None:
+    """Measure the variational bound of held-out pictures, in bits per dimension: lower is better.
+
+    latentdiff likelihood runs/mine --data pictures --steps 25
+    """
+    import torch
+
+    from latentdiff.training.evaluation.held_out import load_textless
+    from latentdiff.training.evaluation.likelihood import evaluate_likelihood
+
+    show_progress()
+    folder = settings.folder()
+    pipeline = load_textless(settings.model, getattr(torch, precision.value)).to(pick_device(device))
+    evaluate_likelihood(pipeline, settings)
+    typer.echo(f"The figures are in {folder / 'likelihood.json'}")

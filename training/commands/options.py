@@ -12,7 +12,8 @@ import typer
 from annotated_types import Ge
 from pydantic.fields import FieldInfo
 
-from latentdiff.training.settings.base import Settings
+from latentdiff.pipelines.commands.options import be_quiet
+from latentdiff.training.settings import Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -42,13 +43,25 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     return values
 
 
+def load_settings(
+    kind: type[SettingsT], file: str | Path | None, overrides: list[str] | None, **options: str | None
+) -> SettingsT:
+    """Settings from a YAML file, ``key=value`` arguments, and those that have options of their own (None: not given).
+
+    Raises:
+        ValueError: a setting is given twice, or see `Settings.load`.
+    """
+    given: dict[str, Any] = dict(parse_overrides(overrides or []))
+    for key, value in options.items():
+        if value is not None and key in given:
+            raise ValueError(f"setting {key!r} is given twice")
+        given.setdefault(key, value)
+    return kind.load(file, given)
+
+
 def show_progress() -> None:
     """Show the package's messages, of one process if there are several, and its own progress bars only."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    be_quiet()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if is_first_process():
         logging.getLogger("latentdiff").setLevel(logging.INFO)

@@ -1,19 +1,21 @@
-"""``latentdiff train autoencoder``, ``latentdiff train denoiser`` and ``latentdiff train classifier``."""
+"""``latentdiff train autoencoder``, ``train denoiser``, ``train classifier``, and ``latentdiff finetune``."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentdiff.training.commands.options import (
-    Config,
-    Data,
-    Output,
-    Overrides,
-    announce,
-    parse_overrides,
-    show_progress,
-)
+from latentdiff.training.commands.options import Config, Data, Output, Overrides, announce, load_settings, show_progress
+
+
+class Method(StrEnum):
+    """What is trained."""
+
+    full = "full"
+    lora = "lora"
+    dreambooth = "dreambooth"
+    textual_inversion = "textual-inversion"
 
 
 def autoencoder(
@@ -28,11 +30,11 @@ def autoencoder(
     from latentdiff.training.recipes.autoencoders import configurations
     from latentdiff.training.settings import AutoencoderSettings
 
-    given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
     ours = configurations()
     if config is not None and config not in ours and not Path(config).is_file():
         raise FileNotFoundError(f"--config {config}: no such file, and ours are {', '.join(ours)}")
-    settings = AutoencoderSettings.load(ours.get(config, config) if config else None, given)
+    file = ours.get(config, config) if config else None
+    settings = load_settings(AutoencoderSettings, file, overrides, data=data, output=str(output))
     show_progress()
     from latentdiff.training.trainers.autoencoder import train_autoencoder
 
@@ -49,8 +51,8 @@ def denoiser(
     """Train a denoiser (condition=text, class or none); OUTPUT becomes a pipeline folder that draws."""
     from latentdiff.training.settings import DenoiserSettings
 
-    given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
-    settings = DenoiserSettings.load(config, {**given, "autoencoder": autoencoder})
+    given = {"data": data, "output": str(output), "autoencoder": autoencoder}
+    settings = load_settings(DenoiserSettings, config, overrides, **given)
     show_progress()
     from latentdiff.training.trainers.denoiser import train_denoiser
 
@@ -67,9 +69,36 @@ def classifier(
     """Train a classifier of noisy pictures that guides a model; OUTPUT becomes a pipeline folder with both."""
     from latentdiff.training.settings import ClassifierSettings
 
-    given: dict[str, object] = {**parse_overrides(overrides or []), "data": data, "output": str(output)}
-    settings = ClassifierSettings.load(config, {**given, "model": model})
+    settings = load_settings(ClassifierSettings, config, overrides, data=data, output=str(output), model=model)
     show_progress()
     from latentdiff.training.trainers.classifier import train_classifier
 
     announce(f"The pipeline with its classifier is in {train_classifier(settings)}")
+
+
+def finetune(
+    data: Data,
+    output: Output,
+    model: Annotated[
+        str | None, typer.Option(help="A packaged model (emoji is the default), a pipeline folder, or owner/name.")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="All weights, a LoRA (the default), one subject, or a new word.")
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune a model on your own pictures; OUTPUT becomes a pipeline folder that draws.
+
+    latentdiff finetune --data pictures --output runs/mine max_steps=400
+
+    Repeat the command to go on where it stopped.
+    """
+    from latentdiff.training.settings import FinetuneSettings
+
+    given = {"data": data, "output": str(output), "model": model, "method": method.value if method else None}
+    settings = load_settings(FinetuneSettings, config, overrides, **given)
+    show_progress()
+    from latentdiff.training.trainers.finetune import finetune as train
+
+    announce(f"The pipeline is in {train(settings)}")

@@ -10,7 +10,7 @@ import torch
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines.registry import find_kind
-from latentdiff.training.card.text import last_part
+from latentdiff.training.card.card import last_part
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.drawings import Drawing, draw, missing
 

@@ -1,16 +1,13 @@
-"""How good a pipeline is: pictures drawn from the captions of held-out ones, and measured against those."""
+"""How good a pipeline is: pictures drawn from the captions of held-out ones, measured against those, and the report."""
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from latentdiff import __version__
 from latentdiff.codec import Codec
-from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.folders import find_model
 from latentdiff.interchange.packaged import packaged_models
 from latentdiff.interchange.pictures import to_pictures
@@ -22,19 +19,31 @@ from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import update_evaluation
-from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
 from latentdiff.training.drawings import Drawing
 from latentdiff.training.evaluation.drawings import call_settings, caption_of, draw_missing, plan
-from latentdiff.training.evaluation.held_out import check_report, held_out_pictures
-from latentdiff.training.evaluation.report import markdown, short_table
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
 from latentdiff.training.settings import Condition, EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
+NAMES = {
+    "fid": "FID",
+    "kid": "KID",
+    "kid_std": "KID, standard deviation over subsets",
+    "frechet_distance": "Fréchet distance (not FID)",
+    "kernel_distance": "kernel distance (not KID)",
+    "kernel_distance_std": "kernel distance, standard deviation over subsets",
+    "precision": "precision",
+    "recall": "recall",
+    "clip_score": "CLIP score",
+    "clip_score_of_real_pictures": "CLIP score of the real pictures",
+    "reconstruction_psnr": "autoencoder, PSNR of real pictures, dB",
+    "reconstruction_ssim": "autoencoder, SSIM of real pictures",
+}
 
 
 def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, Any]:
@@ -79,24 +88,15 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
         metrics |= caption_metrics(measured, clip.to(device) if clip else None, notes)
     if not Codec(pipeline.vae).is_identity:
         metrics |= reconstruction_metrics(measured, pipeline, settings.batch_size)
-    report = {
-        "made_by": f"latentdiff {__version__}",
-        "model": {"name": last_part(settings.model), "weights_sha256": common["weights"]},
-        "data": {
-            "name": last_part(settings.data),
-            "split": settings.split,
-            "pictures": len(pictures),
-            "left_out": left_out,
-        },
-        "drawn": {"pictures": count, "seed": settings.seed}
-        | {key: common[key] for key in ("num_inference_steps", "guidance_scale", "scheduler", "precision")}
-        | {key: common[key] for key in ("height", "width")},
+    drawn = ("num_inference_steps", "guidance_scale", "scheduler", "precision", "height", "width")
+    figures = {
+        "drawn": {"pictures": count, "seed": settings.seed, **{key: common[key] for key in drawn}},
         "extractor": {**extractor.describe(), "dimensions": measured.dimensions},
         "clip": clip.describe() if clip else None,
         "metrics": metrics,
         "notes": notes,
     }
-    write_text_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n", sync=True)
+    report = write_report(folder / REPORT, settings, pictures, left_out, figures, weights_sha256=common["weights"])
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
@@ -106,12 +106,8 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
 
 def condition_of(pipeline: Any) -> Condition:
     """What the captions of held-out pictures are for."""
-    match find_kind(type(pipeline).__name__).conditioned_by:
-        case "class":
-            return "class"
-        case "none":
-            return "none"
-    return "text"
+    conditioned_by = find_kind(type(pipeline).__name__).conditioned_by
+    return "text" if conditioned_by == "picture" else conditioned_by
 
 
 class Measured:
@@ -205,3 +201,40 @@ def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
         logger.info("the evaluation is in %s", folder / "README.md")
     else:
         logger.info("%s has no card that latentdiff wrote and can read, so none was changed", folder)
+
+
+def short_table(report: Mapping[str, Any]) -> list[str]:
+    """What was compared, and one line for each figure."""
+    rows = [(NAMES[name], f"{value:.4g}") for name, value in report["metrics"].items()]
+    width = max(len(name) for name, _ in rows)
+    return [
+        f"{compared(report)}, features: {report['extractor']['name']}",
+        *(f"  {name.ljust(width)}  {value:>10}" for name, value in rows),
+        *(f"note: {note}" for note in report["notes"]),
+    ]
+
+
+def compared(report: Mapping[str, Any]) -> str:
+    data, drawn = report["data"], report["drawn"]
+    return f"{drawn['pictures']:,} drawn pictures, {data['pictures']:,} real ones of {data['name']} ({data['split']})"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """A section of a card."""
+    data, drawn, extractor = report["data"], report["drawn"], report["extractor"]
+    rows = "\n".join(f"| {NAMES[name]} | {value:.6g} |" for name, value in report["metrics"].items())
+    lines = [
+        f"Pictures drawn: {drawn['pictures']:,}, {drawn['width']}x{drawn['height']}, seeds from {drawn['seed']}, "
+        f"{drawn['num_inference_steps']} steps of {drawn['scheduler']}, guidance {drawn['guidance_scale']:g}, "
+        f"{drawn['precision']}.",
+        f"Real pictures: {data['pictures']:,} of {data['name']}, split {data['split']}; cropped to the drawn size.",
+        f"Features: {extractor['name']}, {extractor['dimensions']} dimensions, weights SHA-256 "
+        f"{extractor['weights_sha256'][:16]}; resized by {extractor['resize']}.",
+    ]
+    if report["clip"]:
+        clip = report["clip"]
+        lines.append(f"CLIP: {clip['name']}, weights SHA-256 {clip['weights_sha256'][:16]}.")
+    lines += [f"Note: {note}." for note in report["notes"]]
+    made = f"Measured by {report['made_by']} (`latentdiff evaluate`)."
+    bullets = "\n".join(f"- {line}" for line in lines)
+    return f"## Evaluation\n\n| what | figure |\n|---|---|\n{rows}\n\n{bullets}\n\n{made}"

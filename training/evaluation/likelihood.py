@@ -1,6 +1,5 @@
 """The variational bound of held-out pictures, in bits per dimension."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff import __version__
 from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.likelihood import BitsPerDimension
-from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
-from latentdiff.training.card.text import last_part
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of
-from latentdiff.training.evaluation.held_out import check_report, held_out_pictures
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
 from latentdiff.training.settings import LikelihoodSettings
 
 logger = logging.getLogger(__name__)
@@ -106,31 +102,18 @@ def evaluate_likelihood(
     pictures, left_out = held_out_pictures(settings, folder, "class" if of_classes else "none")
     pictures = pictures[: settings.count]
     figures = measure(bound, pictures, labels_of(pipeline, pictures) if of_classes else None, settings)
-    report = {
-        "made_by": f"latentdiff {__version__}",
-        "model": {"name": last_part(settings.model)},
-        "data": {
-            "name": last_part(settings.data),
-            "split": settings.split,
-            "pictures": len(pictures),
-            "left_out": left_out,
-        },
+    about = {
         "steps": bound.process.num_timesteps,
         "spacing": settings.steps,
         "variance": bound.process.variance_type,
         "of": "pixels" if bound.in_pixels else "latents",
         "seed": settings.seed,
-        **figures,
     }
-    write_text_whole(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n", sync=True)
+    report = write_report(folder / REPORT, settings, pictures, left_out, {**about, **figures})
     logger.info(
         "%d %s of %s (%s), %d steps, variance %s",
-        len(pictures),
-        "pictures" if bound.in_pixels else "pictures' latents",
-        last_part(settings.data),
-        settings.split,
-        bound.process.num_timesteps,
-        bound.process.variance_type,
+        *(len(pictures), "pictures" if bound.in_pixels else "pictures' latents", report["data"]["name"]),
+        *(settings.split, about["steps"], about["variance"]),
     )
     for name in ("bits_per_dimension", "standard_error", "prior", "between", "decoder"):
         logger.info("  %-18s  %10.4f", name.replace("_", " "), figures[name])

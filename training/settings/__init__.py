@@ -2,11 +2,14 @@
 
 from latentdiff.training.settings.autoencoder import AutoencoderSettings
 from latentdiff.training.settings.base import Settings
-from latentdiff.training.settings.data import Condition, DataSettings, DoctorSettings
-from latentdiff.training.settings.diffusion import ClassifierSettings, DenoiserSettings, DiffusionSettings
+from latentdiff.training.settings.diffusion import (
+    ClassifierSettings,
+    DenoiserSettings,
+    DiffusionSettings,
+    FinetuneSettings,
+)
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings
-from latentdiff.training.settings.finetune import FinetuneSettings
-from latentdiff.training.settings.run import RunSettings
+from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, RunSettings
 
 __all__ = [
     "AutoencoderSettings",

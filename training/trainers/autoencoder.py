@@ -10,7 +10,7 @@ from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.loader import batches
 from latentdiff.training.batch.samples import PixelSamples
-from latentdiff.training.card.describe import describe
+from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions

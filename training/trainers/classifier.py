@@ -7,10 +7,10 @@ from accelerate.utils import set_seed
 from latentdiff.codec import Codec
 from latentdiff.diffusion.processes import process_from_config
 from latentdiff.pipelines import ClassConditionalPipeline
-from latentdiff.training.card.describe import describe
+from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import class_conditional_kind
 from latentdiff.training.data.classes import class_names
-from latentdiff.training.evaluation.textless import load_textless
+from latentdiff.training.evaluation.held_out import load_textless
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_classifier, freeze
 from latentdiff.training.objectives.classifier import ClassifierObjective

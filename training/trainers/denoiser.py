@@ -12,7 +12,7 @@ from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.processes import known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
-from latentdiff.training.card.describe import describe
+from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
 from latentdiff.training.data.classes import class_names
 from latentdiff.training.loop.run import TrainingRun

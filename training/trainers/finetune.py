@@ -15,7 +15,7 @@ from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
-from latentdiff.training.card.describe import describe
+from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import freeze, without_dropout

@@ -23,8 +23,7 @@ from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.data import load_pictures
 from latentdiff.training.drawings import Drawing
 from latentdiff.training.evaluation.drawings import caption_of, plan
-from latentdiff.training.evaluation.evaluate import Measured, evaluate_pipeline, set_metrics
-from latentdiff.training.evaluation.report import markdown
+from latentdiff.training.evaluation.evaluate import Measured, evaluate_pipeline, markdown, set_metrics
 from latentdiff.training.settings import EvaluationSettings
 
 

@@ -349,7 +349,7 @@ def test_a_model_of_few_steps_draws_in_many_once_its_unet_is_tuned(
 def test_command(pictures: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import typer
 
-    from latentdiff.training.commands.finetune import finetune as command
+    from latentdiff.training.commands.train import finetune as command
 
     app = typer.Typer()
     app.command()(command)

@@ -21,7 +21,7 @@ from latentdiff.metrics.extractors import load_extractor
 from latentdiff.metrics.resize import pictures_to_pixels
 from latentdiff.training.data import load_pictures
 from latentdiff.training.evaluation.evaluate import Measured
-from latentdiff.training.evaluation.textless import load_textless
+from latentdiff.training.evaluation.held_out import load_textless
 from latentdiff.training.recipes.emoji_pixels.judge import load_or_train, tensors
 
 STEPS = 25
