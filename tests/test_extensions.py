@@ -42,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return 0
 
     yield run
-    for name in ("postcards", "second_encoder", "straight_flow", "flow"):
+    for name in ("postcards", "second_encoder", "straight_flow"):
         sys.modules.pop(name, None)
 
 
@@ -142,20 +142,15 @@ def test_a_process_is_trained_on_drawn_with_and_replayed(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through ``finetune``, on a model whose scheduler samples from the process."""
-    import straight
-
-    source = Path(straight.__file__).read_text()
-    registered = "from latentdiff.diffusion import register_process\n\nregister_process(Straight)\n"
-    Path("flow.py").write_text(f"{source}\n{registered}")
     pipeline = tiny_pipeline("clip")
-    pipeline.scheduler = straight.Straight().scheduler()
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline.save_pretrained("model")
     write_data()
     settings = ["batch_size=2", "max_steps=2", "checkpoint_every=2", "sample_every=2", "resolution=16"]
     command = ["finetune", "--model", "model", "--data", "data", "--output", "tuned", "--method", "full", *settings]
     assert run(*command) == 2
     assert "neither beta_schedule nor trained_betas" in capsys.readouterr().err
-    assert run("--extension", "flow.py", *command) == 0
+    assert run("--extension", "straight_flow.py", *command) == 0
     losses = [json.loads(line)["loss"] for line in Path("tuned/training/metrics.jsonl").read_text().splitlines()]
     assert all(0.01 < loss < 10 for loss in losses)
     assert losses

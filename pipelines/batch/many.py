@@ -9,21 +9,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from latentdiff import __version__
+from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
-from latentdiff.pipelines.batch.drawing import SourcePictures, draw_batch, this_machine
-from latentdiff.pipelines.batch.options import RowOptions, defaults_of
-from latentdiff.pipelines.batch.picture_table import MARK, check_table, write_table
+from latentdiff.pipelines.batch.draw import SourcePictures, draw_batch, settings_of, this_machine
+from latentdiff.pipelines.batch.options import BATCH, MOST, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
-from latentdiff.pipelines.batch.record import MOST, Batch, Settings, record_of
+from latentdiff.pipelines.batch.record import Batch, Settings, record_of
 
-BATCH = 8
 LONG = timedelta(days=7)  # processes may end far apart
 PASSING = ("batches", "pictures", "machine", "version", "withheld", "model")
 """What of a record does not say which picture it is."""
+
+TABLE = "metadata.jsonl"
+"""Of a folder of drawn pictures, as `datasets`' imagefolder and training read it."""
+OTHER_TABLES = ("metadata.csv", "metadata.parquet")  # what is read in its place
+MARK = "model_digest"
+"""A column that others' tables do not have."""
 
 ProgressCallback = Callable[[int, int], None]
 """(done, total)"""
@@ -107,7 +109,9 @@ def draw_many(
     if not 1 <= batch_size <= MOST:
         raise ValueError(f"batch_size must lie in [1, {MOST}], not {batch_size}")
     folder = Path(folder)
-    common = common_settings(pipeline, model, model_digest or digest_of_weights(pipeline), settings)
+    name = model or str(getattr(pipeline, "name_or_path", "") or "unknown")
+    digest = model_digest or digest_of_weights(pipeline)
+    common = settings_of(pipeline, name, {**settings, "model_digest": digest})
     pictures = plan_pictures(prompts, common, seed)
     there = look_around(folder, pictures)
     state = several_processes(pipeline)
@@ -119,7 +123,7 @@ def draw_many(
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     if state is not None:
         state.wait_for_everyone()  # all have looked before any writes
-    draw_batches(pipeline, missing[index::count], there, report, progress)
+    draw_batches(pipeline, missing[index::count], {*there}, report, progress)
     if state is not None:
         gather(report)
     if index == 0:
@@ -128,31 +132,7 @@ def draw_many(
     return report
 
 
-def common_settings(pipeline: Any, model: str | None, digest: str, settings: Mapping[str, Any]) -> Settings:
-    """The settings of pictures whose prompts have none.
-
-    Raises:
-        ValueError: an unknown name or a wrong value.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    height, width = pipeline.picture_size(given.get("height"), given.get("width"))
-    values = {
-        "negative_prompt": None,
-        **pipeline.defaults,
-        **given,
-        "model": model or str(getattr(pipeline, "name_or_path", "") or "unknown"),
-        "model_digest": digest,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
-        "height": height,
-        "width": width,
-        "version": __version__,
-    }
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+# What to draw
 
 
 def plan_pictures(
@@ -186,7 +166,10 @@ def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> dict[str, d
         FileExistsError: something there is not ours.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    check_table(folder)
+    for name in OTHER_TABLES:
+        if os.path.lexists(folder / name):
+            raise FileExistsError(f"{folder / name}: this folder has a table of its own; choose another folder")
+    read_table(folder)
     root = folder.resolve()
     there = {}
     for picture in pictures:
@@ -215,28 +198,28 @@ def make_batches(pictures: Sequence[PlannedPicture], size: int) -> Iterator[list
             yield group[i : i + size]
 
 
+# Drawing
+
+
 def draw_batches(
     pipeline: Any,
     batches: Sequence[Sequence[PlannedPicture]],
-    there: Mapping[str, Any],
+    done: set[str],
     report: Report,
     progress: ProgressCallback | None,
 ) -> None:
-    """Draw this process's part; what is `there` is drawn with its batch, but not written again."""
-    total = sum(picture.name not in there for batch in batches for picture in batch)
+    """Draw this process's part; what is `done` is drawn with its batch, but not written again."""
+    total = sum(picture.name not in done for batch in batches for picture in batch)
     for batch in batches:
-        try:
-            draw_and_write(pipeline, batch, there, report)
-        except (ValueError, TypeError, RuntimeError) as error:
-            if len(batch) == 1:
-                report.failed[batch[0].name] = describe(error)
-        done = {*report.drawn, *report.failed}
-        for picture in batch:  # one after the other, if it did not go together
-            if picture.name not in there and picture.name not in done:
-                try:
-                    draw_and_write(pipeline, [picture], there, report)
-                except (ValueError, TypeError, RuntimeError) as error:
-                    report.failed[picture.name] = describe(error)
+        alone = [[picture] for picture in batch] if len(batch) > 1 else []
+        for part in (batch, *alone):  # one after the other, if they do not go together
+            if all(picture.name in done for picture in part):
+                continue
+            try:
+                draw_and_write(pipeline, part, done, report)
+            except (ValueError, TypeError, RuntimeError) as error:
+                if len(part) == 1:
+                    report.failed[part[0].name] = describe(error)
         if progress is not None:
             progress(len(report.drawn) + len(report.failed), total)
 
@@ -246,21 +229,19 @@ def describe(error: Exception) -> str:
     return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
 
 
-def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], there: Mapping[str, Any], report: Report) -> None:
+def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], done: set[str], report: Report) -> None:
     """Draw a batch, and write what of it is missing."""
     settings = pictures[0].settings
     batch = Batch(prompts=[picture.prompt for picture in pictures], seeds=[picture.seed for picture in pictures])
-    output = draw_batch(pipeline, settings, batch, SourcePictures())
-    flags = output.nsfw_content_detected or [False] * len(pictures)
+    drawn = draw_batch(pipeline, settings, batch, SourcePictures())
     machine = this_machine(pipeline)
-    for i, (picture, image) in enumerate(zip(pictures, output.images, strict=True)):
-        if picture.name in there:
+    for picture, one in zip(pictures, drawn, strict=True):
+        if picture.name in done:
             continue
-        withheld = [0] if flags[i] else []
-        record = record_of(settings, [batch], [(0, i)], machine, withheld=withheld)
-        save_picture(image, report.folder / picture.name, record.dump())
+        save_picture(one.image, report.folder / picture.name, record_of(settings, [batch], [one], machine).dump())
+        done.add(picture.name)
         report.drawn.append(picture.name)
-        if withheld:
+        if one.withheld:
             report.withheld.append(picture.name)
 
 
@@ -277,8 +258,7 @@ def gather(report: Report) -> None:
     """Make every process's report that of all."""
     from accelerate.utils import gather_object
 
-    for one in gather_object([(report.drawn, report.failed, report.withheld)]):
-        drawn, failed, withheld = one
+    for drawn, failed, withheld in gather_object([(report.drawn, report.failed, report.withheld)]):
         report.drawn += [name for name in drawn if name not in report.drawn]
         report.failed |= failed
         report.withheld += [name for name in withheld if name not in report.withheld]
@@ -295,3 +275,40 @@ def digest_of_weights(pipeline: Any) -> str:
         if hasattr(part, "state_dict"):
             whole.update(weights_digest(part.state_dict()).encode())
     return f"weights:{whole.hexdigest()}"
+
+
+# The table
+
+
+def read_table(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a table that this program wrote; none if there is no table.
+
+    Raises:
+        FileExistsError: there is one that it did not write.
+    """
+    file = folder / TABLE
+    if not os.path.lexists(file):
+        return []
+    rows: list[Any]
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError):
+        rows = [None]
+    if not all(isinstance(row, dict) and {MARK, "file_name"} <= row.keys() for row in rows):
+        raise FileExistsError(f"{file} exists and was not written by latentdiff; move it, or choose another folder")
+    return rows
+
+
+def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table, whole or not at all; rows of pictures that are there from earlier stay. Without rows, none."""
+    new = {row["file_name"] for row in rows}
+
+    def stays(name: Any) -> bool:
+        return isinstance(name, str) and name not in new and (folder / name).is_file()
+
+    old = [row for row in read_table(folder) if stays(row["file_name"])]
+    if not old and not rows:
+        (folder / TABLE).unlink(missing_ok=True)
+        return
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in [*old, *rows])
+    write_text_whole(folder / TABLE, "".join(lines))

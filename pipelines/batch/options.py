@@ -1,14 +1,21 @@
 """Options of a drawing, each declared once.
 
 The command line, a row of a table of prompts, ``draw_many`` and the record in a picture's file take their options from
-these classes; `drawing.call_arguments` gives them to a pipeline by the same names. A new option is a line here, and an
+these classes; `draw.call_arguments` gives them to a pipeline by the same names. A new option is a line here, and an
 argument of the pipeline's call.
 """
 
+import reprlib
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
+MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
 
 
 @dataclass(frozen=True)
@@ -93,3 +100,11 @@ def model_of(options: type[RowOptions], base: Any) -> Any:
 def defaults_of(options: type[RowOptions]) -> dict[str, Any]:
     """The names of a class's options, with their defaults."""
     return {field.name: field.default for field in fields(options)}
+
+
+def first_problem(error: "ValidationError") -> str:
+    """What pydantic objects to first: the option's name, what is wrong and what was given."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return f"settings: {first['msg']}"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {reprlib.repr(first['input'])})"

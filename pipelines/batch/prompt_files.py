@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentdiff.pipelines.batch.options import RowOptions, defaults_of, model_of
+from latentdiff.pipelines.batch.options import RowOptions, defaults_of, first_problem, model_of
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
 DRIVE = re.compile(r"[A-Za-z]:")
@@ -111,9 +111,7 @@ def check_row(row: Mapping[str, Any], where: str) -> Prompt:
     try:
         return Prompt.model_validate(row)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from None
+        raise ValueError(f"{where}: {first_problem(error)}") from None
 
 
 def name_files(prompts: Iterable[Prompt]) -> list[str]:

@@ -1,6 +1,7 @@
 """How a picture was drawn, in plain values: what its file records, and all that is needed to draw it again."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -9,11 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import KEY, settings_of
-from latentdiff.pipelines.batch.options import GenerateOptions, model_of
+from latentdiff.pipelines.batch.options import MOST, GenerateOptions, first_problem, model_of
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]
-MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
 
 
 class Plain(BaseModel):
@@ -138,28 +138,39 @@ class Record(Settings):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is finished: which it is, (batch, number), and what is known of it."""
+
+    image: Image.Image
+    place: tuple[int, int]
+    withheld: bool = False
+    """Made black by the model's safety checker."""
+    score: float | None = None
+    """By which it was chosen from candidates."""
+
+
 def record_of(
-    settings: Settings,
-    batches: Sequence[Batch],
-    pictures: Sequence[tuple[int, int]],
-    machine: Machine,
-    **more: Any,
+    settings: Settings, batches: Sequence[Batch], pictures: Sequence[Drawn], machine: Machine, **more: Any
 ) -> Record:
-    """The record of a file with these `pictures`, (batch, number) each; batches that none of them is of are left out.
+    """The record of a file with these `pictures`; batches that none of them is of are left out.
 
     Args:
         more: further fields of `Record`.
     """
-    used = sorted({batch for batch, _ in pictures})
-    prompts = [batches[batch].prompts[number] for batch, number in pictures]
+    places = [one.place for one in pictures]
+    used = sorted({batch for batch, _ in places})
+    prompts = [batches[batch].prompts[number] for batch, number in places]
     once = list(dict.fromkeys(prompts))
-    batch, number = pictures[0]
+    batch, number = places[0]
     values = {
         "prompts": once,
         "count": -(-len(prompts) // len(once)),
         "seed": batches[batch].seeds[number],
+        "scores": [one.score for one in pictures if one.score is not None] or None,
+        "withheld": [i for i, one in enumerate(pictures) if one.withheld],
         "batches": [batches[i].model_dump() for i in used],
-        "pictures": [(used.index(batch), number) for batch, number in pictures],
+        "pictures": [(used.index(batch), number) for batch, number in places],
         "machine": machine.model_dump(),
     }
     return Record.model_validate({**settings.model_dump(), **values, **more})
@@ -183,11 +194,10 @@ def read_record(file: Path) -> tuple[Image.Image, Record]:
     try:
         record = Record.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "settings"
+        version = values.get("version", "of an unknown version")
         raise ValueError(
-            f"{file} was drawn by latentdiff {values.get('version', 'of an unknown version')}, whose settings this "
-            f"version cannot draw again: {key}: {first['msg']}"
+            f"{file} was drawn by latentdiff {version}, whose settings this version cannot draw again: "
+            f"{first_problem(error)}"
         ) from None
     if record.width > image.width or record.height > image.height:
         raise ValueError(

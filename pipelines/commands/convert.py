@@ -1,5 +1,6 @@
 """``latentdiff convert``."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -7,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentdiff.pipelines.commands.grouped import grouped
-from latentdiff.pipelines.commands.options import Precision, be_quiet
+from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
 
 
 class Form(StrEnum):
@@ -29,14 +29,18 @@ class Component(StrEnum):
     text_encoder = "text_encoder"
 
 
-MODEL_FORMS = (None, Form.folder, Form.file, Form.onnx)
-USEFUL = {  # to read a component alone
+FORMS = {
+    "model": (Form.folder, Form.file, Form.onnx),
+    "lora": (Form.diffusers, Form.peft, Form.kohya),
+    "embedding": (Form.diffusers, Form.a1111),
+}
+READING = ("--prediction-type", "--original-config", "--ema", "--tokenizer", "--scaling-factor")
+"""Options that only single files take."""
+USEFUL = {  # of these to read a component alone
     Component.unet: ("--prediction-type", "--original-config", "--ema"),
     Component.vae: ("--original-config", "--scaling-factor", "--ema"),
     Component.text_encoder: (),
 }
-LORA_FORMS = (Form.diffusers, Form.peft, Form.kohya)
-EMBEDDING_FORMS = (None, Form.diffusers, Form.a1111)
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,6 @@ class ReadingOptions:
     ckpt: Annotated[
         bool, typer.Option("--ckpt", help="Read pickled files too (.ckpt, .pt, .bin); nothing in them is run.")
     ] = False
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Those that only single files take, by their flags."""
-        return {
-            "--prediction-type": self.prediction_type,
-            "--original-config": self.original_config,
-            "--ema": self.ema or None,
-            "--tokenizer": self.tokenizer,
-            "--scaling-factor": self.scaling_factor,
-        }
 
 
 @grouped
@@ -111,97 +104,92 @@ def convert(
 
     What is written is written whole or not at all. Nothing is replaced without --overwrite.
     """
-    target = target.expanduser()
-    if Path(source).expanduser().exists() and target.exists() and target.samefile(Path(source).expanduser()):
+    target, place = target.expanduser(), Path(source).expanduser()
+    if place.exists() and target.exists() and target.samefile(place):
         raise ValueError(f"{target} is the source itself; choose another name")
     be_quiet()
-    from latentdiff.pipelines.storage.converting import kind_of_source, network_class, only_part
+    from latentdiff.pipelines.storage.converting import kind_of_source
 
     kind = kind_of_source(source, reading.ckpt)
-    held: str | None = None
-    shaping = {"--dtype": dtype, "--variant": variant, "--component": component}
+    given = {"--" + name.replace("_", "-"): None if value is False else value for name, value in vars(reading).items()}
+    given |= {"--dtype": dtype, "--variant": variant, "--from-variant": from_variant, "--component": component}
+    given |= {"--overwrite": overwrite or None}
+    check_form(to, kind, place)
     if kind in ("lora", "embedding"):
-        refuse(
-            f"a{'n' if kind == 'embedding' else ''} {kind}",
-            {**reading.given, **shaping, "--from-variant": from_variant},
-        )
-        convert_adapter(kind, Path(source).expanduser(), target, to, reading.ckpt, overwrite)
+        refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", given, set(given) - {"--ckpt", "--overwrite"})
+        convert_adapter(kind, place, target, to, reading.ckpt, overwrite)
         return
-    check_form(to, MODEL_FORMS, "a model")
     form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
-    if kind == "network":
-        held = network_class(Path(source).expanduser())
-    elif kind == "checkpoint" and component is None:
-        held = only_part(source, reading.ckpt)
-    if held is not None:
-        component = alone(source, held, component, form)
-    check_options(form, variant, component, dtype, overwrite)
-    if component is not None:
-        refuse(
-            f"the {component} alone",
-            {key: value for key, value in reading.given.items() if key not in USEFUL[component]},
-        )
+    component = component_of(source, kind, component, form, reading.ckpt)
+    check_options(kind, form, component, given)
     check_place(form, target, overwrite)
     import torch
 
     precision = None if dtype is None else getattr(torch, dtype.value)
-    pipeline: Any
-    if kind == "network":
-        refuse("a folder", reading.given)
-        from latentdiff.pipelines.storage.converting import network_alone
-
-        pipeline = OnePart(**{str(component): network_alone(source, precision, from_variant)})
-    elif kind == "folder":
-        refuse("a folder", reading.given)
-        from latentdiff.pipelines.storage.converting import folder_pipeline
-
-        pipeline = folder_pipeline(source, precision, from_variant)
-    else:
-        refuse("a single file", {"--from-variant": from_variant})
-        pipeline = read_file(source, precision, component, reading)
-    write(pipeline, form, target, variant, component, overwrite)
+    pipeline = read_model(source, kind, component, precision, from_variant, reading)
+    write_model(pipeline, form, target, variant, component, overwrite)
+    typer.echo(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
 
 
-def read_file(source: str, dtype: Any, component: Component | None, reading: ReadingOptions) -> Any:
-    """The pipeline of a single file, or something with only the component that is wanted."""
-    from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
-    from latentdiff.pipelines.storage.converting import checkpoint_pipeline
-    from latentdiff.pipelines.storage.single_file import check_prediction
-    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, CheckpointParts
-
-    check_prediction(reading.prediction_type)
-    scale, yaml = reading.scaling_factor, reading.original_config
-    stated: dict[str, Any] = {"prediction_type": reading.prediction_type, "scaling_factor": scale}
-    if component is None:
-        return checkpoint_pipeline(
-            source,
-            reading.ckpt,
-            reading.ema,
-            dtype=dtype,
-            original_config=yaml,
-            tokenizer=reading.tokenizer,
-            **stated,
-        )
-    weights = Checkpoint(find_file(source, reading.ckpt), reading.ckpt)
-    if reading.ema:
-        weights.use_averages("autoencoder" if component is Component.vae else "UNet")
-    if component is Component.vae:
-        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
-    parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), yaml)
-    return OnePart(**{component.value: getattr(parts, component.value)()})
+def check_form(to: Form | None, kind: str, source: Path) -> None:
+    """Raises ValueError if what is to be converted has no such form, or has to have one named."""
+    forms = FORMS.get(kind, FORMS["model"])
+    if to is None and kind == "lora":
+        raise ValueError(f"{source} is a LoRA; say in which format to write it: --to {', '.join(forms)}")
+    if to is not None and to not in forms:
+        what = {"lora": "a LoRA", "embedding": "an embedding"}.get(kind, "a model")
+        raise ValueError(f"--to {to}: {what} can be converted to {', '.join(forms)}")
 
 
-def alone(source: str, held: str, component: Component | None, form: Form) -> Component:
-    """The component to convert where a source holds but one.
+def component_of(source: str, kind: str, component: Component | None, form: Form, ckpt: bool) -> Component | None:
+    """The component to convert: the one asked for, or the only one of a source.
 
     Raises:
-        ValueError: another is asked for, or a form that takes a whole model.
+        ValueError: a source holds but one, and another is asked for, or a form that takes a whole model.
     """
+    from latentdiff.pipelines.storage.converting import network_class, only_part
+
+    held: str | None = None
+    if kind == "network":
+        held = network_class(Path(source).expanduser())
+    elif kind == "checkpoint" and component is None:
+        held = only_part(source, ckpt)
+    if held is None:
+        return component
     if component not in (None, held):
         raise ValueError(f"{source} holds a {held} alone, no {component}")
     if form is Form.onnx:
         raise ValueError(f"{source} holds a {held} alone, and only whole models are converted to ONNX")
     return Component(held)
+
+
+def check_options(kind: str, form: Form, component: Component | None, given: dict[str, Any]) -> None:
+    """Raises ValueError for options that have nothing to act on."""
+    if form is Form.file:
+        refuse("a single file", given, ("--variant",))
+    if form is Form.onnx:
+        refuse("ONNX", given, ("--variant", "--component", "--dtype", "--overwrite"))
+    if component is not None:
+        refuse(f"the {component} alone", given, set(READING) - set(USEFUL[component]))
+    if kind == "checkpoint":
+        refuse("a single file", given, ("--from-variant",))
+    else:
+        refuse("a folder", given, READING)
+
+
+def refuse(what: str, given: dict[str, Any], options: Collection[str]) -> None:
+    """Raises ValueError if one of the `options`, which have no meaning for `what`, is given."""
+    for name, value in given.items():
+        if name in options and value is not None:
+            raise ValueError(f"{name} does nothing for {what}; leave it out")
+
+
+def check_place(form: Form, target: Path, overwrite: bool) -> None:
+    """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
+    from latentdiff.interchange.single_file import check_target
+    from latentdiff.pipelines.storage.converting import is_free
+
+    (check_target if form is Form.file else is_free)(target, overwrite)
 
 
 class OnePart:
@@ -212,82 +200,67 @@ class OnePart:
         self.config: dict[str, Any] = {}
 
 
-def write(
+def read_model(
+    source: str, kind: str, component: Component | None, dtype: Any, variant: str | None, reading: ReadingOptions
+) -> Any:
+    """The pipeline of a folder or a single file, or something with only the component that is wanted."""
+    from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
+    from latentdiff.pipelines.storage.converting import checkpoint_pipeline, folder_pipeline, network_alone
+    from latentdiff.pipelines.storage.single_file import check_prediction
+    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, CheckpointParts
+
+    if kind == "network":
+        return OnePart(**{str(component): network_alone(source, dtype, variant)})
+    if kind == "folder":
+        return folder_pipeline(source, dtype, variant)
+    check_prediction(reading.prediction_type)
+    scale, yaml = reading.scaling_factor, reading.original_config
+    stated: dict[str, Any] = {"prediction_type": reading.prediction_type, "scaling_factor": scale}
+    if component is None:
+        more = {"dtype": dtype, "original_config": yaml, "tokenizer": reading.tokenizer, **stated}
+        return checkpoint_pipeline(source, reading.ckpt, reading.ema, **more)
+    weights = Checkpoint(find_file(source, reading.ckpt), reading.ckpt)
+    if reading.ema:
+        weights.use_averages("autoencoder" if component is Component.vae else "UNet")
+    if component is Component.vae:
+        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
+    parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), yaml)
+    return OnePart(**{component.value: getattr(parts, component.value)()})
+
+
+def write_model(
     pipeline: Any, form: Form, target: Path, variant: str | None, component: Component | None, overwrite: bool
 ) -> None:
+    from latentdiff.interchange.single_file import write_checkpoint
     from latentdiff.pipelines.storage import converting
+    from latentdiff.pipelines.storage.onnx import export_onnx
 
     if form is Form.onnx:
-        from latentdiff.pipelines.storage.onnx import export_onnx
-
         export_onnx(pipeline, target)
     elif component is not None and form is Form.file:
-        from latentdiff.interchange.single_file import write_checkpoint
-
         write_checkpoint(*converting.part_weights(pipeline, component.value), target, None, overwrite)
     elif component is not None:
         converting.write_part(pipeline, component.value, target, variant, overwrite)
     elif form is Form.folder:
         converting.write_folder(pipeline, target, variant, overwrite)
-    else:
-        if not hasattr(pipeline, "save_single_file"):
-            raise ValueError(f"a {type(pipeline).__name__} has no text encoder and no single file; convert to a folder")
+    elif hasattr(pipeline, "save_single_file"):
         pipeline.save_single_file(target, overwrite=overwrite)
-    what = component.value if component is not None else type(pipeline).__name__
-    typer.echo(f"{target}: {what}")
+    else:
+        raise ValueError(f"a {type(pipeline).__name__} has no text encoder and no single file; convert to a folder")
 
 
 def convert_adapter(kind: str, source: Path, target: Path, to: Form | None, ckpt: bool, overwrite: bool) -> None:
     """A LoRA or an embedding."""
     if kind == "embedding":
-        check_form(to, EMBEDDING_FORMS, "an embedding")
         from latentdiff.interchange.embeddings import convert_embedding
 
-        found = convert_embedding(
-            source, target, ckpt, to="a1111" if to is Form.a1111 else "diffusers", overwrite=overwrite
-        )
+        form: Any = to or Form.diffusers
+        found = convert_embedding(source, target, ckpt, to=form.value, overwrite=overwrite)
         words = ", ".join(f"{word} ({number} vectors of {width})" for word, (number, width) in found.words.items())
         typer.echo(f"{found.file}: {words}")
         return
-    if to is None:
-        raise ValueError(f"{source} is a LoRA; say in which format to write it: --to {', '.join(LORA_FORMS)}")
-    check_form(to, LORA_FORMS, "a LoRA")
     from latentdiff.interchange.lora.formats import convert_lora
 
-    report = convert_lora(source, target, to.value, overwrite=overwrite)  # type: ignore[arg-type]
+    report = convert_lora(source, target, to.value, overwrite=overwrite)  # type: ignore[arg-type, union-attr]
     layers = ", ".join(f"{count} layers of the {network}" for network, count in report.layers.items())
     typer.echo(f"{', '.join(map(str, report.files))}: from {report.source_format}, {layers}")
-
-
-def check_form(to: Form | None, forms: tuple[Form | None, ...], what: str) -> None:
-    if to not in forms:
-        known = ", ".join(form for form in forms if form is not None)
-        raise ValueError(f"--to {to}: {what} can be converted to {known}")
-
-
-def check_options(
-    form: Form, variant: str | None, component: Component | None, dtype: Precision | None, overwrite: bool
-) -> None:
-    """Raises ValueError for options that have nothing to act on."""
-    if form is not Form.folder:
-        refuse("a single file" if form is Form.file else "ONNX", {"--variant": variant})
-    if form is Form.onnx:
-        refuse("ONNX", {"--component": component, "--dtype": dtype, "--overwrite": overwrite or None})
-
-
-def check_place(form: Form, target: Path, overwrite: bool) -> None:
-    """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
-    from latentdiff.interchange.single_file import check_target
-    from latentdiff.pipelines.storage.converting import is_free
-
-    if form is Form.file:
-        check_target(target, overwrite)
-    else:
-        is_free(target, overwrite)
-
-
-def refuse(what: str, options: dict[str, Any]) -> None:
-    """Raises ValueError for options that are given and have no meaning for `what`."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} does nothing for {what}; leave it out")

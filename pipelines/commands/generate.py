@@ -1,34 +1,29 @@
 """``latentdiff generate``."""
 
-import inspect
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.pipelines.batch.options import GenerateOptions
-from latentdiff.pipelines.commands.grouped import grouped
+from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions
 from latentdiff.pipelines.commands.options import (
-    BATCH,
     INTERRUPTED,
     LoadingOptions,
     find_place,
+    grouped,
     load_pipeline,
-    read_embeddings,
-    read_loras,
 )
 from latentdiff.pipelines.registry import kind_in
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.batch.record import Settings
-    from latentdiff.pipelines.commands.drawing import Writer
+    from latentdiff.pipelines.batch.draw import Drawn, PictureWriter
 
 FRAMES = 8  # of a filmstrip
-MOST = 4096  # pictures in a grid
 
 
 @dataclass(frozen=True)
@@ -84,27 +79,28 @@ def generate(
     A picture drawn earlier by this program is replaced, other files are not.
     """
     check_request(prompts, count, source, drawing)
-    files = files_of(target, prompts, count, drawing.candidates)
+    total = len(prompts) * count
+    files = files_of(target, prompts[0], total, drawing.candidates)
     place = find_place(loading.model, loading.variant)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
     digest = digest_in_background(place, loading.variant)
     started = time.perf_counter()
-    from latentdiff.pipelines.batch.drawing import load_adapters, read_inputs
-    from latentdiff.pipelines.commands.drawing import Writer, plan_batches
+    from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
 
     inputs, used = read_inputs(source.image, source.mask)
     kind = pipeline_kind(place, source.image, source.mask)
     pipeline = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, variant=loading.variant)
-    settings = settings_of(pipeline, loading, source, drawing, inputs.image, used)
+    asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
+    asked["variation_strength"] = 0.0 if source.variation_seed is None else drawing.variation_strength
+    settings = settings_of(pipeline, loading.model, asked, inputs)
     load_adapters(pipeline, settings.loras, settings.embeddings)
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
-    total = len(prompts) * count
-    writer = Writer(
+    writer = PictureWriter(
         pipeline,
         settings,
-        plan_batches(prompts, drawing.candidates or count, seed, source.variation_seed),
+        plan_batches(prompts, drawing.candidates or count, seed, source.variation_seed, BATCH),
         files,
         columns=count if len(prompts) > 1 and count > 1 else round_up_root(total),
         digest=digest.result,
@@ -116,65 +112,42 @@ def generate(
     typer.echo(f"{files_text(files)}: {seeds}, {time.perf_counter() - started:.1f} s")
 
 
-def settings_of(
-    pipeline: Any,
-    loading: LoadingOptions,
-    source: SourceOptions,
-    drawing: GenerateOptions,
-    image: Any,
-    used: dict[str, Any],
-) -> "Settings":
-    """What the pictures' record says: what was asked for, and the model's own where nothing was.
-
-    Args:
-        image: to start from, if there is one.
-        used: the files that image and mask are from.
-    """
-    from latentdiff import __version__
-    from latentdiff.pipelines.batch.record import Settings
-
-    asked = {name: value for name, value in vars(drawing).items() if value is not None}
-    decided = {
-        **pipeline.defaults,
-        "negative_prompt": None,
-        **asked,
-        **picture_size(pipeline, image, drawing.width, drawing.height),
-        "strength": usual_strength(pipeline) if image is not None and drawing.strength is None else drawing.strength,
-        "variation_strength": 0.0 if source.variation_seed is None else drawing.variation_strength,
-    }
-    return Settings(
-        model=loading.model,
-        variant=loading.variant,
-        loras=read_loras(loading.lora),
-        embeddings=read_embeddings(loading.embedding),
-        scheduler=type(pipeline.scheduler).__name__,
-        precision=loading.precision.value,
-        version=__version__,
-        **used,
-        **decided,
-    )
-
-
-def draw(writer: "Writer", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
+def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
     """Draw and write; after Ctrl-C the finished pictures stay, and are listed."""
-    from latentdiff.pipelines.commands.drawing import best_of_each, draw_all, draw_with_filmstrip
+    from latentdiff.pipelines.batch.draw import best_of_each
 
     try:
-        pictures = draw_all(writer.pipeline, writer.settings, writer.batches, inputs)
-        if filmstrip is not None:
-            pictures = iter(draw_with_filmstrip(writer, inputs, filmstrip, FRAMES))
+        pictures = draw_pictures(writer, inputs, filmstrip)
         if writer.settings.candidates is not None:
             pictures = best_of_each(pictures, prompts, count, writer.settings, writer.pipeline.device)
         for one in pictures:
             writer.add(one)
         writer.finish()
-        writer.report()
     except KeyboardInterrupt:
         writer.finish()
         total = len(prompts) * count
         where = f": {files_text(writer.written)}" if writer.written else ""
         typer.echo(f"Stopped; {len(writer.drawn)} of {total} pictures were drawn{where}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    for i, one in enumerate(writer.drawn):
+        if one.score is not None:
+            typer.echo(f"{writer.name_of(i)}: CLIP score {one.score:.1f}, seed {writer.seed_of(one)}")
+        if one.withheld:
+            typer.echo(f"{writer.name_of(i)}: withheld by the model's safety checker; it is black", err=True)
+
+
+def draw_pictures(writer: "PictureWriter", inputs: Any, filmstrip: Path | None) -> Iterator["Drawn"]:
+    """All pictures of the writer's batches, each as soon as its batch is finished; or a filmstrip of the only batch."""
+    from latentdiff.interchange.png import save_picture
+    from latentdiff.pipelines.batch import draw
+
+    for number, batch in enumerate(writer.batches):
+        if filmstrip is None:
+            drawn = draw.draw_batch(writer.pipeline, writer.settings, batch, inputs, number)
+        else:
+            strip, drawn = draw.draw_filmstrip(writer.pipeline, writer.settings, batch, inputs, FRAMES)
+            save_picture(strip, filmstrip, writer.record(drawn, filmstrip=FRAMES).dump())
+        yield from drawn
 
 
 def check_request(prompts: list[str], count: int, source: SourceOptions, drawing: GenerateOptions) -> None:
@@ -198,59 +171,33 @@ def check_request(prompts: list[str], count: int, source: SourceOptions, drawing
         typer.echo(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
 
 
-def files_of(target: TargetOptions, prompts: list[str], count: int, candidates: int | None) -> list[Path]:
-    """The files to write, after it is known that they can be: one for each picture, or one for all."""
-    total = len(prompts) * count
-    output = target.output or Path(f"{slug(prompts[0])}.png")
-    files = numbered(output, total) if target.separate and total > 1 else [output]
-    check_files(files, target.filmstrip, target.overwrite, candidates, total)
-    return files
+def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | None) -> list[Path]:
+    """The files to write: one for each picture, or one for all.
 
-
-def check_files(files: list[Path], filmstrip: Path | None, overwrite: bool, candidates: int | None, total: int) -> None:
-    """Raises ValueError or FileExistsError for an output that cannot or must not be written."""
+    Raises:
+        ValueError, FileExistsError: an output cannot or must not be written.
+    """
     from latentdiff.interchange.png import check_output
 
-    if total > MOST and len(files) == 1:
+    slug = re.sub(r"[^\w]+", "-", prompt.strip().lower()).strip("-")[:60] or "picture"
+    output, filmstrip = target.output or Path(f"{slug}.png"), target.filmstrip
+    files = [output]
+    if target.separate and total > 1:
+        files = [output.with_stem(f"{output.stem}-{i + 1:0{len(str(total))}d}") for i in range(total)]
+    elif total > MOST:
         raise ValueError(f"{total} pictures are too many for one grid, {MOST} are the most; say --separate")
     for file in files if filmstrip is None else [*files, filmstrip]:
-        check_output(file, overwrite)
-    if filmstrip is None:
-        return
+        check_output(file, target.overwrite)
     if filmstrip in files:
         raise ValueError(f"{filmstrip}: the filmstrip needs a file of its own")
-    if total > BATCH or candidates is not None:
+    if filmstrip is not None and (total > BATCH or candidates is not None):
         raise ValueError(f"--filmstrip shows up to {BATCH} pictures, and no candidates; draw fewer")
+    return files
 
 
 def pipeline_kind(place: Path, image: object, mask: object) -> str:
     """The class that draws with the model in `place` from what is given of the two."""
     return kind_in(place, [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]).name
-
-
-def usual_strength(pipeline: Any) -> float:
-    """Of a call that starts from a picture and says nothing else."""
-    return float(inspect.signature(type(pipeline).__call__).parameters["strength"].default)
-
-
-def picture_size(pipeline: Any, image: Any, width: int | None, height: int | None) -> dict[str, Any]:
-    """Width and height of what is drawn."""
-    if image is not None and None in (width, height):
-        from latentdiff.pipelines.batch.drawing import input_size
-
-        usual = pipeline.picture_size(None, None)[::-1]
-        width, height = input_size(image, width, height, usual, pipeline.vae_scale_factor)
-    height, width = pipeline.picture_size(height, width)
-    return {"width": width, "height": height}
-
-
-def slug(prompt: str) -> str:
-    """A file name from a prompt."""
-    return re.sub(r"[^\w]+", "-", prompt.strip().lower()).strip("-")[:60] or "picture"
-
-
-def numbered(output: Path, total: int) -> list[Path]:
-    return [output.with_stem(f"{output.stem}-{i + 1:0{len(str(total))}d}") for i in range(total)]
 
 
 def round_up_root(total: int) -> int:

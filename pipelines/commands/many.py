@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.pipelines.batch.options import DrawingOptions
-from latentdiff.pipelines.commands.grouped import grouped
+from latentdiff.pipelines.batch.options import BATCH, DrawingOptions
 from latentdiff.pipelines.commands.options import (
-    BATCH,
     INTERRUPTED,
     Device,
     LoadingOptions,
     find_place,
+    grouped,
     load_pipeline,
     pick_device,
-    read_embeddings,
-    read_loras,
 )
 from latentdiff.pipelines.registry import kind_in
 
@@ -62,7 +59,7 @@ def many(
 
     digest = digest_in_background(place, variant)
     started = time.perf_counter()
-    from latentdiff.pipelines.batch.drawing import load_adapters
+    from latentdiff.pipelines.batch.draw import load_adapters
     from latentdiff.pipelines.batch.many import draw_many
 
     of_process = place_of_process(loading.device)
@@ -70,8 +67,8 @@ def many(
         place, loading.device, loading.precision, loading.scheduler, kind_in(place).name, of_process, variant
     )
     pipeline.set_progress_bar_config(disable=True)
-    adapters: dict[str, Any] = {"loras": read_loras(loading.lora), "embeddings": read_embeddings(loading.embedding)}
-    load_adapters(pipeline, **adapters)
+    adapters = loading.adapters()
+    load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
     with Watch(output) as watch:
         report = draw_many(
             pipeline,

@@ -1,21 +1,25 @@
 """What the commands share: options, and the pipeline that they ask for."""
 
+import inspect
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from annotated_types import Ge, Le
 
+from latentdiff.pipelines.batch.options import Option
 from latentdiff.pipelines.registry import find_kind
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.text import TextPipeline
 
 
-BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
@@ -67,6 +71,31 @@ class LoadingOptions:
     ] = None
     device: DeviceOption = Device.auto
     precision: PrecisionOption = Precision.float32
+
+    def adapters(self) -> dict[str, list[Any]]:
+        """The LoRAs and embeddings as a record names them; a folder or a model on the hub stands for the file in it.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it cannot be one.
+        """
+        from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES, find_adapter
+        from latentdiff.interchange.fingerprint import file_digest
+        from latentdiff.pipelines.batch.record import Embedding, Lora
+
+        loras, embeddings = [], []
+        for argument in self.lora or []:
+            source, scale = split_last(argument)
+            try:
+                strength = 1.0 if scale is None else float(scale)
+            except ValueError:
+                source, strength = argument, 1.0
+            file = find_adapter(source, LORA_NAMES)
+            loras.append(Lora(file=str(file), sha256=file_digest(file), scale=strength))
+        for argument in self.embedding or []:
+            source, word = split_last(argument)
+            file = find_adapter(source, EMBEDDING_NAMES)
+            embeddings.append(Embedding(file=str(file), sha256=file_digest(file), word=word))
+        return {"loras": loras, "embeddings": embeddings}
 
 
 def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Path:
@@ -149,52 +178,22 @@ def be_quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def pick_device(device: Device) -> str:
-    """Raises ValueError if there is no such device here."""
+def devices_here() -> list[str]:
+    """Where this machine can compute, the fastest first."""
     import torch
 
-    have = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name in there if there[name]]
+
+
+def pick_device(device: Device) -> str:
+    """Raises ValueError if there is no such device here."""
+    here = devices_here()
     if device is Device.auto:
-        return next(one for one, there in have.items() if there).value
-    if not have[device]:
+        return here[0]
+    if device.value not in here:
         raise ValueError(f"this machine has no {device.value} device; leave --device out, or say --device cpu")
     return device.value
-
-
-def read_loras(arguments: list[str] | None) -> list[Any]:
-    """``FILE[:SCALE]`` each, as `record.Lora`; a folder or a model on the hub stands for the file in it.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it cannot be one.
-    """
-    from latentdiff.interchange.adapter_files import LORA_NAMES, find_adapter
-    from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.batch.record import Lora
-
-    found = []
-    for argument in arguments or []:
-        source, scale = split_last(argument)
-        try:
-            strength = 1.0 if scale is None else float(scale)
-        except ValueError:
-            source, strength = argument, 1.0
-        file = find_adapter(source, LORA_NAMES)
-        found.append(Lora(file=str(file), sha256=file_digest(file), scale=strength))
-    return found
-
-
-def read_embeddings(arguments: list[str] | None) -> list[Any]:
-    """``FILE[:WORD]`` each, as `record.Embedding`."""
-    from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, find_adapter
-    from latentdiff.interchange.fingerprint import file_digest
-    from latentdiff.pipelines.batch.record import Embedding
-
-    found = []
-    for argument in arguments or []:
-        source, word = split_last(argument)
-        file = find_adapter(source, EMBEDDING_NAMES)
-        found.append(Embedding(file=str(file), sha256=file_digest(file), word=word))
-    return found
 
 
 def split_last(argument: str) -> tuple[str, str | None]:
@@ -203,3 +202,61 @@ def split_last(argument: str) -> tuple[str, str | None]:
     if not colon or not before or os.path.exists(argument) or after.startswith(("/", "\\")):
         return argument, None
     return before, after
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer, with the fields of its parameters that are dataclasses as options of their own.
+
+    A field's annotation has a ``typer.Option`` or one of our `Option` in it; its default is the option's. Fields of
+    several classes must have different names.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind) and isinstance(kind, type):
+            groups[parameter.name] = kind
+            parameters += parameters_of(kind)
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {
+            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)}) for name, kind in groups.items()
+        }
+        command(**given, **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def parameters_of(options: type) -> list[inspect.Parameter]:
+    """A keyword for each field of a dataclass."""
+    hints = get_type_hints(options, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=for_typer(field.name, hints[field.name]),
+        )
+        for field in fields(options)
+    ]
+
+
+def for_typer(name: str, hint: Any) -> Any:
+    """An annotation with what typer shows: its own, or made of an `Option` and the limits beside it."""
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"the option {name} has no description")
+    kind, *notes = get_args(hint)
+    option = next((note for note in notes if isinstance(note, Option)), None)
+    if option is None:
+        return hint
+    least: Any = next((note.ge for note in notes if isinstance(note, Ge)), None)
+    most: Any = next((note.le for note in notes if isinstance(note, Le)), None)
+    flag = option.flag or f"--{name.replace('_', '-')}"
+    shown = typer.Option(flag, help=option.help, metavar=option.metavar, min=least, max=most)
+    return Annotated[kind, shown]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.pipelines.commands.generate import pipeline_kind
-from latentdiff.pipelines.commands.options import Device, Precision, find_place, load_pipeline
+from latentdiff.pipelines.commands.options import Device, Precision, devices_here, find_place, load_pipeline
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,14 +53,16 @@ def replay(
     digest = digest_in_background(place, record.variant)
 
     started = time.perf_counter()
-    from latentdiff.pipelines.batch.drawing import load_adapters, redraw, this_machine
+    from latentdiff.pipelines.batch.draw import load_adapters, redraw, this_machine
 
     inputs = find_inputs(record, picture.parent)
     set_threads(record, threads)
-    where_to = pick_replay_device(record, device)
+    if device is None:
+        then = record.machine.device
+        device = Device(then) if then in devices_here() else Device.auto
     precision = Precision(record.precision)
     kind = pipeline_kind(place, record.image, record.mask)
-    pipeline: Any = load_pipeline(place, where_to, precision, None, kind, variant=record.variant)
+    pipeline: Any = load_pipeline(place, device, precision, None, kind, variant=record.variant)
     found = check_model(record, picture, pipeline, digest.result(), any_model)
     set_scheduler(pipeline, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
@@ -96,20 +98,10 @@ def find_model_of(record: "Record", model: str | None) -> Path:
 
 def find_inputs(record: "Record", beside: Path) -> Any:
     """The pictures that it was drawn from, which must be what they were."""
-    from latentdiff.pipelines.batch.drawing import find_used, read_inputs
+    from latentdiff.pipelines.batch.draw import find_used, read_inputs
 
     files = [None if used is None else find_used(used, beside) for used in (record.image, record.mask)]
     return read_inputs(*files)[0]
-
-
-def pick_replay_device(record: "Record", device: Device | None) -> Device:
-    """As asked for; else as it was drawn, if there is such a device here."""
-    if device is not None:
-        return device
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return Device(record.machine.device) if there.get(record.machine.device) else Device.auto
 
 
 def set_threads(record: "Record", threads: int | None) -> None:

@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
+from latentdiff.pipelines.batch import draw
 from latentdiff.pipelines.batch.record import read_record
-from latentdiff.pipelines.commands import drawing
 
 Run = Callable[..., int]
 
@@ -198,7 +198,7 @@ class Interrupting:
     """Stops a drawing as Ctrl-C does, in the second batch."""
 
     def __init__(self, calls: int = 2) -> None:
-        self.calls, self.draw = calls, drawing.draw_batch
+        self.calls, self.draw = calls, draw.draw_batch
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls -= 1
@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_what_is_finished(
 ) -> None:
     options = ["-n", "12", "--steps", "2", "-o", "cups.png", "--seed", "4", *(["--separate"] if separate else [])]
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "draw_batch", Interrupting())
+        patch.setattr(draw, "draw_batch", Interrupting())
         assert run("generate", "a cup", "--model", model, *options) == 130
     error = capsys.readouterr().err
     assert "Stopped; 8 of 12 pictures were drawn: cups" in error
@@ -284,8 +284,8 @@ def test_mistakes(
 
 def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> None:
     """On "meta" nothing is computed, and torch says so when the scores are asked for."""
-    from latentdiff.pipelines.batch.record import Settings
-    from latentdiff.pipelines.commands.drawing import Drawn, best_of_each
+    from latentdiff.pipelines.batch.draw import best_of_each
+    from latentdiff.pipelines.batch.record import Drawn, Settings
     from latentdiff.pipelines.core import candidates
 
     settings = Settings(

@@ -1,0 +1,320 @@
+"""From settings and records to pictures: source pictures found, adapters loaded, batches planned and drawn."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from pydantic import ValidationError
+
+from latentdiff import __version__
+from latentdiff.interchange.fingerprint import file_digest
+from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.pipelines.batch.options import GenerateOptions, defaults_of, first_problem
+from latentdiff.pipelines.batch.record import (
+    Batch,
+    Drawn,
+    Embedding,
+    Lora,
+    Machine,
+    Record,
+    Settings,
+    UsedFile,
+    record_of,
+)
+from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import upright_rgb
+from latentdiff.pipelines.core.previews import filmstrip
+
+
+@dataclass(frozen=True)
+class SourcePictures:
+    """Pictures to draw from, as they are in their files: upright, RGB; the mask of one channel."""
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    def at(self, width: int, height: int) -> dict[str, Image.Image]:
+        """As arguments of a call: brought to a size, cut at the edges where the shape differs."""
+        named = {"image": self.image, "mask_image": self.mask}
+        return {
+            name: ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS)
+            for name, one in named.items()
+            if one is not None
+        }
+
+
+def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, dict[str, UsedFile]]:
+    """Pictures to draw from, and what a record says of them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_picture`; or picture and mask differ in size.
+    """
+    if mask is not None and image is None:
+        raise ValueError(f"{mask}: a mask needs the picture that it is of")
+    used: dict[str, UsedFile] = {}
+    found: dict[str, Image.Image] = {}
+    for name, file in (("image", image), ("mask", mask)):
+        if file is not None:
+            picture, digest = read_picture(file)
+            found[name] = upright_rgb(picture)
+            used[name] = UsedFile(file=str(file), sha256=digest)
+    if "mask" in found:
+        found["mask"] = found["mask"].convert("L")
+        if found["mask"].size != found["image"].size:
+            sizes = ["{} x {}".format(*found[name].size) for name in ("image", "mask")]
+            raise ValueError(
+                f"{image} has {sizes[0]} pixels and {mask} has {sizes[1]}; a mask must be as large as its picture"
+            )
+    return SourcePictures(**found), used
+
+
+def size_from_picture(pipeline: Any, image: Image.Image, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height to draw from a picture at.
+
+    Args:
+        width, height: as asked for; if one is missing it is what keeps the picture's shape, if both are, the picture
+            is brought to the area that the model was trained on.
+    """
+    if width is not None and height is not None:
+        return width, height
+    if width is not None:
+        scale = width / image.width
+    elif height is not None:
+        scale = height / image.height
+    else:
+        usual_height, usual_width = pipeline.picture_size(None, None)
+        scale = (usual_width * usual_height / (image.width * image.height)) ** 0.5
+    factor = pipeline.vae_scale_factor
+    near = [max(1, round(side * scale / factor)) * factor for side in image.size]
+    return near[0] if width is None else width, near[1] if height is None else height
+
+
+def settings_of(
+    pipeline: Any, model: str, asked: Mapping[str, Any], inputs: SourcePictures = SourcePictures()
+) -> Settings:
+    """The settings of pictures: what was asked for, and the model's own where nothing was.
+
+    Args:
+        model: its name, for the record.
+        asked: fields of `Settings`; None is as if it were not there.
+
+    Raises:
+        ValueError: an unknown name or a value that cannot be used.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if inputs.image is not None:
+        given["width"], given["height"] = size_from_picture(
+            pipeline, inputs.image, given.get("width"), given.get("height")
+        )
+        given.setdefault("strength", inspect.signature(type(pipeline).__call__).parameters["strength"].default)
+    height, width = pipeline.picture_size(given.get("height"), given.get("width"))
+    values = {
+        "negative_prompt": None,
+        **pipeline.defaults,
+        **given,
+        "model": model,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
+        "height": height,
+        "width": width,
+        "version": __version__,
+    }
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
+def plan_batches(prompts: Sequence[str], count: int, seed: int, variation_seed: int | None, size: int) -> list[Batch]:
+    """`count` pictures of each prompt, `size` to a batch.
+
+    Picture i has ``seed + i``; variations all have ``seed``, and the i-th has ``variation_seed + i``.
+
+    Raises:
+        ValueError: the seeds would become too large.
+    """
+    pictures = [prompt for prompt in prompts for _ in range(count)]
+    for first in (seed, variation_seed or 0):
+        if first + len(pictures) > 2**63:
+            raise ValueError(f"the seed {first} is too large: the last picture's must be below 2**63")
+    batches = []
+    for i in range(0, len(pictures), size):
+        part = pictures[i : i + size]
+        numbers = range(i, i + len(part))
+        if variation_seed is None:
+            batches.append(Batch(prompts=part, seeds=[seed + n for n in numbers]))
+        else:
+            varied = [variation_seed + n for n in numbers]
+            batches.append(Batch(prompts=part, seeds=[seed] * len(part), variation_seeds=varied))
+    return batches
+
+
+def call_arguments(settings: Settings, batch: Batch, inputs: SourcePictures) -> dict[str, Any]:
+    """What a pipeline is called with to draw `batch`."""
+    usual = defaults_of(GenerateOptions)
+    elsewhere = ("candidates", "reranker", "variation_strength", "height", "width")
+    given = {name: getattr(settings, name) for name in usual if name not in elsewhere}
+    arguments: dict[str, Any] = {
+        "prompt": batch.prompts,
+        "seed": batch.seeds,
+        **{name: value for name, value in given.items() if value != usual[name]},
+        **inputs.at(settings.width, settings.height),
+    }
+    if settings.image is None or settings.mask is not None:
+        arguments |= {"height": settings.height, "width": settings.width}
+    if batch.variation_seeds is not None:
+        arguments |= {"variation_seed": batch.variation_seeds, "variation_strength": settings.variation_strength}
+    return arguments
+
+
+def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, number: int = 0) -> list[Drawn]:
+    """The pictures of `batch`, which is the batch with this `number`."""
+    return drawn_of(pipeline(**call_arguments(settings, batch, inputs)), number)
+
+
+def draw_filmstrip(
+    pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, frames: int
+) -> tuple[Image.Image, list[Drawn]]:
+    """The drawing of `batch` as one picture, a row for each of its pictures; and the pictures."""
+    strip, output = filmstrip(pipeline.stream(**call_arguments(settings, batch, inputs)), frames)
+    return strip, drawn_of(output, 0)
+
+
+def drawn_of(output: ImagesOutput, batch: int) -> list[Drawn]:
+    """What a call gave, picture by picture."""
+    withheld = output.nsfw_content_detected or [False] * len(output.images)
+    return [Drawn(image, (batch, i), bool(withheld[i])) for i, image in enumerate(output.images)]
+
+
+def best_of_each(
+    pictures: Iterator[Drawn], prompts: Sequence[str], keep: int, settings: Settings, device: Any
+) -> Iterator[Drawn]:
+    """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there.
+
+    Args:
+        device: where they are compared.
+    """
+    from latentdiff.pipelines.core.candidates import best_of, load_reranker
+    from latentdiff.text.weights import without_weights
+
+    reranker = load_reranker(settings.reranker, device)
+    assert settings.candidates is not None
+    for prompt in prompts:
+        candidates = [next(pictures) for _ in range(settings.candidates)]
+        caption = without_weights(prompt) if settings.prompt_weights else prompt
+        images, withheld = [one.image for one in candidates], [one.withheld for one in candidates]
+        best, scores = best_of(images, [caption], settings.candidates, keep, reranker, withheld)
+        for number, score in zip(best, scores, strict=True):
+            yield replace(candidates[number], score=score)
+
+
+@dataclass
+class PictureWriter:
+    """Puts finished pictures into files: each into its own, or all into one.
+
+    Args:
+        files: one for each picture, or one for all.
+        columns: of the grid, where there is one file for all.
+        digest: of the model; asked for when the first file is written.
+    """
+
+    pipeline: Any
+    settings: Settings
+    batches: Sequence[Batch]
+    files: Sequence[Path]
+    columns: int
+    digest: Callable[[], str]
+    drawn: list[Drawn] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
+
+    def add(self, one: Drawn) -> None:
+        self.drawn.append(one)
+        if len(self.files) > 1:
+            self._write([one], self.files[len(self.drawn) - 1])
+
+    def finish(self) -> None:
+        """Write what belongs together; after a stop, as much of it as there is."""
+        if len(self.files) == 1 and self.drawn:
+            self._write(self.drawn, self.files[0])
+
+    def _write(self, drawn: Sequence[Drawn], file: Path) -> None:
+        columns = min(self.columns, len(drawn))
+        save_picture(in_one([one.image for one in drawn], columns), file, self.record(drawn, columns=columns).dump())
+        self.written.append(file)
+
+    def record(self, drawn: Sequence[Drawn], **more: Any) -> Record:
+        """Of a file with these pictures; `more` as in `record_of`."""
+        settings = self.settings.model_copy(update={"model_digest": self.digest()})
+        return record_of(settings, self.batches, drawn, this_machine(self.pipeline), **more)
+
+    def seed_of(self, one: Drawn) -> int:
+        batch, number = one.place
+        return (self.batches[batch].variation_seeds or self.batches[batch].seeds)[number]
+
+    def name_of(self, number: int) -> str:
+        """How to call the picture with this number among those that are drawn."""
+        if len(self.files) > 1:
+            return str(self.files[number])
+        return f"picture {number + 1} in {self.files[0]}" if len(self.drawn) > 1 else str(self.files[0])
+
+
+def redraw(pipeline: Any, record: Record, inputs: SourcePictures) -> Image.Image:
+    """What the file of `record` shows, drawn again."""
+    if record.filmstrip is not None:
+        return draw_filmstrip(pipeline, record, record.batches[0], inputs, record.filmstrip)[0]
+    drawn = [draw_batch(pipeline, record, batch, inputs) for batch in record.batches]
+    return in_one([drawn[batch][number].image for batch, number in record.pictures], record.columns)
+
+
+def in_one(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """A single picture as it is, several as a grid."""
+    return images[0] if len(images) == 1 else image_grid(images, columns)
+
+
+def load_adapters(
+    pipeline: Any, loras: Sequence[Lora], embeddings: Sequence[Embedding], beside: Path | None = None
+) -> None:
+    """Load LoRAs and new words into a pipeline.
+
+    Args:
+        beside: where else to look for their files, which then must be what they were.
+    """
+    for i, lora in enumerate(loras):
+        file = Path(lora.file) if beside is None else find_used(lora, beside)
+        pipeline.load_lora_weights(file, adapter_name=f"lora_{i}")
+    if loras:
+        pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.scale for lora in loras])
+    for embedding in embeddings:
+        file = Path(embedding.file) if beside is None else find_used(embedding, beside)
+        pipeline.load_textual_inversion(file, token=embedding.word)
+
+
+def find_used(used: UsedFile, beside: Path) -> Path:
+    """A file that a record names: where it says, or by its name in the folder `beside`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not what it was.
+    """
+    named = Path(used.file).expanduser()
+    places = [place for place in (named, beside / named.name) if place.is_file()]
+    for place in places:
+        if file_digest(place) == used.sha256:
+            return place
+    if not places:
+        raise FileNotFoundError(
+            f"{used.file}, which this picture was made with, is not there, nor beside the picture; put it back"
+        )
+    raise ValueError(f"{used.file} has changed since this picture was made with it; put the old one back")
+
+
+def this_machine(pipeline: Any) -> Machine:
+    """Where `pipeline` draws."""
+    device = pipeline.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return Machine(device=device.type, processor=name, threads=torch.get_num_threads(), torch=torch.__version__)
