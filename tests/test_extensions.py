@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from latentdiff import TextToImagePipeline, cli
-from latentdiff.diffusion import processes
+from latentdiff.diffusion import process
 from latentdiff.extensions import VARIABLE, load_extensions
 from latentdiff.interchange.png import read_settings
 from latentdiff.pipelines import registry
@@ -29,7 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.setattr(registry, "KINDS", [*registry.KINDS])
-    monkeypatch.setattr(processes, "_PROCESSES", [*processes._PROCESSES])
+    monkeypatch.setattr(process, "PROCESSES", [*process.PROCESSES])
     for name in ("postcards.py", "second_encoder.py", "straight_flow.py"):
         shutil.copy(EXAMPLES / name, name)
 
@@ -263,15 +263,15 @@ def test_a_flow_refuses_schedulers_of_betas(
 ) -> None:
     load_extensions(["straight_flow.py"])
     pipeline = tiny_pipeline("clip")
-    pipeline.scheduler = processes.known_processes()["straight_flow"](shift=2.0).scheduler()
+    pipeline.scheduler = process.known_processes()["straight_flow"](shift=2.0).scheduler()
     pipeline.save_pretrained("model")
     assert run("generate", "a cup", "--model", "model", "--scheduler", name, "-o", "cup.png") == 2
     assert "cannot sample from a flow; use FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
     assert not Path("cup.png").exists()
-    assert processes.process_of(pipeline.scheduler).name == "straight_flow"
+    assert process.process_of(pipeline.scheduler).name == "straight_flow"
     for other in (
         diffusers.FlowMatchHeunDiscreteScheduler(),
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     ):
         with pytest.raises(ValueError, match=r"no noise levels of a diffusion process"):
-            processes.process_of(other)
+            process.process_of(other)

@@ -6,8 +6,7 @@ from typing import Any, Self
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from latentdiff.diffusion import Process, register_process
-from latentdiff.diffusion.targets import Target
+from latentdiff.diffusion import Process, Target, register_process
 
 
 class Velocity(Target):

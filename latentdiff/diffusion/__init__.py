@@ -1,25 +1,24 @@
-"""Diffusion mathematics: the contract of a process, Gaussian diffusion, schedules, losses, guidance, samplers."""
+"""Diffusion mathematics: the contract of a process, Gaussian diffusion, noise schedules, losses, guidance, samplers."""
 
-from latentdiff.diffusion.gaussian import GaussianDiffusion
-from latentdiff.diffusion.likelihood import bits_per_dimension
-from latentdiff.diffusion.losses import training_losses
-from latentdiff.diffusion.process import Process
-from latentdiff.diffusion.processes import (
+from latentdiff.diffusion.betas import make_betas, rescale_zero_terminal_snr
+from latentdiff.diffusion.gaussian import GaussianDiffusion  # registers itself, before any other process can
+from latentdiff.diffusion.losses import bits_per_dimension, training_losses
+from latentdiff.diffusion.process import (
+    Process,
+    Target,
     build_scheduler,
     known_processes,
     process_from_config,
     process_of,
     register_process,
-    scheduler_config,
 )
-from latentdiff.diffusion.respacing import space_timesteps
-from latentdiff.diffusion.schedules import make_betas, rescale_zero_terminal_snr
-from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.diffusion.timesteps import LossSecondMoment, space_timesteps
 
 __all__ = [
     "GaussianDiffusion",
     "LossSecondMoment",
     "Process",
+    "Target",
     "bits_per_dimension",
     "build_scheduler",
     "known_processes",
@@ -28,7 +27,6 @@ __all__ = [
     "process_of",
     "register_process",
     "rescale_zero_terminal_snr",
-    "scheduler_config",
     "space_timesteps",
     "training_losses",
 ]

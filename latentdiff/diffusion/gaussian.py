@@ -6,29 +6,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.bounds import gaussian_log_likelihood
-from latentdiff.diffusion.losses import LogLikelihood, simple_loss, training_losses
-from latentdiff.diffusion.posterior import GaussianProcess
-from latentdiff.diffusion.respacing import space_timesteps
-from latentdiff.diffusion.schedulers import (
-    make_scheduler,
-    process_settings,
-    samples_from_betas,
-    settings_of_betas,
-    variance_name,
-)
-from latentdiff.diffusion.schedules import check_betas, make_betas, rescale_zero_terminal_snr
-from latentdiff.diffusion.targets import TARGETS
+from latentdiff.diffusion.betas import check_betas, make_betas, rescale_zero_terminal_snr, schedule_ends
+from latentdiff.diffusion.ddpm_formulas import GaussianProcess
+from latentdiff.diffusion.losses import LogLikelihood, gaussian_log_likelihood, simple_loss, training_losses
+from latentdiff.diffusion.process import TARGETS, register_process
+from latentdiff.diffusion.schedulers import make_scheduler, process_settings, samples_from_betas, variance_name
+from latentdiff.diffusion.timesteps import space_timesteps
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LOSS_TYPES = ("simple", "l1", "hybrid", "bound")
 
 
+@register_process
 class GaussianDiffusion(GaussianProcess):
     """The diffusion process of DDPM (Ho et al. 2020) and its relatives.
 
     Args:
-        schedule: a name in ``latentdiff.diffusion.schedules.SCHEDULES``.
+        schedule: a name in ``latentdiff.diffusion.betas.SCHEDULES``.
         num_timesteps: T; timesteps run from 0 (almost clean) to T - 1 (almost or wholly noise).
         prediction_type: ``"epsilon"`` (DDPM, Ho et al. 2020), ``"v_prediction"`` (Salimans & Ho 2022) or
             ``"sample"`` (x0 itself).
@@ -133,8 +127,15 @@ class GaussianDiffusion(GaussianProcess):
         )
 
     def scheduler_config(self) -> dict[str, Any]:
+        name = {"cosine": "squaredcos_cap_v2"}.get(self.schedule, self.schedule)
+        if self.given_betas is not None:
+            betas: dict[str, Any] = {"trained_betas": self.given_betas.tolist()}
+        else:
+            ends = schedule_ends(name, self.beta_start, self.beta_end)
+            betas = dict(zip(("beta_start", "beta_end"), ends, strict=False))
         return {
-            **settings_of_betas(self.schedule, self.given_betas, self.beta_start, self.beta_end),
+            "beta_schedule": name,
+            **betas,
             "num_train_timesteps": self.num_timesteps,
             "prediction_type": self.prediction_type,
             "variance_type": self.variance_type,
@@ -204,10 +205,6 @@ class GaussianDiffusion(GaussianProcess):
     def model_time(self, times: Tensor) -> Tensor:
         """What a network receives for these timesteps, (B,) long: the same, but for a process with fewer steps."""
         return times if self.kept is None else self.kept.to(times.device)[times]
-
-    def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """`model_time` by its older name."""
-        return self.model_time(timesteps)
 
 
 def betas_of(alphas_cumprod: Tensor) -> Tensor:

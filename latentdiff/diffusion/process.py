@@ -1,7 +1,7 @@
-"""The contract of a diffusion process.
+"""The contract of a diffusion process: what a network is asked for, how noise is mixed in; and which ones there are.
 
 Trainers, pipelines, previews, guidance and likelihoods ask the process; none of them asks what is predicted. A process
-of your own is a subclass in a file of its own, made known by `processes.register_process`.
+of your own is a subclass in a file of its own, made known by `register_process`.
 """
 
 import math
@@ -12,7 +12,106 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.targets import SMALLEST_SIGNAL, Target
+Coefficient = Any
+"""A number, or a tensor (B, 1, ...)."""
+
+SMALLEST_SIGNAL = 1e-4  # below it x_t is noise alone and says nothing of x_0; dividing by less would give infinity
+
+
+class Target(ABC):
+    """What a network predicts from x_t = signal x_0 + sigma eps: a linear combination of x_0 and eps.
+
+    One such prediction gives the others. Tensors are (B, C, ...); signal and sigma are numbers or broadcast to them.
+    """
+
+    name: str
+    """As diffusers' schedulers call it, ``prediction_type``."""
+
+    @abstractmethod
+    def of(self, clean: Tensor, noise: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        """The correct prediction for x_t = signal clean + sigma noise."""
+
+    @abstractmethod
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        """x_0 from a prediction."""
+
+    @abstractmethod
+    def noise(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        """eps from a prediction."""
+
+    @abstractmethod
+    def error_ratio(self, snr: Tensor) -> Tensor | float:
+        """The squared error of the prediction for a squared error of 1 in x_0, at a signal-to-noise ratio."""
+
+    @abstractmethod
+    def per_noise(self, signal: float, sigma: float) -> float:
+        """How much the prediction changes when eps changes by 1 and x_t stays; 0 where x_t is noise alone."""
+
+
+class NoiseTarget(Target):
+    """eps. DDPM (Ho et al. 2020), Eq. 14."""
+
+    name = "epsilon"
+
+    def of(self, clean: Tensor, noise: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return noise
+
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return (noisy - sigma * prediction) / signal  # DDPM, Eq. 15
+
+    def noise(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return prediction
+
+    def error_ratio(self, snr: Tensor) -> Tensor | float:
+        return snr
+
+    def per_noise(self, signal: float, sigma: float) -> float:
+        return 1.0
+
+
+class VelocityTarget(Target):
+    """v = signal eps - sigma x_0. Progressive Distillation (Salimans & Ho 2022), Sec. 4 and App. D."""
+
+    name = "v_prediction"
+
+    def of(self, clean: Tensor, noise: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return signal * noise - sigma * clean
+
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return signal * noisy - sigma * prediction
+
+    def noise(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return sigma * noisy + signal * prediction
+
+    def error_ratio(self, snr: Tensor) -> Tensor | float:
+        return snr + 1
+
+    def per_noise(self, signal: float, sigma: float) -> float:
+        return 1 / signal if signal >= SMALLEST_SIGNAL else 0.0
+
+
+class CleanTarget(Target):
+    """x_0 itself."""
+
+    name = "sample"
+
+    def of(self, clean: Tensor, noise: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return clean
+
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return prediction
+
+    def noise(self, noisy: Tensor, prediction: Tensor, signal: Coefficient, sigma: Coefficient) -> Tensor:
+        return (noisy - signal * prediction) / sigma
+
+    def error_ratio(self, snr: Tensor) -> Tensor | float:
+        return 1.0
+
+    def per_noise(self, signal: float, sigma: float) -> float:
+        return -sigma / signal if signal >= SMALLEST_SIGNAL else 0.0
+
+
+TARGETS: dict[str, Target] = {one.name: one for one in (NoiseTarget(), VelocityTarget(), CleanTarget())}
 
 
 class Process(ABC):
@@ -165,3 +264,47 @@ class Process(ABC):
         channels = noisy.shape[1]
         moved = prediction[:, :channels] + (factor * gradient).to(prediction.dtype)
         return torch.cat([moved, prediction[:, channels:]], dim=1)
+
+
+PROCESSES: list[type[Process]] = []
+
+
+def register_process(process: type[Process]) -> type[Process]:
+    """Make a process known, before those that are known already; also a class decorator."""
+    if process not in PROCESSES:
+        PROCESSES.insert(0, process)
+    return process
+
+
+def known_processes() -> dict[str, type[Process]]:
+    """The processes by their names."""
+    return {process.name: process for process in PROCESSES}
+
+
+def process_from_config(config: Mapping[str, Any]) -> Process:
+    """The process that a scheduler with this config samples from, from the config alone.
+
+    Raises:
+        ValueError: there is none that is known; the message names the key.
+    """
+    return process_class(config).from_scheduler_config(config)
+
+
+def process_of(scheduler: Any) -> Process:
+    """The process that a scheduler samples from, with the scheduler's own tables.
+
+    Raises:
+        ValueError: there is none that is known.
+    """
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}  # in memory a config has no class
+    return process_class(config).from_scheduler(scheduler)
+
+
+def build_scheduler(process: Process, name: str = "DDIMScheduler") -> Any:
+    """The diffusers scheduler class `name` for `process`; see `Process.scheduler`."""
+    return process.scheduler(name)
+
+
+def process_class(config: Mapping[str, Any]) -> type[Process]:
+    # Where none fits, the one registered first, Gaussian diffusion, says what is wrong with the config.
+    return next((process for process in PROCESSES if process.fits(config)), PROCESSES[-1])

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from latentdiff.diffusion.schedules import ENDS
+from latentdiff.diffusion.betas import ENDS
 
 LEARNED_VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")
 """Those that take a network's learned variances; others draw with the predicted mean alone."""
@@ -28,21 +26,6 @@ def takes_variance(scheduler: Any) -> bool:
     """Whether `scheduler` wants the C variance channels after the C channels of the prediction."""
     learned = getattr(scheduler, "config", {}).get("variance_type") == "learned_range"
     return learned and type(scheduler).__name__ in LEARNED_VARIANCE_SCHEDULERS
-
-
-def settings_of_betas(
-    schedule: str, betas: Tensor | None, beta_start: float | None, beta_end: float | None
-) -> dict[str, Any]:
-    """The settings of a scheduler that say which betas it has: `betas` (T,) or those of a schedule."""
-    name = {"cosine": "squaredcos_cap_v2"}.get(schedule, schedule)
-    settings: dict[str, Any] = {"beta_schedule": name}
-    if betas is not None:
-        settings["trained_betas"] = betas.tolist()
-    elif name in ENDS:
-        first, last = ENDS[name]
-        settings["beta_start"] = first if beta_start is None else beta_start
-        settings["beta_end"] = last if beta_end is None else beta_end
-    return settings
 
 
 def make_scheduler(config: Mapping[str, Any], name: str) -> Any:

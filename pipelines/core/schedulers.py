@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
-from latentdiff.diffusion.processes import process_of
+from latentdiff.diffusion.process import process_of
 from latentdiff.diffusion.schedulers import takes_variance
 
 SHORT_NAMES = {

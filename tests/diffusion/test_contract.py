@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff.diffusion import (
     GaussianDiffusion,
     Process,
+    known_processes,
     process_from_config,
     process_of,
-    processes,
     register_process,
 )
-from latentdiff.diffusion.targets import TARGETS
+from latentdiff.diffusion.process import PROCESSES, TARGETS
 
 TIMES = torch.tensor([3, 400, 999])
 
@@ -28,7 +28,7 @@ TIMES = torch.tensor([3, 400, 999])
 def straight() -> Iterator[Straight]:
     register_process(Straight)
     yield Straight()
-    processes._PROCESSES.remove(Straight)
+    PROCESSES.remove(Straight)
 
 
 def pictures(*shape: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def test_a_scheduler_names_its_process(straight: Straight) -> None:
     assert type(process_of(straight.scheduler())) is Straight
     assert type(process_of(diffusers.DDIMScheduler())) is GaussianDiffusion
     assert type(process_from_config(diffusers.DDIMScheduler().config)) is GaussianDiffusion
-    assert set(processes.known_processes()) == {"straight", "gaussian"}
+    assert set(known_processes()) == {"straight", "gaussian"}
     with pytest.raises(ValueError, match="neither beta_schedule nor trained_betas"):
         process_from_config({"_class_name": "EDMEulerScheduler"})
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler, make_betas, rescale_zero_terminal_snr
-from latentdiff.diffusion.schedules import SCHEDULES
+from latentdiff.diffusion.betas import SCHEDULES
 
 PEER_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
 

@@ -17,8 +17,13 @@ from released import check, wave
 from torch import Tensor
 
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood
-from latentdiff.diffusion.losses import bound_term, hybrid_bound, prior_term, simple_loss
+from latentdiff.diffusion.losses import (
+    bound_term,
+    discretized_gaussian_log_likelihood,
+    hybrid_bound,
+    prior_term,
+    simple_loss,
+)
 
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("released_code.json").read_text())
 SHAPE = (6, 2, 2, 2)

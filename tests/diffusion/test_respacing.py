@@ -17,10 +17,8 @@ from released import check, wave
 from torch import Tensor
 
 from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
-from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood
-from latentdiff.diffusion.losses import bound_term, training_losses
-from latentdiff.diffusion.respacing import space_timesteps
-from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.diffusion.losses import bound_term, discretized_gaussian_log_likelihood, training_losses
+from latentdiff.diffusion.timesteps import LossSecondMoment, space_timesteps
 
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("released_respacing.json").read_text())
 PROCESSES = [key.split() for key in REFERENCE if len(key.split()) == 4]
@@ -67,7 +65,7 @@ def test_bound_of_fewer_steps(
     reference = REFERENCE[f"{schedule} {prediction} {variance} {sections}"]
     whole = GaussianDiffusion(schedule, prediction_type=prediction, variance_type=variance)
     process = whole.respaced(sections)
-    assert process.model_timesteps(torch.arange(process.num_timesteps)).tolist() == reference["kept"]
+    assert process.model_time(torch.arange(process.num_timesteps)).tolist() == reference["kept"]
     check(process.betas, reference["betas"], rtol=1e-8, atol=1e-12)
     calls = count()  # theirs begin with the last timestep
     monkeypatch.setattr(
@@ -90,8 +88,8 @@ def test_bound_of_fewer_steps(
 def test_fewer_steps_of_fewer_steps() -> None:
     process = GaussianDiffusion("cosine", 1000, "v_prediction", zero_terminal_snr=True)
     once, twice = process.respaced(100), process.respaced(100).respaced(10)
-    kept = twice.model_timesteps(torch.arange(10))
-    assert kept.tolist() == [once.model_timesteps(torch.tensor(t)).item() for t in space_timesteps(100, 10)]
+    kept = twice.model_time(torch.arange(10))
+    assert kept.tolist() == [once.model_time(torch.tensor(t)).item() for t in space_timesteps(100, 10)]
     torch.testing.assert_close(twice.alphas_cumprod, process.alphas_cumprod[kept], rtol=1e-12, atol=1e-15)
     assert twice.alphas_cumprod[-1] == 0
 

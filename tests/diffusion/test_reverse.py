@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
-from latentdiff.diffusion.bounds import (
+from latentdiff.diffusion.losses import (
+    bound_term,
     discretized_gaussian_log_likelihood,
     gaussian_log_likelihood,
+    hybrid_bound,
     normal_kl,
+    prior_term,
 )
-from latentdiff.diffusion.losses import bound_term, hybrid_bound, prior_term
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from latentdiff.diffusion import GaussianDiffusion, build_scheduler, scheduler_config
+from latentdiff.diffusion import GaussianDiffusion, build_scheduler
 from latentdiff.diffusion.schedulers import takes_variance
 
 SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
@@ -40,7 +40,7 @@ def test_a_process_has_the_tables_of_the_scheduler_it_is_made_from(name: str, se
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
 def test_process_scheduler_process(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     process = GaussianDiffusion.from_scheduler_config(getattr(diffusers, name)(**settings).config)
-    again = GaussianDiffusion.from_scheduler_config(scheduler_config(process))
+    again = GaussianDiffusion.from_scheduler_config(process.scheduler_config())
     build_scheduler(process, "DDPMScheduler").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     for other in (again, GaussianDiffusion.from_scheduler_config(saved)):

@@ -10,7 +10,7 @@ from straight import Straight
 from torch import Tensor
 
 from latentdiff import ImageToImagePipeline
-from latentdiff.diffusion import processes, register_process
+from latentdiff.diffusion import process, register_process
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.sampling import denoise
@@ -21,7 +21,7 @@ from latentdiff.pipelines.core.schedulers import change_scheduler
 def straight() -> Iterator[Straight]:
     register_process(Straight)
     yield Straight()
-    processes._PROCESSES.remove(Straight)
+    process.PROCESSES.remove(Straight)
 
 
 def test_a_perfect_network_is_sampled_to_its_picture(straight: Straight) -> None:

@@ -8,20 +8,21 @@ from typing import Any
 import diffusers
 from torch import Tensor
 
-from latentdiff.diffusion import Process, processes
+from latentdiff.diffusion import Process
+from latentdiff.diffusion.process import PROCESSES
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "straight_flow.py"
 
 
 def example() -> Any:
     """The module, without the registration that importing it brings."""
-    known = [*processes._PROCESSES]
+    known = [*PROCESSES]
     spec = importlib.util.spec_from_file_location("example_of_a_flow", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    processes._PROCESSES[:] = known
+    PROCESSES[:] = known
     return module
 
 

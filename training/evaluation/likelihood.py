@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
-from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
-from latentdiff.diffusion.likelihood import BitsPerDimension
+from latentdiff.diffusion.losses import BitsPerDimension, discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.classes import labels_of

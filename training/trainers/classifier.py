@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
-from latentdiff.diffusion.processes import process_from_config
+from latentdiff.diffusion.process import process_from_config
 from latentdiff.pipelines import ClassConditionalPipeline
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import class_conditional_kind

@@ -7,9 +7,8 @@ from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.diffusion.bounds import discretized_gaussian_log_likelihood, gaussian_log_likelihood
-from latentdiff.diffusion.process import Process
-from latentdiff.diffusion.processes import known_processes
+from latentdiff.diffusion.losses import discretized_gaussian_log_likelihood, gaussian_log_likelihood
+from latentdiff.diffusion.process import Process, known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
 from latentdiff.training.card.card import describe

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
-from latentdiff.diffusion.processes import process_from_config
+from latentdiff.diffusion.process import process_from_config
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.distributed import processes

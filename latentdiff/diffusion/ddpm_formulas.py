@@ -1,12 +1,11 @@
 """The Gaussian process of DDPM in closed form: forward, posterior and reverse step. Tensors in, tensors out."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.process import Process
-from latentdiff.diffusion.tables import Table
 
 
 class Reverse(NamedTuple):
@@ -28,8 +27,19 @@ class GaussianProcess(Process):
     prediction_type: str
     variance_type: str
     loss_type: str
+    # Tables under the papers' names, (T,) float64 on the CPU
     betas: Tensor
-    """(T,) float64, as all tables."""
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_mean_coef1: Tensor
+    """The share of x_0 in the posterior's mean."""
+    posterior_mean_coef2: Tensor
+    """The share of x_t in it."""
+    posterior_log_variance_clipped: Tensor
+    fixed_large_variance: Tensor
 
     def fill_tables(self, betas: Tensor, alphas_cumprod: Tensor | None = None) -> None:
         """Make the tables of DDPM (Ho et al. 2020) from betas (T,), and alpha-bar (T,) where it is known better."""
@@ -37,58 +47,33 @@ class GaussianProcess(Process):
         self.num_timesteps = len(betas)
         alpha_bar = alphas.cumprod(0).clamp(0, 1) if alphas_cumprod is None else alphas_cumprod
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        self._alpha_bar, self._alpha_bar_before = Table(alpha_bar), Table(before)
-        self._signal, self._sigma = Table(alpha_bar.sqrt()), Table((1 - alpha_bar).sqrt())
-        self._snr = Table(alpha_bar / (1 - alpha_bar))
-        self._noise_variance, self._log_noise_variance = Table(1 - alpha_bar), Table((1 - alpha_bar).log())
+        self.alphas_cumprod, self.alphas_cumprod_prev = alpha_bar, before
+        self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         # q(x_{t-1} | x_t, x_0): Eq. 6, 7
         posterior = betas * (1 - before) / (1 - alpha_bar)
-        self._posterior_variance = Table(posterior)
-        self._clean_share = Table(betas * before.sqrt() / (1 - alpha_bar))
-        self._noisy_share = Table((1 - before) * alphas.sqrt() / (1 - alpha_bar))
+        self.posterior_variance = posterior
+        self.posterior_mean_coef1 = betas * before.sqrt() / (1 - alpha_bar)
+        self.posterior_mean_coef2 = (1 - before) * alphas.sqrt() / (1 - alpha_bar)
         # At t = 0 the posterior has no spread and its logarithm would be infinite; that of t = 1 takes its place.
-        self._posterior_log_variance = Table(torch.cat([posterior[1:2], posterior[1:]]).log())
-        self._log_betas = Table(betas.log())
+        self.posterior_log_variance_clipped = torch.cat([posterior[1:2], posterior[1:]]).log()
         # fixed_large: beta, but at t = 0, where beta is far too large for the likelihood, as the posterior above
         self.fixed_large_variance = torch.cat([posterior[1:2], betas[1:]])
-        self._fixed_large, self._log_fixed_large = (
-            Table(self.fixed_large_variance),
-            Table(self.fixed_large_variance.log()),
-        )
+        self._snr, self._log_betas = alpha_bar / (1 - alpha_bar), betas.log()
+        self._noise_variance, self._log_noise_variance = 1 - alpha_bar, (1 - alpha_bar).log()
+        self._log_fixed_large = self.fixed_large_variance.log()
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    # The tables under the papers' names, (T,) float64
+    def table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table of that name, (T,): copied once to each device and dtype it is used in."""
+        if torch.compiler.is_compiling():  # a compiled graph keeps nothing outside itself
+            return getattr(self, name).to(device, dtype)
+        if (name, device, dtype) not in self._copies:
+            with torch.inference_mode(False):  # so that what is made here can be used in training later
+                self._copies[name, device, dtype] = getattr(self, name).to(device, dtype)
+        return self._copies[name, device, dtype]
 
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        return self._alpha_bar.values
-
-    @property
-    def alphas_cumprod_prev(self) -> Tensor:
-        return self._alpha_bar_before.values
-
-    @property
-    def sqrt_alphas_cumprod(self) -> Tensor:
-        return self._signal.values
-
-    @property
-    def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
-        return self._sigma.values
-
-    @property
-    def posterior_variance(self) -> Tensor:
-        return self._posterior_variance.values
-
-    @property
-    def posterior_mean_coef1(self) -> Tensor:
-        return self._clean_share.values
-
-    @property
-    def posterior_mean_coef2(self) -> Tensor:
-        return self._noisy_share.values
-
-    @property
-    def posterior_log_variance_clipped(self) -> Tensor:
-        return self._posterior_log_variance.values
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_copies": {}}
 
     @property
     def learns_variance(self) -> bool:
@@ -102,20 +87,20 @@ class GaussianProcess(Process):
 
     def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), each (B, 1, ...) in the dtype and on the device of `like`."""
-        return self._at(self._signal, times, like), self._at(self._sigma, times, like)
+        return self._at("sqrt_alphas_cumprod", times, like), self._at("sqrt_one_minus_alphas_cumprod", times, like)
 
     def snr(self, times: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha-bar / (1 - alpha-bar) of each timestep, (B,) float64."""
         self._check(times)
         exact = torch.float32 if times.device.type == "mps" else torch.float64
-        return self._snr.on(times.device, exact)[times]
+        return self.table("_snr", times.device, exact)[times]
 
     def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0) (DDPM, Eq. 4); the latter two are (B, 1, ...)."""
         return (
-            self._at(self._signal, timesteps, x_start) * x_start,
-            self._at(self._noise_variance, timesteps, x_start),
-            self._at(self._log_noise_variance, timesteps, x_start),
+            self._at("sqrt_alphas_cumprod", timesteps, x_start) * x_start,
+            self._at("_noise_variance", timesteps, x_start),
+            self._at("_log_noise_variance", timesteps, x_start),
         )
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
@@ -129,12 +114,12 @@ class GaussianProcess(Process):
 
         The latter two are (B, 1, ...). The clipped log-variance is that of t = 1 also at t = 0.
         """
-        mean = self._at(self._clean_share, timesteps, x_t) * x_start
-        mean = mean + self._at(self._noisy_share, timesteps, x_t) * x_t
+        mean = self._at("posterior_mean_coef1", timesteps, x_t) * x_start
+        mean = mean + self._at("posterior_mean_coef2", timesteps, x_t) * x_t
         return (
             mean,
-            self._at(self._posterior_variance, timesteps, x_t),
-            self._at(self._posterior_log_variance, timesteps, x_t),
+            self._at("posterior_variance", timesteps, x_t),
+            self._at("posterior_log_variance_clipped", timesteps, x_t),
         )
 
     # What the network predicts
@@ -196,15 +181,15 @@ class GaussianProcess(Process):
             )
         prediction, learned = self.split_variance(prediction)
         if learned is not None:
-            small = self._at(self._posterior_log_variance, timesteps, x_t)
-            log_variance = interpolated(learned, small, self._at(self._log_betas, timesteps, x_t))
+            small = self._at("posterior_log_variance_clipped", timesteps, x_t)
+            log_variance = interpolated(learned, small, self._at("_log_betas", timesteps, x_t))
             variance = log_variance.exp()
         elif self.variance_type == "fixed_large":
-            variance = self._at(self._fixed_large, timesteps, x_t)
-            log_variance = self._at(self._log_fixed_large, timesteps, x_t)
+            variance = self._at("fixed_large_variance", timesteps, x_t)
+            log_variance = self._at("_log_fixed_large", timesteps, x_t)
         else:
-            variance = self._at(self._posterior_variance, timesteps, x_t)
-            log_variance = self._at(self._posterior_log_variance, timesteps, x_t)
+            variance = self._at("posterior_variance", timesteps, x_t)
+            log_variance = self._at("posterior_log_variance_clipped", timesteps, x_t)
         x_start = self.predict_start(prediction, timesteps, x_t)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
@@ -233,10 +218,10 @@ class GaussianProcess(Process):
         variance = beta if self.variance_type == "fixed_large" else small
         return variance.to(prediction.device, torch.float32)
 
-    def _at(self, table: Table, timesteps: Tensor, like: Tensor) -> Tensor:
+    def _at(self, table: str, timesteps: Tensor, like: Tensor) -> Tensor:
         """Each timestep's entry of a table, (B, 1, ...) in the dtype and on the device of `like`."""
         self._check(timesteps)
-        return table.at(timesteps, like)
+        return self.table(table, like.device, like.dtype)[timesteps].view(-1, *[1] * (like.ndim - 1))
 
     def _check(self, timesteps: Tensor) -> None:
         # On a GPU reading the values would make the host wait at every step; compiled, it would split the graph.

@@ -7,17 +7,23 @@ import torch
 from torch import Tensor
 
 
-def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """The schedule of DDPM (Ho et al. 2020, Sec. 4): beta rises linearly. Returns (T,) float64."""
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
-def scaled_linear_betas(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """The schedule of Latent Diffusion (Rombach et al. 2022): sqrt(beta) rises linearly. Returns (T,) float64."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
 
 
-def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """The schedule of GeoDiff (Xu et al. 2022): beta rises along a sigmoid. Returns (T,) float64."""
+    rise = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    return beta_start + (beta_end - beta_start) * rise
+
+
+def cosine_betas(num_timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
     """The schedule of Improved DDPM (Nichol & Dhariwal 2021, Eq. 17). Returns (T,) float64."""
 
     def alpha_bar(t: float) -> float:
@@ -26,12 +32,6 @@ def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, max_beta: flo
     steps = range(num_timesteps)
     betas = [min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), max_beta) for i in steps]
     return torch.tensor(betas, dtype=torch.float64)
-
-
-def sigmoid_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """The schedule of GeoDiff (Xu et al. 2022): beta rises along a sigmoid. Returns (T,) float64."""
-    rise = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
-    return beta_start + (beta_end - beta_start) * rise
 
 
 # The names are those of diffusers' schedulers, plus the paper's own name for the cosine schedule.
@@ -63,11 +63,16 @@ def make_betas(
         raise ValueError(f"unknown noise schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
-    ends = {name: end for name, end in (("beta_start", beta_start), ("beta_end", beta_end)) if end is not None}
-    if ends and schedule not in ENDS:
+    if schedule not in ENDS and (beta_start, beta_end) != (None, None):
         raise ValueError(f"the {schedule} schedule has no beta_start and beta_end")
-    betas = check_betas(SCHEDULES[schedule](num_timesteps, **ends))
+    betas = check_betas(SCHEDULES[schedule](num_timesteps, *schedule_ends(schedule, beta_start, beta_end)))
     return rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas
+
+
+def schedule_ends(schedule: str, beta_start: float | None, beta_end: float | None) -> tuple[float, ...]:
+    """The first and last beta of a schedule, its own where None is given; () for a schedule without a choice."""
+    given = zip((beta_start, beta_end), ENDS.get(schedule, ()), strict=False)
+    return tuple(own if end is None else end for end, own in given)
 
 
 def check_betas(betas: Tensor) -> Tensor:
