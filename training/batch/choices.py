@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.training.data import CaptionedPicture, assign_buckets
-from latentdiff.training.data.view import View
+from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.order import generator_of, seed_of
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 

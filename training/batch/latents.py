@@ -17,7 +17,7 @@ from latentdiff.training.batch.choices import ViewChoice
 from latentdiff.training.batch.samples import read_view
 from latentdiff.training.cache import LatentCache
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.view import View
+from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 

@@ -17,7 +17,7 @@ from latentdiff.training.batch.choices import (
     time_draw,
 )
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.view import View
+from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.order import seed_of
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 

@@ -16,7 +16,7 @@ from latentdiff.training.cache.digests import digest, digest_of_weights, plain_c
 from latentdiff.training.cache.filling import Batches, evaluating, fill, finite
 from latentdiff.training.cache.store import TensorStore
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.view import View
+from latentdiff.training.data.pictures import View
 
 PictureView = tuple[CaptionedPicture, View]
 

@@ -8,7 +8,7 @@ import typer
 from latentdiff.training.commands.options import Config, Overrides, parse_overrides
 
 if TYPE_CHECKING:
-    from latentdiff.training.data.report import DataReport
+    from latentdiff.training.data.doctor import DataReport
 
 
 def doctor(
@@ -87,7 +87,7 @@ def check_manifest(manifest: Path | None) -> None:
     if manifest.is_dir():
         raise ValueError(f"{manifest} is a folder; name a file")
     if manifest.exists():
-        from latentdiff.training.data.manifest import read_manifest
+        from latentdiff.training.data.survey import read_manifest
 
         try:
             read_manifest(manifest)

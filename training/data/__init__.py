@@ -1,9 +1,8 @@
 """Captioned pictures: where they come from, whether they can be used, and their pixels."""
 
 from latentdiff.training.data.buckets import assign_buckets, bucket_sizes
-from latentdiff.training.data.load import from_dataset, load_pictures, read_source
-from latentdiff.training.data.pictures import CaptionedPicture, read_pixels
-from latentdiff.training.data.prepare import prepare_pictures
+from latentdiff.training.data.load import from_dataset, load_pictures, prepare_pictures, read_source
+from latentdiff.training.data.pictures import CaptionedPicture, View, read_pixels
 from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted
 
 __all__ = [
@@ -11,6 +10,7 @@ __all__ = [
     "Finding",
     "NoPicturesError",
     "Source",
+    "View",
     "Wanted",
     "assign_buckets",
     "bucket_sizes",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from latentdiff.training.data.decode import size_of
+from latentdiff.training.data.decode import decode
 from latentdiff.training.data.pictures import CaptionedPicture
 
 Size = tuple[int, int]  # (width, height)
@@ -59,6 +59,6 @@ def assign_buckets(
 
 def _size(picture: CaptionedPicture) -> Size:
     try:
-        return size_of(picture.read())
+        return decode(picture.read()).image.size
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: cannot be read as a picture ({error})") from error

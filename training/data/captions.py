@@ -1,8 +1,12 @@
-"""What may be a caption, and what text files say, in whatever encoding."""
+"""What may be a caption or a class, and what text files say, in whatever encoding."""
 
 import codecs
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentdiff.training.data.pictures import CaptionedPicture
 
 LONGEST = 20_000  # characters; a text encoder reads some 300
 MANY_WORDS = 77  # a CLIP text encoder reads 77 tokens, and a word is at least one
@@ -66,6 +70,40 @@ def check_weight(value: Any) -> float:
     if not math.isfinite(weight) or weight < 0:
         raise ValueError(f"weight must be a number of at least 0, not {shorten(repr(value))}")
     return weight
+
+
+def class_names(pictures: Sequence["CaptionedPicture"]) -> list[str]:
+    """The classes of pictures whose captions they are, sorted; whole numbers by their value.
+
+    Raises:
+        ValueError: a picture is of several classes, or of none, or all are of one.
+    """
+    for picture in pictures:
+        if len(picture.captions) != 1 or not picture.captions[0]:
+            raise ValueError(
+                f"{picture.name}: a picture is of one class, and this is of {len(picture.captions)}; name the column "
+                f"with the class by caption_column="
+            )
+    found = {picture.captions[0] for picture in pictures}
+    names = sorted(found, key=int if all(name.isdecimal() for name in found) else None)
+    if len(names) < 2:
+        raise ValueError(f"all pictures are of the class {names[0]!r}; with condition=none no class is needed")
+    return names
+
+
+def labels_of(pipeline: Any, pictures: Sequence["CaptionedPicture"]) -> list[int]:
+    """Numbers of the pictures' classes, which are their captions.
+
+    Raises:
+        ValueError: the model does not know one of them.
+    """
+    labels = []
+    for picture in pictures:
+        try:
+            labels += pipeline.label_numbers(picture.captions[0])
+        except ValueError as error:
+            raise ValueError(f"{picture.name}: {error}; name the column with the class by --caption-column") from error
+    return labels
 
 
 def shorten(text: str, most: int = 80) -> str:

@@ -111,8 +111,3 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile: convert without
             pass
     return image.convert("RGB")
-
-
-def size_of(content: bytes) -> tuple[int, int]:
-    """(width, height) of an encoded picture as seen. Raises ValueError as `decode` does."""
-    return decode(content).image.size

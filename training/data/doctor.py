@@ -1,22 +1,167 @@
-"""The examination behind ``latentdiff doctor``."""
+"""The examination behind ``latentdiff doctor``, and the report of it that people read."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.data.folder import metadata_of
+from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
+from latentdiff.training.data.captions import MANY_WORDS, printable, shorten
+from latentdiff.training.data.duplicates import near_groups
 from latentdiff.training.data.load import read_source
-from latentdiff.training.data.manifest import Entry, read_manifest, write_manifest
-from latentdiff.training.data.prepare import leave_out, sort_out, wanted_of
-from latentdiff.training.data.report import DataReport
-from latentdiff.training.data.rows import read_rows
-from latentdiff.training.data.source import PICTURE_SUFFIXES, Finding, NoPicturesError, Source
-from latentdiff.training.data.survey import survey
+from latentdiff.training.data.pictures import CaptionedPicture
+from latentdiff.training.data.source import PICTURE_SUFFIXES, Finding, NoPicturesError, Source, Wanted
+from latentdiff.training.data.survey import (
+    NAMED,
+    Entry,
+    leave_out,
+    read_manifest,
+    sort_out,
+    survey,
+    write_manifest,
+)
+from latentdiff.training.data.tables import metadata_of, read_rows
 from latentdiff.training.settings import DoctorSettings
 
+ENORMOUS = 25_000_000  # pixels: takes long to read each time
+CUT_AWAY = 1 / 3 + 1e-6  # of a picture, by cropping
+GROUPS = 10  # of duplicates that are named
 Tokens = tuple[Callable[[Sequence[str]], list[int]], int]
+
+
+@dataclass
+class DataReport:
+    """The good pictures of a source with their entries, side by side, and what is wrong with others.
+
+    Args:
+        refused: named within the source.
+        tokens: length of a caption in tokens, and the most that the text encoder reads.
+    """
+
+    pictures: list[CaptionedPicture]
+    entries: list[Entry]
+    refused: list[Finding]
+    warnings: list[Finding]
+    resolution: int = 64
+    step: int = 8
+    tokens: Tokens | None = None
+    exact: list[list[int]] = field(init=False)
+    near: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_digest: dict[str, list[int]] = defaultdict(list)
+        for index, entry in enumerate(self.entries):
+            by_digest[entry.digest].append(index)
+        self.exact = sorted(group for group in by_digest.values() if len(group) > 1)
+        first = [group[0] for group in by_digest.values()]
+        groups = near_groups([self.entries[i].fingerprint for i in first])
+        self.near = [[first[i] for i in group] for group in groups]
+
+    @property
+    def bad_share(self) -> float:
+        return len(self.refused) / max(1, len(self.refused) + len(self.entries))
+
+    def lines(self) -> Iterator[str]:
+        """The report, as people read it."""
+        total = len(self.entries) + len(self.refused)
+        yield f"{_many(total, 'picture')}: {len(self.entries)} can be used, {len(self.refused)} cannot."
+        for title, findings in (("Cannot be used", self.refused), ("Worth a look", self.warnings)):
+            named = [f"{printable(f.name)}: {printable(f.reason)}" for f in findings]
+            yield from _section(["", f"{title} ({len(findings)}):"], named, indent=2)
+        if self.entries:
+            yield from self._duplicates()
+            yield from self._captions()
+            yield from self._token_lengths()
+            yield from self._sizes()
+            yield from self._shapes()
+
+    def _duplicates(self) -> Iterator[str]:
+        for groups, what in ((self.exact, "the same, byte for byte"), (self.near, "nearly the same, by their looks")):
+            names = [[printable(self.entries[i].name) for i in group] for group in groups]
+            lines = [", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "") for some in names]
+            counts = f"{_many(len(groups), 'group')}, {sum(map(len, groups))} pictures"
+            yield from _section(["", f"Pictures that are {what}: {counts}"], lines, indent=2, most=GROUPS)
+
+    def _captions(self) -> Iterator[str]:
+        captions = [caption for picture in self.pictures for caption in picture.captions]
+        words = sorted(len(caption.split()) for caption in captions)
+        yield ""
+        yield (
+            f"{_many(len(captions), 'caption')} of {_many(len(self.pictures), 'picture')}: {words[0]} to {words[-1]} "
+            f"words, median {statistics.median(words):g}"
+        )
+        shared = Counter(caption for picture in self.pictures for caption in set(picture.captions))
+        often = [(caption, count) for caption, count in shared.most_common() if count > 1]
+        if often:
+            named = ", ".join(f'"{shorten(caption, 40)}" ({count})' for caption, count in often[:5])
+            yield f"  {_many(len(often), 'caption')} stand with more than one picture: {named}"
+
+    def _token_lengths(self) -> Iterator[str]:
+        captions = [(e.name, c) for p, e in zip(self.pictures, self.entries, strict=True) for c in p.captions]
+        if self.tokens is None:
+            unit, most, cut = "words", MANY_WORDS, f"of more than {MANY_WORDS} words; text encoders mostly cut them:"
+            lengths = [len(caption.split()) for _, caption in captions]
+        else:
+            unit, cut = "tokens", "will be cut:"
+            count, most = self.tokens
+            lengths = count([caption for _, caption in captions])
+            yield f"  {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):g}; {most} are read"
+        long = [f"{printable(name)} ({n} {unit})" for (name, _), n in zip(captions, lengths, strict=True) if n > most]
+        yield from _section([f"  {_many(len(long), 'caption')} {cut}"], long)
+
+    def _sizes(self) -> Iterator[str]:
+        sizes = sorted((entry.size for entry in self.entries), key=lambda size: size[0] * size[1])
+        yield ""
+        yield f"Sizes: from {_size(sizes[0])} to {_size(sizes[-1])}, median {_size(sizes[len(sizes) // 2])}"
+        small = [entry for entry in self.entries if min(entry.size) < self.resolution]
+        large = [entry for entry in self.entries if entry.size[0] * entry.size[1] > ENORMOUS]
+        blurred = f"with a side below resolution={self.resolution} will be enlarged, and blurred"
+        slow = f"of more than {ENORMOUS // 10**6} million pixels are slow to read"
+        for entries, what in ((small, blurred), (large, slow)):
+            lines = [f"{printable(entry.name)} ({_size(entry.size)})" for entry in entries]
+            yield from _section([f"  {len(entries)} {what}:"], lines)
+
+    def _shapes(self) -> Iterator[str]:
+        square = (self.resolution, self.resolution)
+        buckets = bucket_sizes(self.resolution, self.step)
+        nearest_of = {size: nearest(size, buckets) for size in {entry.size for entry in self.entries}}
+        counts = Counter(nearest_of[entry.size] for entry in self.entries)
+        cropped = sum(_lost(entry.size, square) > CUT_AWAY for entry in self.entries)
+        bucketed = sum(_lost(entry.size, nearest_of[entry.size]) > CUT_AWAY for entry in self.entries)
+        yield ""
+        yield f"Shapes, with buckets=true at resolution={self.resolution}:"
+        most = max(counts.values())
+        for bucket in buckets:
+            if counts[bucket]:
+                bar = "#" * max(1, round(30 * counts[bucket] / most))
+                yield f"  {_size(bucket):>11}  {counts[bucket]:>7}  {bar}"
+        yield f"  More than a third is cropped away of {cropped} as squares, and of {bucketed} with buckets."
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _size(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _lost(size: Size, target: Size) -> float:
+    """The share of a picture of `size` that is cropped away where it is to cover `target`."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return 1 - target[0] * target[1] / (size[0] * size[1] * scale**2)
+
+
+def _section(head: Iterable[str], lines: Sequence[str], indent: int = 4, most: int = NAMED) -> Iterator[str]:
+    """`head`, the first `most` of `lines`, and how many more there are; nothing without lines."""
+    if lines:
+        yield from head
+        yield from (" " * indent + line for line in lines[:most])
+        if len(lines) > most:
+            yield f"{' ' * indent}and {len(lines) - most} more"
 
 
 def examine_source(
@@ -43,16 +188,14 @@ def examine_source(
     source = _both_splits(settings)
     if settings.manifest is not None:
         leave_out(source, read_manifest(Path(settings.manifest).expanduser()))
-    keys = [source.key(picture.name) for picture in source.pictures]
-    entries = survey(source.pictures, keys, known)
+    entries = survey(source.pictures, [source.key(picture.name) for picture in source.pictures], known)
     good, bad = sort_out(source, entries)
     refused = [Finding(source.key(finding.name), finding.reason) for finding in source.refused + bad]
     usable = [entry for entry in entries if not entry.reason]
     warnings = [Finding(source.key(f.name), f.reason) for f in source.warnings]
     warnings += [Finding(entry.name, text) for entry in usable for text in entry.warnings]
-    report = DataReport(
-        good, usable, refused, warnings + _unlisted(settings, source), settings.resolution, step, tokens
-    )
+    warnings += _unlisted(settings, source)
+    report = DataReport(good, usable, refused, warnings, settings.resolution, step, tokens)
     if manifest is not None:
         rows = _choices(entries, known, report, drop_duplicates)
         rows += [Entry(source.key(f.name), reason=f.reason, use=False) for f in source.refused]
@@ -61,10 +204,10 @@ def examine_source(
 
 
 def _both_splits(settings: DoctorSettings) -> Source:
-    source = read_source(settings.data, wanted_of(settings, condition=settings.condition))
+    source = read_source(settings.data, Wanted.of(settings, condition=settings.condition))
     if settings.split == "train":
         try:
-            held_out = read_source(settings.data, wanted_of(settings, "validation", settings.condition))
+            held_out = read_source(settings.data, Wanted.of(settings, "validation", condition=settings.condition))
         except NoPicturesError:
             return source
         listed = {picture.name for picture in source.pictures}
@@ -95,10 +238,8 @@ def _unlisted(settings: DoctorSettings, source: Source) -> list[Finding]:
 
 def _choices(entries: list[Entry], known: dict[str, Entry], report: DataReport, drop_duplicates: bool) -> list[Entry]:
     """Entries with the choices of an earlier manifest, and duplicates left out if requested."""
-    again: dict[str, str] = {}
-    if drop_duplicates:
-        names = [entry.name for entry in report.entries]
-        again = {names[i]: names[group[0]] for group in report.exact for i in group[1:]}
+    names = [entry.name for entry in report.entries]
+    again = {names[i]: names[group[0]] for group in report.exact for i in group[1:]} if drop_duplicates else {}
     rows = []
     for entry in entries:
         before = known.get(entry.name)

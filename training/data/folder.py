@@ -1,25 +1,23 @@
 """Pictures in a folder: listed by a metadata file, or each with its caption in a text file beside it."""
 
 import os
-import stat
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, shorten
+from latentdiff.training.data.captions import LONGEST, decode_text, shorten
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
-from latentdiff.training.data.rows import Row, read_rows
-from latentdiff.training.data.source import CAPTION_SUFFIXES, PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
+from latentdiff.training.data.source import (
+    CAPTION_SUFFIXES,
+    PICTURE_SUFFIXES,
+    TRAIN,
+    NoPicturesError,
+    Source,
+    Wanted,
+    inside,
+)
+from latentdiff.training.data.tables import metadata_of
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TRAIN = "train"  # the split of whatever names none
 SPLITS = {TRAIN, "validation", "valid", "val", "dev", "test"}
-
-
-def metadata_of(folder: Path) -> Path | None:
-    """The metadata file of `folder`."""
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def split_folder(folder: Path, split: str) -> Path:
@@ -46,117 +44,6 @@ def _splits(folder: Path) -> set[str]:
     if any(path.suffix.lower() in PICTURE_SUFFIXES for path in entries if path.name not in folders):
         folders -= {TRAIN}  # what lies beside is the training data
     return folders
-
-
-def inside(root: Path, file_name: str) -> Path:
-    """The regular file `file_name` below `root`, which is resolved.
-
-    Raises:
-        ValueError: it leaves `root`, is no file, or cannot be a path.
-    """
-    shown = shorten(repr(file_name), 200)
-    path = Path(os.path.normpath(root / file_name))
-    try:
-        real = path.resolve(strict=True)
-        if not real.is_relative_to(root):
-            raise ValueError(f"{shown} leaves the folder {root}")
-        mode = real.stat().st_mode
-    except RuntimeError:
-        raise ValueError(f"{shown}: links that lead in a circle") from None
-    except (OSError, UnicodeError) as error:
-        if not path.is_relative_to(root):
-            raise ValueError(f"{shown} leaves the folder {root}") from None
-        reason = getattr(error, "strerror", None) or "not a path"
-        raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason})") from None
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
-    return path
-
-
-def read_metadata(folder: Path, file: Path, wanted: Wanted, whole: Path | None = None) -> Source:
-    """The pictures that a metadata file lists.
-
-    Args:
-        whole: the folder that `folder` is one split of.
-
-    Raises:
-        ValueError: the file cannot be read as a whole, or no row has a file name, or a caption where one is needed.
-    """
-    root = folder.resolve()
-    source = Source(f"{(whole or folder).resolve()}{os.sep}")
-    table = _Table(source, root, file, wanted)
-    for row in read_rows(file, ["file_name", wanted.caption_column, "weight", "split"]):
-        if source.is_full(wanted):
-            break
-        table.add(row)
-    table.check_columns()
-    for name in METADATA:
-        if name != file.name and (folder / name).is_file():
-            source.warn(str(folder / name), f"is not used; {file.name} is")
-    return source
-
-
-class _Table:
-    """Turns rows into pictures of a source, and remembers what the rows had."""
-
-    def __init__(self, source: Source, root: Path, file: Path, wanted: Wanted) -> None:
-        self.source, self.root, self.file, self.wanted = source, root, file, wanted
-        self.columns: dict[str, None] = {}
-        self.rows: dict[str, int] = {}  # name of a picture: its place in the source
-        self.splits: set[str] = set()
-
-    def add(self, row: Row) -> None:
-        unit = "row" if self.file.suffix == ".parquet" else "line"
-        where = f"{self.root / self.file.name}, {unit} {row.number}"
-        if isinstance(row.values, str):
-            return self._refuse_unknown(where, row.values)
-        self.columns.update(dict.fromkeys(map(str, row.values)))
-        split = row.values.get("split") or TRAIN
-        if split != self.wanted.split:
-            self.splits.add(str(split))
-            return None
-        file_name = row.values.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            wrong = "no file_name" if file_name is None else f"expected a file_name, not {shorten(repr(file_name))}"
-            return self.source.refuse(where, wrong)
-        try:
-            self._keep(self._picture(file_name, row.values))
-        except ValueError as error:
-            self.source.refuse(f"{where} ({shorten(file_name, 200)})", error)
-
-    def _refuse_unknown(self, where: str, reason: str) -> None:
-        """A row that does not say its split is of the first."""
-        if self.wanted.split == TRAIN:
-            self.source.refuse(where, reason)
-
-    def _picture(self, file_name: str, values: dict[str, Any]) -> CaptionedPicture:
-        if "\0" in file_name:
-            raise ValueError("file_name with a NUL character in it")
-        path = str(inside(self.root, file_name))
-        captions = self.wanted.captions(values.get(self.wanted.caption_column))
-        return CaptionedPicture(path, FileReader(path), captions, check_weight(values.get("weight")))
-
-    def _keep(self, picture: CaptionedPicture) -> None:
-        pictures = self.source.pictures
-        place = self.rows.setdefault(picture.name, len(pictures))
-        if place == len(pictures):
-            pictures.append(picture)
-        else:
-            captions = tuple(dict.fromkeys(pictures[place].captions + picture.captions))
-            pictures[place] = replace(pictures[place], captions=captions)
-            self.source.warn(picture.name, f"is listed more than once in {self.file.name}; its captions go together")
-
-    def check_columns(self) -> None:
-        """Raises ValueError if a column that is needed is in no row."""
-        if self.source.pictures or not self.columns:
-            return
-        needed = ["file_name"] if self.wanted.may_lack_captions else ["file_name", self.wanted.caption_column]
-        for column in needed:
-            if column not in self.columns:
-                raise ValueError(f"{self.file}: no column {column!r}; it has {shorten(', '.join(self.columns), 200)}")
-        if not self.source.refused:
-            found = ", ".join(sorted(self.splits)) or "none"
-            raise NoPicturesError(f"{self.file}: no rows of split {self.wanted.split!r}; its splits: {found}")
 
 
 def read_beside(folder: Path, wanted: Wanted, whole: Path | None = None) -> Source:

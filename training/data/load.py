@@ -2,33 +2,21 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.data.captions import printable
-from latentdiff.training.data.folder import metadata_of, read_beside, read_metadata, split_folder
+from latentdiff.training.data.folder import read_beside, split_folder
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.data.shards import find_shards, read_shards
-from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted
-from latentdiff.training.settings import Condition
+from latentdiff.training.data.source import NoPicturesError, Source, Wanted
+from latentdiff.training.data.survey import leave_out, log_findings, read_manifest, sound_pictures
+from latentdiff.training.data.tables import metadata_of, read_metadata
+from latentdiff.training.settings import Condition, RunSettings
 
 logger = logging.getLogger(__name__)
 
-NAMED = 20  # findings named in a log or report; the rest are counted
 
-
-def load_pictures(
-    source: str,
-    split: str = "train",
-    image_column: str = "image",
-    caption_column: str = "text",
-    caption: str | None = None,
-    streaming: bool = False,
-    max_pictures: int | None = None,
-    condition: Condition = "text",
-    cache_dir: Path | None = None,
-) -> list[CaptionedPicture]:
+def load_pictures(source: str, split: str = "train", **options: Any) -> list[CaptionedPicture]:
     """The captioned pictures of `source`. Entries that cannot be used are logged by name; `read_source` gives them too.
 
     Args:
@@ -43,34 +31,35 @@ def load_pictures(
 
             A folder may instead have one folder for each split, named like it.
         split: rows and folders without a split are of "train".
-        caption: caption of every picture that has none of its own.
-        streaming: read a dataset as a stream, once, into a copy below `cache_dir`.
-        max_pictures: take this many of the first.
-        condition: what captions are for: "text", "class" or "none". Classes may be whole numbers, labels of
-            `datasets`, ``.cls`` files in shards, and names of folders, where a picture in a folder without a table has
-            no caption beside it. With "none" every picture has the caption "".
-        cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
+        options: further fields of `Wanted`.
 
     Raises:
         FileNotFoundError: there is no such source, or it has no usable picture of this split.
         ValueError: a table cannot be read as a whole, or lacks a column.
     """
-    wanted = Wanted(
-        split=split,
-        image_column=image_column,
-        caption_column=caption_column,
-        caption=caption,
-        condition=condition,
-        streaming=streaming,
-        max_pictures=max_pictures,
-        cache_dir=cache_dir,
-    )
-    found = read_source(source, wanted)
+    return _usable(read_source(source, Wanted(split=split, **options)), source)
+
+
+def from_dataset(dataset: Any, name: str = "dataset", **options: Any) -> list[CaptionedPicture]:
+    """Captioned pictures of a `datasets.Dataset`, or of an `IterableDataset`, which is read once into a copy.
+
+    Args:
+        options: fields of `Wanted`.
+
+    Raises:
+        ValueError: there is no such column.
+        FileNotFoundError: it has no usable picture.
+    """
+    from latentdiff.training.data.hf_datasets import from_rows
+
+    return _usable(from_rows(dataset, name, Wanted(**options)), name)
+
+
+def _usable(found: Source, name: str) -> list[CaptionedPicture]:
     log_findings(found.refused, "left out")
     if not found.pictures:
-        raise NoPicturesError(
-            f"{source}: not one usable picture; the first fault: {found.refused[0].name}: {found.refused[0].reason}"
-        )
+        first = f"; the first fault: {found.refused[0].name}: {found.refused[0].reason}" if found.refused else ""
+        raise NoPicturesError(f"{name}: not one usable picture{first}")
     return found.pictures
 
 
@@ -121,32 +110,31 @@ def _read_folder(folder: Path, wanted: Wanted) -> Source:
     return found
 
 
-def log_findings(findings: Sequence[Finding], what: str) -> None:
-    """Name the first `NAMED` of `findings` in warnings, and count the rest."""
-    for finding in findings[:NAMED]:
-        logger.warning("%s: %s: %s", what, printable(finding.name), printable(finding.reason))
-    if len(findings) > NAMED:
-        logger.warning("%s: %d more", what, len(findings) - NAMED)
-
-
-def from_dataset(
-    dataset: Any,
-    name: str = "dataset",
-    image_column: str = "image",
-    caption_column: str = "text",
-    caption: str | None = None,
+def prepare_pictures(
+    settings: RunSettings, split: str | None = None, condition: Condition = "text"
 ) -> list[CaptionedPicture]:
-    """Captioned pictures of a `datasets.Dataset`, or of an `IterableDataset`, which is read once into a copy.
+    """The usable pictures of ``settings.data``, each decoded once, with digest and size; always in the same order.
+
+    What was found is kept in ``manifest-SPLIT.jsonl`` in the run's ``training/`` folder, so that a repeated run looks
+    only at what changed. Pictures that cannot be used are counted and named, and left out. Those that
+    ``settings.manifest`` says to leave out are left out too, and do not count as bad.
+
+    Args:
+        split: by default ``settings.split``.
+        condition: what captions are for; with "none" every picture has the caption "".
 
     Raises:
-        ValueError: there is no such column.
-        FileNotFoundError: it has no usable picture.
+        FileNotFoundError: there is no such source, split or manifest, or nothing in it can be used.
+        ValueError: more than ``settings.max_bad_share`` of the pictures are unusable.
     """
-    from latentdiff.training.data.hf_datasets import from_rows
-
-    wanted = Wanted(image_column=image_column, caption_column=caption_column, caption=caption)
-    found = from_rows(dataset, name, wanted)
-    log_findings(found.refused, "left out")
-    if not found.pictures:
-        raise NoPicturesError(f"{name}: not one usable picture")
-    return found.pictures
+    folder = Path(settings.output) / "training"
+    cache_dir = Path(settings.cache_dir or folder) / "stream"
+    wanted = Wanted.of(settings, split, condition=condition, cache_dir=cache_dir)
+    source = read_source(settings.data, wanted)
+    if settings.manifest is not None:
+        leave_out(source, read_manifest(Path(settings.manifest).expanduser()))
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in wanted.split)[:60] or "all"
+    about = {"data": settings.data, "split": wanted.split}
+    good, refused = sound_pictures(source, folder / f"manifest-{name}.jsonl", about, settings.max_bad_share)
+    logger.info("%s (%s): %d pictures, %d left out", settings.data, wanted.split, len(good), len(refused))
+    return good

@@ -10,8 +10,8 @@ from typing import Any
 
 from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, printable
 from latentdiff.training.data.pictures import CaptionedPicture, PartReader
-from latentdiff.training.data.rows import json_object
 from latentdiff.training.data.source import CAPTION_SUFFIXES, PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
+from latentdiff.training.data.tables import json_object
 
 MOST_JSON = 2**22  # bytes of a sample's .json
 Parts = dict[str, tarfile.TarInfo]

@@ -1,17 +1,20 @@
 """What all sources of pictures have in common."""
 
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.data.captions import check_captions
+from latentdiff.training.data.captions import check_captions, shorten
 from latentdiff.training.data.pictures import CaptionedPicture
-from latentdiff.training.settings import Condition
+from latentdiff.training.settings import Condition, DataSettings
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
+TRAIN = "train"  # the split of whatever names none
 
 
 class NoPicturesError(FileNotFoundError):
@@ -28,9 +31,22 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What is requested of a source; see `load_pictures`."""
+    """What is requested of a source.
 
-    split: str = "train"
+    Args:
+        split: rows and folders without a split are of "train".
+        image_column: of a dataset.
+        caption_column: of a dataset or table.
+        caption: caption of every picture that has none of its own.
+        condition: what captions are for: "text", "class" or "none". Classes may be whole numbers, labels of
+            `datasets`, ``.cls`` files in shards, and names of folders, where a picture in a folder without a table has
+            no caption beside it. With "none" every picture has the caption "".
+        streaming: read a dataset as a stream, once, into a copy below `cache_dir`.
+        max_pictures: take this many of the first.
+        cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
+    """
+
+    split: str = TRAIN
     image_column: str = "image"
     caption_column: str = "text"
     caption: str | None = None
@@ -38,6 +54,12 @@ class Wanted:
     streaming: bool = False
     max_pictures: int | None = None
     cache_dir: Path | None = None
+
+    @classmethod
+    def of(cls, settings: DataSettings, split: str | None = None, **more: Any) -> "Wanted":
+        """What `settings` ask of their source; `split` instead of theirs, if given."""
+        same = ("image_column", "caption_column", "caption", "streaming", "max_pictures")
+        return cls(split=split or settings.split, **{name: getattr(settings, name) for name in same}, **more)
 
     def captions(self, value: Any, column: str | None = None) -> tuple[str, ...]:
         """Captions from what an entry has in its caption column. Raises ValueError; see `check_captions`.
@@ -82,3 +104,28 @@ class Source:
 
     def is_full(self, wanted: Wanted) -> bool:
         return wanted.max_pictures is not None and len(self.pictures) >= wanted.max_pictures
+
+
+def inside(root: Path, file_name: str) -> Path:
+    """The regular file `file_name` below `root`, which is resolved.
+
+    Raises:
+        ValueError: it leaves `root`, is no file, or cannot be a path.
+    """
+    shown = shorten(repr(file_name), 200)
+    path = Path(os.path.normpath(root / file_name))
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(root):
+            raise ValueError(f"{shown} leaves the folder {root}")
+        mode = real.stat().st_mode
+    except RuntimeError:
+        raise ValueError(f"{shown}: links that lead in a circle") from None
+    except (OSError, UnicodeError) as error:
+        if not path.is_relative_to(root):
+            raise ValueError(f"{shown} leaves the folder {root}") from None
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason})") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
+    return path

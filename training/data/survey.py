@@ -1,25 +1,127 @@
-"""The survey: every picture is decoded once before training, and what was found is kept."""
+"""The survey: every picture is decoded once before training, and what was found is kept in a manifest.
+
+A manifest is a file of JSON lines that people may read and change.
+"""
 
 import hashlib
+import json
+import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import PurePath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
 
+from latentdiff.interchange.atomic import atomic_file
+from latentdiff.training.data.captions import printable
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
-from latentdiff.training.data.manifest import Entry
 from latentdiff.training.data.pictures import CaptionedPicture
+from latentdiff.training.data.source import Finding, NoPicturesError, Source
 
+logger = logging.getLogger(__name__)
+
+FORMAT = "latentdiff manifest 1"
+NAMED = 20  # findings named in a log or report; the rest are counted
 CHUNK = 512  # pictures handed to the threads at once
 SAVE_SHARE = 20  # keeping results in between takes at most this fraction of the time, as 1 / n
 SAVE_EVERY = 60.0  # seconds, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture, or one row that is none.
+
+    Args:
+        name: within the source.
+        reason: why it cannot be used; empty where it can.
+        use: False where the user said to leave it out.
+        stamp: changes when the file does; empty where there is none.
+        size: (width, height) upright; (0, 0) where it cannot be decoded.
+        fingerprint: see `duplicates.fingerprint`.
+    """
+
+    name: str
+    reason: str = ""
+    use: bool = True
+    digest: str = ""
+    stamp: str = ""
+    bytes: int = 0
+    size: tuple[int, int] = (0, 0)
+    fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """As a line of the manifest."""
+        row: dict[str, Any] = {"name": self.name, "use": self.use}
+        if self.reason:
+            row["reason"] = self.reason
+        if self.digest:
+            row |= {"width": self.size[0], "height": self.size[1], "bytes": self.bytes, "digest": self.digest}
+            row |= {"stamp": self.stamp, "fingerprint": self.fingerprint}
+        if self.warnings:
+            row["warnings"] = list(self.warnings)
+        return row
+
+
+def write_manifest(file: Path, entries: Iterable[Entry], about: Mapping[str, Any]) -> None:
+    """Write `entries` as JSON lines, whole or not at all.
+
+    Args:
+        about: goes into the first line: what the entries are of.
+    """
+    with atomic_file(file, sync=True) as partial, partial.open("w", encoding="ascii") as lines:
+        lines.write(json.dumps({"format": FORMAT, **about}) + "\n")
+        for entry in entries:
+            lines.write(json.dumps(entry.row()) + "\n")
+
+
+def read_manifest(file: Path) -> dict[str, Entry]:
+    """The entries of a manifest by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no manifest, or a line of it is broken; the line is named.
+    """
+    entries: dict[str, Entry] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    if row.get("format") != FORMAT:
+                        raise ValueError(f"expected {FORMAT!r}")
+                    continue
+                entry = _entry(row)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{file}, line {number}: not a line of a manifest ({error})") from None
+            entries[entry.name] = entry
+    if not entries and file.stat().st_size == 0:
+        raise ValueError(f"{file}: the file is empty")
+    return entries
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    name, use = row["name"], row.get("use", True)
+    if not isinstance(name, str) or not isinstance(use, bool):
+        raise ValueError("'name' must be a text, and 'use' true or false")
+    return Entry(
+        name=name,
+        reason=str(row.get("reason", "")),
+        use=use,
+        digest=str(row.get("digest", "")),
+        stamp=str(row.get("stamp", "")),
+        bytes=int(row.get("bytes", 0)),
+        size=(int(row.get("width", 0)), int(row.get("height", 0))),
+        fingerprint=str(row.get("fingerprint", "")),
+        warnings=tuple(map(str, row.get("warnings", ()))),
+    )
 
 
 def survey(
@@ -96,3 +198,75 @@ def _warnings(name: str, decoded: Decoded) -> tuple[str, ...]:
     if decoded.animated:
         found.append("has several frames or pages; the first is used")
     return tuple(found)
+
+
+def sound_pictures(
+    source: Source, file: Path, about: Mapping[str, str], max_bad_share: float
+) -> tuple[list[CaptionedPicture], list[Finding]]:
+    """Examine every picture of `source`: the usable ones, with digest and size, and what cannot be used.
+
+    Args:
+        file: what an earlier survey found is read from here, and what this one finds is kept here.
+        about: for the first line of `file`: ``data`` and ``split``.
+
+    Raises:
+        ValueError: more than the share `max_bad_share` is unusable.
+        NoPicturesError: all is.
+    """
+    known: dict[str, Entry] = {}
+    try:
+        known = read_manifest(file)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning("%s; all pictures are examined again", error)
+    keys = [source.key(picture.name) for picture in source.pictures]
+    entries = survey(source.pictures, keys, known, lambda found: write_manifest(file, found, about))
+    everything = [*entries, *(Entry(source.key(f.name), use=False, reason=f.reason) for f in source.refused)]
+    if [known.get(entry.name) for entry in everything] != everything or len(known) != len(everything):
+        write_manifest(file, everything, about)
+    good, bad = sort_out(source, entries)
+    refused = source.refused + bad
+    log_findings(refused, "left out")
+    total = len(good) + len(refused)
+    if refused and len(refused) > max_bad_share * total:
+        named = "\n".join(f"  {printable(f.name)}: {printable(f.reason)}" for f in refused[:NAMED])
+        more = f"\n  and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
+        raise ValueError(
+            f"{about['data']}: {len(refused)} of {total} pictures cannot be used, more than "
+            f"max_bad_share={max_bad_share:g} allows. 'latentdiff doctor' says more; repair or remove them, or allow "
+            f"more.\n{named}{more}"
+        )
+    if not good:
+        raise NoPicturesError(f"{about['data']}: nothing is left to train on")
+    return good, refused
+
+
+def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPicture], list[Finding]]:
+    """The usable pictures, with digest and size, and what is wrong with the others."""
+    good, bad = [], []
+    for picture, entry in zip(source.pictures, entries, strict=True):
+        if entry.reason:
+            bad.append(Finding(picture.name, entry.reason))
+        else:
+            good.append(replace(picture, digest=entry.digest, size=entry.size))
+    return good, bad
+
+
+def leave_out(source: Source, manifest: dict[str, Entry]) -> None:
+    """Take out of `source`, usable or not, what a manifest says not to use."""
+    unwanted = {name for name, entry in manifest.items() if not entry.use}
+    before = len(source.pictures)
+    source.pictures = [picture for picture in source.pictures if source.key(picture.name) not in unwanted]
+    source.refused = [finding for finding in source.refused if source.key(finding.name) not in unwanted]
+    logger.info("left out as the manifest says: %d pictures", before - len(source.pictures))
+    if manifest and not any(source.key(picture.name) in manifest for picture in source.pictures):
+        logger.warning("the manifest names none of these pictures; is it of another folder?")
+
+
+def log_findings(findings: Sequence[Finding], what: str) -> None:
+    """Name the first `NAMED` of `findings` in warnings, and count the rest."""
+    for finding in findings[:NAMED]:
+        logger.warning("%s: %s: %s", what, printable(finding.name), printable(finding.reason))
+    if len(findings) > NAMED:
+        logger.warning("%s: %d more", what, len(findings) - NAMED)

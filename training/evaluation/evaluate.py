@@ -20,7 +20,7 @@ from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.classes import labels_of
+from latentdiff.training.data.captions import labels_of
 from latentdiff.training.drawings import Drawing
 from latentdiff.training.evaluation.drawings import call_settings, caption_of, draw_missing, plan
 from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report

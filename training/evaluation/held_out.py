@@ -1,7 +1,6 @@
 """Held-out pictures that a model is measured on, models without text, and the reports that the figures go into."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,9 @@ from latentdiff.interchange.folders import find_model, read_json
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.pipelines.registry import Kind, kind_saved_as
 from latentdiff.training.card.card import last_part
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, read_source
-from latentdiff.training.data.load import log_findings
-from latentdiff.training.data.prepare import check_share, sort_out, survey_source, wanted_of
+from latentdiff.training.data import CaptionedPicture, NoPicturesError, Wanted, read_source
+from latentdiff.training.data.survey import sound_pictures
 from latentdiff.training.settings import Condition, DataSettings, HeldOutSettings
-
-logger = logging.getLogger(__name__)
 
 
 def check_report(file: Path) -> None:
@@ -63,21 +59,23 @@ def held_out_pictures(
     Raises:
         NoPicturesError: there are none, and what to do.
     """
-    chosen = ("data", "split", "image_column", "caption_column")
-    data = DataSettings.load(None, {name: getattr(settings, name) for name in chosen})
+    wanted = Wanted(
+        split=settings.split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        condition=condition,
+    )
     try:
-        source = read_source(settings.data, wanted_of(data, condition=condition))
+        source = read_source(settings.data, wanted)
     except NoPicturesError as error:
         raise NoPicturesError(
             f"{error}; give held-out pictures a split of that name, or choose one with --split: figures of "
             f"--split train, which a model has seen, flatter it"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    entries = survey_source(source, folder / "pictures.jsonl", settings.data, settings.split)
-    good, bad = sort_out(source, entries)
-    refused = source.refused + bad
-    log_findings(refused, "left out")
-    check_share(settings.data, len(good), refused, data.max_bad_share)
+    about = {"data": settings.data, "split": settings.split}
+    most = DataSettings.model_fields["max_bad_share"].default
+    good, refused = sound_pictures(source, folder / "pictures.jsonl", about, most)
     return good, len(refused)
 
 

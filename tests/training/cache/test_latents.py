@@ -26,7 +26,7 @@ from latentdiff.training.cache import LatentCache, TensorStore, filling
 from latentdiff.training.cache.digests import digest
 from latentdiff.training.cache.latents import encoder_digest, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
-from latentdiff.training.data.view import View
+from latentdiff.training.data.pictures import View
 
 Wanted = list[tuple[CaptionedPicture, View]]
 LEVELS = {

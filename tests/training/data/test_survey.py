@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.training.data import NoPicturesError, load_pictures, prepare_pictures
-from latentdiff.training.data.manifest import read_manifest
-from latentdiff.training.data.survey import survey
+from latentdiff.training.data.survey import read_manifest, survey
 from latentdiff.training.settings import AutoencoderSettings
 
 
