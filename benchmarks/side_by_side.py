@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
-from latentdiff.interchange.packaged import packaged_model
+from latentdiff.interchange.folders import packaged_model
 
 Work = Callable[[], Any]
 

@@ -1,8 +1,8 @@
 """Pixels to scaled latents and back, with any autoencoder: where pipelines and training scale latents.
 
 What a denoiser works on is (latents - shift) * scale, by the autoencoder's ``scaling_factor`` and ``shift_factor`` (the
-latter as in Stable Diffusion 3), so that it has about unit variance. The graphs of `pipelines.storage.onnx` alone have
-a scale of their own, which that format prescribes.
+latter as in Stable Diffusion 3), so that it has about unit variance. `pipelines.storage.onnx`
+traces this code into its graphs.
 """
 
 from dataclasses import dataclass

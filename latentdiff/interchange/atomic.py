@@ -1,10 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -37,3 +40,22 @@ def write_text_whole(file: Path, text: str, sync: bool = False) -> None:
     """Write a text file in UTF-8, by `atomic_file`."""
     with atomic_file(file, sync) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """JSON as this package writes it into configs: indented, keys in order, and a final line break."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """The path of a new folder near `folder`, to be made and filled within the context.
+
+    When the context ends without an error it becomes `folder`, which must be empty or not exist; after an error it is
+    removed. Missing parents are made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
+        new = Path(temporary) / "new"
+        yield new
+        os.replace(new, folder)

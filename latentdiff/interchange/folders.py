@@ -1,4 +1,4 @@
-"""Finding a model's folder, and checking it with clear errors before a library reads it."""
+"""Finding a model's folder, packaged or not, and checking it with clear errors before a library reads it."""
 
 import json
 import re
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.extensions import registered_network
-from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model, packaged_models
 from latentdiff.interchange.user_files import check_regular, check_regular_files, parse_json_object, read_text
+
+DEFAULT_MODEL = "emoji"
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+"""Where the models are that ship inside the package."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")
@@ -23,6 +26,24 @@ OUR_MODULES = (
     "latentdiff.models.identity",
 )
 """Where our classes are defined that diffusers does not have."""
+
+
+def packaged_models() -> dict[str, Path]:
+    """The names of the models in this installation, and their folders."""
+    return {index.parent.name: index.parent for index in sorted(WEIGHTS.glob("*/model_index.json"))}
+
+
+def packaged_model(name: str = DEFAULT_MODEL) -> Path:
+    """The folder of a packaged model.
+
+    Raises:
+        FileNotFoundError: this installation has no model of that name.
+    """
+    models = packaged_models()
+    if name not in models:
+        have = f"it has {', '.join(models)}" if models else "it has none: the package was built without its weights"
+        raise FileNotFoundError(f"no model named {name!r} comes with this installation of latentdiff; {have}")
+    return models[name]
 
 
 def find_model(source: str | Path | None) -> Path | None:

@@ -120,7 +120,7 @@ def autoencoder_extractor() -> Extractor:
 
 def packaged_encoder() -> tuple[str, "EncoderLevels", int]:
     """The name for reports, the network, and the side of the pictures it was trained on."""
-    from latentdiff.interchange.packaged import DEFAULT_MODEL, packaged_model
+    from latentdiff.interchange.folders import DEFAULT_MODEL, packaged_model
     from latentdiff.models import AutoencoderKL
 
     autoencoder = AutoencoderKL.from_pretrained(packaged_model() / "vae", use_safetensors=True)

@@ -206,8 +206,7 @@ def read_model(
     """The pipeline of a folder or a single file, or something with only the component that is wanted."""
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
     from latentdiff.pipelines.storage.converting import checkpoint_pipeline, folder_pipeline, network_alone
-    from latentdiff.pipelines.storage.single_file import check_prediction
-    from latentdiff.pipelines.storage.single_file_parts import AUTOENCODERS, CheckpointParts
+    from latentdiff.pipelines.storage.single_file import AUTOENCODERS, CheckpointParts, check_prediction
 
     if kind == "network":
         return OnePart(**{str(component): network_alone(source, dtype, variant)})

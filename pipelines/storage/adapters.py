@@ -2,24 +2,26 @@
 
 import json
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, save_whole
 from latentdiff.interchange.embeddings import find_embeddings
-from latentdiff.interchange.lora.layers import of_network, peft_config, peft_tensors
-from latentdiff.pipelines.storage.lora import (
-    FittedLora,
-    add_to_encoder,
-    all_or_none,
-    check_swappable,
-    fit_lora,
-    free_name,
-    is_clips,
-    names_in_use,
+from latentdiff.interchange.lora.formats import LoraFile, with_network
+from latentdiff.interchange.lora.kohya_names import TEXT, flat_names, short
+from latentdiff.interchange.lora.layers import (
+    Layers,
+    LoraLayer,
+    format_of,
+    of_network,
+    peft_config,
+    peft_tensors,
+    read_layers,
 )
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,14 @@ class LoadedLora(NamedTuple):
     """What `load_lora_weights` did: the adapter's name, and the keys that have a place in the networks, or none."""
 
     adapter_name: str
+    matched: list[str]
+    unmatched: list[str]
+
+
+class FittedLora(NamedTuple):
+    """A LoRA's layers, under the names that they have in the networks, and which of its keys belong to them."""
+
+    layers: Layers
     matched: list[str]
     unmatched: list[str]
 
@@ -71,7 +81,8 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             ValueError: it is not a safetensors file, or is damaged; no key of it has a place here; a shape does not
                 fit; the name is taken. Nothing is changed then.
         """
-        networks = {name: network for name in self._lora_loadable_modules if (network := getattr(self, name, None))}
+        parts = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        networks = {name: whole_network(network) for name, network in parts.items() if network is not None}
         hub = {key: value for key, value in hub.items() if key not in ("use_safetensors", "return_lora_metadata")}
         lora = fit_lora(pretrained_model_name_or_path_or_dict, networks, weight_name, hub)
         adapter_name = adapter_name or free_name(networks)
@@ -94,26 +105,18 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
 
     def _add_lora(self, lora: FittedLora, adapter_name: str, **options: Any) -> None:
         """Into the networks that it has layers of."""
-        for network in self._lora_loadable_modules:
-            own = of_network(lora.layers, network)
-            if not own:
+        for name in self._lora_loadable_modules:
+            if not (own := of_network(lora.layers, name)):
                 continue
-            config = peft_config(own)
-            if network == "text_encoder" and not is_clips(own):
-                add_to_encoder(self.text_encoder, peft_tensors(own), config, adapter_name)
-                continue
-            tensors = {f"{network}.{key}": tensor for key, tensor in peft_tensors(own).items()}
-            load = self.load_lora_into_unet if network == "unet" else self.load_lora_into_text_encoder
-            metadata = {f"{network}.{key}": value for key, value in config.items()}
-            load(
-                tensors,
-                None,
-                getattr(self, network),
-                adapter_name=adapter_name,
-                metadata=metadata,
-                _pipeline=self,
-                **options,
-            )
+            network = whole_network(getattr(self, name))
+            if name == "unet":
+                tensors, config = peft_tensors(own), peft_config(own)
+                options |= {"metadata": {f"unet.{key}": value for key, value in config.items()}, "_pipeline": self}
+                tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
+                self.load_lora_into_unet(tensors, None, network, adapter_name=adapter_name, **options)
+            else:
+                with offloading_paused(self):
+                    add_to_encoder(network, own, adapter_name)
 
     @staticmethod
     def write_lora_layers(
@@ -165,7 +168,8 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             FileNotFoundError: there is no such file.
             ValueError: it is of another kind, is damaged or of another width; the word is known already.
         """
-        tokenizer, text_encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
         hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
         words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
         width = text_encoder.get_input_embeddings().weight.shape[1]
@@ -193,3 +197,156 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         if wanted & set(ordinary) and not wanted >= set(ordinary) and max(special, default=-1) + 1 != first:
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(tokens, tokenizer, text_encoder or self.text_encoder)
+
+
+def fit_lora(
+    source: str | Path | dict[str, Tensor],
+    networks: Mapping[str, nn.Module],
+    weight_name: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> FittedLora:
+    """Read a LoRA and find its layers in `networks`, such as {"unet": ..., "text_encoder": ...}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no LoRA, none of its keys has a place, or a matrix does not fit its layer.
+    """
+    state, config = read_source(source, weight_name, hub or {})
+    places = {f"{name}.{place}": layer for name, network in networks.items() for place, layer in layers_of(network)}
+    names = {short(name): name for name in places}
+    unet_config = getattr(networks.get("unet"), "config", None)
+    depth = getattr(unet_config, "layers_per_block", 2)
+    found, unmatched = read_layers(
+        state, config, layers_per_block=depth if isinstance(depth, int) else depth[0], known=flat_names(list(places))
+    )
+    if not found:
+        raise ValueError(
+            f"none of the {len(unmatched)} keys of this LoRA, such as {unmatched[0]}, is of this pipeline's "
+            f"{' or '.join(networks)}; it is for another kind of model"
+        )
+    for name, layer in found.items():
+        check_fit(name, layer, places[names[name]])
+    others = set(unmatched)
+    fitted = FittedLora(
+        {names[name]: layer for name, layer in found.items()}, [key for key in state if key not in others], unmatched
+    )
+    for network in networks:
+        if own := of_network(fitted.layers, network):
+            peft_config(own)  # raises if PEFT cannot have it
+    return fitted
+
+
+def read_source(
+    source: str | Path | dict[str, Tensor], weight_name: str | None, hub: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors under the names of their format, and the config."""
+    if isinstance(source, dict):
+        return with_network(source, format_of(source)), None
+    file = LoraFile(source, weight_name, **hub)
+    return file.state, file.config
+
+
+def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers and convolutions of a network, in which there may be LoRAs already."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside: tuple[str, ...] = ()
+    for name, module in network.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+            module = module.get_base_layer()
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield name, module
+
+
+def check_fit(name: str, layer: LoraLayer, module: nn.Module) -> None:
+    """Raises ValueError if a LoRA's matrices do not fit the weight of the network's layer."""
+    weight: Any = module.weight
+    down, up = layer.down, layer.up
+    made_for, has = (up.shape[0], *down.shape[1:]), tuple(weight.shape)
+    if made_for != has:
+        raise ValueError(
+            f"{name}: the LoRA is made for a weight of shape {made_for} and this model's is {has}; it is for another "
+            f"model"
+        )
+
+
+def check_swappable(lora: FittedLora) -> None:
+    """Raises ValueError if PEFT's hotswap, which knows one strength for all layers, would load a LoRA wrongly."""
+    if any(name.startswith(f"{TEXT}.") for name in lora.layers):
+        raise ValueError("hotswap: a LoRA with layers of the text encoder cannot be swapped in; load it as an adapter")
+    if len({round(layer.scale, 6) for layer in lora.layers.values()}) > 1:
+        raise ValueError(
+            "hotswap: the layers of this LoRA have different strengths (alpha / rank), which PEFT cannot swap in; load "
+            "it as an adapter of its own"
+        )
+
+
+def add_to_encoder(text_encoder: Any, layers: Layers, name: str) -> None:
+    """A LoRA into a text encoder of transformers, by PEFT itself.
+
+    transformers' own ``load_adapter`` leaves out DoRA's magnitudes, and diffusers' loader knows the names of CLIP only.
+
+    Raises:
+        ValueError: PEFT has no place for some of the LoRA's tensors.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    tensors = peft_tensors(layers)
+    inject_adapter_in_model(LoraConfig(**peft_config(layers), inference_mode=True), text_encoder, name)
+    text_encoder._hf_peft_config_loaded = True  # read by transformers' methods for adapters
+    result = set_peft_model_state_dict(text_encoder, tensors, name)
+    if result.unexpected_keys:
+        raise ValueError(f"PEFT has no place for {result.unexpected_keys[0]} of this LoRA")
+    text_encoder.requires_grad_(False).eval().to(text_encoder.device, text_encoder.dtype)
+
+
+@contextmanager
+def offloading_paused(pipeline: Any) -> Iterator[None]:
+    """Within, the hooks of diffusers' offloading are removed from the pipeline's networks."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    whole, sequential, in_groups = pipeline._optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if whole:
+            pipeline.enable_model_cpu_offload()
+        elif sequential:
+            pipeline.enable_sequential_cpu_offload()
+        elif in_groups:
+            for part in pipeline.components.values():
+                if isinstance(part, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(part)
+
+
+def whole_network(network: Any) -> Any:
+    """The network itself, where ``torch.compile`` has put a module of its own around it."""
+    return getattr(network, "_orig_mod", network)
+
+
+def names_in_use(networks: Mapping[str, nn.Module]) -> set[str]:
+    return {name for network in networks.values() for name in getattr(network, "peft_config", {})}
+
+
+def free_name(networks: Mapping[str, nn.Module]) -> str:
+    """``default_0`` or the next that no network has; diffusers counts for each network, and can give two names."""
+    taken = names_in_use(networks)
+    return next(name for i in range(len(taken) + 1) if (name := f"default_{i}") not in taken)
+
+
+@contextmanager
+def all_or_none(networks: Mapping[str, nn.Module], name: str) -> Iterator[None]:
+    """If what is done within fails, the adapter `name` is taken out of the networks that have it by then."""
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    had = {key for key, network in networks.items() if name in getattr(network, "peft_config", {})}
+    try:
+        yield
+    except Exception:
+        for key, network in networks.items():
+            if key not in had and name in getattr(network, "peft_config", {}):
+                delete_adapter_layers(network, name)
+        raise

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
-from latentdiff.interchange.folders import check_component, check_safetensors, find_model, read_json
+from latentdiff.interchange.atomic import atomic_folder
+from latentdiff.interchange.folders import (
+    check_component,
+    check_pipeline_folder,
+    check_safetensors,
+    find_model,
+    read_json,
+)
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
 from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet
+from latentdiff.pipelines.storage.folder import move_into, tidy_configs
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
-from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
 FEW = 8  # an embedding file holds at most this many tensors; with more it is taken for a model
@@ -134,7 +141,6 @@ def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> 
     """
     import diffusers
 
-    from latentdiff.interchange.folders import check_pipeline_folder
     from latentdiff.pipelines import TextToImagePipeline
 
     check_pipeline_folder(folder)
@@ -195,10 +201,8 @@ def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bo
         FileExistsError: there is something, and `overwrite` is False.
     """
     if is_free(target, overwrite):
-        with tempfile.TemporaryDirectory(dir=made(target.parent), prefix=".saving-") as temporary:
-            new = Path(temporary) / target.name
+        with atomic_folder(target) as new:
             pipeline.save_pretrained(new, variant=variant)
-            os.replace(new, target)
     else:
         pipeline.save_pretrained(target, variant=variant)
 
@@ -206,7 +210,8 @@ def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bo
 def write_part(pipeline: Any, component: str, target: Path, variant: str | None, overwrite: bool) -> None:
     """Write one component as diffusers' (or transformers') folder; see `write_folder`."""
     free = is_free(target, overwrite)
-    with tempfile.TemporaryDirectory(dir=made(target.parent), prefix=".saving-") as temporary:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / component
         getattr(pipeline, component).save_pretrained(new, variant=variant)
         tidy_configs(Path(temporary))
@@ -243,8 +248,3 @@ def is_free(target: Path, overwrite: bool) -> bool:
     if target.exists() and (not overwrite or not target.is_dir()):
         raise FileExistsError(f"{target} is there already; choose another name, or ask to overwrite it")
     return not target.exists()
-
-
-def made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -9,9 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import DiffusionPipeline
 
+from latentdiff.interchange.atomic import json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
-from latentdiff.pipelines.storage.saving import move_into, tidy_configs
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ class FolderPipeline(DiffusionPipeline):
         """The content of ``model_index.json``, without the place where this pipeline was loaded from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
-        return json.dumps({**index, "_class_name": self.saved_class_name}, indent=2, sort_keys=True) + "\n"
+        return json_text({**index, "_class_name": self.saved_class_name})
 
     def register_defaults(self, **defaults: float) -> None:
         """Set what a call of this model uses for ``num_inference_steps`` and ``guidance_scale``; saved with it.
@@ -157,3 +160,42 @@ class FolderPipeline(DiffusionPipeline):
     def registered_defaults(self) -> dict[str, Any]:
         """What was set by ``register_defaults``."""
         return dict(self.config.get(DEFAULTS_KEY, {}))
+
+
+def tidy_configs(folder: Path) -> None:
+    """Make the saved components' configs independent of this machine.
+
+    The place where a component was loaded from is removed. The text encoder's config gets float32 as its precision:
+    without another request diffusers loads its networks in float32, but transformers uses the precision in the config,
+    and a folder in half precision would be loaded in two precisions and could not draw.
+    """
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if file.parent.name == "text_encoder":
+            config["dtype"] = "float32"
+        file.write_text(json_text(config), encoding="utf-8")
+
+
+def move_into(new: Path, folder: Path, variant: str | None) -> None:
+    """Move all files below `new` to the same places below `folder`, the index last, each whole.
+
+    Weight files of an earlier save that the new files replace are removed; nothing else of `folder` is touched.
+    """
+    files = sorted(file for file in new.rglob("*") if file.is_file())
+    files.sort(key=lambda file: file.name == "model_index.json")
+    for file in files:
+        target = folder / file.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    suffix = "" if variant is None else re.escape(f".{variant}")
+    weights = re.compile(
+        rf"(diffusion_pytorch_model|model){suffix}(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
+        rf"(diffusion_pytorch_model|model)\.safetensors\.index{suffix}\.json"
+    )
+    written = {folder / file.relative_to(new) for file in files}
+    for part in {target.parent for target in written if target.parent != folder}:
+        for old in part.iterdir():
+            if old not in written and weights.fullmatch(old.name):
+                old.unlink()
+    shutil.rmtree(new)

@@ -6,8 +6,6 @@ Those read the folder and run it with onnxruntime; nothing of ours or of torch's
 import copy
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -18,7 +16,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from latentdiff.codec import Codec
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.registry import KINDS, kind_saved_as
 from latentdiff.text.encode import max_tokens
@@ -33,6 +33,9 @@ MAX_BYTES = 1_800_000_000
 
 LATENTS_SCALE = 0.18215
 """What diffusers' pipelines for ONNX take for every model's ``scaling_factor``."""
+
+SMALLEST_STD = 1e-7
+"""In the logarithm, of a posterior without spread."""
 
 
 class TextGraph(nn.Module):
@@ -67,22 +70,21 @@ class UNetGraph(nn.Module):
 class EncoderGraph(nn.Module):
     """``sample`` (B, 3, H, W) -> ``latent_sample`` (B, C, h, w), the mean if there is a posterior.
 
-    With a posterior also ``latent_parameters`` (B, 2C, h, w), its mean and the logarithm of its variance. What comes
-    out is to be multiplied by `LATENTS_SCALE`.
+    With a posterior also ``latent_parameters`` (B, 2C, h, w), its mean and the logarithm of its variance. The caller
+    multiplies the output by `LATENTS_SCALE`.
     """
 
-    def __init__(self, vae: Any, gaussian: bool) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae: Any = vae
-        self.gaussian = gaussian
-        self.factor = float(vae.config.scaling_factor) / LATENTS_SCALE
+        self.vae, self.codec = vae, Codec(vae)
 
     def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
-        encoded = self.vae.encode(sample, return_dict=False)[0]
-        if not self.gaussian:
-            return (encoded * self.factor,)
-        mean, shift = encoded.mean * self.factor, 2 * torch.log(torch.tensor(self.factor))
-        return mean, torch.cat([mean, encoded.logvar + shift], dim=1)
+        posterior = self.codec.posterior(sample)
+        mean = self.codec.scaled(posterior.mean) / LATENTS_SCALE
+        if posterior.std is None:
+            return (mean,)
+        std = posterior.std * (self.codec.scale / LATENTS_SCALE)
+        return mean, torch.cat([mean, 2 * std.clamp(min=SMALLEST_STD).log()], dim=1)
 
 
 class DecoderGraph(nn.Module):
@@ -90,11 +92,10 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae: Any = vae
-        self.factor = LATENTS_SCALE / float(vae.config.scaling_factor)
+        self.vae, self.codec = vae, Codec(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample * self.factor, return_dict=False)[0]
+        return self.codec.decode(latent_sample * LATENTS_SCALE)
 
 
 class Part(NamedTuple):
@@ -106,6 +107,10 @@ class Part(NamedTuple):
     """Of each input, the axes that may have any size."""
     outputs: Sequence[str]
     config: dict[str, Any]
+
+
+IMAGES = {0: "batch_size", 2: "height", 3: "width"}
+TOKENS = {0: "batch_size", 1: "sequence_length"}
 
 
 def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
@@ -138,11 +143,9 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
         raise ImportError(f"ONNX export needs {' and '.join(missing)}; install with: pip install 'latentdiff[onnx]'")
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty; choose another folder")
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
     check_pipeline(pipeline)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
-        new = Path(temporary) / "onnx"
+    with atomic_folder(folder) as new:
         for name, make in PARTS.items():
             logger.info("Exporting %s", name)
             write_part(name, make(pipeline), new / name, opset)
@@ -150,7 +153,6 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
         limit_tokens(new / "tokenizer", max_tokens(pipeline.tokenizer, pipeline.text_encoder))
         pipeline.scheduler.save_pretrained(new / "scheduler")
         write_json(new / "model_index.json", index_of(pipeline))
-        os.replace(new, folder)
     return folder
 
 
@@ -183,7 +185,7 @@ def check_pipeline(pipeline: Any) -> None:
                 f"unload_lora_weights() alone to do without them"
             )
     config = pipeline.vae.config
-    for key in ("shift_factor", "latents_mean", "latents_std"):
+    for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise ValueError(f"the autoencoder's {key} is not supported in ONNX's layout of a pipeline")
     if getattr(pipeline.unet, "class_embedding", None) is not None:
@@ -194,18 +196,15 @@ def check_pipeline(pipeline: Any) -> None:
 
 def text_part(pipeline: Any) -> Part:
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
-    padding = None
-    if getattr(encoder.config, "use_attention_mask", False):
-        padding = tokenizer.pad_token_id
-    length = max_tokens(tokenizer, encoder)
-    graph = TextGraph(plain(encoder), padding)
-    ids = torch.randint(encoder.config.vocab_size, (2, length), dtype=torch.int32)
+    hides_padding = getattr(encoder.config, "use_attention_mask", False)
+    graph = TextGraph(plain(encoder), tokenizer.pad_token_id if hides_padding else None)
+    ids = torch.randint(encoder.config.vocab_size, (2, max_tokens(tokenizer, encoder)), dtype=torch.int32)
     with torch.no_grad():
         count = len(graph(ids))
     return Part(
         graph,
         {"input_ids": ids},
-        {"input_ids": {0: "batch_size", 1: "sequence_length"}},
+        {"input_ids": TOKENS},
         ["last_hidden_state", "pooler_output"][:count],
         json.loads(encoder.config.to_json_string(use_diff=False)),
     )
@@ -216,45 +215,34 @@ def unet_part(pipeline: Any) -> Part:
     width = config.cross_attention_dim
     size = downscale_factor(config)
     channels = config.out_channels if takes_variance(pipeline.scheduler) else pipeline.vae.config.latent_channels
-    return Part(
-        UNetGraph(plain(unet), channels),
-        {
-            "sample": torch.randn(2, config.in_channels, 2 * size, 3 * size),
-            "timestep": torch.tensor([10.0]),
-            "encoder_hidden_states": torch.randn(2, 5, width if isinstance(width, int) else width[0]),
-        },
-        {
-            "sample": {0: "batch_size", 2: "height", 3: "width"},
-            "timestep": {},
-            "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
-        },
-        ["out_sample"],
-        {**own_config(unet), "out_channels": channels},
-    )
+    inputs = {
+        "sample": torch.randn(2, config.in_channels, 2 * size, 3 * size),
+        "timestep": torch.tensor([10.0]),
+        "encoder_hidden_states": torch.randn(2, 5, width if isinstance(width, int) else width[0]),
+    }
+    axes = {"sample": IMAGES, "timestep": {}, "encoder_hidden_states": TOKENS}
+    changed = {**own_config(unet), "out_channels": channels}
+    return Part(UNetGraph(plain(unet), channels), inputs, axes, ["out_sample"], changed)
 
 
 def encoder_part(pipeline: Any) -> Part:
-    vae = pipeline.vae
-    size = downscale_factor(vae.config)
-    gaussian = not hasattr(vae, "quantize")
-    return Part(
-        EncoderGraph(plain(vae), gaussian),
-        {"sample": torch.randn(2, vae.config.in_channels, 4 * size, 6 * size)},
-        {"sample": {0: "batch_size", 2: "height", 3: "width"}},
-        ["latent_sample", "latent_parameters"][: 1 + gaussian],
-        {**own_config(vae), "scaling_factor": LATENTS_SCALE},
-    )
+    vae, size = pipeline.vae, downscale_factor(pipeline.vae.config)
+    pixels = torch.randn(2, vae.config.in_channels, 4 * size, 6 * size)
+    outputs = ["latent_sample"] if hasattr(vae, "quantize") else ["latent_sample", "latent_parameters"]
+    return Part(EncoderGraph(plain(vae)), {"sample": pixels}, {"sample": IMAGES}, outputs, vae_config(vae))
 
 
 def decoder_part(pipeline: Any) -> Part:
-    vae = pipeline.vae
-    return Part(
-        DecoderGraph(plain(vae)),
-        {"latent_sample": torch.randn(2, vae.config.latent_channels, 4, 6)},
-        {"latent_sample": {0: "batch_size", 2: "height", 3: "width"}},
-        ["sample"],
-        {**own_config(vae), "scaling_factor": LATENTS_SCALE},
-    )
+    latents = torch.randn(2, pipeline.vae.config.latent_channels, 4, 6)
+    graph, config = DecoderGraph(plain(pipeline.vae)), vae_config(pipeline.vae)
+    return Part(graph, {"latent_sample": latents}, {"latent_sample": IMAGES}, ["sample"], config)
+
+
+def vae_config(vae: Any) -> dict[str, Any]:
+    """Of the graphs, which take and give latents in the layout's scale."""
+    config = own_config(vae)
+    unshifted = {"shift_factor": None} if "shift_factor" in config else {}
+    return {**config, "scaling_factor": LATENTS_SCALE, **unshifted}
 
 
 PARTS = {"text_encoder": text_part, "unet": unet_part, "vae_encoder": encoder_part, "vae_decoder": decoder_part}
@@ -323,9 +311,8 @@ def index_of(pipeline: Any) -> dict[str, Any]:
 def limit_tokens(folder: Path, length: int) -> None:
     """Write into a saved tokenizer's config how many tokens the encoder takes."""
     file = folder / "tokenizer_config.json"
-    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, {**config, "model_max_length": length})
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "model_max_length": length})
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json_text(value), encoding="utf-8")

@@ -1,6 +1,8 @@
 """Pipelines from and to single files, as Stable Diffusion's models are passed around."""
 
 import inspect
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,15 +12,35 @@ from latentdiff.interchange.single_file import (
     HUB_OPTIONS,
     Checkpoint,
     OriginalSettings,
+    assumed_settings,
+    build_autoencoder,
+    build_text_encoder,
+    build_unet,
+    check_checkpoint,
+    clip_tokenizer,
     find_file,
+    header_of_parts,
+    is_guess,
     original_autoencoder,
     original_text_encoder,
     original_unet,
+    plain_config,
+    scheduler_settings,
+    unet_config,
     write_checkpoint,
 )
-from latentdiff.pipelines.storage.single_file_parts import CheckpointParts, check_kind, header_of, load_tokenizer
+from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
+from latentdiff.models.config import downscale_factor
+from latentdiff.pipelines.registry import kinds_of_unet
+from latentdiff.pipelines.storage.folder import DEFAULTS
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = ("scheduler", "low_res_scheduler")
+AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
+LARGE_V = 96
+"""``sample_size`` of Stable Diffusion 2 that predicts v."""
 
 
 class SingleFilePipeline:
@@ -136,3 +158,165 @@ def check_prediction(prediction_type: str | None) -> None:
     """Raises ValueError for what no model predicts."""
     if prediction_type not in (None, *PREDICTIONS):
         raise ValueError(f"prediction_type={prediction_type!r} is not known; it is {' or '.join(PREDICTIONS)}")
+
+
+class CheckpointParts:
+    """The components of a pipeline that are in a checkpoint, each built when it is asked for.
+
+    Args:
+        weights: of a checkpoint.
+        dtype: of the weights; None leaves the file's.
+        stated: what the caller knows of the model; `original_config` counts where the caller states nothing.
+
+    Raises:
+        FileNotFoundError: there is no such YAML file.
+        ValueError: the file is no checkpoint of a known kind, or the YAML file is damaged.
+    """
+
+    def __init__(
+        self,
+        weights: Checkpoint,
+        dtype: torch.dtype | None = None,
+        stated: OriginalSettings | None = None,
+        original_config: str | Path | None = None,
+    ) -> None:
+        check_checkpoint(weights)
+        stated = stated or OriginalSettings()
+        yaml = OriginalSettings.read(Path(original_config)) if original_config else OriginalSettings()
+        self.weights, self.dtype, self.stated = weights, dtype, yaml | stated
+        assumed = assumed_settings(weights)
+        self.settings = assumed | self.stated
+        if assumed.sample_size == LARGE_V and stated.sample_size is None:  # the YAML file says 64 for 768 pixels too
+            large = self.settings.prediction_type == "v_prediction"
+            self.settings = replace(self.settings, sample_size=LARGE_V if large else 64)
+
+    def unet(self) -> Any:
+        size, changes = self.settings.sample_size, self.heads()
+        if "unet" in self.weights.header:
+            size = self.stated.sample_size
+        changes = changes if size is None else {**changes, "sample_size": size}
+        return build_unet(self.weights, self.dtype, changes, UNet2DConditionModel)
+
+    def heads(self) -> dict[str, Any]:
+        """How many attention heads there are, if that was stated. In the original code their width counts first."""
+        if self.stated.head_channels:
+            config = self.weights.header.get("unet") or unet_config(self.weights)
+            widths = [max(1, width // self.stated.head_channels) for width in config["block_out_channels"]]
+            return {"attention_head_dim": widths}
+        return {"attention_head_dim": self.stated.heads} if self.stated.heads else {}
+
+    def vae(self) -> Any:
+        if "vae" in self.weights.header:
+            factor = self.stated.scaling_factor
+            stated = {} if factor is None else {"scaling_factor": factor}
+            return build_autoencoder(self.weights, self.dtype, stated, AUTOENCODERS)
+        changes = {"scaling_factor": self.settings.scaling_factor}
+        vae = build_autoencoder(self.weights, self.dtype, changes, AUTOENCODERS)
+        size = (self.settings.sample_size or 64) * downscale_factor(vae.config)
+        vae.register_to_config(sample_size=size)
+        return vae
+
+    def vae_of(self, file: Path, allow_pickle: bool) -> Any:
+        """The autoencoder of another file, for this one's UNet."""
+        other = CheckpointParts(Checkpoint(file, allow_pickle), self.dtype, self.stated)
+        if other.stated.scaling_factor is None:
+            other.settings = replace(other.settings, scaling_factor=self.settings.scaling_factor)
+        return other.vae()
+
+    def text_encoder(self) -> Any:
+        return build_text_encoder(self.weights, self.dtype)
+
+    def scheduler(self) -> Any:
+        """The one the file was saved with, else DDIM.
+
+        Raises:
+            ValueError: the file's header names none of diffusers' schedulers, or one that cannot be.
+        """
+        config = dict(self.weights.header.get("scheduler", {}))
+        if config:
+            said = scheduler_settings(self.stated)
+            config |= {key: value for key, value in said.items() if key in self.stated.said()}
+            return self.built(config)
+        if self.stated.prediction_type is None and is_guess(self.weights):
+            logger.warning(
+                "%s does not say whether it predicts v, as Stable Diffusion 2 for 768 pixels, or noise, as that for "
+                "512; v is assumed. If pictures come out brown, give prediction_type='epsilon' (--prediction-type)",
+                self.weights.file,
+            )
+        return self.built({**scheduler_settings(self.settings), "_class_name": "DDIMScheduler"})
+
+    def low_res_scheduler(self) -> Any:
+        """What puts noise on the small picture of the upscaler."""
+        usual = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
+        return self.built(self.weights.header.get("low_res_scheduler") or {**usual, "_class_name": "DDPMScheduler"})
+
+    def built(self, config: dict[str, Any]) -> Any:
+        import diffusers
+
+        name = str(config.get("_class_name"))
+        kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
+            raise ValueError(f"{self.weights.file} names a {name}, which is none of diffusers' schedulers")
+        try:
+            return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+        except Exception as error:  # a scheduler may raise anything for values from a file
+            raise ValueError(f"{self.weights.file}: the config of its {name} is damaged ({error})") from None
+
+    def defaults(self) -> dict[str, Any]:
+        """``num_inference_steps`` and ``guidance_scale`` that the file was saved with."""
+        own = self.weights.header.get("defaults", {})
+        return {key: own[key] for key in DEFAULTS if isinstance(own.get(key), (int, float))}
+
+    def max_noise_level(self) -> dict[str, Any]:
+        level = self.weights.header.get("low_res_scheduler", {}).get("_max_noise_level")
+        return {"max_noise_level": level} if isinstance(level, int) else {}
+
+
+def header_of(pipeline: Any) -> dict[str, str]:
+    """The configs of a pipeline's parts, for the header of its file."""
+    configs = {
+        name: plain_config(part)
+        for name in ("unet", "vae", "text_encoder", *SCHEDULERS)
+        if (part := getattr(pipeline, name, None)) is not None
+    }
+    for name in SCHEDULERS:
+        if name in configs:
+            configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
+    if "low_res_scheduler" in configs:
+        configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
+    configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
+    return header_of_parts(configs)
+
+
+def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
+    """Raises ValueError if a file's model is for another pipeline than the class `pipeline`, and for which."""
+    takes, latents = unet.config.in_channels, vae.config.latent_channels
+    fitting = [kind.name for kind in kinds_of_unet(takes, latents)]
+    if not {base.__name__ for base in pipeline.__mro__}.intersection(fitting):
+        use = f"load it with {' or '.join(fitting)}" if fitting else "no pipeline here takes that"
+        raise ValueError(f"{file}: its UNet takes {takes} channels and the latents have {latents}; {use}")
+
+
+def load_tokenizer(tokenizer: Any, text_encoder: Any) -> Any:
+    """A tokenizer that is given, or its folder or hub id; or CLIP's.
+
+    Raises:
+        ValueError: none is given, and the text encoder is not CLIP's.
+    """
+    if tokenizer is None:
+        if type(text_encoder).__name__ == "LDMBertModel":
+            raise ValueError(
+                "Latent Diffusion's text encoder needs the tokenizer of bert-base-uncased, which the file does not "
+                "hold; give its folder or hub id with tokenizer= (--tokenizer)"
+            )
+        return clip_tokenizer(text_encoder)
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    from transformers import AutoTokenizer, BertTokenizer
+
+    kind: Any = BertTokenizer if type(text_encoder).__name__ == "LDMBertModel" else AutoTokenizer
+    loaded = kind.from_pretrained(str(tokenizer))
+    longest = getattr(text_encoder.config, "max_position_embeddings", None)
+    if longest is not None and loaded.model_max_length > longest:
+        loaded.model_max_length = longest
+    return loaded

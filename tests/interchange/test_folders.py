@@ -18,7 +18,7 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (weights / "emoji").mkdir(parents=True)
     (weights / "emoji" / "model_index.json").write_text("{}")
     (weights / "unfinished").mkdir()
-    monkeypatch.setattr("latentdiff.interchange.packaged.WEIGHTS", weights)
+    monkeypatch.setattr("latentdiff.interchange.folders.WEIGHTS", weights)
     return weights
 
 
@@ -37,7 +37,7 @@ def test_a_packaged_name_wins_over_a_folder(packaged: Path, tmp_path: Path, monk
 
 
 def test_an_installation_without_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentdiff.interchange.packaged.WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr("latentdiff.interchange.folders.WEIGHTS", tmp_path / "none")
     for source in (None, "emoji"):
         with pytest.raises(FileNotFoundError, match="built without its weights"):
             find_model(source)

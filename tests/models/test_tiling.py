@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from latentdiff import models
-from latentdiff.interchange.packaged import packaged_model
+from latentdiff.interchange.folders import packaged_model
 from latentdiff.models.tiling import blended, in_tiles
 
 SMALL: dict[str, Any] = {

@@ -159,7 +159,7 @@ def test_an_interrupted_save_leaves_the_old_folder(
 
 
 def test_the_packaged_model_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentdiff.interchange.packaged.WEIGHTS", folder.parent)
+    monkeypatch.setattr("latentdiff.interchange.folders.WEIGHTS", folder.parent)
     folder.rename(folder.with_name("emoji"))
     assert type(TextToImagePipeline.from_pretrained().unet) is UNet2DConditionModel
     assert type(TextToImagePipeline.from_pretrained("emoji").unet) is UNet2DConditionModel

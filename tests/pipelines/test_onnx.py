@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from latentdiff.codec import Codec
 from latentdiff.pipelines.storage import onnx as onnx_export
-from latentdiff.pipelines.storage.onnx import LATENTS_SCALE, PARTS, export_onnx
+from latentdiff.pipelines.storage.onnx import LATENTS_SCALE, PARTS, DecoderGraph, EncoderGraph, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -121,6 +122,23 @@ def test_big_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.Mo
     assert pipeline.unet.dtype == torch.bfloat16
     ours, theirs = draw_both(pipeline.to(torch.float32), tmp_path / "model", ["a red cup"])
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_graphs_scale_and_shift_as_the_codec(kind: str) -> None:
+    vae = tiny_pipeline("bert", kind).vae
+    if kind == "kl":
+        vae.register_to_config(shift_factor=0.3)
+    codec, pixels = Codec(vae), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        posterior = codec.posterior(pixels)
+        mean, *parameters = EncoderGraph(vae)(pixels)
+        latents = codec.scaled(posterior.mean)
+        torch.testing.assert_close(mean * LATENTS_SCALE, latents)
+        if parameters:
+            std = (parameters[0].chunk(2, dim=1)[1] / 2).exp() * LATENTS_SCALE
+            torch.testing.assert_close(std, posterior.std * codec.scale)
+        torch.testing.assert_close(DecoderGraph(vae)(latents / LATENTS_SCALE), codec.decode(latents))
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from latentdiff.codec import Codec
-from latentdiff.interchange.folders import find_model
-from latentdiff.interchange.packaged import packaged_models
+from latentdiff.interchange.folders import find_model, packaged_models
 from latentdiff.interchange.pictures import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip

@@ -27,8 +27,7 @@ class HeldOutSettings(Settings):
         Raises:
             ValueError: it has to be given, as the model is no folder of the user's.
         """
-        from latentdiff.interchange.folders import find_model
-        from latentdiff.interchange.packaged import packaged_models
+        from latentdiff.interchange.folders import find_model, packaged_models
 
         if self.output is not None:
             return Path(self.output).expanduser()

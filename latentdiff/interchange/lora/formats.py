@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
+from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
     Layers,
@@ -23,7 +24,6 @@ from latentdiff.interchange.lora.layers import (
     peft_tensors,
     read_layers,
 )
-from latentdiff.interchange.lora.names import TEXT, UNET, from_kohya_name, to_kohya_name
 
 LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.interchange.lora.names import KOHYA_PREFIXES, TEXT, UNET, from_kohya_name, is_ldm_name, short
+from latentdiff.interchange.lora.kohya_names import KOHYA_PREFIXES, TEXT, UNET, from_kohya_name, is_ldm_name, short
 
 PEFT_PREFIX = "base_model.model."
 KOHYA_PARTS = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from latentdiff.interchange.packaged import packaged_model
+from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.training.recipes.emoji.burst import clock, denoiser, distil, pool, sampling, text
 from latentdiff.training.recipes.emoji.burst.settings import BurstSettings
