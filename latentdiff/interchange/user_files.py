@@ -3,9 +3,12 @@
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_TEXT = 64 * 2**20
 """Bytes of a file of JSON, a table or prompts."""
@@ -13,7 +16,7 @@ MAX_TEXT = 64 * 2**20
 MAX_YAML = 2**18
 """Bytes of a YAML file, and the number of values in it when every alias is written out."""
 
-MAX_PICKLE = 256 * 2**20
+MAX_PICKLE = 32 * 2**20
 """Bytes of the ``data.pkl`` in a ``.ckpt`` when it is inflated; the tensors are not part of it."""
 
 MAX_TRAIN_TIMESTEPS = 100_000
@@ -68,6 +71,14 @@ def read_text(file: Path, limit: int = MAX_TEXT) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_stored_whole(tensor: "Tensor") -> bool:
+    """Whether a tensor that was unpickled has its values in the file: neither sparse nor a few repeated by strides."""
+    if tensor.is_meta:
+        return True
+    strided = str(tensor.layout) == "torch.strided"
+    return strided and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def parse_json(text: str | bytes, where: object) -> Any:

@@ -140,9 +140,9 @@ def read_part(file: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or has no such weights.
     """
-    from latentdiff.interchange.single_file.pickles import SUFFIXES, read_pickle
+    from latentdiff.interchange.single_file.checkpoint import PICKLED, read_pickle
 
-    if file.suffix in SUFFIXES and file.is_file():  # a whole checkpoint can hold objects of a trainer too
+    if file.suffix in PICKLED and file.is_file():  # a whole checkpoint can hold objects of a trainer too
         weights: Mapping[str, Tensor] = read_pickle(file, allow=True)[0]
     else:
         weights = read_weights(file)

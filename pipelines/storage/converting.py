@@ -59,7 +59,7 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
         check_safetensors(place)
         with safe_open(place, "pt") as stream:
             return kind_of_names(stream.keys())
-    from latentdiff.interchange.single_file.pickles import load_pickle
+    from latentdiff.interchange.single_file.checkpoint import load_pickle
 
     content = load_pickle(place, allow_pickle)
     return kind_of_names(content.get("state_dict", content) if isinstance(content, dict) else [])

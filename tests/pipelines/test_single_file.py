@@ -28,7 +28,7 @@ from latentdiff import (
     TextToImagePipeline,
 )
 from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, vae_config
-from latentdiff.interchange.single_file.configs import text_config, text_kind, unet_config
+from latentdiff.interchange.single_file.shapes import text_config, text_kind, unet_config
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +277,11 @@ def test_an_original_yaml_tells_what_shapes_do_not(model: Callable[[str], Any], 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "is not the YAML file of a Latent Diffusion model"),
-        ("a: 1", "is not the YAML file"),
+        ("model: [", r"x\.yaml, line 1: not YAML"),
+        ("a: 1", "is not the YAML file of a Latent Diffusion model"),
         ("model: {params: {parameterization: w}}", "parameterization='w' is not known"),
         ("model: {params: {timesteps: many}}", "timesteps='many' should be a number"),
-        ("model: !!python/object/apply:os.system ['touch mark']", "is not the YAML file"),
+        ("model: !!python/object/apply:os.system ['touch mark']", "not YAML .could not determine a constructor"),
     ],
 )
 def test_other_yaml_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -1,24 +1,28 @@
-"""Checkpoints that hold a whole model in one file, as Stable Diffusion and Latent Diffusion were released."""
+"""Checkpoints that hold a whole model in one file, as Stable Diffusion and Latent Diffusion were released.
 
+`checkpoint` finds and opens a file, `names` maps the names of weights both ways, `shapes` infers configs from weights,
+`settings` has what weights do not contain, `networks` reads networks, `writing` writes them, `adm` reads DDPM's and
+ADM's.
+"""
+
+# ruff: noqa: F401
 from latentdiff.interchange.single_file.adm import AdmCheckpoint, read_adm
-from latentdiff.interchange.single_file.autoencoder_configs import autoencoder_kind, vae_config
-from latentdiff.interchange.single_file.autoencoders import read_autoencoder, write_autoencoder
-from latentdiff.interchange.single_file.configs import text_kind, unet_config
-from latentdiff.interchange.single_file.files import HEADER, Checkpoint
-from latentdiff.interchange.single_file.parts import (
+from latentdiff.interchange.single_file.checkpoint import HEADER, HUB_OPTIONS, ON_THE_HUB, Checkpoint, find_file
+from latentdiff.interchange.single_file.networks import (
     build_autoencoder,
     build_text_encoder,
     build_unet,
     check_checkpoint,
     clip_tokenizer,
+    read_autoencoder,
 )
-from latentdiff.interchange.single_file.places import HUB_OPTIONS, ON_THE_HUB, find_file
 from latentdiff.interchange.single_file.settings import (
     OriginalSettings,
     assumed_settings,
     is_guess,
     scheduler_settings,
 )
+from latentdiff.interchange.single_file.shapes import autoencoder_kind, text_kind, unet_config, vae_config
 from latentdiff.interchange.single_file.writing import (
     autoencoder_alone,
     check_target,
@@ -27,38 +31,6 @@ from latentdiff.interchange.single_file.writing import (
     original_text_encoder,
     original_unet,
     plain_config,
+    write_autoencoder,
     write_checkpoint,
 )
-
-__all__ = [
-    "HEADER",
-    "HUB_OPTIONS",
-    "ON_THE_HUB",
-    "AdmCheckpoint",
-    "Checkpoint",
-    "OriginalSettings",
-    "assumed_settings",
-    "autoencoder_alone",
-    "autoencoder_kind",
-    "build_autoencoder",
-    "build_text_encoder",
-    "build_unet",
-    "check_checkpoint",
-    "check_target",
-    "clip_tokenizer",
-    "find_file",
-    "header_of_parts",
-    "is_guess",
-    "original_autoencoder",
-    "original_text_encoder",
-    "original_unet",
-    "plain_config",
-    "read_adm",
-    "read_autoencoder",
-    "scheduler_settings",
-    "text_kind",
-    "unet_config",
-    "vae_config",
-    "write_autoencoder",
-    "write_checkpoint",
-]

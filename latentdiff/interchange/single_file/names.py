@@ -1,13 +1,19 @@
-"""The names of weights in the original checkpoints of Latent Diffusion and Stable Diffusion.
+"""The names of weights in the original checkpoints of Latent Diffusion, Stable Diffusion, DDPM and ADM.
 
-Every function maps the name of a weight in diffusers' (and our) networks to its name in the original code. This
+Every function maps the name of a weight in diffusers' (and our) networks to its place in the original code. This
 direction serves both reading and writing: to read a checkpoint, the network is built first, and then each of its
 weights is looked up by its original name.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+Place = tuple[str, int | None]
+"""An original name, and which third of its tensor, where the original stacks three; None for the whole."""
+
+Config = Mapping[str, Any]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 VAE_PARTS = tuple(VAE + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize."))
@@ -34,50 +40,72 @@ UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+THIRDS = {"to_q": 0, "to_k": 1, "to_v": 2}
+ADM_ATTENTION: dict[str, Place] = {  # of networks without text; transformers keep their names
+    "group_norm": ("norm", None),
+    "to_out.0": ("proj_out", None),
+    **{name: ("qkv", third) for name, third in THIRDS.items()},
+}
+ADM_POOL: dict[str, Place] = {
+    "to_out": ("c_proj", None),
+    **{name: ("qkv_proj", third) for name, third in THIRDS.items()},
+}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_name(key: str, config: Mapping[str, Any]) -> str:
-    """The original name of a UNet's weight; `config` is diffusers'."""
-    count = len(config["block_out_channels"])
-    layers = config["layers_per_block"]
-    layers = list(layers) if isinstance(layers, Sequence) else [layers] * count
+def unet_place(key: str, config: Config) -> Place:
+    """The place of a weight of a UNet, with text or without, or of a noisy classifier; `config` is diffusers'."""
     module, _, leaf = key.rpartition(".")
+    if module.startswith("head"):
+        return classifier_head_place(module, leaf)
     if module in UNET_ENDS:
-        return f"{UNET}{UNET_ENDS[module]}.{leaf}"
-    parts = key.split(".")
-    if parts[0] == "mid_block":
-        kind, number, rest = parts[1], int(parts[2]), ".".join(parts[3:])
-        return f"{UNET}middle_block.{1 if kind == 'attentions' else 2 * number}.{unet_part(kind, rest)}"
-    level, kind, number, rest = int(parts[1]), parts[2], int(parts[3]), ".".join(parts[4:])
-    if parts[0] == "down_blocks":
-        block = 1 + sum(layers[:level]) + level + (layers[level] if kind == "downsamplers" else number)
-        if kind == "downsamplers":
-            return f"{UNET}input_blocks.{block}.0.op.{rest.removeprefix('conv.')}"
-        return f"{UNET}input_blocks.{block}.{int(kind == 'attentions')}.{unet_part(kind, rest)}"
-    upward = layers[::-1]
-    block = sum(upward[:level]) + level + (upward[level] if kind == "upsamplers" else number)
-    if kind == "upsamplers":
-        place = 1 + ("Attn" in config["up_block_types"][level])
-        return f"{UNET}output_blocks.{block}.{place}.{rest}"
-    return f"{UNET}output_blocks.{block}.{int(kind == 'attentions')}.{unet_part(kind, rest)}"
-
-
-def unet_part(kind: str, rest: str) -> str:
-    """The same within a resnet block or a transformer; those in transformers keep their names."""
+        return f"{UNET}{UNET_ENDS[module]}.{leaf}", None
+    block, kind, rest = unet_block(module.split("."), config)
+    third: int | None = None
     if kind == "attentions":
-        return rest
-    module, _, leaf = rest.rpartition(".")
-    return f"{RESNET[module]}.{leaf}"
+        rest, third = ADM_ATTENTION.get(rest, (rest, None))
+    elif rest != "conv":
+        rest = RESNET[rest]
+    elif block.startswith("input_blocks"):
+        rest = "op"
+    return f"{UNET}{block}.{rest}.{leaf}", third
 
 
-def vae_name(key: str, config: Mapping[str, Any]) -> str:
-    """The original name of an autoencoder's weight; `config` is diffusers'."""
-    count = len(config["block_out_channels"])
+def unet_block(parts: list[str], config: Config) -> tuple[str, str, str]:
+    """The original name of the block that a module is in, its kind in diffusers, and the module's name in it."""
+    if parts[0] == "mid_block":
+        kind, number = parts[1], int(parts[2])
+        return f"middle_block.{1 if kind == 'attentions' else 2 * number}", kind, ".".join(parts[3:])
+    level, kind, number = int(parts[1]), parts[2], int(parts[3])
+    layers = config["layers_per_block"]
+    layers = list(layers) if isinstance(layers, Sequence) else [layers] * len(config["block_out_channels"])
+    down = parts[0] == "down_blocks"
+    layers = layers if down else layers[::-1]
+    first = sum(layers[:level]) + level + down  # one more layer on each level of the way up
+    place = int(kind == "attentions")
+    if kind in ("downsamplers", "upsamplers"):
+        number = layers[level]
+        place = 0 if down else 1 + ("Attn" in config["up_block_types"][level])
+    return f"{'input' if down else 'output'}_blocks.{first + number}.{place}", kind, ".".join(parts[4:])
+
+
+def classifier_head_place(module: str, leaf: str) -> Place:
+    """The place of a weight of a classifier's last layers."""
+    if module == "head.2":
+        return f"{UNET}out.3.{leaf}", None
+    if module == "head":
+        return f"{UNET}out.2.positional_embedding", None
+    name, third = ADM_POOL[module.removeprefix("head.")]
+    return f"{UNET}out.2.{name}.{leaf}", third
+
+
+def vae_place(key: str, config: Config) -> Place:
+    """The place of an autoencoder's weight; `config` is diffusers'."""
+    last = len(config["block_out_channels"]) - 1
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
     key = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", key)
     key = re.sub(r"down_blocks\.(\d+)", r"down.\1", key)
-    key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{count - 1 - int(m[1])}", key)
+    key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", key)
     key = re.sub(r"(down|up)\.(\d+)\.attentions\.(\d+)", r"\1.\2.attn.\3", key)
     key = re.sub(r"(down|up)\.(\d+)\.resnets\.(\d+)", r"\1.\2.block.\3", key)
     key = key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
@@ -85,17 +113,17 @@ def vae_name(key: str, config: Mapping[str, Any]) -> str:
     inside = re.fullmatch(r"(.*\.attn(?:_1|\.\d+))\.(.+)\.(weight|bias)", key)
     if inside:
         key = f"{inside[1]}.{VAE_ATTENTION[inside[2]]}.{inside[3]}"
-    return VAE + key
+    return VAE + key, None
 
 
-def gumbel_name(key: str, config: Mapping[str, Any]) -> str:
-    """The name of a `GumbelVQModel`'s weight in the code of Taming Transformers."""
-    return GUMBEL_CODEBOOK if key == "quantize.embedding.weight" else vae_name(key, config)
+def gumbel_place(key: str, config: Config) -> Place:
+    """The place of a `GumbelVQModel`'s weight in the code of Taming Transformers."""
+    return (GUMBEL_CODEBOOK, None) if key == "quantize.embedding.weight" else vae_place(key, config)
 
 
-def clip_name(key: str) -> str:
-    """The original name of a weight of transformers' CLIP text model."""
-    return f"{CLIP}text_model.{key.removeprefix('text_model.')}"
+def clip_place(key: str, config: Config) -> Place:
+    """The place of a weight of transformers' CLIP text model in Stable Diffusion 1."""
+    return f"{CLIP}text_model.{key.removeprefix('text_model.')}", None
 
 
 OPEN_CLIP_ENDS = {
@@ -115,8 +143,8 @@ JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """Modules of transformers' CLIP whose weights open_clip stacks in one tensor."""
 
 
-def open_clip_name(key: str) -> tuple[str, int | None]:
-    """The name in open_clip of a weight of transformers' CLIP text model, and which third of it; None for the whole."""
+def open_clip_place(key: str, config: Config) -> Place:
+    """The place in open_clip of a weight of transformers' CLIP text model."""
     key = key.removeprefix("text_model.")
     if key in OPEN_CLIP_ENDS:
         return OPEN_CLIP + OPEN_CLIP_ENDS[key], None
@@ -148,11 +176,36 @@ BERT_LAYER = {  # which of the two sub-layers, and the name in it
 }
 
 
-def bert_name(key: str) -> str:
-    """The original name of a weight of diffusers' ``LDMBertModel``, the text encoder of Latent Diffusion."""
+def bert_place(key: str, config: Config) -> Place:
+    """The place of a weight of diffusers' ``LDMBertModel``, the text encoder of Latent Diffusion."""
     if key in BERT_ENDS:
-        return BERT + BERT_ENDS[key]
+        return BERT + BERT_ENDS[key], None
     _, _, number, rest = key.split(".", 3)  # model.layers.N....
     module, _, leaf = rest.rpartition(".")
     half, name = BERT_LAYER[module]
-    return f"{BERT}attn_layers.layers.{2 * int(number) + half}.{name}.{leaf}"
+    return f"{BERT}attn_layers.layers.{2 * int(number) + half}.{name}.{leaf}", None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of one kind of network stand in an original checkpoint."""
+
+    part: str
+    """What messages call the network."""
+    place: Callable[[str, Config], Place]
+    beginning: str
+    """Of the original names."""
+    complete: tuple[str, ...] = ()
+    """Beginnings of original names that must all have a place in the network."""
+
+
+LAYOUTS = {
+    "unet": Layout("UNet", unet_place, UNET, (UNET,)),
+    "classifier": Layout("classifier", unet_place, UNET, (UNET,)),
+    "vae": Layout("autoencoder", vae_place, VAE, VAE_PARTS[:4]),
+    "gumbel": Layout("autoencoder", gumbel_place, VAE, VAE_PARTS[:4]),
+    "clip": Layout("text encoder", clip_place, CLIP),
+    "open_clip": Layout("text encoder", open_clip_place, OPEN_CLIP),
+    "bert": Layout("text encoder", bert_place, BERT),
+}
+"""Of an autoencoder `complete` leaves out the codebook, which can have its training state beside the codes."""

@@ -4,11 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from latentdiff.interchange.single_file.configs import text_kind
-from latentdiff.interchange.single_file.files import Checkpoint
+from latentdiff.interchange.single_file.checkpoint import Checkpoint
 from latentdiff.interchange.single_file.names import CODEBOOK, GUMBEL_CODEBOOK, UNET
+from latentdiff.interchange.single_file.shapes import text_kind
+from latentdiff.interchange.user_files import read_yaml
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -71,15 +70,10 @@ def read_params(file: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it is not such a file.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        params = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
-        params.get("unet_config", {}).get("params", {})
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is not the YAML file of a Latent Diffusion model: {reason}") from None
-    return dict(params)
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not isinstance(section(content, "model").get("params"), dict):
+        raise ValueError(f"{file} is not the YAML file of a Latent Diffusion model: it has no model.params")
+    return section(section(content, "model"), "params")
 
 
 def choice(file: Path, section: dict[str, Any], key: str, known: dict[str, str], usual: str) -> str:

@@ -1,7 +1,7 @@
 """Writing the networks of a pipeline under the names of the original checkpoints."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.interchange.adapter_files import save_whole
-from latentdiff.interchange.single_file.files import HEADER
-from latentdiff.interchange.single_file.names import (
-    VAE,
-    bert_name,
-    clip_name,
-    gumbel_name,
-    open_clip_name,
-    unet_name,
-    vae_name,
-)
+from latentdiff.interchange.single_file.checkpoint import HEADER
+from latentdiff.interchange.single_file.names import LAYOUTS, VAE, Layout
 
 
 def original_unet(unet: Any) -> dict[str, Tensor]:
@@ -27,7 +19,7 @@ def original_unet(unet: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: it has weights that the original code does not have.
     """
-    return named(unet, lambda key: unet_name(key, unet.config), "UNet")
+    return original_weights(unet, LAYOUTS["unet"])
 
 
 def original_autoencoder(vae: Any) -> dict[str, Tensor]:
@@ -37,12 +29,12 @@ def original_autoencoder(vae: Any) -> dict[str, Tensor]:
             f"a single file holds an AutoencoderKL, VQModel or GumbelVQModel, not {type(vae).__name__}, which the "
             f"original code never had; save_pretrained saves it as a folder"
         )
-    name_of = gumbel_name if hasattr(getattr(vae, "quantize", None), "proj") else vae_name
-    state = named(vae, lambda key: name_of(key, vae.config), "autoencoder")
+    is_gumbel = hasattr(getattr(vae, "quantize", None), "proj")
+    weights = original_weights(vae, LAYOUTS["gumbel" if is_gumbel else "vae"])
     return {
         # the original attention consists of 1x1 convolutions
         name: tensor[..., None, None] if ".attn" in name and tensor.ndim == 2 else tensor
-        for name, tensor in state.items()
+        for name, tensor in weights.items()
     }
 
 
@@ -57,46 +49,47 @@ def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
     """
     kind = type(text_encoder).__name__
     if kind == "LDMBertModel":
-        return named(text_encoder, bert_name, "text encoder")
+        return original_weights(text_encoder, LAYOUTS["bert"])
     if kind != "CLIPTextModel":
         raise ValueError(
             f"a single file holds the text encoder of Stable Diffusion (CLIP) or Latent Diffusion, not a {kind}; "
             f"save_pretrained saves any pipeline as a folder"
         )
-    if text_encoder.config.hidden_act == "quick_gelu":
-        return named(text_encoder, clip_name, "text encoder")
-    joined: dict[str, list[Tensor]] = {}
-    for (name, _), tensor in sorted_by_third(named(text_encoder, open_clip_name, "text encoder")):
-        joined.setdefault(name, []).append(tensor)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in joined.items()}
+    is_first = text_encoder.config.hidden_act == "quick_gelu"
+    return original_weights(text_encoder, LAYOUTS["clip" if is_first else "open_clip"])
 
 
-def sorted_by_third(state: Mapping[Any, Tensor]) -> list[tuple[tuple[str, int | None], Tensor]]:
-    return sorted(state.items(), key=lambda item: item[0][1] or 0)
-
-
-def named(network: Any, name_of: Callable[[str], Any], part: str) -> dict[Any, Tensor]:
-    """A network's weights with other names.
+def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
+    """A network's weights by their original names, with what the original stacks in one tensor.
 
     Raises:
-        ValueError: there is none for one of them.
+        ValueError: one of them has no original name.
     """
-    state: dict[Any, Tensor] = {}
+    found: dict[str, dict[int | None, Tensor]] = {}
     for key, tensor in network.state_dict().items():
         if ".base_layer." in key or ".lora_" in key:
             raise ValueError(
-                f"the {part} has a LoRA loaded, which original checkpoints cannot hold; fuse and unload it"
+                f"the {layout.part} has a LoRA loaded, which original checkpoints cannot hold; fuse and unload it"
             )
         try:
-            state[name_of(key)] = tensor
+            name, third = layout.place(key, network.config)
         except (KeyError, ValueError, IndexError):
-            raise ValueError(f"original checkpoints have no name for the {part}'s {key}") from None
-    return state
+            raise ValueError(f"original checkpoints have no name for the {layout.part}'s {key}") from None
+        found.setdefault(name, {})[third] = tensor
+    return {
+        name: parts[None] if None in parts else torch.cat([parts[third] for third in range(len(parts))])
+        for name, parts in found.items()
+    }
 
 
 def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
     """An autoencoder's weights as in files of autoencoders alone: without the prefix of their original names."""
     return {name.removeprefix(VAE): tensor for name, tensor in original_autoencoder(vae).items()}
+
+
+def write_autoencoder(vae: Any, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+    """Write an autoencoder under its original names; see `SingleFileModel.save_single_file`."""
+    write_checkpoint(autoencoder_alone(vae), header_of_parts({"vae": plain_config(vae)}), file, dtype, overwrite)
 
 
 def header_of_parts(configs: Mapping[str, Any]) -> dict[str, str]:

@@ -252,14 +252,22 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
         lambda w: without("decoder.up.0.block.1.conv2.weight", w),
         r"1 weights of the autoencoder are missing, such as decoder.up.0.block.1.conv2.weight",
     ),
-    "no beginning": ("kl", lambda w: without("encoder.conv_in", w), "no 'encoder.conv_in.weight'"),
-    "no decoder": ("vq", lambda w: without("decoder.", w), "no 'decoder.conv_in.weight'"),
+    "no beginning": (
+        "kl",
+        lambda w: without("encoder.conv_in", w),
+        "encoder.conv_in.weight is missing; the",
+    ),
+    "no decoder": ("vq", lambda w: without("decoder.", w), "decoder.conv_in.weight is missing; the file is incomplete"),
     "a wrong shape": (
         "kl",
         reshaped("encoder.down.1.block.0.conv1.weight", 64, 31, 3, 3),
         r"encoder.down.1.block.0.conv1.weight should have the shape \[64, 32, 3, 3\], and has \[64, 31, 3, 3\]",
     ),
-    "no dimensions": ("kl", reshaped("decoder.conv_in.weight", 7), "weights of its convolutions lack dimensions"),
+    "no dimensions": (
+        "kl",
+        reshaped("decoder.conv_in.weight", 7),
+        r"decoder.conv_in.weight has the shape \[7\]; the",
+    ),
     "another width of groups": ("kl", reshaped("encoder.down.1.block.0.conv2.weight", 33, 1), "multiple of norm_num"),
     "other attention": (
         "vq",

@@ -23,7 +23,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
     vae_config,
 )
-from latentdiff.interchange.single_file.configs import text_config, text_kind
+from latentdiff.interchange.single_file.shapes import text_config, text_kind
 
 UNET = {
     "in_channels": 4,
