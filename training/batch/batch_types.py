@@ -1,7 +1,7 @@
 """What a training pass learns from, as typed batches of tensors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -19,7 +19,42 @@ class NamedBatch(Protocol):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Batch:
+    """Fields of B entries each: tensors, tuples, and other batches. Plain values hold for all entries."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Several as one; plain values are the first's."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: joined([getattr(part, name) for part in parts]) for name in names})
+
+    def to(self, device: torch.device) -> Self:
+        """With its tensors on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """In memory from which a GPU copies faster; a data loader calls it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """The values of one field in several batches, as one."""
+    match values[0]:
+        case Tensor():
+            return torch.cat(list(values))
+        case tuple():
+            return tuple(entry for value in values for entry in value)
+        case Batch() | Conditioning():
+            return type(values[0]).cat(values)
+    return values[0]
+
+
+@dataclass(frozen=True)
+class Tokens(Batch):
     """Captions as a text encoder reads them, where the encoder is trained.
 
     Args:
@@ -30,25 +65,12 @@ class Tokens:
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        masks = [part.attention_mask for part in parts if part.attention_mask is not None]
-        return cls(torch.cat([part.input_ids for part in parts]), torch.cat(masks) if masks else None)
-
-    def to(self, device: torch.device) -> Self:
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask)
-
 
 @dataclass(frozen=True)
-class Captions:
+class Captions(Batch):
     """Captions themselves, which a frozen text encoder reads batch by batch where there is no cache."""
 
     texts: tuple[str, ...]
-
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        return cls(tuple(text for part in parts for text in part.texts))
 
 
 ReadCaptions = Conditioning | Tokens | Captions
@@ -56,29 +78,16 @@ ReadCaptions = Conditioning | Tokens | Captions
 
 
 @dataclass(frozen=True)
-class DiffusionSample:
-    """A picture's turn in training, as a data loader's worker reads it.
+class SampleBatch(Batch):
+    """What a data loader's workers read of pictures, for the training process to make a `DiffusionBatch` of.
 
     Args:
-        picture: what the source of latents reads: (S, C, h, w) moments, or (3, H, W) pixels.
-        caption: what the source of conditioning reads, a batch of one.
-        posterior_noise, noise: (C, h, w); from the first the latents are drawn, the second is mixed into them.
-        draw: uniform in [0, 1), from which the process or a sampler takes the timestep.
-        loss_weight: of this picture.
+        pictures: what the source of latents reads: (B, S, C, h, w) moments, or (B, 3, H, W) pixels.
+        captions: what the source of conditions reads.
+        posterior_noise, noise: (B, C, h, w); from the first the latents are drawn, the second is mixed into them.
+        draws: (B,) float64, uniform in [0, 1), from which the process or a sampler takes the timesteps.
+        loss_weight: (B,) float32.
     """
-
-    picture: Tensor
-    caption: ReadCaptions
-    posterior_noise: Tensor
-    noise: Tensor
-    draw: float
-    loss_weight: float
-    name: str
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """Samples with a batch dimension B; the fields are those of `DiffusionSample`, draws float64."""
 
     pictures: Tensor
     captions: ReadCaptions
@@ -87,29 +96,6 @@ class SampleBatch:
     draws: Tensor
     loss_weight: Tensor
     names: tuple[str, ...]
-
-    @classmethod
-    def stack(cls, samples: Sequence[DiffusionSample]) -> Self:
-        kind: Any = type(samples[0].caption)
-        return cls(
-            torch.stack([sample.picture for sample in samples]),
-            kind.cat([sample.caption for sample in samples]),
-            torch.stack([sample.posterior_noise for sample in samples]),
-            torch.stack([sample.noise for sample in samples]),
-            torch.tensor([sample.draw for sample in samples], dtype=torch.float64),
-            torch.tensor([sample.loss_weight for sample in samples]),
-            tuple(sample.name for sample in samples),
-        )
-
-    def pin_memory(self) -> Self:
-        """In memory from which a GPU copies faster; a data loader calls it."""
-        return replace(
-            self,
-            pictures=self.pictures.pin_memory(),
-            posterior_noise=self.posterior_noise.pin_memory(),
-            noise=self.noise.pin_memory(),
-            loss_weight=self.loss_weight.pin_memory(),
-        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ class DiffusionBatch:
 
 
 @dataclass(frozen=True)
-class PixelBatch:
+class PixelBatch(Batch):
     """What the objective of an autoencoder takes.
 
     Args:
@@ -153,20 +139,6 @@ class PixelBatch:
     step: int = 0
     names: tuple[str, ...] = ()
 
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """Several of one step as one batch."""
-        pixels = torch.cat([part.pixels for part in parts])
-        seeds = tuple(seed for part in parts for seed in part.seeds)
-        return cls(pixels, seeds, parts[0].step, tuple(name for part in parts for name in part.names))
-
     def generators(self) -> list[torch.Generator] | None:
         """New generators, one for each picture."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds] or None
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """In memory from which a GPU copies faster; a data loader calls it."""
-        return replace(self, pixels=self.pixels.pin_memory())

@@ -1,128 +1,171 @@
-"""What a network is given of captions: text states from a cache or a frozen encoder, tokens, classes, or nothing.
+"""What a network is given of captions: text states from a cache or a frozen encoder, tokens, classes, or nothing."""
 
-A source has a part for the workers of a data loader, which reads captions, and one for the training process.
-"""
-
-from collections.abc import Callable, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from latentdiff.conditioning import ClassConditioner, Conditioner, Conditioning, NoConditioner
-from latentdiff.text import max_tokens
+from latentdiff.conditioning import ClassConditioner, Conditioning
+from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.text import encode_prompts, max_tokens
 from latentdiff.text.conditioner import TextConditioner
+from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
+from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
 from latentdiff.training.batch.choices import CaptionChoice
 from latentdiff.training.batch.latents import cache_folder
-from latentdiff.training.cache import TextCache
-from latentdiff.training.cache.text import warn_of_long
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 
+logger = logging.getLogger(__name__)
 
+STATES = 1  # to be raised when `encode_prompts` gives other states for the same caption
+SHOWN = 60  # characters of a caption in a message
+
+
+class TextCache:
+    """Text states by caption, in a folder named after tokenizer and encoder, which are not kept."""
+
+    def __init__(self, folder: Path, tokenizer: Any, text_encoder: Any) -> None:
+        self.store = TensorStore(Path(folder) / text_digest(tokenizer, text_encoder))
+
+    def __getitem__(self, caption: str) -> Tensor:
+        """(L, D) float16
+
+        Raises:
+            KeyError: it was not encoded.
+        """
+        try:
+            return self.store[caption_key(caption)]
+        except KeyError:
+            raise KeyError(f"caption was not encoded: {caption[:SHOWN]!r}") from None
+
+    def fill(
+        self,
+        captions: Iterable[str],
+        tokenizer: Any,
+        text_encoder: Any,
+        accelerator: Accelerator,
+        batch_size: int = 32,
+    ) -> None:
+        """Encode what is missing, each process its share; goes on where an interrupted one stopped.
+
+        Args:
+            captions: the same, in the same order, in each process.
+            tokenizer, text_encoder: those that the cache was made for; the encoder on the device that encodes.
+
+        Raises:
+            ValueError: the states of a caption are not finite; it is named.
+            OSError: the disk is full.
+        """
+        by_key = {caption_key(caption): caption for caption in captions}
+
+        def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+            for keys in batches:
+                texts = [by_key[key] for key in keys]
+                states = finite(
+                    encode_prompts(texts, tokenizer, text_encoder, warn=False),  # (B, L, D)
+                    [repr(text[:SHOWN]) for text in texts],
+                    torch.float16,
+                    "is the text encoder sound? Without cache_text it need not be below",
+                )
+                yield dict(zip(keys, states, strict=True))
+
+        if accelerator.is_main_process:
+            warn_of_long(list(by_key.values()), tokenizer, max_tokens(tokenizer, text_encoder))
+        with evaluating(text_encoder):
+            fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, things="captions")
+
+
+def warn_of_long(captions: Sequence[str], tokenizer: Any, length: int) -> None:
+    """Warn once of captions that are longer than the encoder reads."""
+    room = length - tokenizer.num_special_tokens_to_add()
+    # A token has at least a byte, so short captions need no second look.
+    long = [text for text in expand_words(captions, tokenizer) if len(text.encode("utf-8", "replace")) > room]
+    cut = []
+    for start in range(0, len(long), 1024):
+        some = long[start : start + 1024]
+        counts = map(len, tokenizer(some, truncation=False, verbose=False).input_ids)
+        cut += [text for text, count in zip(some, counts, strict=True) if count > length]
+    if cut:
+        logger.warning(
+            "%d captions are longer than the text encoder's %d tokens and are cut; the first begins with %r",
+            len(cut),
+            length,
+            cut[0][:SHOWN],
+        )
+
+
+def caption_key(caption: str) -> str:
+    return digest(STATES, caption)
+
+
+def text_digest(tokenizer: Any, text_encoder: Any) -> str:
+    """A digest of what text states depend on: the tokenizer, the encoder's weights and config, and the length."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:  # settings of the last call, which come and go
+        words = {key: value for key, value in words.items() if key not in ("truncation", "padding")}
+    manner = (tokenizer.special_tokens_map, tokenizer.padding_side, tokenizer.truncation_side)
+    config = plain_config(text_encoder.config, "dtype", "torch_dtype", "transformers_version", "architectures")
+    length = max_tokens(tokenizer, text_encoder)
+    return digest(digest(words), manner, weights_digest(text_encoder.state_dict())[:DIGEST], config, length)
+
+
+@dataclass(frozen=True)
 class ConditionSource:
     """What a network is given of captions.
 
-    Attributes:
-        read: for workers; a caption, as a batch of one.
+    Args:
+        read: for the workers of a data loader; a tuple of captions to a batch.
+        encoder: makes conditions of the `Captions` that were read, in the training process.
         idle: networks that training does not need, as a cache takes their place.
     """
 
-    read: Callable[[str], ReadCaptions]
+    read: Callable[[tuple[str, ...]], ReadCaptions]
+    encoder: TextConditioner | None = None
     idle: tuple[nn.Module, ...] = ()
 
-    def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning | Tokens:
-        """What the network is given, on `device`."""
-        assert not isinstance(captions, Captions)
-        return captions.to(device)
-
-
-class ReadConditions(ConditionSource):
-    """What a conditioner that needs no network makes of captions: classes, or nothing."""
-
-    def __init__(self, conditioner: Conditioner) -> None:
-        self.read = OneCaption(conditioner)
-
-
-@dataclass
-class OneCaption:
-    """A conditioner for one caption."""
-
-    conditioner: Conditioner
-
-    def __call__(self, caption: str) -> Conditioning:
-        return self.conditioner([caption])
-
-
-class CachedText(ConditionSource):
-    """Text states from a cache."""
-
-    def __init__(self, cache: TextCache, text_encoder: nn.Module) -> None:
-        self.read, self.idle = TextReader(cache), (text_encoder,)
-
-    def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning:
-        assert isinstance(captions, Conditioning)
-        return captions.to(device).to(dtype=torch.float32)
-
-
-@dataclass
-class TextReader:
-    """Reads a cache, in a worker."""
-
-    cache: TextCache
-
-    def __call__(self, caption: str) -> Conditioning:
-        return Conditioning(states=self.cache[caption][None])  # (1, L, D) float16
-
-
-class EncodedText(ConditionSource):
-    """Captions through a frozen text encoder, batch by batch."""
-
-    def __init__(self, tokenizer: Any, text_encoder: Any, device: torch.device) -> None:
-        self.read = read_text
-        self.conditioner = TextConditioner(tokenizer, text_encoder.to(device), warn=False)
-
     @torch.no_grad()
-    def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning:
-        assert isinstance(captions, Captions)
-        return self.conditioner(captions.texts).to(device, torch.float32)
+    def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning | Tokens:
+        """What the network is given, on `device`: float32, tokens or labels."""
+        if isinstance(captions, Captions):
+            assert self.encoder is not None
+            captions = self.encoder(captions.texts)
+        return captions.to(device) if isinstance(captions, Tokens) else captions.to(device).to(dtype=torch.float32)
 
 
-def read_text(caption: str) -> Captions:
-    """The caption itself."""
-    return Captions((caption,))
+def read_states(cache: TextCache, captions: Sequence[str]) -> Conditioning:
+    """Text states (B, L, D) float16 from a cache."""
+    return Conditioning(states=torch.stack([cache[caption] for caption in captions]))
 
 
-class TokenSource(ConditionSource):
+def read_tokens(
+    tokenizer: Any, length: int, uses_mask: bool, prepare: Callable[[str], str], captions: Sequence[str]
+) -> Tokens:
+    """`length` tokens of each prepared caption."""
+    prepared = [prepare(caption) for caption in captions]
+    encoded = tokenizer(prepared, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return Tokens(encoded.input_ids, encoded.attention_mask if uses_mask else None)
+
+
+def token_source(tokenizer: Any, text_encoder: Any, prepare: Callable[[str], str]) -> ConditionSource:
     """Tokens, for a text encoder that is trained.
 
     Args:
         text_encoder: says how many tokens it takes, and whether it uses an attention mask.
         prepare: what is done to a caption before.
     """
-
-    def __init__(self, tokenizer: Any, text_encoder: Any, prepare: Callable[[str], str]) -> None:
-        mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
-        self.read = TokenReader(tokenizer, max_tokens(tokenizer, text_encoder), mask, prepare)
-
-
-@dataclass
-class TokenReader:
-    """See `TokenSource`."""
-
-    tokenizer: Any
-    length: int
-    mask: bool
-    prepare: Callable[[str], str]
-
-    def __call__(self, caption: str) -> Tokens:
-        encoded = self.tokenizer(
-            [self.prepare(caption)], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        return Tokens(encoded.input_ids, encoded.attention_mask if self.mask else None)
+    uses_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
+    return ConditionSource(partial(read_tokens, tokenizer, max_tokens(tokenizer, text_encoder), uses_mask, prepare))
 
 
 def class_source(classes: Sequence[str], pictures: Sequence[CaptionedPicture]) -> ConditionSource:
@@ -138,12 +181,7 @@ def class_source(classes: Sequence[str], pictures: Sequence[CaptionedPicture]) -
                 f"{picture.name}: a held-out picture of {picture.captions[0]!r}, of which no training picture is; "
                 f"remove it"
             )
-    return ReadConditions(ClassConditioner(numbers))
-
-
-def no_source() -> ConditionSource:
-    """Nothing, for unconditional networks."""
-    return ReadConditions(NoConditioner())
+    return ConditionSource(ClassConditioner(numbers))
 
 
 def text_source(
@@ -158,15 +196,15 @@ def text_source(
     Warns once of captions that are too long. The encoder is back on the CPU afterwards where it is not needed, so that
     a GPU's memory is the denoiser's.
     """
-    choice = CaptionChoice(settings)
     if not settings.cache_text:
         if run.accelerator.is_main_process:
             own = {caption for picture in pictures for caption in picture.captions}
             warn_of_long(sorted(own), tokenizer, max_tokens(tokenizer, text_encoder))
-        return EncodedText(tokenizer, text_encoder, run.device)
+        return ConditionSource(Captions, TextConditioner(tokenizer, text_encoder.to(run.device), warn=False))
     text_encoder.to(run.device)
     cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder)
+    choice = CaptionChoice(settings)
     captions = {caption for picture in pictures for caption in choice.all(picture.captions)}
     captions |= {picture.captions[0] for picture in pictures} | {""}
     cache.fill(sorted(captions), tokenizer, text_encoder, run.accelerator)
-    return CachedText(cache, text_encoder.to("cpu"))
+    return ConditionSource(partial(read_states, cache), idle=(text_encoder.to("cpu"),))

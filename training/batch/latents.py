@@ -1,106 +1,212 @@
-"""Where a batch's latents come from: a cache, or the frozen autoencoder that would fill it.
+"""Latents of pictures: from a cache, or from the frozen autoencoder that would fill it.
 
-A source has a part for the workers of a data loader, which reads, and one for the training process, which makes
-latents of what was read.
+The cache keeps mean and deviation of the encoder's posterior, so that training can sample it each time.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.codec import Codec, Posterior
-from latentdiff.training.batch.choices import ViewChoice
-from latentdiff.training.batch.samples import read_view
-from latentdiff.training.cache import LatentCache
-from latentdiff.training.data import CaptionedPicture
+from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
+from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 
+PictureView = tuple[CaptionedPicture, View]
 
-class LatentSource(ABC):
-    """Latents of pictures.
+PIXELS = 1  # to be raised when `read_pixels` gives other pixels for the same view
+OF_THE_DECODER = (
+    *("up_block_types", "out_channels", "use_post_quant_conv", "num_vq_embeddings", "lookup_from_codebook"),
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"),
+)
 
-    Attributes:
-        read: for workers; a picture's view, as a tensor.
-        idle: networks that training does not need, as a cache takes their place.
+
+class LatentCache:
+    """Latents by picture and view, in a folder named after what encodes.
+
+    Args:
+        folder: may be shared by any number of encoders, runs and processes.
+        autoencoder: ours or diffusers' ``AutoencoderKL`` or ``VQModel``. It is not kept.
     """
 
-    read: Callable[[CaptionedPicture, View], Tensor]
-    idle: tuple[nn.Module, ...] = ()
+    def __init__(self, folder: Path, autoencoder: Any) -> None:
+        self.store = TensorStore(Path(folder) / encoder_digest(autoencoder))
 
-    @abstractmethod
+    def __getitem__(self, key: PictureView) -> Tensor:
+        """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
+
+        Of an `IdentityAutoencoder` (1, C, h, w) float32, the pixels: rounded, they would no longer be one of the 256
+        values that a likelihood of pixels is about, and they have no deviation.
+
+        Raises:
+            KeyError: they were not encoded.
+        """
+        picture, view = key
+        try:
+            return self.store[key_of(picture, view)]
+        except KeyError:
+            raise KeyError(f"{picture.name} was not encoded as {view}") from None
+
+    def fill(
+        self,
+        wanted: Sequence[PictureView],
+        autoencoder: Any,
+        accelerator: Accelerator,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        """Encode what is missing, each process its share; goes on where an interrupted one stopped.
+
+        Args:
+            wanted: the same in each process. Pictures need their digest.
+            autoencoder: the one that the cache was made for, on the device that encodes.
+
+        Raises:
+            ValueError: a picture cannot be read, or its latents are not finite; it is named.
+            OSError: the disk is full.
+        """
+        by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
+        codec = Codec(autoencoder)
+
+        def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+            for keys, pixels in load(by_key, batches, num_workers):
+                names = [by_key[key][0].name for key in keys]
+                moments = finite(
+                    encode(codec, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
+                    names,
+                    torch.float32 if codec.is_identity else torch.float16,
+                    "is the autoencoder sound, and in float32? Without cache_latents it need not be below",
+                )
+                yield dict(zip(keys, moments, strict=True))
+
+        def size(key: str) -> tuple[int, int]:
+            return by_key[key][1].width, by_key[key][1].height
+
+        with evaluating(autoencoder):
+            fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
+
+
+def load(by_key: Mapping[str, PictureView], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and pixels (B, 3, H, W) of each batch."""
+    if batches:
+        own = torch.Generator()  # so that the run's random state does not depend on what was cached
+        yield from DataLoader(Pixels(by_key), batch_sampler=batches, num_workers=num_workers, generator=own)
+
+
+class Pixels(Dataset[tuple[str, Tensor]]):
+    """Key and pixels of what is to be encoded."""
+
+    def __init__(self, by_key: Mapping[str, PictureView]) -> None:
+        self.by_key = by_key
+
+    def __getitem__(self, key: str) -> tuple[str, Tensor]:
+        picture, view = self.by_key[key]
+        return key, read_view((unchanged(picture), view))
+
+
+def read_view(pictured: PictureView) -> Tensor:
+    """(3, H, W) in [-1, 1]"""
+    picture, view = pictured
+    return read_pixels(picture, view.width, view.height, view.crop, view.flip)
+
+
+def unchanged(picture: CaptionedPicture) -> CaptionedPicture:
+    """`picture` with its bytes in memory, checked against its digest.
+
+    Raises:
+        ValueError: they differ; cached under this digest, they would be taken for another picture.
+    """
+    try:
+        content = picture.read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture.name}: cannot be read ({error})") from error
+    if hashlib.sha256(content).hexdigest() != picture.digest:
+        raise ValueError(f"{picture.name}: has changed since the pictures were examined; start again")
+    return replace(picture, read=lambda: content)
+
+
+def encode(codec: Codec, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w); of pixels only themselves."""
+    if codec.is_identity:
+        return pixels[:, None]
+    posterior = codec.posterior(pixels)
+    std = torch.zeros_like(posterior.mean) if posterior.std is None else posterior.std
+    return torch.stack([posterior.mean, std], dim=1)
+
+
+def key_of(picture: CaptionedPicture, view: View) -> str:
+    if not picture.digest:
+        raise ValueError(f"{picture.name}: has no digest; take pictures from prepare_pictures, or set its SHA-256")
+    return digest(PIXELS, picture.digest, view.width, view.height, view.crop, view.flip)
+
+
+def encoder_digest(autoencoder: Any) -> str:
+    """A digest of what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale."""
+    state = autoencoder.state_dict()
+    weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
+    kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
+    if Codec(autoencoder).is_identity:
+        kind = "pixels"
+    return digest(kind, weights_digest(weights or state)[:DIGEST], plain_config(autoencoder.config, *OF_THE_DECODER))
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """Latents of pictures.
+
+    Args:
+        cache: None: each batch goes through the autoencoder.
+    """
+
+    codec: Codec
+    device: torch.device
+    cache: LatentCache | None = None
+
+    @property
+    def read(self) -> Callable[[PictureView], Tensor]:
+        """For the workers of a data loader: moments or pixels of a picture's view."""
+        return read_view if self.cache is None else self.cache.__getitem__
+
+    @property
+    def idle(self) -> tuple[nn.Module, ...]:
+        """Networks that training does not need, as the cache takes their place."""
+        return () if self.cache is None else (self.codec.autoencoder,)
+
+    @torch.no_grad()
     def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) float32, drawn from the posterior by `noise` of that shape."""
-
-
-class CachedLatents(LatentSource):
-    """Moments of the posterior from a cache."""
-
-    def __init__(self, cache: LatentCache, codec: Codec, device: torch.device) -> None:
-        self.read, self.codec, self.device = CacheReader(cache), codec, device
-        self.idle = (codec.autoencoder,)
-
-    def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """What was read to scaled latents (B, C, h, w) float32, drawn from the posterior by `noise` of that shape."""
+        if self.cache is None:
+            return self.codec.encode_with(pictures, noise)
         mean, *std = pictures.to(self.device).float().unbind(1)  # (B, C, h, w) each
         return self.codec.scaled(Posterior(mean, *std).sample(noise.to(self.device)))
 
 
-class EncodedLatents(LatentSource):
-    """Pictures through a frozen autoencoder, batch by batch."""
-
-    def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.read, self.codec = read_view, codec
-        codec.autoencoder.to(device)
-
-    @torch.no_grad()
-    def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        return self.codec.encode_with(pictures, noise)
-
-
-@dataclass
-class CacheReader:
-    """Reads a cache, in a worker."""
-
-    cache: LatentCache
-
-    def __call__(self, picture: CaptionedPicture, view: View) -> Tensor:
-        return self.cache[picture, view]
-
-
 def latent_source(
-    run: TrainingRun,
-    settings: DiffusionSettings,
-    codec: Codec,
-    wanted: Sequence[tuple[CaptionedPicture, View]],
+    run: TrainingRun, settings: DiffusionSettings, codec: Codec, wanted: Sequence[PictureView]
 ) -> LatentSource:
     """The source that the settings ask for; a cache is filled with all of `wanted`.
 
     The autoencoder is back on the CPU afterwards where it is not needed, so that a GPU's memory is the denoiser's.
     """
-    if not settings.cache_latents:
-        return EncodedLatents(codec, run.device)
     codec.autoencoder.to(run.device)
+    if not settings.cache_latents:
+        return LatentSource(codec, run.device)
     cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder)
     cache.fill(wanted, codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
     codec.autoencoder.to("cpu")
-    return CachedLatents(cache, codec, run.device)
+    return LatentSource(codec, run.device, cache)
 
 
 def cache_folder(run: TrainingRun, settings: DiffusionSettings) -> Path:
     """The folder of a run's caches."""
     return Path(settings.cache_dir) if settings.cache_dir else run.folder / "cache"
-
-
-def all_views(views: ViewChoice, pictures: Sequence[CaptionedPicture]) -> list[tuple[CaptionedPicture, View]]:
-    """Each picture with every view of it that training may take."""
-    return [(picture, view) for i, picture in enumerate(pictures) for view in views.all(i)]
-
-
-def centred_views(views: ViewChoice, pictures: Sequence[CaptionedPicture]) -> list[tuple[CaptionedPicture, View]]:
-    """Each picture with its middle, not mirrored."""
-    return [(picture, views.centred(i)) for i, picture in enumerate(pictures)]

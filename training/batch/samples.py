@@ -1,32 +1,75 @@
-"""What data loaders read: one picture's turn at a time."""
+"""From the data order to batches: what a data loader's workers read ahead, and what is made of it for an objective."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.training.batch.batch_types import DiffusionSample, PixelBatch, ReadCaptions
+from latentdiff.codec import Codec
+from latentdiff.training.batch.batch_types import Batch, DiffusionBatch, PixelBatch, ReadCaptions, SampleBatch
 from latentdiff.training.batch.choices import (
     POSTERIOR,
+    SAMPLE,
     CaptionChoice,
+    PictureOrder,
     Place,
     ViewChoice,
-    sample_generator,
-    sample_seed,
+    generator_of,
+    seed_of,
     time_draw,
 )
-from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.batch.conditions import ConditionSource
+from latentdiff.training.batch.latents import LatentSource, PictureView, read_view
+from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.data.pictures import View
-from latentdiff.training.loop.order import seed_of
+from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings, RunSettings
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 HELD_OUT = 1 << 40  # where the seeds of held-out pictures begin
 
 
-def read_view(picture: CaptionedPicture, view: View) -> Tensor:
-    """(3, H, W) in [-1, 1]"""
-    return read_pixels(picture, view.width, view.height, view.crop, view.flip)
+def batches(
+    run: TrainingRun, order: PictureOrder, samples: Dataset[AnyBatch], cat: Callable[[list[AnyBatch]], AnyBatch]
+) -> Iterator[AnyBatch]:
+    """A batch for every pass of this process that the run still has to do; ends when the run must stop.
+
+    Args:
+        samples: by `Place`, each a batch of one, which `cat` joins.
+    """
+    loader = DataLoader(
+        samples,
+        batch_sampler=places(run, order),
+        collate_fn=cat,
+        num_workers=run.settings.num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        pin_memory=run.device.type == "cuda",
+    )
+    try:  # passes() comes first: when it ends, no further batch is read.
+        for _, batch in zip(run.passes(), loader, strict=False):
+            yield batch
+    except RuntimeError:
+        if not run.stopping.requested:  # a signal to the whole group ends the workers
+            raise
+
+
+def places(run: TrainingRun, order: PictureOrder) -> Iterator[list[Place]]:
+    """What the remaining passes of this process train on."""
+    per_step = run.settings.gradient_accumulation_steps
+    for number in run.remaining():
+        step = number // per_step
+        indices = order.update(step)
+        yield [Place(step, slot, indices[slot]) for slot in run.slots(number)]
+
+
+def leave_signals_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C reaches the workers too; the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class PixelSamples(Dataset[PixelBatch]):
@@ -36,17 +79,20 @@ class PixelSamples(Dataset[PixelBatch]):
         self.settings, self.pictures, self.views = settings, pictures, views
 
     def __getitem__(self, place: Place) -> PixelBatch:
-        view = self.views.pick(place.index, torch.rand(3, generator=sample_generator(self.settings, place)))
+        generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
+        view = self.views.pick(place.index, torch.rand(3, generator=generator))
         picture = self.pictures[place.index]
-        seed = sample_seed(self.settings, place, POSTERIOR)
-        return PixelBatch(read_view(picture, view)[None], (seed,), place.step, (picture.name,))
+        seed = seed_of(self.settings.seed, POSTERIOR, place.step, place.slot)
+        return PixelBatch(read_view((picture, view))[None], (seed,), place.step, (picture.name,))
 
 
-class DiffusionSamples(Dataset[DiffusionSample]):
+class DiffusionSamples(Dataset[SampleBatch]):
     """What denoisers and classifiers learn from: latents or pixels, noise, a draw of the timestep, and a condition.
 
+    Each is a batch of one.
+
     Args:
-        read_picture, read_caption: by a cache, or as they are; see `batch.reader`.
+        read_picture, read_captions: see `LatentSource.read` and `ConditionSource.read`.
         latent_channels, factor: of the autoencoder.
         update_size: pictures in one update, over which timesteps are spread evenly.
     """
@@ -56,20 +102,20 @@ class DiffusionSamples(Dataset[DiffusionSample]):
         settings: DiffusionSettings,
         pictures: Sequence[CaptionedPicture],
         views: ViewChoice,
-        read_picture: Callable[[CaptionedPicture, View], Tensor],
-        read_caption: Callable[[str], ReadCaptions],
+        read_picture: Callable[[PictureView], Tensor],
+        read_captions: Callable[[tuple[str, ...]], ReadCaptions],
         *,
         latent_channels: int,
         factor: int,
         update_size: int,
     ) -> None:
         self.settings, self.pictures, self.views = settings, pictures, views
-        self.read_picture, self.read_caption = read_picture, read_caption
+        self.read_picture, self.read_captions = read_picture, read_captions
         self.latent_channels, self.factor, self.update_size = latent_channels, factor, update_size
         self.captions = CaptionChoice(settings)
 
-    def __getitem__(self, place: Place) -> DiffusionSample:
-        generator = sample_generator(self.settings, place)
+    def __getitem__(self, place: Place) -> SampleBatch:
+        generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
         uniform = torch.rand(7, generator=generator)
         picture = self.pictures[place.index]
         caption = self.captions.pick(picture.captions, uniform[:3])
@@ -79,25 +125,25 @@ class DiffusionSamples(Dataset[DiffusionSample]):
 
     def sample(
         self, picture: CaptionedPicture, view: View, caption: str, draw: float, generator: torch.Generator
-    ) -> DiffusionSample:
+    ) -> SampleBatch:
         """A picture's turn with these choices; the noise comes from `generator`."""
         shape = (self.latent_channels, view.height // self.factor, view.width // self.factor)
         posterior_noise = torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)
         if self.settings.noise_offset:  # so that a whole picture can become lighter or darker
             noise = noise + self.settings.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
-        return DiffusionSample(
-            self.read_picture(picture, view),
-            self.read_caption(caption),
-            posterior_noise,
-            noise,
-            draw,
-            picture.loss_weight,
-            picture.name,
+        return SampleBatch(
+            self.read_picture((picture, view))[None],
+            self.read_captions((caption,)),
+            posterior_noise[None],
+            noise[None],
+            torch.tensor([draw], dtype=torch.float64),
+            torch.tensor([picture.loss_weight]),
+            (picture.name,),
         )
 
 
-def held_out_samples(samples: DiffusionSamples, bands: int, most: int = 32) -> list[DiffusionSample]:
+def held_out_samples(samples: DiffusionSamples, bands: int, most: int = 32) -> list[SampleBatch]:
     """Fixed samples of held-out pictures, their timesteps spread evenly over each of `bands` bands.
 
     samples: of the held-out pictures.
@@ -106,17 +152,68 @@ def held_out_samples(samples: DiffusionSamples, bands: int, most: int = 32) -> l
     chosen = []
     for i in range(count):
         for band in range(bands):
-            generator = torch.Generator().manual_seed(seed_of(HELD_OUT, i, band))
+            generator = generator_of(HELD_OUT, i, band)
             draw = (band + (i + 0.5) / count) / bands
             picture = samples.pictures[i]
             chosen.append(samples.sample(picture, samples.views.centred(i), picture.captions[0], draw, generator))
     return chosen
 
 
-def chunks_alike(samples: Sequence[DiffusionSample], most: int = 16) -> Iterator[list[DiffusionSample]]:
+def chunks_alike(samples: Sequence[SampleBatch], most: int = 16) -> Iterator[list[SampleBatch]]:
     """Samples cut into batches of one size of latents."""
     shapes = dict.fromkeys(sample.noise.shape for sample in samples)
     for shape in shapes:
         alike = [sample for sample in samples if sample.noise.shape == shape]
         for start in range(0, len(alike), most):
             yield alike[start : start + most]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes samples and batches of a diffusion training, from its source of latents and its source of conditions.
+
+    Args:
+        update_size: pictures in one update.
+        device: of the batches.
+    """
+
+    settings: DiffusionSettings
+    codec: Codec
+    latents: LatentSource
+    conditions: ConditionSource
+    update_size: int
+    device: torch.device
+
+    @property
+    def idle(self) -> tuple[Any, ...]:
+        """Networks that training does not need, as caches take their place."""
+        return self.latents.idle + self.conditions.idle
+
+    def samples(self, pictures: Sequence[CaptionedPicture], views: ViewChoice) -> DiffusionSamples:
+        """For a data loader; it holds what reads, and no network."""
+        return DiffusionSamples(
+            self.settings,
+            pictures,
+            views,
+            self.latents.read,
+            self.conditions.read,
+            latent_channels=self.codec.channels,
+            factor=self.codec.factor,
+            update_size=self.update_size,
+        )
+
+    def batch(self, samples: SampleBatch) -> DiffusionBatch:
+        """What an objective takes, of samples that were read."""
+        return DiffusionBatch(
+            latents=self.latents.latents(samples.pictures, samples.posterior_noise),
+            noise=samples.noise.to(self.device, non_blocking=True),
+            draws=samples.draws,
+            condition=self.conditions.condition(samples.captions, self.device),
+            loss_weight=samples.loss_weight.to(self.device, non_blocking=True),
+            names=samples.names,
+        )
+
+    def held_out(self, pictures: Sequence[CaptionedPicture], views: ViewChoice, bands: int) -> list[DiffusionBatch]:
+        """Fixed batches, with times spread evenly over each of `bands` bands."""
+        chosen = held_out_samples(self.samples(pictures, views), bands)
+        return [self.batch(SampleBatch.cat(chunk)) for chunk in chunks_alike(chosen)]

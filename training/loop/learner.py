@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.training.batch.batch_types import NamedBatch
+from latentdiff.training.batch.choices import seed_of
 from latentdiff.training.loop.adversary import Adversary
 from latentdiff.training.loop.average import MovingAverage
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.learning_rate import learning_rate_at
 from latentdiff.training.loop.optimizers import build_optimizer
-from latentdiff.training.loop.order import seed_of
 from latentdiff.training.loop.watch import LossWatch, name_batch
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings

@@ -7,15 +7,13 @@ from accelerate.utils import set_seed
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_types import PixelBatch
-from latentdiff.training.batch.choices import ViewChoice
-from latentdiff.training.batch.loader import batches
-from latentdiff.training.batch.samples import PixelSamples
+from latentdiff.training.batch.choices import PictureOrder, ViewChoice
+from latentdiff.training.batch.samples import PixelSamples, batches
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.order import PictureOrder
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective

@@ -10,15 +10,13 @@ from torch import nn
 
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.distributed import processes
-from latentdiff.training.batch.assemble import Reader
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
-from latentdiff.training.batch.choices import ViewChoice
-from latentdiff.training.batch.latents import all_views, centred_views, latent_source
-from latentdiff.training.batch.loader import batches
+from latentdiff.training.batch.choices import PictureOrder, ViewChoice
+from latentdiff.training.batch.latents import latent_source
+from latentdiff.training.batch.samples import Reader, batches
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.validation import HeldOutLoss
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.order import PictureOrder
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective
 from latentdiff.training.settings import Condition, DiffusionSettings
@@ -77,7 +75,8 @@ def train_diffusion(
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
-    wanted = all_views(views, data.pictures) + centred_views(other_views, data.held_out)
+    wanted = [(picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i)]
+    wanted += [(picture, other_views.centred(i)) for i, picture in enumerate(data.held_out)]
     reader = Reader(
         settings,
         model.codec,
@@ -91,7 +90,7 @@ def train_diffusion(
     loss = HeldOutLoss(model.process, bands)
     prompts = settings.sample_prompts or sample_captions(data.pictures)
     order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
-    for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.stack):
+    for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.cat):
         run.learn(reader.batch(samples))
         if run.due(settings.sample_every):
             with run.averaged():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from latentdiff.codec import Codec
+from latentdiff.conditioning import NoConditioner
 from latentdiff.diffusion.process import Process
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
-from latentdiff.training.batch.conditions import ConditionSource, TokenSource, class_source, no_source, text_source
+from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
@@ -84,7 +85,7 @@ class TextModel(DiffusionModel):
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
     ) -> ConditionSource:
         if self.prepare_caption is not None:
-            return TokenSource(self.tokenizer, self.text_encoder, self.prepare_caption)
+            return token_source(self.tokenizer, self.text_encoder, self.prepare_caption)
         return text_source(run, settings, self.tokenizer, self.text_encoder, pictures)
 
 
@@ -115,7 +116,7 @@ class UnconditionalModel(DiffusionModel):
     def conditions(
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
     ) -> ConditionSource:
-        return no_source()
+        return ConditionSource(NoConditioner())
 
     def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
         return self._pictures(device, settings, batch_size=SAMPLES)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import autoencoder_settings
 
-from latentdiff.training.batch import samples
+from latentdiff.training.batch import latents
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 VQ: dict[str, Any] = {"kind": "vq", "num_vq_embeddings": 16}
@@ -35,8 +35,8 @@ def test_pictures_with_values_that_are_no_numbers(pictures: Path, tmp_path: Path
 def test_not_a_number_in_training_stops_the_run_and_names_the_pictures(
     kind: dict[str, Any], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = samples.read_pixels
-    monkeypatch.setattr(samples, "read_pixels", lambda *args, **kwargs: read(*args, **kwargs) * math.nan)
+    read = latents.read_pixels
+    monkeypatch.setattr(latents, "read_pixels", lambda *args, **kwargs: read(*args, **kwargs) * math.nan)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 .*\.png, .*\.png"):
         train_autoencoder(autoencoder_settings(pictures, tmp_path / "out", max_steps=2, **kind))
     assert not (tmp_path / "out" / "config.json").exists()

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import read_settings
+from latentdiff.training.batch.choices import PictureOrder
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.loop.order import PictureOrder
 from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix
 from latentdiff.training.trainers.finetune import UNDISTILLED, complete, finetune

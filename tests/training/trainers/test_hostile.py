@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hostile import hostile_folder, state
 
-from latentdiff.training.cache import LatentCache
+from latentdiff.training.batch.latents import LatentCache
 from latentdiff.training.networks import load_autoencoder
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentdiff import AutoencoderKL, VQModel
-from latentdiff.training.cache import LatentCache, TensorStore, filling
-from latentdiff.training.cache.digests import digest
-from latentdiff.training.cache.latents import encoder_digest, key_of
+from latentdiff.training.batch import cache as filling
+from latentdiff.training.batch.cache import ShardWriter, TensorStore, digest
+from latentdiff.training.batch.latents import LatentCache, encoder_digest, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
 from latentdiff.training.data.pictures import View
 
@@ -248,15 +248,15 @@ def test_an_error_is_not_hidden_by_a_full_disk(tmp_path: Path, caplog: pytest.Lo
     store = TensorStore(tmp_path / "file" / "cache")
 
     def fail() -> None:
-        with filling.writing(store) as add:
-            add({"a": torch.zeros(3)})
+        with ShardWriter(store) as writer:
+            writer.add({"a": torch.zeros(3)})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert "what was encoded last is lost" in caplog.text
-    with pytest.raises(OSError, match="could not be written"), filling.writing(store) as add:
-        add({"a": torch.zeros(3)})
+    with pytest.raises(OSError, match="could not be written"), ShardWriter(store) as writer:
+        writer.add({"a": torch.zeros(3)})
 
 
 @forks

@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from latentdiff.text import encode_prompts
-from latentdiff.training.cache import TextCache
-from latentdiff.training.cache.text import key_of, text_digest
+from latentdiff.training.batch.conditions import TextCache, caption_key, text_digest
 
 CAPTIONS = ["", "a red thing", "red", "a", "green, blue; Grün 🙂", "a \x00 b", "a broken \ud800 half", "A RED THING"]
 
@@ -42,7 +41,7 @@ def test_states_are_those_of_encode_prompts(parts: tuple[Any, Any], accelerator:
 
 
 def test_captions_that_differ_at_all_have_keys_of_their_own() -> None:
-    assert len({key_of(caption) for caption in CAPTIONS}) == len(CAPTIONS)
+    assert len({caption_key(caption) for caption in CAPTIONS}) == len(CAPTIONS)
 
 
 def test_only_what_is_missing_is_encoded(

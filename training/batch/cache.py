@@ -1,33 +1,58 @@
-"""Tensors in a folder, found by what they were made of.
+"""What frozen networks make of pictures and captions, encoded once and kept in a folder, found by what it was made of.
 
 The folder holds safetensors files ("shards"), each written whole under a name of its own and never changed. So any
 number of processes and runs can add to one folder at once, an interruption loses only what was not yet written, and
 reading needs no lock. Tensors are read where they lie, through the operating system's memory map.
 """
 
+import hashlib
+import json
 import logging
 import math
 import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from latentdiff.interchange.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
+DIGEST = 40  # hexadecimal digits of a digest, 160 bits
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 OPEN_SHARDS = 1024  # memory maps kept at a time; they hold no file open
 ABANDONED = 86_400.0  # seconds after which a half-written shard has no writer any more
 START_BITS = 48  # of a place, for the offset in the shard; the rest is the number of its kind
+SHARD_TENSORS, SHARD_SECONDS, SHARD_BYTES = 4096, 30.0, 2**27  # a shard is written when one of these is reached
+
+Batches = list[list[str]]  # of keys
+
+
+def digest(*parts: object) -> str:
+    """A digest of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:DIGEST]
+
+
+def plain_config(config: Any, *left_out: str) -> dict[str, Any]:
+    """A model's config without its private keys and those of `left_out`, at every depth."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    return {
+        key: plain_config(value, *left_out) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not str(key).startswith("_") and key not in left_out
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +118,16 @@ class TensorStore:
             return
         content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         name = f"{uuid.uuid4().hex}.safetensors"
-        partial = self.folder / f".partial-{name}"
+        self._sweep()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
+            with atomic_file(self.folder / name, sync=True) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"{self.folder}: {len(content):,} bytes could not be written ({error.strerror}); make room, "
                 f"or choose another cache_dir. What was there before is whole",
             ) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
         self._look_at(name)
 
     def refresh(self) -> None:
@@ -197,3 +214,131 @@ def contents(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for key in whole.offset_keys():
             tensor = whole.get_slice(key)
             yield key, DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())
+
+
+def fill(
+    store: TensorStore,
+    keys: Sequence[str],
+    encode: Callable[[Batches], Iterator[Mapping[str, Tensor]]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    kind: Callable[[str], Any] = lambda key: None,
+    things: str,
+) -> None:
+    """Encode what is missing, each process its share, and wait for the others.
+
+    Args:
+        keys: distinct.
+        encode: yields the tensors of each batch.
+        kind: what the keys of a batch must have in common.
+        things: what the keys stand for, in messages.
+
+    Raises:
+        OSError: the disk is full, or the processes do not see the same folder.
+    """
+    store.refresh()
+    missing = set(store.missing(keys))
+    if missing and accelerator.is_main_process:
+        logger.info("%d %s to encode, %d are there already", len(missing), things, len(keys) - len(missing))
+    batches = plan(share(keys, accelerator.process_index, accelerator.num_processes), missing, batch_size, kind)
+    total = sum(map(len, batches))
+    hidden = True if not accelerator.is_main_process or not total else None  # None: unless there is no terminal
+    with ShardWriter(store) as writer, tqdm(total=total, desc=f"encoding {things}", disable=hidden) as bar:
+        for tensors in encode(batches):
+            writer.add(tensors)
+            bar.update(len(tensors))
+    accelerator.wait_for_everyone()
+    store.refresh()
+    if lost := store.missing(keys):
+        raise OSError(
+            f"{store.folder}: {len(lost)} of {len(keys)} {things} are not there after all were encoded; let cache_dir "
+            f"be a folder that all processes see, and delete nothing in it meanwhile"
+        )
+
+
+def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
+    """One process's share of the work.
+
+    It depends on the keys alone: processes that check at different moments see different keys as missing.
+    """
+    return [key for key in keys if int(key[:8], 16) % processes == rank]
+
+
+def plan(keys: Sequence[str], missing: set[str], size: int, kind: Callable[[str], Any]) -> Batches:
+    """The missing keys in batches.
+
+    A network's output for one input depends, in its last digits, on the others in the batch. So a batch that was lost
+    by an interruption is encoded again as the same batch.
+    """
+    batches = in_batches(keys, size, kind)
+    whole = [batch for batch in batches if missing.issuperset(batch)]
+    rest = [key for batch in batches if not missing.issuperset(batch) for key in batch if key in missing]
+    return whole + in_batches(rest, size, kind)
+
+
+def in_batches(keys: Iterable[str], size: int, kind: Callable[[str], Any]) -> Batches:
+    """Keys in batches of at most `size`, all of a batch of one kind."""
+    alike: dict[Any, list[str]] = {}
+    for key in keys:
+        alike.setdefault(kind(key), []).append(key)
+    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+
+
+class ShardWriter:
+    """A context that gathers tensors into shards. What it was given is kept even where an error ends the work."""
+
+    def __init__(self, store: TensorStore) -> None:
+        self.store = store
+        self._waiting: dict[str, Tensor] = {}
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self._waiting |= tensors
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        due = len(self._waiting) >= SHARD_TENSORS or self._bytes >= SHARD_BYTES
+        if due or time.monotonic() - self._since > SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        self.store.write(waiting)
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: Any, first: BaseException | None, _trace: Any) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            if first is None:
+                raise
+            logger.warning("what was encoded last is lost: %s", error)  # the first error is the one to report
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def finite(values: Tensor, names: Sequence[str], dtype: torch.dtype, advice: str) -> Tensor:
+    """`values`, one for each of `names` along the first dimension, in `dtype` on the CPU.
+
+    Raises:
+        ValueError: some are no numbers that `dtype` has; the message names whose and gives `advice`.
+    """
+    kept = values.to(dtype).cpu()
+    for name, own in zip(names, kept, strict=True):
+        if not bool(own.isfinite().all()):
+            most = torch.finfo(dtype).max
+            raise ValueError(f"{name}: what the encoder makes of it are not all numbers below {most:.6g}; {advice}")
+    return kept

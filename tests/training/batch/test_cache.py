@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentdiff.training.cache import TensorStore
-from latentdiff.training.cache import store as store_module
-from latentdiff.training.cache.digests import digest
-from latentdiff.training.cache.store import ABANDONED
+from latentdiff.training.batch import cache as cache_module
+from latentdiff.training.batch.cache import ABANDONED, TensorStore, digest
 
 KEYS = [digest(i) for i in range(400)]
 
@@ -181,7 +179,7 @@ def test_a_shard_that_goes_away_while_in_use(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 20)
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 20)
     writer = TensorStore(tmp_path)
     for key in KEYS:
         put(writer, [key])
