@@ -20,20 +20,6 @@ if TYPE_CHECKING:
         UnconditionalPipeline,
     )
 
-_HOMES = {
-    "AutoencoderKL": "latentdiff.models",
-    "UNet2DConditionModel": "latentdiff.models",
-    "UNet2DModel": "latentdiff.models",
-    "VQModel": "latentdiff.models",
-    "ClassConditionalPipeline": "latentdiff.pipelines",
-    "ImageToImagePipeline": "latentdiff.pipelines",
-    "ImageVariationPipeline": "latentdiff.pipelines",
-    "InpaintPipeline": "latentdiff.pipelines",
-    "SuperResolutionPipeline": "latentdiff.pipelines",
-    "TextToImagePipeline": "latentdiff.pipelines",
-    "UnconditionalPipeline": "latentdiff.pipelines",
-}
-
 __all__ = [
     "AutoencoderKL",
     "ClassConditionalPipeline",
@@ -51,9 +37,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = "latentdiff.pipelines" if name.endswith("Pipeline") else "latentdiff.models"
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

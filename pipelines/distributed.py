@@ -1,11 +1,19 @@
 """This process and the others of the same run, by Accelerate."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+LONG = timedelta(days=7)  # drawing processes may end far apart
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def on_cpu() -> bool:
@@ -13,8 +21,7 @@ def on_cpu() -> bool:
 
     By default Accelerate would take the latter for separate programs.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several and not torch.accelerator.is_available())
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several() and not torch.accelerator.is_available())
 
 
 def processes(cpu: bool = False, **options: Any) -> PartialState:
@@ -25,3 +32,8 @@ def processes(cpu: bool = False, **options: Any) -> PartialState:
         options: of torch's ``init_process_group``, where there is no group yet.
     """
     return PartialState(cpu=cpu or on_cpu(), **options)
+
+
+def drawing_processes(cpu: bool) -> PartialState | None:
+    """This process among those that share a drawing; None: it is alone."""
+    return processes(cpu, timeout=LONG) if several() else None

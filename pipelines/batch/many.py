@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from latentdiff.pipelines.batch.draw import SourcePictures, draw_batch, settings
 from latentdiff.pipelines.batch.options import BATCH, MOST, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
+from latentdiff.pipelines.distributed import drawing_processes
 
-LONG = timedelta(days=7)  # processes may end far apart
 PASSING = ("batches", "pictures", "machine", "version", "withheld", "model")
 """What of a record does not say which picture it is."""
 
@@ -114,7 +113,7 @@ def draw_many(
     common = settings_of(pipeline, name, {**settings, "model_digest": digest})
     pictures = plan_pictures(prompts, common, seed)
     there = look_around(folder, pictures)
-    state = several_processes(pipeline)
+    state = drawing_processes(cpu=pipeline.device.type == "cpu")
     report = Report(folder, kept=[picture.name for picture in pictures if picture.name in there])
     report.withheld = [name for name, found in there.items() if found.get("withheld")]
     missing = [
@@ -243,15 +242,6 @@ def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], done: set[
         report.drawn.append(picture.name)
         if one.withheld:
             report.withheld.append(picture.name)
-
-
-def several_processes(pipeline: Any) -> Any:
-    """Accelerate's view of the processes, if this is one of several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from latentdiff.pipelines.distributed import processes
-
-    return processes(cpu=pipeline.device.type == "cpu", timeout=LONG)
 
 
 def gather(report: Report) -> None:

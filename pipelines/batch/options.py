@@ -6,16 +6,26 @@ argument of the pipeline's call.
 """
 
 import reprlib
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
 MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
+
+
+def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Raises ValueError for what is no interval of noise levels; the upper one may be infinite."""
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError("two noise levels are expected, the lower one from 0 and first")
+    return interval
+
+
+class Plain(BaseModel):
+    """Values of known names and types; anything else is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
@@ -30,31 +40,32 @@ class Option:
     metavar: str | None = None
 
 
-@dataclass(kw_only=True)
-class RowOptions:
+class RowOptions(Plain):
     """What a row of a table of prompts can set for its picture. None: as for all, or as the model has it."""
 
     negative_prompt: Annotated[str | None, Option("What to keep away from.")] = None
     guidance_scale: Annotated[
         float | None,
         Option("How strongly to follow the prompt, 1 and up; by default the model's.", "--guidance"),
+        Field(allow_inf_nan=False),
     ] = None
-    num_inference_steps: Annotated[int | None, Option("Denoising steps; by default the model's.", "--steps"), Ge(1)] = (
-        None
-    )
-    height: Annotated[int | None, Option("In pixels; by default as the model was trained."), Gt(0)] = None
-    width: Annotated[int | None, Option("In pixels; by default as the model was trained."), Gt(0)] = None
+    num_inference_steps: Annotated[
+        int | None, Option("Denoising steps; by default the model's.", "--steps"), Field(ge=1)
+    ] = None
+    height: Annotated[int | None, Option("In pixels; by default as the model was trained."), Field(gt=0)] = None
+    width: Annotated[int | None, Option("In pixels; by default as the model was trained."), Field(gt=0)] = None
 
 
-@dataclass(kw_only=True)
 class DrawingOptions(RowOptions):
     """What is the same for all pictures that are drawn together."""
 
     guidance_rescale: Annotated[
-        float, Option("Bring guided predictions back to the contrast of unguided ones."), Ge(0), Le(1)
+        float, Option("Bring guided predictions back to the contrast of unguided ones."), Field(ge=0, le=1)
     ] = 0.0
     guidance_interval: Annotated[
-        tuple[float, float] | None, Option("Noise levels between which guidance acts.", metavar="LOW HIGH")
+        tuple[float, float] | None,
+        Option("Noise levels between which guidance acts.", metavar="LOW HIGH"),
+        AfterValidator(check_interval),
     ] = None
     prompt_weights: Annotated[
         bool,
@@ -66,21 +77,19 @@ class DrawingOptions(RowOptions):
     ] = "cut"
 
 
-@dataclass(kw_only=True)
 class GenerateOptions(DrawingOptions):
     """What drawing a few pictures from one command can ask for besides."""
 
     variation_strength: Annotated[
-        float, Option("How much of the noise of VARIATION_SEED is mixed in."), Ge(0), Le(1)
+        float, Option("How much of the noise of VARIATION_SEED is mixed in."), Field(ge=0, le=1)
     ] = 0.1
     strength: Annotated[
         float | None,
         Option("How much of the picture is drawn anew: 0.8 by default, and all (1) of what a mask covers."),
-        Ge(0),
-        Le(1),
+        Field(ge=0, le=1),
     ] = None
     candidates: Annotated[
-        int | None, Option("Draw this many of each prompt and keep those that fit it best; see --clip."), Ge(1)
+        int | None, Option("Draw this many of each prompt and keep those that fit it best; see --clip."), Field(ge=1)
     ] = None
     reranker: Annotated[
         str | None,
@@ -88,21 +97,12 @@ class GenerateOptions(DrawingOptions):
     ] = None
 
 
-def model_of(options: type[RowOptions], base: Any) -> Any:
-    """A pydantic model, a subclass of `base`, with the options as its fields."""
-    from pydantic import create_model
-
-    hints = get_type_hints(options, include_extras=True)
-    definitions: dict[str, Any] = {name: (hints[name], value) for name, value in defaults_of(options).items()}
-    return create_model(options.__name__, __base__=base, **definitions)
-
-
-def defaults_of(options: type[RowOptions]) -> dict[str, Any]:
+def defaults_of(options: type[BaseModel]) -> dict[str, Any]:
     """The names of a class's options, with their defaults."""
-    return {field.name: field.default for field in fields(options)}
+    return {name: field.default for name, field in options.model_fields.items()}
 
 
-def first_problem(error: "ValidationError") -> str:
+def first_problem(error: ValidationError) -> str:
     """What pydantic objects to first: the option's name, what is wrong and what was given."""
     first = error.errors()[0]
     if not first["loc"]:

@@ -2,36 +2,21 @@
 
 import csv
 import difflib
-import json
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from latentdiff.pipelines.batch.options import RowOptions, defaults_of, first_problem, model_of
+from latentdiff.interchange.user_files import parse_json_object, read_text
+from latentdiff.pipelines.batch.options import RowOptions, defaults_of, first_problem
 
-SUFFIXES = (".txt", ".jsonl", ".csv")
 DRIVE = re.compile(r"[A-Za-z]:")
 
 
-class Row(BaseModel):
-    """Values of known names; anything else is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-if TYPE_CHECKING:
-
-    class RowWithOptions(Row, RowOptions):
-        """The options of a row as plain values."""
-
-else:
-    RowWithOptions = model_of(RowOptions, Row)
-
-
-class Prompt(RowWithOptions):
+class Prompt(RowOptions):
     """One picture to draw, with its own options; what is None is as for all."""
 
     prompt: str
@@ -50,45 +35,33 @@ def read_prompts(file: Path) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another kind of file, no prompts in it, or something wrong with a line, which is named.
+        ValueError: another kind of file, no regular file or too large, no prompts in it, or something wrong with a
+            line, which is named.
     """
-    if file.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{file}: prompts are read from {', '.join(SUFFIXES)} files")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    reader = {".txt": text_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}[file.suffix.lower()]
-    prompts = [check_row(row, where) for where, row in reader(text, file)]
+    rows = {".txt": text_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    if file.suffix.lower() not in rows:
+        raise ValueError(f"{file}: prompts are read from {', '.join(rows)} files")
+    prompts = [check_row(row, where) for where, row in rows[file.suffix.lower()](read_text(file), file)]
     if not prompts:
         raise ValueError(f"{file}: there are no prompts in it")
     return prompts
 
 
 def text_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield f"{file}, line {number}", {"prompt": line.strip()}
 
 
 def jsonl_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: a JSON object is expected, such as {{"prompt": "a red car"}}')
-        yield where, {key: value for key, value in row.items() if value is not None}
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield where, {key: value for key, value in parse_json_object(line, where).items() if value is not None}
 
 
 def csv_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    table = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    table = csv.DictReader(io.StringIO(text), strict=True)
     try:
         for row in table:
             where = f"{file}, line {table.line_num}"

@@ -3,23 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import KEY, settings_of
-from latentdiff.pipelines.batch.options import MOST, GenerateOptions, first_problem, model_of
+from latentdiff.pipelines.batch.options import MOST, GenerateOptions, Plain, first_problem
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]
-
-
-class Plain(BaseModel):
-    """Values of known names and types; anything else is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class UsedFile(Plain):
@@ -32,7 +26,7 @@ class UsedFile(Plain):
 class Lora(UsedFile):
     """scale: how strongly it acts."""
 
-    scale: float = 1.0
+    scale: float = Field(1.0, allow_inf_nan=False)
 
 
 class Embedding(UsedFile):
@@ -65,21 +59,12 @@ class Machine(Plain):
     torch: str
 
 
-if TYPE_CHECKING:
-
-    class PlainOptions(Plain, GenerateOptions):
-        """The options of a drawing as plain values."""
-
-else:
-    PlainOptions = model_of(GenerateOptions, Plain)
-
-
-class Settings(PlainOptions):
+class Settings(GenerateOptions):
     """What was asked for, but for prompts and seeds; what the model decides is filled in."""
 
     negative_prompt: str | None = Field()
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field()
+    guidance_scale: float = Field(allow_inf_nan=False)
     variation_strength: float = 0.0
     width: int = Field(ge=1)
     """Of one picture."""

@@ -1,13 +1,13 @@
 """``latentdiff convert``."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from latentdiff.pipelines.batch.options import Plain
 from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
 
 
@@ -43,8 +43,7 @@ USEFUL = {  # of these to read a component alone
 }
 
 
-@dataclass(frozen=True)
-class ReadingOptions:
+class ReadingOptions(Plain):
     """How a single file is read."""
 
     prediction_type: Annotated[

@@ -4,13 +4,12 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions
+from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions, Plain
 from latentdiff.pipelines.commands.options import (
     INTERRUPTED,
     LoadingOptions,
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 FRAMES = 8  # of a filmstrip
 
 
-@dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(Plain):
     """What pictures are made of besides words and the model."""
 
     image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None
@@ -43,8 +41,7 @@ class SourceOptions:
     ] = None
 
 
-@dataclass(frozen=True)
-class TargetOptions:
+class TargetOptions(Plain):
     """Which files are written."""
 
     output: Annotated[

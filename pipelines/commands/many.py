@@ -61,11 +61,13 @@ def many(
     started = time.perf_counter()
     from latentdiff.pipelines.batch.draw import load_adapters
     from latentdiff.pipelines.batch.many import draw_many
+    from latentdiff.pipelines.distributed import drawing_processes
 
-    of_process = place_of_process(loading.device)
-    pipeline: Any = load_pipeline(
-        place, loading.device, loading.precision, loading.scheduler, kind_in(place).name, of_process, variant
-    )
+    pick_device(loading.device)  # a wrong one is named before processes are connected
+    state = drawing_processes(cpu=loading.device is Device.cpu)
+    own = None if state is None else str(state.device)
+    kind = kind_in(place).name
+    pipeline: Any = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, own, variant)
     pipeline.set_progress_bar_config(disable=True)
     adapters = loading.adapters()
     load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
@@ -83,30 +85,12 @@ def many(
             **vars(drawing),
             **adapters,
         )
-    end_processes()
-    if os.environ.get("RANK", "0") == "0":
+    if state is not None:
+        state.destroy_process_group()
+    if state is None or state.is_main_process:
         print_report(report, time.perf_counter() - started)
     if report.failed:
         raise typer.Exit(FAILED)
-
-
-def place_of_process(device: Device) -> str | None:
-    """The device of this process among several, each of which has one of its own; None if it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from latentdiff.pipelines.batch.many import LONG
-    from latentdiff.pipelines.distributed import processes
-
-    pick_device(device)
-    return str(processes(cpu=device is Device.cpu, timeout=LONG).device)
-
-
-def end_processes() -> None:
-    """Close the connection to the other processes, as torch requires."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class Watch:

@@ -1,19 +1,22 @@
 """What the commands share: options, and the pipeline that they ask for."""
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from annotated_types import Ge, Le
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from typer.models import OptionInfo
 
-from latentdiff.pipelines.batch.options import Option
+from latentdiff.pipelines.batch.options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
 
 if TYPE_CHECKING:
@@ -44,8 +47,7 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes
 PrecisionOption = Annotated[Precision, typer.Option(help="Of weights and computation.")]
 
 
-@dataclass(frozen=True)
-class LoadingOptions:
+class LoadingOptions(Plain):
     """Which model to draw with, and where."""
 
     model: Annotated[
@@ -89,6 +91,8 @@ class LoadingOptions:
                 strength = 1.0 if scale is None else float(scale)
             except ValueError:
                 source, strength = argument, 1.0
+            if not math.isfinite(strength):
+                raise ValueError(f"--lora {argument}: the scale must be a finite number, not {scale}")
             file = find_adapter(source, LORA_NAMES)
             loras.append(Lora(file=str(file), sha256=file_digest(file), scale=strength))
         for argument in self.embedding or []:
@@ -205,58 +209,47 @@ def split_last(argument: str) -> tuple[str, str | None]:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer, with the fields of its parameters that are dataclasses as options of their own.
+    """A command for typer, with the fields of its parameters that are models as options of their own.
 
-    A field's annotation has a ``typer.Option`` or one of our `Option` in it; its default is the option's. Fields of
-    several classes must have different names.
+    A field's annotation has a ``typer.Option`` or one of our `Option` in it; its default and limits are the option's.
+    Fields of several models must have different names.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {}
+    groups: dict[str, type[Plain]] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(kind, type) and issubclass(kind, Plain):
             groups[parameter.name] = kind
-            parameters += parameters_of(kind)
+            parameters += [option_of(name, field) for name, field in kind.model_fields.items()]
         else:
             parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def run(**given: Any) -> None:
-        made = {
-            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)}) for name, kind in groups.items()
-        }
-        command(**given, **made)
+        for name, kind in groups.items():
+            values = {field: given.pop(field) for field in kind.model_fields}
+            try:
+                given[name] = kind.model_validate(values)
+            except ValidationError as error:
+                raise ValueError(f"option {first_problem(error)}") from None
+        command(**given)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def parameters_of(options: type) -> list[inspect.Parameter]:
-    """A keyword for each field of a dataclass."""
-    hints = get_type_hints(options, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=for_typer(field.name, hints[field.name]),
-        )
-        for field in fields(options)
-    ]
-
-
-def for_typer(name: str, hint: Any) -> Any:
-    """An annotation with what typer shows: its own, or made of an `Option` and the limits beside it."""
-    if get_origin(hint) is not Annotated:
+def option_of(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A field as a parameter that typer shows: as its ``typer.Option`` says, or its `Option` and its limits."""
+    shown = next((note for note in field.metadata if isinstance(note, OptionInfo)), None)
+    option = next((note for note in field.metadata if isinstance(note, Option)), None)
+    if option is not None:
+        least: Any = next((note.ge for note in field.metadata if isinstance(note, Ge)), None)
+        most: Any = next((note.le for note in field.metadata if isinstance(note, Le)), None)
+        flag = option.flag or f"--{name.replace('_', '-')}"
+        shown = typer.Option(flag, help=option.help, metavar=option.metavar, min=least, max=most)
+    if shown is None:
         raise TypeError(f"the option {name} has no description")
-    kind, *notes = get_args(hint)
-    option = next((note for note in notes if isinstance(note, Option)), None)
-    if option is None:
-        return hint
-    least: Any = next((note.ge for note in notes if isinstance(note, Ge)), None)
-    most: Any = next((note.le for note in notes if isinstance(note, Le)), None)
-    flag = option.flag or f"--{name.replace('_', '-')}"
-    shown = typer.Option(flag, help=option.help, metavar=option.metavar, min=least, max=most)
-    return Annotated[kind, shown]
+    hint: Any = Annotated[field.annotation, shown]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint)

@@ -64,6 +64,11 @@ def test_only_what_is_missing_or_other_is_drawn(pipeline: Any, tmp_path: Path) -
     assert draw_many(pipeline, [*changed, "more"], out, **{**CALL, "num_inference_steps": 3}).drawn == ["000006.png"]
 
 
+def test_a_prompt_with_a_line_separator_can_be_continued(pipeline: Any, tmp_path: Path) -> None:
+    for drawn in (1, 0):
+        assert len(draw_many(pipeline, ["a\u2028cup"], tmp_path, **CALL).drawn) == drawn
+
+
 def test_another_model_draws_all_again(pipeline: Any, tmp_path: Path) -> None:
     other = tiny_pipeline("clip")
     assert draw_many(other, PROMPTS, tmp_path, **CALL).kept == []
@@ -168,6 +173,10 @@ def test_names_stay_in_the_folder(pipeline: Any, tmp_path: Path) -> None:
         (["a", 3], {}, "prompt 2: a text or a mapping is expected"),
         (["a"], {"magic": 1}, "magic: Extra inputs are not permitted"),
         (["a"], {"batch_size": 0}, r"batch_size must lie in \[1, 4096\], not 0"),
+        (["a"], {"guidance_scale": float("nan")}, r"guidance_scale: .* finite number \(got nan\)"),
+        ([{"prompt": "a", "guidance_scale": float("inf")}], {}, r"prompt 1: guidance_scale: .* finite number"),
+        (["a"], {"guidance_interval": (float("nan"), 1.0)}, "guidance_interval: .* two noise levels"),
+        (["a"], {"loras": [{"file": "a", "sha256": "0" * 64, "scale": float("nan")}]}, r"loras\.0\.scale: .*finite"),
         (["a"], {"height": 15}, "height=15 is not a multiple of 2"),
     ],
 )

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_csv(tmp_path: Path) -> None:
         ("a.csv", "prompt,seed\na,1,2\n", "line 2: it has more cells"),
         ("a.csv", 'prompt\n"a" b\n', "line 2"),
         ("a.csv", "text\na\n", "unknown column 'text'"),
+        ("a.csv", "prompt,guidance_scale\na,nan\n", r"line 2: guidance_scale: .*finite number \(got 'nan'\)"),
+        ("a.jsonl", '{"prompt": "a", "guidance_scale": Infinity}\n', "line 1: guidance_scale: .*finite number"),
     ],
 )
 def test_mistakes(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -53,6 +56,19 @@ def test_mistakes(name: str, content: str | bytes, message: str, tmp_path: Path)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_prompts(file)
+
+
+def test_only_line_ends_end_lines(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "a\u2028b\x0cc"), ("a.csv", "prompt\na\u2028b\x0cc")):
+        (tmp_path / name).write_text(content)
+        assert [prompt.prompt for prompt in read_prompts(tmp_path / name)] == ["a\u2028b\x0cc"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"a\.txt is a pipe or a device"):
+        read_prompts(tmp_path / "a.txt")
 
 
 def test_missing(tmp_path: Path) -> None:
