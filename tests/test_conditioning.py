@@ -5,7 +5,7 @@ import torch
 from tiny import bert_parts, clip_parts
 
 from latentdiff.conditioning import ClassConditioner, Conditioning, GuidedConditioning, NoConditioner
-from latentdiff.text.conditioner import TextConditioner
+from latentdiff.text.encode import TextConditioner
 
 
 def full(count: int, value: float = 1.0) -> Conditioning:

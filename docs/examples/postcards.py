@@ -5,7 +5,7 @@ from torch import Tensor
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.registry import Kind, register
-from latentdiff.pipelines.tasks.text import TextCall
+from latentdiff.pipelines.tasks.text_to_image import TextCall
 
 BORDER = 2  # pixels
 

@@ -10,7 +10,7 @@ from latentdiff.conditioning import Conditioning
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.registry import Kind, register
 from latentdiff.text import max_tokens
-from latentdiff.text.conditioner import TextConditioner
+from latentdiff.text.encode import TextConditioner
 
 
 @dataclass(frozen=True)

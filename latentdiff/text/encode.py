@@ -1,14 +1,17 @@
-"""Prompts to text states, with any text encoder of transformers and its tokenizer."""
+"""Prompts to conditions, with any text encoder of transformers and its tokenizer."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from latentdiff.text.tokens import tokenize, weigh
+from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.text.tokens import count_chunks, tokenize, weigh
+from latentdiff.text.weights import without_weights
 from latentdiff.text.words import expand_words
 
 logger = logging.getLogger(__name__)
@@ -17,6 +20,164 @@ TOKENIZING = RLock()
 """Held while a tokenizer works: transformers' keep the last call's options, and fail or cut wrongly in threads."""
 
 UNLIMITED = 1_000_000  # transformers writes 1e30 for "the tokenizer does not know"
+LONG_PROMPTS = ("cut", "chunk")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts of a call, as texts or as text states, and what to keep away from: one for all, or one for each.
+
+    Args:
+        prompt_embeds, negative_prompt_embeds: (P, L, D), instead of texts.
+
+    Raises:
+        TypeError: a prompt is not a string nor a list of strings.
+        ValueError: a prompt and its embeddings are both given, or neither.
+    """
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
+                raise ValueError(f"give either {name} or {name}_embeds, not both")
+        if self.prompt_embeds is None:
+            if self.prompt is None:
+                raise ValueError("give a prompt, or prompt_embeds")
+            object.__setattr__(self, "prompt", as_prompts(self.prompt))
+
+    @property
+    def texts(self) -> list[str] | None:
+        """P prompts; None if their states are given."""
+        return None if self.prompt is None else list(self.prompt)
+
+    def __len__(self) -> int:
+        """P"""
+        return len(self.prompt if self.prompt_embeds is None else self.prompt_embeds)  # type: ignore[arg-type]
+
+    def captions(self, prompt_weights: bool) -> list[str]:
+        """The texts without the weights that they may have, for those that do not read weights."""
+        return [without_weights(text) if prompt_weights else text for text in self.texts or []]
+
+    def encode(self, conditioner: "TextConditioner", guided: bool) -> GuidedConditioning:
+        """The conditions of P images; with both sides if `guided`.
+
+        ``clip_skip`` counts for prompts and not for negative prompts, as in diffusers' ``StableDiffusionPipeline``.
+        Weights and chunks count for both, and not for embeddings that are given.
+
+        Raises:
+            TypeError, ValueError: a negative prompt is of a wrong type; numbers or shapes that do not match.
+        """
+        texts, negatives = self.texts, self._negatives() if guided else []
+        chunks = conditioner.chunks([*(texts or []), *negatives])
+        positive = Conditioning(states=self.prompt_embeds) if texts is None else conditioner(texts, chunks)
+        shape = states_shape("prompt_embeds", positive)
+        if not guided:
+            return GuidedConditioning(positive)
+        negative = Conditioning(states=self.negative_prompt_embeds)
+        if self.negative_prompt_embeds is None:
+            encoder = replace(conditioner, clip_skip=None)
+            if texts is None:
+                encoder, chunks = encoder.of_length(shape[1])
+            negative = encoder(negatives, chunks)
+        negative_shape = states_shape("negative_prompt_embeds", negative)
+        if shape != negative_shape:
+            raise ValueError(
+                f"prompt_embeds and negative_prompt_embeds must have the same shape, not {shape} and {negative_shape}"
+            )
+        return GuidedConditioning(positive, negative)
+
+    def _negatives(self) -> list[str]:
+        """A negative prompt for each prompt; none where its states are given."""
+        if self.negative_prompt_embeds is not None:
+            return []
+        negatives = as_prompts("" if self.negative_prompt is None else self.negative_prompt, "negative_prompt")
+        negatives = negatives * len(self) if len(negatives) == 1 else negatives
+        if len(negatives) != len(self):
+            raise ValueError(f"{len(negatives)} negative prompts were given for {len(self)} prompts; give one for each")
+        return negatives
+
+
+def states_shape(name: str, conditioning: Conditioning) -> tuple[int, ...]:
+    """Raises ValueError for what cannot be text states (P, L, D)."""
+    shape = None if conditioning.states is None else tuple(conditioning.states.shape)
+    if shape is None or len(shape) != 3:
+        raise ValueError(f"{name} must have the shape (prompts, tokens, width), not {shape}")
+    return shape
+
+
+@dataclass(frozen=True)
+class TextConditioner:
+    """A tokenizer and a text encoder of transformers, with the options of `encode_prompts`.
+
+    Args:
+        device: where the encoder runs; by default where it is.
+        max_length: L; by default as many tokens as the encoder takes.
+        clip_skip: take the states this many layers before the last (CLIP only).
+        prompt_weights: read ``(red:1.3)``, ``(red)`` and ``[red]`` as weights.
+        long_prompts: what becomes of a prompt longer than L: ``"cut"``, or ``"chunk"``, encoded in parts.
+        warn: log what is cut.
+
+    Raises:
+        ValueError: another ``long_prompts``.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    device: torch.device | None = None
+    max_length: int | None = None
+    clip_skip: int | None = None
+    prompt_weights: bool = False
+    long_prompts: Literal["cut", "chunk"] = "cut"
+    warn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ValueError(f"long_prompts={self.long_prompts!r} is not known; choose from {', '.join(LONG_PROMPTS)}")
+
+    def __call__(self, prompts: Sequence[str], chunks: int | None = None) -> Conditioning:
+        """P prompts -> states (P, chunks L, D).
+
+        chunks: in how many parts; by default as many as the longest needs.
+
+        Raises:
+            TypeError: a prompt is not a string.
+            ValueError: see `encode_prompts`; or there is no text encoder.
+        """
+        if self.text_encoder is None:
+            raise ValueError("there is no text encoder; give prompt_embeds and negative_prompt_embeds")
+        states = encode_prompts(
+            prompts,
+            self.tokenizer,
+            self.text_encoder,
+            max_length=self.max_length,
+            clip_skip=self.clip_skip,
+            device=self.device,
+            warn=self.warn,
+            weights=self.prompt_weights,
+            chunks=self.chunks(prompts) if chunks is None else chunks,
+        )
+        return Conditioning(states=states)
+
+    def chunks(self, prompts: Sequence[str]) -> int:
+        """In how many parts the longest of these prompts is encoded."""
+        if self.long_prompts == "cut" or self.text_encoder is None or not prompts:
+            return 1
+        length = self.max_length or max_tokens(self.tokenizer, self.text_encoder)
+        with TOKENIZING:
+            return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
+
+    def of_length(self, tokens: int) -> tuple["TextConditioner", int]:
+        """A conditioner, and a number of chunks, for states of `tokens` tokens: as many as given states have."""
+        if self.text_encoder is None:
+            return self, 1
+        whole = max_tokens(self.tokenizer, self.text_encoder)
+        if tokens % whole == 0:
+            return replace(self, max_length=whole), tokens // whole
+        return replace(self, max_length=tokens), 1
 
 
 def as_prompts(value: Any, name: str = "prompt") -> list[str]:
@@ -132,7 +293,6 @@ def skip_layers(text_encoder: Any, hidden_states: Sequence[Tensor], clip_skip: i
 
 
 def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> None:
-    """Log what the encoder will not see of prompts longer than `max_length` tokens."""
     for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids:
         if len(ids) > max_length:
             warn_of_cut(tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True).strip(), max_length)

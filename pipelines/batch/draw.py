@@ -200,15 +200,13 @@ def best_of_each(
         device: where they are compared.
     """
     from latentdiff.pipelines.core.candidates import best_of, load_reranker
-    from latentdiff.text.weights import without_weights
 
     reranker = load_reranker(settings.reranker, device)
     assert settings.candidates is not None
     for prompt in prompts:
         candidates = [next(pictures) for _ in range(settings.candidates)]
-        caption = without_weights(prompt) if settings.prompt_weights else prompt
         images, withheld = [one.image for one in candidates], [one.withheld for one in candidates]
-        best, scores = best_of(images, [caption], settings.candidates, keep, reranker, withheld)
+        best, scores = best_of(images, [prompt], settings.candidates, keep, reranker, withheld, settings.prompt_weights)
         for number, score in zip(best, scores, strict=True):
             yield replace(candidates[number], score=score)
 

@@ -20,7 +20,7 @@ from latentdiff.pipelines.batch.options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.tasks.text import TextPipeline
+    from latentdiff.pipelines.tasks.text_to_image import TextPipeline
 
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it

@@ -10,22 +10,23 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
 
 from latentdiff.codec import Codec, Generators
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, guidance_embedding
-from latentdiff.pipelines.core.noise import NoiseSource, image_generators, image_seeds
-from latentdiff.pipelines.core.options import CallOptions, GuidedOptions
-from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.options import CallOptions, GuidedOptions, Seeds
+from latentdiff.pipelines.core.output import ImagesOutput, check_safety, report_faults
 from latentdiff.pipelines.core.previews import LatentPreview
-from latentdiff.pipelines.core.safety import check_safety
-from latentdiff.pipelines.core.sampling import Progress, Steps, denoise
+from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, denoise
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.core.pipeline import LatentPipeline
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""Components that make what conditions the UNet."""
 
 
 class Call:
@@ -40,6 +41,7 @@ class Call:
     Attributes:
         view: the pipeline as this call's callbacks see it: its components, with this call's scheduler and guidance
             under the names that callbacks for diffusers look for.
+        faults: images for which a network gave values that are not finite, and which network did so first.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message says which and why.
@@ -53,57 +55,63 @@ class Call:
         self.sampler = Sampler.of(pipeline.scheduler)
         self.view = pipeline.view_of_call(self.sampler.scheduler)
         if isinstance(options, GuidedOptions):
-            self._set_guidance(options)
-        self.seeds = None if options.seed is None else image_seeds(options.seed, self.count)
-        self.noise = self._noise()
+            self.view.set_guidance(self._guidance_scale(options), options.guidance_rescale, options.guidance_interval)
+        self.seeds = image_seeds(options.seed, self.count)
+        self.generator = image_generators(self.seeds, options.generator, self.count)
+        self.variation = self._variation()
+        self.faults: dict[int, str] = {}
 
     @property
     def guidance(self) -> ClassifierFreeGuidance:
         """As the options say, or as a callback has changed it since."""
         return self.view.guidance
 
-    def _set_guidance(self, options: GuidedOptions) -> None:
-        """Several scales are one for each prompt, or one for each image.
-
-        Raises:
-            ValueError: not as many scales as prompts or images; see ``ClassifierFreeGuidance`` for the rest.
-        """
+    def _guidance_scale(self, options: GuidedOptions) -> float | tuple[float, ...]:
+        """One for all images, or one for each."""
         scale = self.pipeline.defaults["guidance_scale"] if options.guidance_scale is None else options.guidance_scale
-        if not isinstance(scale, (int, float)):
-            scale = tuple(float(one) for one in scale)
-            if len(scale) == self.items:
-                scale = tuple(one for one in scale for _ in range(self.per_item))
-            if len(scale) != self.count:
-                raise ValueError(
-                    f"{len(scale)} guidance scales were given for {self.count} images; give one for each, or a single "
-                    f"one"
-                )
-        interval = options.guidance_interval
-        self.view.set_guidance(
-            scale,
-            options.guidance_rescale,
-            None if interval is None else (float(interval[0]), float(interval[1])),
-        )
+        if not isinstance(scale, tuple):
+            return scale
+        if len(scale) == self.items:
+            scale = tuple(one for one in scale for _ in range(self.per_item))
+        if len(scale) != self.count:
+            raise ValueError(
+                f"{len(scale)} guidance scales were given for {self.count} images; give one for each, or a single one"
+            )
+        return scale
 
-    def _noise(self) -> NoiseSource:
-        """Where the noise of the images comes from."""
+    # Noise
+
+    def _variation(self) -> list[Generator] | None:
+        """Generators of the noise that is mixed into the first one."""
         options, strength = self.options, self.options.variation_strength
         if (options.variation_seed is None) != (strength == 0):
             raise ValueError("a variation needs both variation_seed and a variation_strength above 0")
         if not 0 <= strength <= 1:
             raise ValueError(f"variation_strength must lie in [0, 1], not {strength}")
-        variation: Generators = None
-        if options.variation_seed is not None:
-            seeds = image_seeds(options.variation_seed, self.count, "variation_seed")
-            variation = image_generators(seeds, None, self.count)
-        return NoiseSource(
-            image_generators(self.seeds, options.generator, self.count),
-            self.device,
-            # in float32, so that a seed means the same in all precisions
-            self.pipeline.unet.dtype if self.seeds is None else torch.float32,
-            variation if isinstance(variation, list) else None,
-            strength,
-        )
+        seeds = image_seeds(options.variation_seed, self.count, "variation_seed")
+        return None if seeds is None else [Generator().manual_seed(one) for one in seeds]
+
+    def noise(self, shape: tuple[int, ...], generator: Generators = None) -> Tensor:
+        """Standard normal noise of `shape`, (B, ...), on the call's device, drawn where its generators are.
+
+        With seeds it is drawn in float32, so that a seed means the same in all precisions.
+        """
+        dtype = self.pipeline.unet.dtype if self.seeds is None else torch.float32
+        return randn_tensor(shape, generator=generator or self.generator, device=self.device, dtype=dtype)
+
+    def first_noise(self, shape: tuple[int, ...]) -> Tensor:
+        """The noise that decides what the pictures look like, with the variation in it; or the latents given for it.
+
+        Raises:
+            ValueError: those given have another shape.
+        """
+        given = self.options.latents
+        if given is not None:
+            return check_latents(given, shape)
+        noise = self.noise(shape)
+        if self.variation is None:
+            return noise
+        return spherical_mix(noise, self.noise(shape, self.variation), self.options.variation_strength)
 
     # From options to where sampling starts
 
@@ -129,30 +137,22 @@ class Call:
         return (self.count, self.codec.channels, height // self.codec.factor, width // self.codec.factor)
 
     def first_latents(self, shape: tuple[int, ...]) -> Tensor:
-        """Where sampling from nothing starts: noise, or the latents that were given, in the scheduler's scale.
-
-        Raises:
-            ValueError: those given have another shape.
-        """
+        """Where sampling from nothing starts: `first_noise` in the scheduler's scale."""
         _ = self._plan  # on which the scheduler's scale depends
-        noise = self.noise.first(shape) if self.options.latents is None else check_latents(self.options.latents, shape)
-        return (noise.to(self.device) * self.sampler.first_scale).to(self.pipeline.unet.dtype)
-
-    def guidance_condition(self) -> Tensor | None:
-        """(B, D), the embedded guidance scale for a network that guides itself; None for others."""
-        if not self.pipeline.guides_itself:
-            return None
-        scale = self.view.guidance_scale
-        scales = torch.tensor(scale if isinstance(scale, tuple) else (float(scale),) * self.count)
-        embedding = guidance_embedding(scales, self.pipeline.unet.config.time_cond_proj_dim)
-        return embedding.to(self.device, self.pipeline.unet.dtype)
+        return (self.first_noise(shape).to(self.device) * self.sampler.first_scale).to(self.pipeline.unet.dtype)
 
     def denoiser(self, conditioning: GuidedConditioning, **options: Any) -> GuidedDenoiser:
-        """The network under this call's guidance; ``options`` are `GuidedDenoiser`'s."""
-        guidance = self.guidance_condition()
-        if guidance is not None:
-            conditioning = conditioning.replace(guidance=guidance)
-        return GuidedDenoiser(self.pipeline.unet, conditioning, self.guidance, **options)
+        """The network under this call's guidance; ``options`` are `GuidedDenoiser`'s.
+
+        A network that guides itself has the embedded guidance scale, (B, D), as a further condition.
+        """
+        unet = self.pipeline.unet
+        if self.pipeline.guides_itself:
+            scale = self.view.guidance_scale
+            scales = torch.tensor(scale if isinstance(scale, tuple) else (float(scale),) * self.count)
+            embedding = guidance_embedding(scales, unet.config.time_cond_proj_dim)
+            conditioning = conditioning.replace(guidance=embedding.to(self.device, unet.dtype))
+        return GuidedDenoiser(unet, conditioning, self.guidance, **options)
 
     # Running
 
@@ -170,7 +170,12 @@ class Call:
             timesteps: from `timesteps`.
             after_step: makes the latents to go on with of a step's result.
         """
+        encoder = next((name for name in ENCODERS if getattr(self.pipeline, name, None) is not None), "unet")
+        for part in (denoiser.conditioning.positive, denoiser.conditioning.negative):
+            self.note_faults(encoder, None if part is None else part.states)
+        self.note_faults("vae", latents)  # of a picture to start from
         result = yield from self._run(denoiser, latents, timesteps, after_step)
+        self.note_faults("unet", result)
         return self.finish(result)
 
     def _run(
@@ -185,7 +190,7 @@ class Call:
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
         colours = LatentPreview(self.pipeline.vae)
-        options = self.sampler.step_options(self.noise.generator, self.options.eta)
+        options = self.sampler.step_options(self.generator, self.options.eta)
         with self.pipeline.progress_bar(total=len(timesteps)) as bar:
             for progress in denoise(denoiser, self.sampler, latents, timesteps, **options):
                 progress.colours = colours
@@ -243,17 +248,33 @@ class Call:
 
     # From latents to what the caller asked for
 
+    def note_faults(self, network: str, made: Tensor | None) -> None:
+        """Remember for which images this network was the first to give values that are not finite.
+
+        Args:
+            made: (B, ...), what it gave.
+        """
+        if made is not None and not made.isfinite().all():
+            for i in (~made.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+                self.faults.setdefault(i, network)
+
     def finish(self, latents: Tensor) -> ImagesOutput | tuple[Any, Any]:
         """Latents (B, C, h, w) to pictures in the form that was asked for."""
         output = ImagesOutput(images=latents, seeds=self.seeds)
-        if self.options.output_type != "latent":
-            pixels, flags = check_safety(self.pipeline, self.codec.decode(latents))  # (B, 3, H, W)
-            output.nsfw_content_detected = flags
+        kind = self.options.output_type
+        pixels = None if kind == "latent" else self.codec.decode(latents)  # (B, 3, H, W)
+        self.note_faults("vae", pixels)
+        if self.faults:
+            report_faults(self.pipeline, self.faults, self.count)
+            output.nan_detected = [i in self.faults for i in range(self.count)]
+        if pixels is not None:
+            if self.faults and kind == "pil":  # which has no NaN; arrays keep it
+                pixels = torch.where(torch.tensor(output.nan_detected).to(pixels.device).view(-1, 1, 1, 1), -1, pixels)
+            pixels, output.nsfw_content_detected = check_safety(self.pipeline, pixels)
             pixels = self.choose(pixels, output)
+            raw = output.nsfw_content_detected or [False] * len(pixels)  # the checker's black is 0, not -1
             output.images = self.pipeline.image_processor.postprocess(
-                pixels,
-                output_type=self.options.output_type,
-                do_denormalize=[not flag for flag in output.nsfw_content_detected or [False] * len(pixels)],
+                pixels, output_type=kind, do_denormalize=[not flag for flag in raw]
             )
         self.pipeline.maybe_free_model_hooks()
         return output if self.options.return_dict else (output.images, output.nsfw_content_detected)
@@ -271,3 +292,53 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
     return latents
+
+
+def image_seeds(seed: Seeds, count: int, name: str = "seed") -> list[int] | None:
+    """The seeds of `count` images: ``seed + i``, or the i-th of several.
+
+    Raises:
+        ValueError: not as many as images, or one that no generator takes.
+    """
+    if seed is None:
+        return None
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} {name}s were given for {count} images; give one for each, or a single one")
+    for one in seeds:
+        if not 0 <= one < 2**63:
+            raise ValueError(f"a {name} must lie in [0, 2**63 - 1], not {one}")
+    return seeds
+
+
+def image_generators(seeds: Sequence[int] | None, generator: Generators, count: int) -> Generators:
+    """The random generators of `count` images.
+
+    With `seeds`, every image has a generator of its own, on the CPU, so its picture depends neither on the batch around
+    it nor on the device. Without, `generator` is used.
+
+    Raises:
+        ValueError: seeds and a generator, or not as many generators as images.
+    """
+    if seeds is None:
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators were given for {count} images; give one for each")
+        return generator
+    if generator is not None:
+        raise ValueError("give either seed or generator, not both")
+    return [Generator().manual_seed(one) for one in seeds]
+
+
+def spherical_mix(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From `a` (share 0) to `b` (share 1) on the great circle through both, image by image (Shoemake 1985, slerp).
+
+    A straight mix of two noises would have less variance than either.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
+    angle = torch.arccos(cosine)[:, None]  # (B, 1)
+    straight = angle.abs() < 1e-4
+    sine = torch.where(straight, torch.ones_like(angle), torch.sin(angle))
+    weight_a = torch.where(straight, torch.full_like(angle, 1 - share), torch.sin((1 - share) * angle) / sine)
+    weight_b = torch.where(straight, torch.full_like(angle, share), torch.sin(share * angle) / sine)
+    return (weight_a * flat_a + weight_b * flat_b).view_as(a).to(a.dtype)

@@ -12,16 +12,42 @@ import torch
 from PIL import Image
 
 from latentdiff.metrics.clip import ClipScore, load_clip
+from latentdiff.pipelines.core.options import TextOptions
+from latentdiff.text.weights import without_weights
 
 BATCH = 16
 
 
-def check_candidates(candidates: Any, wanted: int) -> None:
+def check_candidates(candidates: int, wanted: int) -> None:
     """Raises ValueError if `wanted` pictures cannot be chosen from `candidates`."""
-    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < wanted:
+    if candidates < wanted:
         raise ValueError(
             f"candidates must be a whole number, at least the {wanted} to keep of each prompt, not {candidates!r}"
         )
+
+
+def reranker_of_call(options: TextOptions, pipeline: Any) -> ClipScore | None:
+    """What compares the candidates of a call; None if it asks for none.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: they cannot be compared, see `load_reranker`; the message says why.
+    """
+    if options.candidates is None:
+        if options.reranker is not None:
+            raise ValueError("a reranker needs candidates=, how many pictures of each prompt to choose from")
+        return None
+    check_candidates(options.candidates, options.num_images_per_prompt or 1)
+    if options.output_type == "latent":
+        raise ValueError("candidates are compared as pictures; output_type='latent' does not go with them")
+    source = options.reranker or pipeline.reranker
+    if source is None:
+        raise ValueError(
+            "candidates are compared by a CLIP model; give one with reranker=, such as "
+            "'open_clip:ViT-B-32/laion2b_s34b_b79k' or the folder of a transformers CLIP, or set pipeline.reranker"
+        )
+    if options.prompt is None:
+        raise ValueError("candidates are compared with the prompt; give it as text, not as prompt_embeds")
+    return load_reranker(source, pipeline._execution_device)
 
 
 def load_reranker(source: Any, device: torch.device | str = "cpu") -> ClipScore:
@@ -53,12 +79,14 @@ def best_of(
     keep: int,
     reranker: ClipScore,
     withheld: Sequence[bool] | None = None,
+    prompt_weights: bool = False,
 ) -> tuple[list[int], list[float]]:
     """Of `candidates` pictures of each prompt the `keep` that fit it best.
 
     Args:
         images: for each prompt in turn `candidates`.
-        withheld: which of them a safety checker blackened; they come last.
+        withheld: which of them are black, spoilt or by a safety checker; they come last.
+        prompt_weights: whether the prompts have weights, which a CLIP does not read.
 
     Returns:
         Which they are, for each prompt in turn, the best first; and their scores, from 0 to 100. Of equal ones the
@@ -70,7 +98,7 @@ def best_of(
     check_candidates(candidates, keep)
     if len(images) != len(prompts) * candidates:
         raise ValueError(f"{len(images)} pictures are not {candidates} for each of {len(prompts)} prompts")
-    captions = [prompt for prompt in prompts for _ in range(candidates)]
+    captions = [without_weights(one) if prompt_weights else one for one in prompts for _ in range(candidates)]
     cosines = torch.cat(  # not the scores: those of all that fit badly are 0
         [reranker.cosines(images[i : i + BATCH], captions[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     )

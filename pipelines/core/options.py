@@ -1,9 +1,12 @@
 """What a call is asked for, as one object, read and checked once."""
 
 import difflib
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypedDict
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, TypedDict, get_args, get_origin
 
 from torch import Tensor
 
@@ -16,6 +19,85 @@ Seeds = int | Sequence[int] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UNSUPPORTED = ("ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments of diffusers' calls that must be None."""
+
+
+# Numbers of any library, NumPy's and torch's scalars among them
+
+
+def is_truth(value: Any) -> bool:
+    """Whether this is True or False, which Python and torch take for numbers."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def whole_number(value: Any, name: str) -> int:
+    """What counts, as Python's int. Raises TypeError for everything that is not exactly a whole number."""
+    try:
+        return operator.index("" if is_truth(value) else value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def real_number(value: Any, name: str) -> float:
+    """What measures, as Python's float. Raises TypeError for no number, ValueError for NaN."""
+    try:
+        number = math.nan if is_truth(value) or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises the last for several numbers
+        raise TypeError(f"{name} must be a number, not {value!r}") from None
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    return number
+
+
+def finite_number(value: Any, name: str) -> float:
+    """As `real_number`; raises ValueError for infinity too."""
+    number = real_number(value, name)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite, not {number}")
+    return number
+
+
+def whole_or_finite(value: Any, name: str) -> float:
+    """A timestep: a whole number as int, as most schedulers have them, others as float."""
+    try:
+        return whole_number(value, name)
+    except TypeError:
+        return finite_number(value, name)
+
+
+def positive_whole(value: Any, name: str) -> int:
+    """Raises ValueError for what is not a whole number from 1."""
+    try:
+        count = whole_number(value, name)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+    return count
+
+
+def one_or_more(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """A number, or a tuple of them of a list, an array and so on."""
+
+    def read_them(value: Any, name: str) -> Any:
+        return tuple(read(one, name) for one in value) if are_several(value) else read(value, name)
+
+    return read_them
+
+
+def are_several(value: Any) -> bool:
+    """Whether this is a sequence, an array or a tensor with a dimension, and not a single value or a string."""
+    return bool(getattr(value, "ndim", 0)) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+
+
+def noise_levels(value: Any, name: str) -> tuple[float, float]:
+    """Raises ValueError for what is not two numbers."""
+    levels = one_or_more(real_number)(value, name)
+    if not isinstance(levels, tuple) or len(levels) != 2:
+        raise ValueError(f"{name} must be two noise levels, not {value!r}")
+    return levels
+
+
+# Options
 
 
 class VariationExtras(TypedDict, total=False):
@@ -49,19 +131,22 @@ class TextExtras(Extras, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """What every call can be asked for, documented at ``TextToImagePipeline``; each kind of pipeline adds its own."""
+    """What every call can be asked for, documented at ``TextToImagePipeline``; each kind of pipeline adds its own.
 
-    num_inference_steps: int | None = None
-    timesteps: Sequence[int] | None = None
-    sigmas: Sequence[float] | None = None
-    eta: float = 0.0
-    height: int | None = None
+    Numbers may be of any library; here they are Python's, as made by the function in the field's annotation.
+    """
+
+    num_inference_steps: Annotated[int | None, whole_number] = None
+    timesteps: Annotated[Sequence[float] | None, one_or_more(whole_or_finite)] = None
+    sigmas: Annotated[Sequence[float] | None, one_or_more(finite_number)] = None
+    eta: Annotated[float, finite_number] = 0.0
+    height: int | None = None  # these two are read by `LatentPipeline.picture_size`, which knows what fits
     width: int | None = None
     latents: Tensor | None = None
     generator: Generators = None
-    seed: Seeds = None
-    variation_seed: Seeds = None
-    variation_strength: float = 0.0
+    seed: Annotated[Seeds, one_or_more(whole_number)] = None
+    variation_seed: Annotated[Seeds, one_or_more(whole_number)] = None
+    variation_strength: Annotated[float, real_number] = 0.0
     output_type: str = "pil"
     return_dict: bool = True
     callback_on_step_end: StepCallback | None = None
@@ -72,8 +157,8 @@ class CallOptions:
         """From ``locals()`` at the beginning of a call: its arguments, and those in ``extras``.
 
         Raises:
-            TypeError: an unknown argument.
-            ValueError: an argument that is not supported, or an unknown output type.
+            TypeError: an unknown argument, or one that should be a number and is none.
+            ValueError: an argument that is not supported, a number that cannot be, or an unknown output type.
         """
         given = {name: value for name, value in arguments.items() if name not in ("self", "extras")}
         known = [one.name for one in fields(cls)]
@@ -82,19 +167,24 @@ class CallOptions:
                 near = difflib.get_close_matches(name, [*known, "prompt"], n=1)
                 raise TypeError(f"unexpected argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
         refuse(**{name: given.pop(name, None) for name in UNSUPPORTED})
-        options = cls(**given, **arguments.get("extras", {}))
-        if options.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"unknown output_type {options.output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
-        return options
+        return cls(**given, **arguments.get("extras", {}))
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, kind = getattr(self, one.name), one.type
+            if get_origin(kind) is Annotated and not (value is None and NoneType in get_args(get_args(kind)[0])):
+                object.__setattr__(self, one.name, get_args(kind)[1](value, one.name))
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {self.output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedOptions(CallOptions):
     """Of a call under classifier-free guidance."""
 
-    guidance_scale: float | Sequence[float] | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
+    guidance_scale: Annotated[float | tuple[float, ...] | None, one_or_more(finite_number)] = None
+    guidance_rescale: Annotated[float, real_number] = 0.0
+    guidance_interval: Annotated[tuple[float, float] | None, noise_levels] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +195,12 @@ class TextOptions(GuidedOptions):
     negative_prompt: str | list[str] | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
-    num_images_per_prompt: int | None = 1
-    clip_skip: int | None = None
+    num_images_per_prompt: Annotated[int | None, positive_whole] = 1
+    clip_skip: Annotated[int | None, whole_number] = None
     cross_attention_kwargs: Mapping[str, Any] | None = None
     prompt_weights: bool = False
     long_prompts: Literal["cut", "chunk"] = "cut"
-    candidates: int | None = None
+    candidates: Annotated[int | None, positive_whole] = None
     reranker: Any = None
 
     @property
@@ -118,12 +208,14 @@ class TextOptions(GuidedOptions):
         """How strongly loaded LoRAs act in this call; None: as they are set.
 
         Raises:
-            ValueError: ``cross_attention_kwargs`` asks for something else.
+            TypeError, ValueError: ``cross_attention_kwargs`` asks for something else, or the scale is no number.
         """
-        others = [name for name in self.cross_attention_kwargs or {} if name != "scale"]
+        given = self.cross_attention_kwargs or {}
+        others = [name for name in given if name != "scale"]
         if others:
             raise ValueError(f"cross_attention_kwargs: {', '.join(others)} is not supported, only 'scale'")
-        return (self.cross_attention_kwargs or {}).get("scale")
+        scale = given.get("scale")
+        return None if scale is None else finite_number(scale, "cross_attention_kwargs: scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +223,7 @@ class PictureOptions(TextOptions):
     """Of a call with a prompt and a picture to start from."""
 
     image: Pictures = None
-    strength: float = 0.8
+    strength: Annotated[float, real_number] = 0.8
 
 
 def refuse(**arguments: Any) -> None:
@@ -139,11 +231,3 @@ def refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{name} is not supported")
-
-
-def check_count(given: int | None, name: str = "num_images_per_prompt") -> int:
-    """Raises ValueError for a number of pictures that is not a whole number from 1."""
-    count = 1 if given is None else given
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be a whole number from 1, not {given!r}")
-    return count

@@ -14,9 +14,9 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
+from latentdiff.pipelines.core.options import whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.sampling import Progress
-from latentdiff.pipelines.core.schedulers import without_learned_variance
+from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
 
 AnyAutoencoder: TypeAlias = (
@@ -34,20 +34,48 @@ _STARTING = Lock()
 """Held while the set of running calls is read or changed."""
 
 
-class CallState:
-    """The state of a call, under the names that callbacks made for diffusers look for.
+class LatentPipeline(FolderPipeline):
+    """A UNet, a scheduler, an autoencoder, and whatever conditions the UNet; subclasses add that and the call.
 
-    A pipeline itself shows the state of the call that began or ended last. A call has a copy of the pipeline, its view,
-    and reads and changes the state there.
+    A call is a generator behind `sampling.whole`: called, it runs to the end; `stream` goes through it step by step. It
+    has a copy of the pipeline, its view, whose state it reads and changes, under the names that callbacks made for
+    diffusers look for; the pipeline itself shows the state of the call that began or ended last.
     """
 
+    vae: Any
     unet: Any
+    scheduler: Any
+    safety_checker: Any
+    feature_extractor: Any
+    image_processor: VaeImageProcessor
+
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     _guidance_scale: float | tuple[float, ...] = 1.0
     _guidance_rescale: float = 0.0
     _guidance_interval: tuple[float, float] | None = None
     _clip_skip: int | None = None
     _num_timesteps: int = 0
+
+    def register_parts(self, scheduler: Any, **parts: Any) -> None:
+        """To be called by every ``__init__``: registers the components and sets up what a call needs.
+
+        Raises:
+            ValueError: components that do not fit together.
+        """
+        if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
+            raise ValueError("a safety_checker needs its feature_extractor")
+        self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
+        vae = self.vae  # None in a pipeline that only encodes prompts
+        self.vae_scale_factor = 8 if vae is None else Codec(vae).factor
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
+        )
+        self._running: WeakSet[LatentPipeline] | None = WeakSet()
+        self._stopped = False
+
+    # Calls
 
     @property
     def guidance_scale(self) -> float | tuple[float, ...]:
@@ -85,42 +113,6 @@ class CallState:
         """Raises ValueError for values that ``ClassifierFreeGuidance`` does not take."""
         self._guidance_scale, self._guidance_rescale, self._guidance_interval = scale, rescale, interval
         _ = self.guidance  # checks them
-
-
-class LatentPipeline(CallState, FolderPipeline):
-    """A UNet, a scheduler, an autoencoder, and whatever conditions the UNet; subclasses add that and the call.
-
-    A call is a generator behind `sampling.whole`: called, it runs to the end; `stream` goes through it step by step.
-    """
-
-    vae: Any
-    unet: Any
-    scheduler: Any
-    safety_checker: Any
-    feature_extractor: Any
-    image_processor: VaeImageProcessor
-
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-
-    def register_parts(self, scheduler: Any, **parts: Any) -> None:
-        """To be called by every ``__init__``: registers the components and sets up what a call needs.
-
-        Raises:
-            ValueError: components that do not fit together.
-        """
-        if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
-            raise ValueError("a safety_checker needs its feature_extractor")
-        self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
-        vae = self.vae  # None in a pipeline that only encodes prompts
-        self.vae_scale_factor = 8 if vae is None else Codec(vae).factor
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, vae_latent_channels=4 if vae is None else vae.config.latent_channels
-        )
-        self._running: WeakSet[LatentPipeline] | None = WeakSet()
-        self._stopped = False
-
-    # Calls
 
     def view_of_call(self, scheduler: Any) -> Self:
         """The pipeline as one call sees it: the same components, but for the scheduler, and a state of its own."""
@@ -184,7 +176,7 @@ class LatentPipeline(CallState, FolderPipeline):
         """Height and width to draw; by default what the UNet was trained on.
 
         Raises:
-            ValueError: a side is no multiple of the autoencoder's factor, or there is no default.
+            ValueError: a side is no whole number, or no multiple of the autoencoder's factor, or there is no default.
         """
         if height is None or width is None:
             sample_size = self.unet.config.sample_size
@@ -193,8 +185,7 @@ class LatentPipeline(CallState, FolderPipeline):
             own = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
             height = own[0] * self.vae_scale_factor if height is None else height
             width = own[1] * self.vae_scale_factor if width is None else width
-        check_size(height, width, self.vae_scale_factor)
-        return height, width
+        return check_side("height", height, self.vae_scale_factor), check_side("width", width, self.vae_scale_factor)
 
     def check_channels(self, condition: int, lacking: str) -> None:
         """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.
@@ -230,10 +221,14 @@ class LatentPipeline(CallState, FolderPipeline):
         self.unet.disable_freeu()
 
 
-def check_size(height: int, width: int, factor: int) -> None:
-    """Raises ValueError, with the nearest good ones, for a size that latents of 1/`factor` cannot have."""
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % factor:
-            below = int(value) // factor * factor
-            near = " or ".join(str(size) for size in (below, below + factor) if size > 0)
-            raise ValueError(f"{name}={value} is not a multiple of {factor}; the nearest that this model draws: {near}")
+def check_side(name: str, value: Any, factor: int) -> int:
+    """The side of a picture. Raises ValueError, with the nearest good ones, if latents of 1/`factor` cannot have it."""
+    try:
+        side = whole_number(value, name)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is no whole number of pixels") from None
+    if side < 1 or side % factor:
+        below = side // factor * factor
+        near = " or ".join(str(size) for size in (below, below + factor) if size > 0)
+        raise ValueError(f"{name}={side} is not a multiple of {factor}; the nearest that this model draws: {near}")
+    return side

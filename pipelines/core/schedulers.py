@@ -5,7 +5,7 @@ from typing import Any
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import process_of
-from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.pipelines.core.sampling import without_learned_variance
 
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
@@ -86,17 +86,3 @@ def modern_scheduler(scheduler: Any) -> Any:
     if config.get("clip_sample", False) is True:
         right["clip_sample"] = False
     return type(scheduler).from_config(config, **right) if right else scheduler
-
-
-def without_learned_variance(scheduler: Any) -> Any:
-    """The scheduler, or a copy that leaves learned variances alone if it would only cut them off.
-
-    DPM-Solver takes ``variance_type`` over from a DDPM scheduler's config, and then keeps the first three channels of
-    a prediction, however many the latents have. The steps here cut at the right place.
-    """
-    learned = getattr(scheduler, "config", {}).get("variance_type") in ("learned", "learned_range")
-    if not learned or takes_variance(scheduler) or "variance_type" not in scheduler._get_init_keys(type(scheduler)):
-        return scheduler
-    if "DDPM" in type(scheduler).__name__:
-        raise ValueError("a DDPM scheduler with variance_type='learned' is not supported; 'learned_range' is")
-    return type(scheduler).from_config(scheduler.config, variance_type=None)

@@ -1,8 +1,8 @@
 """Pictures of a class: under classifier guidance, classifier-free guidance, or both."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import diffusers
 import torch
@@ -12,13 +12,24 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models import NoisyClassifier, UNet2DModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.classifier_guidance import ClassifierGuidance
-from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, check_count
+from latentdiff.pipelines.core.options import (
+    Extras,
+    GuidedOptions,
+    StepCallback,
+    are_several,
+    finite_number,
+    positive_whole,
+    whole_number,
+)
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
-from latentdiff.pipelines.core.sampling import Steps, whole
-from latentdiff.pipelines.tasks.class_names import ClassNames, Label
-from latentdiff.pipelines.tasks.textless import TextlessPipeline
+from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, whole
+from latentdiff.pipelines.tasks.unconditional import TextlessPipeline
+
+Label = int | str
+SHOWN = 20  # names in a message
+MEANS = ("DDPMScheduler", "DDPMParallelScheduler")
+"""Schedulers that draw each step from a Gaussian, whose mean is shifted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +37,8 @@ class ClassOptions(GuidedOptions):
     """Of a call with classes."""
 
     class_labels: Label | Sequence[Label]
-    classifier_scale: float = 1.0
-    num_images_per_class: int = 1
+    classifier_scale: Annotated[float, finite_number] = 1.0
+    num_images_per_class: Annotated[int | None, positive_whole] = 1
 
 
 class ClassConditionalPipeline(TextlessPipeline):
@@ -166,18 +177,17 @@ class ClassConditionalPipeline(TextlessPipeline):
         """
         options = ClassOptions.of(locals())
         numbers = self.label_numbers(class_labels)
-        per_class = check_count(num_images_per_class, "num_images_per_class")
-        if not 0 <= classifier_scale < float("inf"):
+        if options.classifier_scale < 0:
             raise ValueError(f"classifier_scale must be a number from 0, not {classifier_scale}")
         self.check_classes()  # components can be replaced
         self.check_channels(0, "UNets of super-resolution and the like cannot draw from noise alone")
-        call = Call(self, options, len(numbers), per_class)
-        labels = torch.tensor(numbers, device=call.device).repeat_interleave(per_class)
-        latents = call.first_latents(call.latents_shape(*self.picture_size(height, width)))
+        call = Call(self, options, len(numbers), options.num_images_per_class or 1)
+        labels = torch.tensor(numbers, device=call.device).repeat_interleave(call.per_item)
+        latents = call.first_latents(call.latents_shape(*self.picture_size(options.height, options.width)))
         schedule = call.timesteps()
         towards = None
-        if self.classifier is not None and classifier_scale > 0:
-            towards = ClassifierGuidance(self.classifier, labels, float(classifier_scale), call.sampler)
+        if self.classifier is not None and options.classifier_scale > 0:
+            towards = ClassifierGuidance(self.classifier, labels, options.classifier_scale, call.sampler)
         change = None if towards is None else towards.change_prediction
         denoiser = call.denoiser(self.condition(labels, call.guidance), change=change)
         return (yield from call.draw(denoiser, latents, schedule, None if towards is None else towards.change_step))
@@ -199,3 +209,104 @@ class ClassConditionalPipeline(TextlessPipeline):
             return GuidedConditioning(Conditioning(labels=labels), Conditioning(labels=no_class))
         takes_labels = self.unet.config.num_class_embeds is not None
         return GuidedConditioning(Conditioning(labels=labels if takes_labels else None))
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The names of `count` classes, by number; none where they are only numbered.
+
+    A class can have several names, with commas between them, as ImageNet's have.
+    """
+
+    names: Mapping[int, str]
+    count: int
+
+    def numbers(self, labels: Label | Sequence[Label]) -> list[int]:
+        """The numbers of one class or of several.
+
+        Raises:
+            TypeError: neither a name nor a whole number.
+            ValueError: there is no such class, or several have that name, or none is given.
+        """
+        given: Any = labels if are_several(labels) else [labels]
+        numbers = [self.number(label) for label in given]
+        if not numbers:
+            raise ValueError("class_labels is empty; give one class or more")
+        return numbers
+
+    def number(self, label: Label) -> int:
+        """A whole name comes before one of several, and one that is written alike before one that is not.
+
+        Raises:
+            ValueError: there is no such class, or several have that name.
+        """
+        if not isinstance(label, str):
+            number = whole_number(label, "a class")
+            if not 0 <= number < self.count:
+                raise ValueError(f"there is no class {number}; they are numbered from 0 to {self.count - 1}")
+            return number
+        wanted = label.strip()
+        ways: list[Callable[[str], bool]] = [
+            lambda names: names == wanted,
+            lambda names: names.strip().lower() == wanted.lower(),
+            lambda names: wanted.lower() in [name.strip().lower() for name in names.split(",")],
+        ]
+        for has in ways:
+            found = [number for number, names in self.names.items() if has(names)]
+            if len(found) > 1:
+                which = ", ".join(f"{number} ({self.names[number]})" for number in found[:SHOWN])
+                raise ValueError(f"{label!r} is a name of several classes: {which}; give the number")
+            if found:
+                return found[0]
+        names = list(self.names.values())
+        known = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
+
+
+@dataclass
+class ClassifierGuidance:
+    """Steps towards a class along a classifier's gradient. ADM (Dhariwal & Nichol 2021), Sec. 4.
+
+    With a DDPM scheduler the mean of every step is shifted by ``scale`` times the variance times the gradient (Alg. 1),
+    with any other the predicted noise (Alg. 2).
+
+    Args:
+        classifier: a ``NoisyClassifier``.
+        class_labels: (B,) long.
+        scale: the paper's s.
+        sampler: of the call.
+    """
+
+    classifier: Any
+    class_labels: Tensor
+    scale: float
+    sampler: Sampler
+
+    @property
+    def shifts_means(self) -> bool:
+        return type(self.sampler.scheduler).__name__ in MEANS
+
+    def gradient(self, x: Tensor, timestep: Any) -> Tensor:
+        """`scale` times that of log p(class | x), (B, C, h, w) float32."""
+        x = x.to(self.classifier.dtype)
+        return self.scale * self.classifier.log_probability_gradient(x, timestep, self.class_labels).float()
+
+    def change_prediction(self, prediction: Tensor, x: Tensor, timestep: Any) -> Tensor:
+        """Alg. 2: a prediction whose noise is less by sqrt(1 - alpha-bar) times the gradient.
+
+        Args:
+            prediction: (B, C, h, w), or twice the channels with learned variances, which stay.
+            x: what the network saw, (B, C, h, w).
+        """
+        if self.shifts_means:
+            return prediction
+        return self.sampler.process.with_gradient(prediction, x, timestep, self.gradient(x, timestep))
+
+    def change_step(self, progress: Progress) -> Tensor:
+        """Alg. 1: the latents after a step, (B, C, h, w), moved by variance times gradient, but for the last step."""
+        timestep, latents = progress.timestep, progress.latents
+        if not self.shifts_means or int(timestep) == 0:
+            return latents
+        before = int(self.sampler.scheduler.previous_timestep(timestep))
+        variance = self.sampler.process.step_variance(int(timestep), before, progress.prediction)
+        return latents + (variance * self.gradient(progress.scaled, timestep)).to(latents.dtype)

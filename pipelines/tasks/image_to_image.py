@@ -10,7 +10,7 @@ from latentdiff.pipelines.core.options import PictureOptions, StepCallback, Text
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, to_pixels
 from latentdiff.pipelines.core.sampling import Steps, whole
-from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
+from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 
 
 class ImageToImagePipeline(TextPipeline):
@@ -69,8 +69,8 @@ class ImageToImagePipeline(TextPipeline):
         self.check_channels(0, "for a UNet that takes a mask there is InpaintPipeline")
         pixels = to_pixels(self.image_processor, image)
         call = TextCall(self, options)
-        schedule = call.timesteps(strength)
+        schedule = call.timesteps(options.strength)
         start = call.start_latents(pixels)
-        noise = call.noise.first(tuple(start.shape)).to(start)
+        noise = call.first_noise(tuple(start.shape)).to(start)
         latents = call.sampler.noised(start, noise, schedule[0])
         return (yield from call.draw(call.denoiser(), latents, schedule))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,13 @@ from torch import Generator, Tensor
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.pipelines.core.call import check_latents
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
-from latentdiff.pipelines.core.options import PictureOptions, StepCallback, TextExtras
+from latentdiff.pipelines.core.options import (
+    PictureOptions,
+    StepCallback,
+    TextExtras,
+    real_number,
+    whole_number,
+)
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import (
     Pictures,
@@ -25,7 +31,7 @@ from latentdiff.pipelines.core.pictures import (
     upright_rgb,
 )
 from latentdiff.pipelines.core.sampling import Progress, Steps, whole
-from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
+from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +40,8 @@ class MaskOptions(PictureOptions):
 
     mask_image: Pictures = None
     masked_image_latents: Tensor | None = None
-    padding_mask_crop: int | None = None
-    strength: float = 1.0
+    padding_mask_crop: Annotated[int | None, whole_number] = None
+    strength: Annotated[float, real_number] = 1.0
 
 
 @dataclass
@@ -132,17 +138,16 @@ class InpaintPipeline(TextPipeline):
             0 if plain else 1 + self.vae.config.latent_channels,
             "a UNet for inpainting takes latents, a mask and the latents of the masked picture",
         )
-        height, width = self.picture_size(height, width)
-        canvas = self._canvas(image, mask_image, height, width, padding_mask_crop, output_type)
+        height, width = self.picture_size(options.height, options.width)
+        canvas = self._canvas(options, height, width)
         call = PaintingCall(self, options)
-        schedule = call.timesteps(strength)
+        schedule = call.timesteps(options.strength)
         shape = call.latents_shape(height, width)
-        start = call.start_latents(canvas.pixels) if plain or strength < 1 else None
+        start = call.start_latents(canvas.pixels) if plain or options.strength < 1 else None
         if start is not None:
             check_latents(start, shape)
-        noise = call.noise.first(shape) if latents is None else check_latents(latents, shape)
-        noise = noise.to(call.device, self.unet.dtype)
-        if start is None or strength == 1 or latents is not None:
+        noise = call.first_noise(shape).to(call.device, self.unet.dtype)
+        if start is None or options.strength == 1 or latents is not None:
             first = noise * call.sampler.first_scale
         else:
             first = call.sampler.noised(start, noise, schedule[0])
@@ -152,23 +157,22 @@ class InpaintPipeline(TextPipeline):
         output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keeper)
         return output if canvas.crop is None else self._put_back(output, image, mask_image, canvas.crop)
 
-    def _canvas(
-        self, image: Pictures, mask: Pictures, height: int, width: int, padding: int | None, output_type: str
-    ) -> Canvas:
-        """What to paint on, at the size to paint at; a part of the picture if `padding` is given."""
-        options: dict[str, Any] = {"height": height, "width": width}
+    def _canvas(self, options: MaskOptions, height: int, width: int) -> Canvas:
+        """What to paint on, at the size to paint at; a part of the picture with ``padding_mask_crop``."""
+        image, mask, padding = options.image, options.mask_image, options.padding_mask_crop
+        sizes: dict[str, Any] = {"height": height, "width": width}
         crop = None
         if padding is not None:
-            if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image) or output_type != "pil":
+            if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image) or options.output_type != "pil":
                 raise ValueError("padding_mask_crop needs a PIL image and a PIL mask, and gives PIL images")
             if image.size != mask.size:
                 raise ValueError(f"the picture has {image.size} pixels and the mask {mask.size}; they must be the same")
             if mask.convert("L").getbbox() is None:
                 raise ValueError("the mask has nothing white, so padding_mask_crop has nothing to surround")
             crop = self.mask_processor.get_crop_region(mask, width, height, pad=padding)
-            options |= {"crops_coords": crop, "resize_mode": "fill"}
-        pixels = to_pixels(self.image_processor, image, **options)
-        return Canvas(pixels.float(), to_mask(self.mask_processor, mask, **options), crop)
+            sizes |= {"crops_coords": crop, "resize_mode": "fill"}
+        pixels = to_pixels(self.image_processor, image, **sizes)
+        return Canvas(pixels.float(), to_mask(self.mask_processor, mask, **sizes), crop)
 
     def _put_back(self, output: Any, image: Any, mask: Any, crop: tuple[int, int, int, int]) -> Any:
         """The painted parts in their places in the picture."""
@@ -201,10 +205,10 @@ class PaintingCall(TextCall):
     def masked_latents(self, canvas: Canvas, plain: bool) -> Tensor | None:
         """(B, C, h, w) of the picture without what the mask covers; None if the UNet does not take it."""
         if plain:
-            if not isinstance(self.noise.generator, list):
+            if not isinstance(self.generator, list):
                 # diffusers encodes it all the same; its draw is repeated, so that a generator goes on as it does there
                 height, width = canvas.mask.shape[-2:]
-                self.noise.draw((len(canvas.pixels), *self.latents_shape(height, width)[1:]))
+                self.noise((len(canvas.pixels), *self.latents_shape(height, width)[1:]))
             return None
         given = self.options.masked_image_latents
         if given is None:

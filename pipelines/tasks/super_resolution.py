@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import diffusers
 import torch
@@ -10,13 +10,12 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.pipelines.core.call_scheduler import Sampler
-from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse
+from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse, whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
-from latentdiff.pipelines.core.sampling import Steps, whole
-from latentdiff.pipelines.tasks.text import TextCall, TextPipeline
+from latentdiff.pipelines.core.sampling import Sampler, Steps, whole
+from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class SmallPictureOptions(TextOptions):
     """Of a call with a small picture to draw large."""
 
     image: Pictures = None
-    noise_level: int = 20
+    noise_level: Annotated[int, whole_number] = 20
 
 
 class SuperResolutionPipeline(TextPipeline):
@@ -39,7 +38,7 @@ class SuperResolutionPipeline(TextPipeline):
         low_res_scheduler: puts the noise on the small picture; usually a ``DDPMScheduler``.
         max_noise_level: the most of it, a timestep of ``low_res_scheduler``.
         watermarker: must be None.
-        others: as for `text.TextPipeline`.
+        others: as for `text_to_image.TextPipeline`.
     """
 
     saved_class_name = "StableDiffusionUpscalePipeline"
@@ -119,18 +118,16 @@ class SuperResolutionPipeline(TextPipeline):
         options = SmallPictureOptions.of(locals())
         self.check_channels(3, "a UNet for super-resolution takes latents and a picture with three channels")
         pixels = to_pixels(self.image_processor, image)
-        self._check_noise_level(noise_level)
+        if not 0 <= options.noise_level <= self.config.max_noise_level:
+            raise ValueError(
+                f"noise_level must be a whole number in [0, {self.config.max_noise_level}], not {noise_level!r}"
+            )
         call = TextCall(self, options)
         schedule = call.timesteps()
-        channels, labels = self._small_picture(call, pixels, noise_level)
+        channels, labels = self._small_picture(call, pixels, options.noise_level)
         latents = call.first_latents((call.count, call.codec.channels, *pixels.shape[-2:]))
         denoiser = call.denoiser(call.conditioning.replace(channels=channels, labels=labels))
         return (yield from call.draw(denoiser, latents, schedule))
-
-    def _check_noise_level(self, noise_level: int) -> None:
-        most = self.config.max_noise_level
-        if isinstance(noise_level, bool) or not isinstance(noise_level, int) or not 0 <= noise_level <= most:
-            raise ValueError(f"noise_level must be a whole number in [0, {most}], not {noise_level!r}")
 
     def _small_picture(self, call: TextCall, pixels: Tensor, noise_level: int) -> tuple[Tensor, Tensor | None]:
         """The UNet's further channels (B, 3, h, w), and the noise level (B,) if it has class embeddings."""
@@ -139,9 +136,9 @@ class SuperResolutionPipeline(TextPipeline):
         pixels = pixels.to(call.device, self.unet.dtype)
         if self.unet.config.num_class_embeds is None:
             return pixels.repeat_interleave(count // len(pixels), dim=0), None
-        if isinstance(call.noise.generator, list):
+        if isinstance(call.generator, list):
             pixels = pixels.repeat_interleave(count // len(pixels), dim=0)
-        noise = call.noise.draw(tuple(pixels.shape)).to(pixels)
+        noise = call.noise(tuple(pixels.shape)).to(pixels)
         level = torch.tensor([noise_level], device=pixels.device)
         pixels = Sampler(self.low_res_scheduler).noised(pixels, noise, level)
         return pixels.repeat_interleave(count // len(pixels), dim=0), level.repeat(count)

@@ -1,28 +1,47 @@
-"""Pictures from noise alone: DDPM in pixels, latent diffusion in latents."""
+"""Pictures from noise alone: DDPM in pixels, latent diffusion in latents; and what all pipelines without text share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import diffusers
 import torch
 from torch import Generator, Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
-from latentdiff.models import UNet2DModel
+from latentdiff.models import IdentityAutoencoder, UNet2DModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.options import CallOptions, StepCallback, VariationExtras, check_count
+from latentdiff.pipelines.core.options import CallOptions, StepCallback, VariationExtras, positive_whole
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pipeline import AnyAutoencoder
+from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
-from latentdiff.pipelines.tasks.textless import TextlessPipeline
+
+
+class TextlessPipeline(LatentPipeline):
+    """What pipelines without text share. Without a ``vqvae`` they draw in pixels."""
+
+    unet_classes = ("UNet2DModel",)
+    model_cpu_offload_seq = "unet->vqvae"
+    _optional_components: ClassVar[list[str]] = ["vqvae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    safety_checker = None
+    feature_extractor = None
+    vqvae: Any
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, or in pixel space one that does nothing."""
+        if self.vqvae is not None:
+            return self.vqvae
+        channels = self.unet.config.in_channels
+        return IdentityAutoencoder(in_channels=channels, out_channels=channels, latent_channels=channels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnconditionalOptions(CallOptions):
     """Of a call without conditions."""
 
-    batch_size: int = 1
+    batch_size: Annotated[int | None, positive_whole] = 1
 
 
 class UnconditionalPipeline(TextlessPipeline):
@@ -91,7 +110,7 @@ class UnconditionalPipeline(TextlessPipeline):
         """
         options = UnconditionalOptions.of(locals())
         self.check_channels(0, "UNets of super-resolution and the like cannot draw from noise alone")
-        call = Call(self, options, check_count(batch_size, "batch_size"))
-        latents = call.first_latents(call.latents_shape(*self.picture_size(height, width)))
+        call = Call(self, options, options.batch_size or 1)
+        latents = call.first_latents(call.latents_shape(*self.picture_size(options.height, options.width)))
         denoiser = call.denoiser(GuidedConditioning(Conditioning()))
         return (yield from call.draw(denoiser, latents, call.timesteps()))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import diffusers
 import torch
@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, check_count
+from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, positive_whole
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, upright_rgb
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
@@ -23,7 +23,7 @@ class VariationOptions(GuidedOptions):
     """Of a call with pictures to vary."""
 
     image: Pictures = None
-    num_images_per_prompt: int | None = 1
+    num_images_per_prompt: Annotated[int | None, positive_whole] = 1
 
 
 class ImageVariationPipeline(LatentPipeline):
@@ -36,7 +36,7 @@ class ImageVariationPipeline(LatentPipeline):
     Args:
         image_encoder: of transformers, with projection; its ``image_embeds`` (P, D) are the UNet's one token.
         feature_extractor: brings pictures to what the encoder takes.
-        others: as for `conditioned.TextPipeline`.
+        others: as for `text_to_image.TextPipeline`.
     """
 
     saved_class_name = "StableDiffusionImageVariationPipeline"
@@ -97,9 +97,9 @@ class ImageVariationPipeline(LatentPipeline):
         """
         options = VariationOptions.of(locals())
         self.check_channels(0, "a UNet for variations takes latents alone")
-        size = self.picture_size(height, width)
+        size = self.picture_size(options.height, options.width)
         seen = self._embed(image)  # (P, 1, D)
-        call = Call(self, options, len(seen), check_count(num_images_per_prompt))
+        call = Call(self, options, len(seen), options.num_images_per_prompt or 1)
         nothing = Conditioning(states=torch.zeros_like(seen)) if call.guidance.active else None
         conditioning = GuidedConditioning(Conditioning(states=seen), nothing).repeat(call.per_item)
         schedule = call.timesteps()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, UNet2DConditionModel
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.core.noise import spherical_mix
+from latentdiff.pipelines.core.call import spherical_mix
 
 FEW = {"num_inference_steps": 3, "output_type": "np"}
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from latentdiff import ImageToImagePipeline
 from latentdiff.diffusion import process, register_process
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.core.call_scheduler import Sampler
-from latentdiff.pipelines.core.sampling import denoise
+from latentdiff.pipelines.core.sampling import Sampler, denoise
 from latentdiff.pipelines.core.schedulers import change_scheduler
 
 

@@ -9,9 +9,8 @@ import torch
 from latentdiff.codec import Codec
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.core.call_scheduler import Sampler
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
-from latentdiff.pipelines.core.sampling import denoise
+from latentdiff.pipelines.core.sampling import Sampler, denoise
 from latentdiff.pipelines.core.schedulers import SHORT_NAMES, change_scheduler, find_scheduler
 
 

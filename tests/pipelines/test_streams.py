@@ -69,8 +69,7 @@ def test_gradients_stay_on_between_steps(pipeline: Any) -> None:
 def test_the_clean_latents_of_a_perfect_network_are_the_picture(name: str, kind: str) -> None:
     """A network that knows the picture says what it must; then every step's clean latents are the picture."""
     from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-    from latentdiff.pipelines.core.call_scheduler import Sampler
-    from latentdiff.pipelines.core.sampling import denoise
+    from latentdiff.pipelines.core.sampling import Sampler, denoise
 
     picture = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     scheduler = change_scheduler(diffusers.DDIMScheduler(prediction_type=kind, clip_sample=False), name)

@@ -151,8 +151,8 @@ def test_what_the_unet_is_told() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_all_predictions_are_shifted_to_the_same_picture(prediction: str) -> None:
     """What a shifted prediction says of the noise is the unshifted noise, less the gradient, whatever is predicted."""
-    from latentdiff.pipelines.core.call_scheduler import Sampler
-    from latentdiff.pipelines.core.classifier_guidance import ClassifierGuidance
+    from latentdiff.pipelines.core.sampling import Sampler
+    from latentdiff.pipelines.tasks.class_conditional import ClassifierGuidance
 
     process = GaussianDiffusion("cosine", 100, prediction)
     classifier = NoisyClassifier(**CLASSIFIER).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdiff.conditioning import ClassConditioner, Conditioning
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.text import encode_prompts, max_tokens
-from latentdiff.text.conditioner import TextConditioner
+from latentdiff.text.encode import TextConditioner
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
