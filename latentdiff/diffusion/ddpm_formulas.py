@@ -124,15 +124,6 @@ class GaussianProcess(Process):
 
     # What the network predicts
 
-    def velocity(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """v = alpha_t eps - sigma_t x_0 (Salimans & Ho 2022, Sec. 4). Shapes as in `q_sample`."""
-        signal, sigma = self.coefficients(timesteps, x_start)
-        return signal * noise - sigma * x_start
-
-    def training_target(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """What the network must predict from x_t: `target`. (B, ...)"""
-        return self.target(x_start, noise, timesteps)
-
     def predict_start(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """x_0 from the network's prediction. (B, ...)"""
         return self.predicts.clean(x_t, prediction, *self.coefficients(timesteps, x_t))
@@ -140,11 +131,6 @@ class GaussianProcess(Process):
     def predict_noise(self, prediction: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """eps from the network's prediction. (B, ...)"""
         return self.predicts.noise(x_t, prediction, *self.coefficients(timesteps, x_t))
-
-    def predict_noise_from_start(self, x_t: Tensor, timesteps: Tensor, x_start: Tensor) -> Tensor:
-        """eps = (x_t - alpha_t x_0) / sigma_t. (B, ...)"""
-        signal, sigma = self.coefficients(timesteps, x_t)
-        return (x_t - signal * x_start) / sigma
 
     def split_variance(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network predicts of the mean, (B, C, ...), and its variance channels, if it learns variances.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.betas import check_betas, make_betas, rescale_zero_terminal_snr, schedule_ends
 from latentdiff.diffusion.ddpm_formulas import GaussianProcess
-from latentdiff.diffusion.losses import LogLikelihood, gaussian_log_likelihood, simple_loss, training_losses
+from latentdiff.diffusion.losses import LogLikelihood, gaussian_log_likelihood, training_losses
 from latentdiff.diffusion.process import TARGETS, register_process
 from latentdiff.diffusion.schedulers import make_scheduler, process_settings, samples_from_betas, variance_name
 from latentdiff.diffusion.timesteps import space_timesteps
@@ -172,9 +172,6 @@ class GaussianDiffusion(GaussianProcess):
             return table[below]
         sigmas = ((1 - table[below : below + 2]) / table[below : below + 2]).sqrt()
         return 1 / (1 + torch.lerp(sigmas[0], sigmas[1], share) ** 2)
-
-    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        return simple_loss(self, prediction, clean, times, noise)
 
     def loss(
         self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, weight: Tensor | float = 1.0

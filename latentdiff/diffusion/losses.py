@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm_formulas import GaussianProcess
+from latentdiff.diffusion.process import TARGETS
 
 LogLikelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, mean, log_variance) -> log likelihood in nats, elementwise."""
@@ -77,28 +78,14 @@ def training_losses(
     if process.loss_type == "bound":
         x_t = process.q_sample(x_start, timesteps, noise)
         return process.num_timesteps * bound_term(process, prediction, x_start, timesteps, x_t, log_likelihood)
-    error = l1_loss if process.loss_type == "l1" else simple_loss
-    losses = weight * error(process, prediction, x_start, timesteps, noise)
+    if process.loss_type == "l1":
+        target = process.target(x_start, noise, timesteps)
+        losses = weight * per_picture((process.split_variance(prediction)[0] - target).abs())
+    else:
+        losses = weight * process.error(prediction, x_start, noise, timesteps)  # DDPM, Eq. 14
     if process.loss_type == "hybrid":
         losses = losses + hybrid_bound(process, prediction, x_start, timesteps, noise, log_likelihood)
     return losses
-
-
-def l1_loss(process: GaussianProcess, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-    """Mean absolute error of the prediction, (B,). Arguments as of `simple_loss`."""
-    target = process.training_target(x_start, timesteps, noise)
-    return per_picture((process.split_variance(prediction)[0] - target).abs())
-
-
-def simple_loss(
-    process: GaussianProcess, prediction: Tensor, x_start: Tensor, timesteps: Tensor, noise: Tensor
-) -> Tensor:
-    """Mean squared error of the prediction (DDPM, Eq. 14, for any target), (B,).
-
-    prediction: (B, C, ...) or, with learned variances, (B, 2C, ...); x_start, noise: (B, C, ...); timesteps: (B,).
-    """
-    target = process.training_target(x_start, timesteps, noise)
-    return per_picture((process.split_variance(prediction)[0] - target).square())
 
 
 def hybrid_bound(
@@ -208,7 +195,7 @@ def bits_per_dimension(
         prediction = model(x_t, process.model_time(timesteps))
         term = bound_term(process, prediction, x_start, timesteps, x_t, log_likelihood, clip_denoised)
         found = process.p_mean_variance(prediction, x_t, timesteps, clip_denoised).x_start
-        found_noise = process.predict_noise_from_start(x_t, timesteps, found)
+        found_noise = TARGETS["sample"].noise(x_t, found, *process.coefficients(timesteps, x_t))
         columns.append((term, per_picture((found - x_start).square()), per_picture((found_noise - noise).square())))
     terms, start_errors, noise_errors = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     prior = prior_term(process, x_start)

@@ -1,7 +1,6 @@
 """CLIP score: the similarity of pictures and their captions in a CLIP model."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +14,13 @@ from latentdiff.interchange.folders import check_safetensors
 from latentdiff.metrics.extractors import (
     Extractor,
     PooledVision,
-    find_transformers_model,
+    in_batches,
+    loading,
     pooled,
     preprocessing,
     shown_source,
+    transformers_model,
 )
-from latentdiff.metrics.resize import RESIZE
 from latentdiff.text.load import check_vocabulary
 
 OPEN_CLIP = "open_clip:"
@@ -77,26 +77,15 @@ class ClipScore:
         Raises:
             ValueError: there are none.
         """
-        found: list[Tensor] = []
-        batch: list[tuple[Image.Image, str]] = []
-        for pair in pairs:
-            batch.append(pair)
-            if len(batch) == batch_size:
-                found.append(self._scores_of(batch))
-                batch = []
-        if batch:
-            found.append(self._scores_of(batch))
+        batches = in_batches(pairs, batch_size)
+        found = [self.scores([picture for picture, _ in batch], [text for _, text in batch]) for batch in batches]
         if not found:
             raise ValueError("there are no pictures to score")
         return float(torch.cat(found).double().mean())
 
-    def _scores_of(self, batch: Sequence[tuple[Image.Image, str]]) -> Tensor:
-        return self.scores([picture for picture, _ in batch], [caption for _, caption in batch])
-
     def describe(self) -> dict[str, Any]:
         """The entry in a report."""
-        size = self.pictures.size
-        return {"name": self.name, "weights_sha256": self.digest, "resize": f"{RESIZE}, to {size}x{size}"}
+        return self.pictures.describe() | {"name": self.name, "weights_sha256": self.digest}
 
 
 def load_clip(source: str) -> ClipScore:
@@ -115,22 +104,12 @@ def load_clip(source: str) -> ClipScore:
 
 
 def transformers_score(source: str) -> ClipScore:
-    from transformers import AutoModel, AutoTokenizer
+    """See `load_clip`."""
+    from transformers import AutoTokenizer
 
-    folder = find_transformers_model(source, "a CLIP is open_clip:NAME/PRETRAINED")
-    for file in sorted(Path(folder).glob("*.safetensors")):  # none of a model on the hub
-        check_safetensors(file)
-    with loading(source):
-        model, info = AutoModel.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
+    folder, model, _ = transformers_model(source, "a CLIP is open_clip:NAME/PRETRAINED")
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{source} holds a {type(model).__name__}; a CLIP score needs a model of pictures and text")
-    missing = sorted(info["missing_keys"])
-    if missing:  # they would have random values
-        raise ValueError(
-            f"{source}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
-        )
     with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_vocabulary(tokenizer, source)
@@ -146,23 +125,6 @@ def transformers_score(source: str) -> ClipScore:
         return pooled(model.get_text_features(**inputs))
 
     return ClipScore(name, model, pictures, texts)
-
-
-@contextmanager
-def loading(source: str) -> Iterator[None]:
-    """Turn the errors of a library that cannot load a model into a ValueError with the model's name.
-
-    Such as: no network, weights of another model, no safetensors files, a model that needs code of its own.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            reason = "it needs code of its own, which is not run"
-        elif "ignore_mismatched_sizes" in reason:
-            reason = "the weights are of other shapes than config.json says"
-        raise ValueError(f"{source} could not be loaded: {reason[:300]}") from error
 
 
 def open_clip_score(source: str) -> ClipScore:
@@ -187,21 +149,10 @@ def open_clip_score(source: str) -> ClipScore:
         tokenizer = open_clip.get_tokenizer(name)
     look = open_clip.get_model_preprocess_cfg(model)
     size = look["size"] if isinstance(look["size"], int) else look["size"][0]
-    pictures = Extractor(f"open_clip {name}", ImageTower(model), size, look["mean"], look["std"])
+    pictures = Extractor(f"open_clip {name}", PooledVision(model), size, look["mean"], look["std"])
 
     def texts(captions: Sequence[str]) -> Tensor:
         return model.encode_text(tokenizer(list(captions)).to(pictures.device))
 
     label = f"open_clip {name} {pretrained if is_tag else file.name}"
     return ClipScore(label, model, pictures, texts)
-
-
-class ImageTower(nn.Module):
-    """The image embedding of an open_clip model."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)

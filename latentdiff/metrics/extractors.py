@@ -8,10 +8,12 @@ An extractor is named by a short text:
 - a folder, or ``owner/name`` on the hub: any vision model of transformers, or CLIP.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.metrics.resize import RESIZE, resize_pictures
+from latentdiff.metrics.pixels import RESIZE, resize_pictures
 
 AUTO = "auto"
 CHOICES = "auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5,) * 3, (0.5,) * 3)
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,26 +72,22 @@ class Extractor:
         Raises:
             ValueError: there are no pictures.
         """
-        found: list[Tensor] = []
-        batch: list[Image.Image] = []
-        for picture in pictures:
-            batch.append(picture)
-            if len(batch) == batch_size:
-                found.append(self(batch))
-                batch = []
-        if batch:
-            found.append(self(batch))
+        found = [self(batch) for batch in in_batches(pictures, batch_size)]
         if not found:
             raise ValueError("there are no pictures to take features of")
         return torch.cat(found)
 
     def describe(self) -> dict[str, Any]:
         """The entry in a report."""
-        return {
-            "name": self.name,
-            "weights_sha256": self.digest,
-            "resize": f"{RESIZE}, to {self.size}x{self.size}",
-        }
+        resize = f"{RESIZE}, to {self.size}x{self.size}"
+        return {"name": self.name, "weights_sha256": self.digest, "resize": resize}
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one of what is left."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def load_extractor(source: str = AUTO) -> Extractor:
@@ -104,18 +103,20 @@ def load_extractor(source: str = AUTO) -> Extractor:
 
         kind, rest = ("inception", "") if find_weights() is not None else ("autoencoder", "")
     if kind == "autoencoder" and not rest:
-        return autoencoder_extractor()
+        name, encoder, size = packaged_encoder()
+        return Extractor(f"{name}, mean over places at each level", encoder, size, *HALVES)
     if kind == "inception":
-        return inception_extractor(Path(rest).expanduser() if rest else None)
+        from latentdiff.metrics.inception import SIZE, load_inception
+
+        inception = load_inception(Path(rest).expanduser() if rest else None)
+        same = (128 / 255,) * 3  # (pixel - 128) / 128, as the graph does
+        return Extractor("FID Inception (2015-12-05)", inception, SIZE, same, same, is_fid=True)
     if kind == "timm":
-        return timm_extractor(rest)
-    return transformers_extractor(source)
-
-
-def autoencoder_extractor() -> Extractor:
-    """Means over each level of the packaged autoencoder's encoder; needs no further files."""
-    name, network, size = packaged_encoder()
-    return Extractor(f"{name}, mean over places at each level", network, size, *HALVES)
+        name, network, config = timm_network(rest)
+        return Extractor(f"timm {name}", network, config["input_size"][-1], config["mean"], config["std"])
+    model, has_pooler, size, mean, std = vision_model(source, f"--extractor takes {CHOICES}")
+    name = f"transformers {type(model).__name__} {shown_source(source)}"
+    return Extractor(name, PooledVision(model, use_pooler=has_pooler), size, mean, std)
 
 
 def packaged_encoder() -> tuple[str, "EncoderLevels", int]:
@@ -153,20 +154,6 @@ class EncoderLevels(nn.Module):
         return torch.cat([F.rms_norm(x, x.shape[-1:]).mean((1, 2)) for x in levels], dim=1)
 
 
-def inception_extractor(file: Path | None) -> Extractor:
-    from latentdiff.metrics.inception import SIZE, load_inception
-
-    network = load_inception(file)
-    same = (128 / 255,) * 3  # (pixel - 128) / 128, as the graph does
-    return Extractor("FID Inception (2015-12-05)", network, SIZE, same, same, is_fid=True)
-
-
-def timm_extractor(source: str) -> Extractor:
-    """``NAME=FILE``: the pooled features of a timm model."""
-    name, network, config = timm_network(source)
-    return Extractor(f"timm {name}", network, config["input_size"][-1], config["mean"], config["std"])
-
-
 def timm_network(source: str) -> tuple[str, Any, dict[str, Any]]:
     """``NAME=FILE``: the name, the network with its weights and without its head, and timm's config of its input.
 
@@ -176,8 +163,6 @@ def timm_network(source: str) -> tuple[str, Any, dict[str, Any]]:
     """
     import timm
 
-    from latentdiff.metrics.inception import read_weights
-
     name, equals, file = source.partition("=")
     if not equals or not file:
         raise ValueError(f"timm:{source}: a timm model and a file of its weights are written timm:NAME=FILE")
@@ -185,24 +170,55 @@ def timm_network(source: str) -> tuple[str, Any, dict[str, Any]]:
         raise ValueError(f"timm has no model named {name!r}; timm.list_models() lists them")
     weights = read_weights(Path(file).expanduser())
     network = timm.create_model(name, pretrained=False, num_classes=0)
-    wanted = network.state_dict()
-    missing = [key for key in wanted if key not in weights or weights[key].shape != wanted[key].shape]
-    if missing:
-        raise ValueError(
-            f"{file} does not hold weights of {name}: {len(missing)} tensors are missing or of another shape, such as "
-            f"{missing[0]}"
-        )
-    network.load_state_dict({key: weights[key] for key in wanted})
+    network.load_state_dict(fitting(weights, network, f"{file} does not hold weights of {name}"), strict=False)
     return name, network, timm.data.resolve_model_data_config(network)
 
 
-def transformers_extractor(source: str) -> Extractor:
-    """The pooled features of a transformers model: a folder, or ``owner/name`` on the hub."""
-    model, has_pooler, size, mean, std = vision_model(
-        source, "--extractor takes auto, autoencoder, inception, inception:FILE, timm:NAME=FILE"
-    )
-    network = PooledVision(model, use_pooler=has_pooler)
-    return Extractor(f"transformers {type(model).__name__} {shown_source(source)}", network, size, mean, std)
+def cache_folder() -> Path:
+    """Torch hub's, where weights of torchvision's networks lie."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, from a safetensors file or one of torch; no code in it is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file of weights")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights: Any = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of torch, pickle, zipfile or safetensors
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {reason})") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file} holds something other than tensors by name")
+    return weights
+
+
+def fitting(weights: Mapping[str, Tensor], network: nn.Module, message: str) -> dict[str, Tensor]:
+    """Of `weights` those that `network` has. Batch normalisation's counters may lack: evaluation does not use them.
+
+    Raises:
+        ValueError: with `message` and an example, if one is missing or has another shape.
+    """
+    wanted = network.state_dict()
+    wrong = [
+        name
+        for name, tensor in wanted.items()
+        if (weights[name].shape != tensor.shape if name in weights else not name.endswith("num_batches_tracked"))
+    ]
+    if wrong:
+        raise ValueError(f"{message}: {len(wrong)} tensors are missing or of another shape, such as {wrong[0]}")
+    return {name: weights[name] for name in wanted if name in weights}
 
 
 def vision_model(source: str, others: str) -> tuple[Any, bool, int, Sequence[float], Sequence[float]]:
@@ -212,40 +228,69 @@ def vision_model(source: str, others: str) -> tuple[Any, bool, int, Sequence[flo
 
     Raises:
         FileNotFoundError: it is neither a model's folder nor a hub id.
-        ValueError: its weights do not fit, or its preprocessing is not known.
+        ValueError: it cannot be loaded, its weights do not fit, or its preprocessing is not known.
+    """
+    folder, model, missing = transformers_model(source, others, optional="pooler.")
+    return model, not missing, *preprocessing(folder, getattr(model.config, "vision_config", model.config))
+
+
+def transformers_model(source: str, others: str, optional: str = "") -> tuple[str, Any, list[str]]:
+    """What transformers loads from a model's folder or hub id, and which optional weights are missing.
+
+    Args:
+        others: what else `source` could be, for the message.
+        optional: how names of weights begin that may be missing.
+
+    Raises:
+        FileNotFoundError: it is neither a model's folder nor a hub id.
+        ValueError: it is damaged or cannot be fetched, or weights are missing.
     """
     from transformers import AutoModel
 
-    folder = find_transformers_model(source, others)
-    model, info = AutoModel.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-    )
+    from latentdiff.interchange.folders import HUB_ID, check_safetensors
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
+        for file in sorted(folder.glob("*.safetensors")):
+            check_safetensors(file)
+    elif not HUB_ID.fullmatch(source) or folder.parent.exists():
+        raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
+    place = str(folder) if folder.is_dir() else source
+    with loading(source):
+        model, info = AutoModel.from_pretrained(
+            place, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     missing = sorted(info["missing_keys"])
-    if any(not key.startswith("pooler.") for key in missing):  # they would have random values
+    if any(not optional or not name.startswith(optional) for name in missing):  # they would have random values
         raise ValueError(
             f"{source}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
-    return model, not missing, *preprocessing(folder, getattr(model.config, "vision_config", model.config))
+    return place, model, missing
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Turn the errors of a library that cannot load a model into a ValueError with the model's name.
+
+    Such as: no network, weights of another model, no safetensors files, a model that needs code of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run"
+        elif "ignore_mismatched_sizes" in reason:
+            reason = "the weights are of other shapes than config.json says"
+        raise ValueError(f"{source} could not be loaded: {reason[:300]}") from error
 
 
 def shown_source(source: str) -> str:
     """A hub id, or the last part of a folder."""
     folder = Path(source).expanduser()
     return folder.resolve().name if folder.is_dir() else source
-
-
-def find_transformers_model(source: str, others: str) -> str:
-    """`source` as transformers takes it. Raises FileNotFoundError if it is neither a model's folder nor a hub id."""
-    from latentdiff.interchange.folders import HUB_ID
-
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
-        return str(folder)
-    if HUB_ID.fullmatch(source) and not folder.parent.exists():
-        return source
-    raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
 
 
 def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Sequence[float]]:
@@ -265,7 +310,7 @@ def preprocessing(source: str, config: Any) -> tuple[int, Sequence[float], Seque
 
 
 class PooledVision(nn.Module):
-    """A transformers vision model's pooled output; for CLIP and similar models the projected features of a picture.
+    """A vision model's pooled output; for CLIP and similar models, open_clip's too, the projected features.
 
     use_pooler: False for weights without the pooler, as classifiers have them; then the mean over positions is taken.
     """
@@ -275,11 +320,9 @@ class PooledVision(nn.Module):
         self.model, self.use_pooler = model, use_pooler
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels)
-        else:
-            found = self.model(pixel_values=pixels)
-        return pooled(found, self.use_pooler)
+        names = ("get_image_features", "encode_image", "forward")
+        run = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        return pooled(run(pixels), self.use_pooler)
 
 
 def pooled(output: Any, use_pooler: bool = True) -> Tensor:

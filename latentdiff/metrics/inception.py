@@ -3,17 +3,15 @@
 Its weights are Google's (Apache-2.0), converted by pytorch-fid and torch-fidelity. They are not part of this package.
 """
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception
 
-logger = logging.getLogger(__name__)
+from latentdiff.metrics.extractors import cache_folder, fitting, read_weights
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 OTHER_NAMES = ("weights-inception-2015-12-05-6726825d.pth",)  # torch-fidelity's
@@ -90,18 +88,9 @@ def load_inception(file: Path | None = None) -> FidInception:
             f"the FID Inception weights are not in {cache_folder()}; put {SOURCE} there, or give a file with "
             f"--extractor inception:FILE"
         )
-    weights = read_weights(file)
     model = FidInception()
-    wanted = model.network.state_dict()
-    wrong = [name for name, tensor in wanted.items() if name in weights and weights[name].shape != tensor.shape]
-    # torch-fidelity's file lacks these counters, which do nothing in evaluation mode.
-    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
-    if wrong or missing:
-        raise ValueError(
-            f"{file} does not hold the FID Inception weights: {len(wrong) + len(missing)} tensors are missing or of "
-            f"another shape, such as {(wrong + missing)[0]}; get {SOURCE}"
-        )
-    model.network.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
+    weights = fitting(read_weights(file), model.network, f"{file} does not hold the FID Inception weights ({SOURCE})")
+    model.network.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -109,34 +98,3 @@ def find_weights() -> Path | None:
     """The file in torch hub's cache, or None."""
     files = (cache_folder() / name for name in (FILE_NAME, *OTHER_NAMES))
     return next((file for file in files if file.is_file()), None)
-
-
-def cache_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file or one of torch; no code in it is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds something else.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file of weights")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights: Any = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch, pickle, zipfile or safetensors
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {reason})") from error
-    if not isinstance(weights, dict):
-        raise ValueError(f"{file} holds a {type(weights).__name__}, not tensors by name")
-    weights = weights.get("state_dict", weights)
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ValueError(f"{file} holds something other than tensors by name")
-    return weights

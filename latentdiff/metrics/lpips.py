@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.metrics.inception import cache_folder, read_weights
+from latentdiff.metrics.extractors import cache_folder, fitting, read_weights
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]; ImageNet's, as released
 RELEASED = "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"
@@ -31,19 +31,19 @@ class Backbone:
 
     taps: layers of its ``features``, all ReLUs, whose outputs are compared; widths: their channels.
     least: the smallest side of a picture for which the last of them has an output.
-    files: the names of its weights in torch hub's cache.
+    file: the name of its weights in torch hub's cache.
     """
 
     model: str
     taps: tuple[int, ...]
     widths: tuple[int, ...]
     least: int
-    files: tuple[str, ...]
+    file: str
 
 
 BACKBONES = {
-    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16, ("vgg16-397923af.pth",)),
-    "alex": Backbone("alexnet", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31, ("alexnet-owt-7be5be79.pth",)),
+    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16, "vgg16-397923af.pth"),
+    "alex": Backbone("alexnet", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31, "alexnet-owt-7be5be79.pth"),
 }
 
 
@@ -124,12 +124,9 @@ def load_lpips(files: Sequence[Path] = (), network: str = "vgg") -> LPIPS:
         if not any(name.startswith(part) for name in found):
             found |= read_part(file_of(network))
     model = LPIPS(network)
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
-    if missing:
-        names = ", ".join(map(str, files)) or "the files found"
-        raise ValueError(f"{names}: {missing[0]} of LPIPS ({network}) is missing, or of another shape")
-    model.load_state_dict({name: found[name].to(torch.float32, copy=True) for name in wanted}, assign=True)
+    names = ", ".join(map(str, files)) or "what was found"
+    weights = fitting(found, model, f"{names} does not hold the weights of LPIPS ({network})")
+    model.load_state_dict({name: w.to(torch.float32, copy=True) for name, w in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -169,14 +166,13 @@ def network_of(found: Mapping[str, Tensor], files: Sequence[Path]) -> str:
 
 def find_classifier(network: str) -> Path:
     """The file in torch hub's cache. Raises FileNotFoundError, with where to get it, if there is none."""
-    backbone = BACKBONES[network]
-    for name in backbone.files:
-        if (cache_folder() / name).is_file():
-            return cache_folder() / name
-    raise FileNotFoundError(
-        f"LPIPS ({network}) needs {backbone.files[0]}, which is not in {cache_folder()}; put it there from "
-        f"https://download.pytorch.org/models/{backbone.files[0]}, or name it with lpips:FILE,FILE"
-    )
+    file = cache_folder() / BACKBONES[network].file
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"LPIPS ({network}) needs {file.name}, which is not in {file.parent}; put it there from "
+            f"https://download.pytorch.org/models/{file.name}, or name it with lpips:FILE,FILE"
+        )
+    return file
 
 
 def find_linear(network: str) -> Path:

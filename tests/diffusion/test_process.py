@@ -65,7 +65,7 @@ def test_q_sample_and_velocity_agree_with_diffusers() -> None:
         process.q_sample(x, timesteps, noise), theirs.add_noise(x, noise, timesteps), atol=1e-5, rtol=1e-5
     )
     torch.testing.assert_close(
-        process.velocity(x, timesteps, noise), theirs.get_velocity(x, noise, timesteps), atol=1e-5, rtol=1e-5
+        process.target(x, noise, timesteps), theirs.get_velocity(x, noise, timesteps), atol=1e-5, rtol=1e-5
     )
 
 
@@ -75,7 +75,7 @@ def test_predict_start_inverts_the_target(prediction_type: str) -> None:
     x, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     timesteps = torch.tensor([0, 100, 500, 900])
     x_t = process.q_sample(x, timesteps, noise)
-    target = process.training_target(x, timesteps, noise)
+    target = process.target(x, noise, timesteps)
     torch.testing.assert_close(process.predict_start(target, timesteps, x_t), x, atol=1e-4, rtol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_a_perfect_network_is_sampled_back_to_the_data() -> None:
     for t in scheduler.timesteps:
         signal, sigma = process.alphas_cumprod[t].sqrt().float(), (1 - process.alphas_cumprod[t]).sqrt().float()
         noise = (x - signal * x_start) / sigma
-        velocity = process.velocity(x_start, t.repeat(2), noise)
+        velocity = process.target(x_start, noise, t.repeat(2))
         x = scheduler.step(velocity, t, x).prev_sample
     torch.testing.assert_close(x, x_start, atol=1e-3, rtol=1e-3)
 

@@ -22,7 +22,6 @@ from latentdiff.diffusion.losses import (
     discretized_gaussian_log_likelihood,
     hybrid_bound,
     prior_term,
-    simple_loss,
 )
 
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("released_code.json").read_text())
@@ -103,7 +102,7 @@ def test_training_loss_and_gradients(
     process = GaussianDiffusion(schedule, prediction_type=prediction, variance_type=variance)
     reference = REFERENCE[f"{schedule} {prediction} {variance}"]
     output, leaves = prediction_of(variance)
-    loss = simple_loss(process, output, x_start, TIMESTEPS, noise)
+    loss = process.error(output, x_start, noise, TIMESTEPS)
     if process.learns_variance:
         loss = loss + hybrid_bound(process, output, x_start, TIMESTEPS, noise, discretized_gaussian_log_likelihood)
     check(loss, reference["loss"], rtol=1e-4)

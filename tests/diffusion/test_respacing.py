@@ -99,7 +99,7 @@ def test_relatives_of_the_prediction_agree() -> None:
     for kind in ("epsilon", "v_prediction", "sample"):
         process = GaussianDiffusion("linear", prediction_type=kind)
         x_t = process.q_sample(x_start.double(), timesteps, noise.double())
-        target = process.training_target(x_start.double(), timesteps, noise.double())
+        target = process.target(x_start.double(), noise.double(), timesteps)
         torch.testing.assert_close(process.predict_start(target, timesteps, x_t), x_start.double())
         torch.testing.assert_close(process.predict_noise(target, timesteps, x_t), noise.double())
 

@@ -56,7 +56,7 @@ def test_bound_term_is_the_divergence(prediction_type: str, variance_type: str) 
     timesteps = torch.tensor([1, 2, 500, 999])
     x_start, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
     x_t = process.q_sample(x_start, timesteps, noise)
-    prediction = process.training_target(x_start, timesteps, noise) + 0.1 * draw(4, 2, 3, 3, seed=2)
+    prediction = process.target(x_start, noise, timesteps) + 0.1 * draw(4, 2, 3, 3, seed=2)
     if process.learns_variance:
         prediction = torch.cat([prediction, 0.5 * draw(4, 2, 3, 3, seed=3)], dim=1)
     step = process.p_mean_variance(prediction, x_t, timesteps)
@@ -74,7 +74,7 @@ def test_the_reverse_step_does_not_depend_on_what_is_predicted(prediction_type: 
     for kind in ("sample", prediction_type):
         process = GaussianDiffusion("linear", prediction_type=kind)
         x_t = process.q_sample(x_start, timesteps, noise)
-        target = process.training_target(x_start, timesteps, noise)
+        target = process.target(x_start, noise, timesteps)
         means.append(process.p_mean_variance(target, x_t, timesteps).mean)
     torch.testing.assert_close(means[1], means[0], rtol=1e-7, atol=1e-7)
 

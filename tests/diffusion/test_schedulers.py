@@ -130,6 +130,6 @@ def test_every_step_lies_on_the_way_that_training_knows(name: str, prediction_ty
     for i, t in enumerate(timesteps):
         seen = scheduler.scale_model_input(x, scheduler.timesteps[i])
         torch.testing.assert_close(seen, on_the_way(t), atol=tolerance, rtol=tolerance)
-        target = process.training_target(x_start, torch.tensor([t]), noise)
+        target = process.target(x_start, noise, torch.tensor([t]))
         x = scheduler.step(target, scheduler.timesteps[i], x).prev_sample
     torch.testing.assert_close(x, x_start, atol=2e-2, rtol=2e-2)

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 
 from latentdiff.metrics.clip import load_clip
 from latentdiff.metrics.extractors import load_extractor
-from latentdiff.metrics.resize import resize_pictures
+from latentdiff.metrics.pixels import resize_pictures
 
 PICTURES = [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (30, 20), "blue")]
 CAPTIONS = ["a red thing", "blue"]

@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from latentdiff.metrics import frechet_distance
 from latentdiff.metrics.extractors import load_extractor
-from latentdiff.metrics.resize import resize_pictures
+from latentdiff.metrics.pixels import resize_pictures
 
 TINY = {
     "hidden_size": 16,

@@ -13,8 +13,7 @@ from latentdiff.interchange.pictures import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
 from latentdiff.metrics.extractors import Extractor, load_extractor
-from latentdiff.metrics.pixels import WINDOW
-from latentdiff.metrics.resize import pictures_to_pixels
+from latentdiff.metrics.pixels import WINDOW, pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import update_evaluation

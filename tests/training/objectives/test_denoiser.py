@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
-from latentdiff.diffusion.losses import bound_term, simple_loss
+from latentdiff.diffusion.losses import bound_term
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
@@ -91,7 +91,7 @@ def test_the_loss_is_the_weighted_squared_error(
 
 def test_a_perfect_answer_costs_nothing(batch: DiffusionBatch) -> None:
     process = GaussianDiffusion("scaled_linear", prediction_type="v_prediction", zero_terminal_snr=True)
-    target = process.training_target(batch.latents, TIMESTEPS, batch.noise)
+    target = process.target(batch.latents, batch.noise, TIMESTEPS)
     assert float(DenoiserObjective(Answer(target), process, 5.0)(batch).watched) < 1e-10
 
 
@@ -101,7 +101,7 @@ def test_hybrid_is_the_simple_loss_and_the_bound(batch: DiffusionBatch) -> None:
     unet = Answer(answer)
     objective = DenoiserObjective(unet, process, 5.0)
     args = (batch.latents, TIMESTEPS)
-    simple = simple_loss(process, answer, *args, batch.noise)
+    simple = process.error(answer, batch.latents, batch.noise, TIMESTEPS)
     bound = bound_term(process, answer, *args, process.q_sample(*args, batch.noise))
     weight = process.min_snr_weight(TIMESTEPS, 5.0)
     losses = objective.per_sample(batch, TIMESTEPS)

@@ -18,7 +18,7 @@ from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.metrics.extractors import load_extractor
-from latentdiff.metrics.resize import pictures_to_pixels
+from latentdiff.metrics.pixels import pictures_to_pixels
 from latentdiff.training.data import load_pictures
 from latentdiff.training.evaluation.evaluate import Measured
 from latentdiff.training.evaluation.held_out import load_textless
