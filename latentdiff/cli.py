@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.extensions import VARIABLE, extensions_of_environment, load_extensions
+from latentdiff.terminal import printable_messages, say
 
 USER_MISTAKES = (ValueError, TypeError, OSError, NotImplementedError)
 
@@ -23,7 +24,7 @@ def show_version(wanted: bool) -> None:
     if wanted:
         from latentdiff import __version__
 
-        typer.echo(f"latentdiff {__version__}")
+        say(f"latentdiff {__version__}")
         raise typer.Exit
 
 
@@ -64,16 +65,17 @@ def application() -> typer.Typer:
 def run(program: typer.Typer) -> None:
     """Run a command-line application; what the user can mend is said without a traceback, with exit status 2."""
     try:
-        load_extensions(extensions_of_environment())
-        program()
+        with printable_messages():
+            load_extensions(extensions_of_environment())
+            program()
     except Exception as error:
         if os.environ.get("LATENTDIFF_DEBUG", "0") not in ("", "0"):
             raise
         mistake = isinstance(error, USER_MISTAKES)
         what = str(error) or type(error).__name__
-        typer.echo(f"Error: {what}" if mistake else f"Error: {type(error).__name__}: {what}", err=True)
+        say(f"Error: {what}" if mistake else f"Error: {type(error).__name__}: {what}", err=True)
         if not mistake:
-            typer.echo("This may be a fault of the program; LATENTDIFF_DEBUG=1 shows where.", err=True)
+            say("This may be a fault of the program; LATENTDIFF_DEBUG=1 shows where.", err=True)
         sys.exit(2 if mistake else 1)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from latentdiff.pipelines.batch.options import Plain
 from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
+from latentdiff.terminal import say
 
 
 class Form(StrEnum):
@@ -127,7 +128,7 @@ def convert(
     precision = None if dtype is None else getattr(torch, dtype.value)
     pipeline = read_model(source, kind, component, precision, from_variant, reading)
     write_model(pipeline, form, target, variant, component, overwrite)
-    typer.echo(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
+    say(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
 
 
 def check_form(to: Form | None, kind: str, source: Path) -> None:
@@ -255,10 +256,10 @@ def convert_adapter(kind: str, source: Path, target: Path, to: Form | None, ckpt
         form: Any = to or Form.diffusers
         found = convert_embedding(source, target, ckpt, to=form.value, overwrite=overwrite)
         words = ", ".join(f"{word} ({number} vectors of {width})" for word, (number, width) in found.words.items())
-        typer.echo(f"{found.file}: {words}")
+        say(f"{found.file}: {words}")
         return
     from latentdiff.interchange.lora.formats import convert_lora
 
     report = convert_lora(source, target, to.value, overwrite=overwrite)  # type: ignore[arg-type, union-attr]
     layers = ", ".join(f"{count} layers of the {network}" for network, count in report.layers.items())
-    typer.echo(f"{', '.join(map(str, report.files))}: from {report.source_format}, {layers}")
+    say(f"{', '.join(map(str, report.files))}: from {report.source_format}, {layers}")

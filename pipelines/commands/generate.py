@@ -18,6 +18,7 @@ from latentdiff.pipelines.commands.options import (
     load_pipeline,
 )
 from latentdiff.pipelines.registry import kind_in
+from latentdiff.terminal import say
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.draw import Drawn, PictureWriter
@@ -106,7 +107,7 @@ def generate(
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
     if source.variation_seed is not None:
         seeds = f"seed {seed}, variation {seeds}"
-    typer.echo(f"{files_text(files)}: {seeds}, {time.perf_counter() - started:.1f} s")
+    say(f"{files_text(files)}: {seeds}, {time.perf_counter() - started:.1f} s")
 
 
 def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
@@ -124,13 +125,13 @@ def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, f
         writer.finish()
         total = len(prompts) * count
         where = f": {files_text(writer.written)}" if writer.written else ""
-        typer.echo(f"Stopped; {len(writer.drawn)} of {total} pictures were drawn{where}", err=True)
+        say(f"Stopped; {len(writer.drawn)} of {total} pictures were drawn{where}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     for i, one in enumerate(writer.drawn):
         if one.score is not None:
-            typer.echo(f"{writer.name_of(i)}: CLIP score {one.score:.1f}, seed {writer.seed_of(one)}")
+            say(f"{writer.name_of(i)}: CLIP score {one.score:.1f}, seed {writer.seed_of(one)}")
         if one.withheld:
-            typer.echo(f"{writer.name_of(i)}: withheld by the model's safety checker; it is black", err=True)
+            say(f"{writer.name_of(i)}: withheld by the model's safety checker; it is black", err=True)
 
 
 def draw_pictures(writer: "PictureWriter", inputs: Any, filmstrip: Path | None) -> Iterator["Drawn"]:
@@ -165,7 +166,7 @@ def check_request(prompts: list[str], count: int, source: SourceOptions, drawing
     if candidates is not None and candidates < count:
         raise ValueError(f"--candidates {candidates} are fewer than the {count} pictures of --count to keep")
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
-        typer.echo(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
+        say(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
 
 
 def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | None) -> list[Path]:

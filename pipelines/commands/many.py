@@ -19,6 +19,7 @@ from latentdiff.pipelines.commands.options import (
     pick_device,
 )
 from latentdiff.pipelines.registry import kind_in
+from latentdiff.terminal import say
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.many import Report
@@ -117,19 +118,17 @@ class Watch:
             self.bar.close()
         if kind is KeyboardInterrupt:
             of = f" of {self.total}" if self.total else ""
-            typer.echo(
-                f"Stopped; {self.done}{of} pictures were drawn in {self.output}. Repeat the command to go on", err=True
-            )
+            say(f"Stopped; {self.done}{of} pictures were drawn in {self.output}. Repeat the command to go on", err=True)
             raise typer.Exit(INTERRUPTED)
 
 
 def print_report(report: "Report", seconds: float) -> None:
     """What was drawn, and what was not."""
     for name in report.withheld:
-        typer.echo(f"{report.folder / name}: withheld by the model's safety checker; it is black", err=True)
+        say(f"{report.folder / name}: withheld by the model's safety checker; it is black", err=True)
     for name, why in list(report.failed.items())[:SHOWN]:
-        typer.echo(f"{report.folder / name}: not drawn: {why}", err=True)
+        say(f"{report.folder / name}: not drawn: {why}", err=True)
     if len(report.failed) > SHOWN:
-        typer.echo(f"and {len(report.failed) - SHOWN} more", err=True)
+        say(f"and {len(report.failed) - SHOWN} more", err=True)
     counts = [f"{len(report.drawn)} drawn", f"{len(report.kept)} there already", f"{len(report.failed)} failed"]
-    typer.echo(f"{report.folder}: {', '.join(counts)}, {seconds:.1f} s")
+    say(f"{report.folder}: {', '.join(counts)}, {seconds:.1f} s")

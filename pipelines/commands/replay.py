@@ -8,6 +8,7 @@ import typer
 
 from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.options import Device, Precision, devices_here, find_place, load_pipeline
+from latentdiff.terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +78,9 @@ def replay(
     where = f"{output}, {picture}" if output else str(picture)
     took = f"{time.perf_counter() - started:.1f} s"
     if different is None:
-        typer.echo(f"{where}: equal, {took}")
+        say(f"{where}: equal, {took}")
         return
-    typer.echo(f"{where}: {different}, {took}. {reasons(record, machine, found)}")
+    say(f"{where}: {different}, {took}. {reasons(record, machine, found)}")
     raise typer.Exit(DIFFERENT)
 
 

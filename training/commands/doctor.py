@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.terminal import say
 from latentdiff.training.commands.options import Config, Overrides, parse_overrides
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def doctor(
     step = step if step is not None and settings.resolution % step == 0 else step_of(settings.resolution)
     report = examine_source(settings, manifest, step, tokens, drop_duplicates)
     for line in report.lines():
-        typer.echo(line)
-    typer.echo("")
+        say(line)
+    say("")
     for line in verdict(report, settings.max_bad_share, manifest):
-        typer.echo(line)
+        say(line)
     if not report.entries or report.bad_share > settings.max_bad_share:
         raise typer.Exit(1)
 

@@ -1,7 +1,5 @@
 """``latentdiff evaluate`` and ``latentdiff likelihood``."""
 
-import typer
-
 from latentdiff.pipelines.commands.options import (
     Device,
     DeviceOption,
@@ -12,6 +10,7 @@ from latentdiff.pipelines.commands.options import (
     pick_device,
 )
 from latentdiff.pipelines.registry import kind_in
+from latentdiff.terminal import say
 from latentdiff.training.commands.options import show_progress, takes_settings
 from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
@@ -41,7 +40,7 @@ def evaluate(
     pipeline = load_pipeline(settings.model, device, precision, None, kind.name)
     pipeline.set_progress_bar_config(disable=True)
     evaluate_pipeline(pipeline, settings)
-    typer.echo(f"The figures are in {folder / 'evaluation.json'}")
+    say(f"The figures are in {folder / 'evaluation.json'}")
 
 
 @takes_settings(LikelihoodSettings, argument="model")
@@ -63,4 +62,4 @@ def likelihood(
     folder = settings.folder()
     pipeline = load_textless(settings.model, getattr(torch, precision.value)).to(pick_device(device))
     evaluate_likelihood(pipeline, settings)
-    typer.echo(f"The figures are in {folder / 'likelihood.json'}")
+    say(f"The figures are in {folder / 'likelihood.json'}")

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from pydantic.fields import FieldInfo
 
 from latentdiff.pipelines.commands.options import be_quiet
+from latentdiff.terminal import say
 from latentdiff.training.settings import Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -70,7 +71,7 @@ def show_progress() -> None:
 def announce(result: str) -> None:
     """Print the result, on one process."""
     if is_first_process():
-        typer.echo(result)
+        say(result)
 
 
 def is_first_process() -> bool:

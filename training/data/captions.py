@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.terminal import printable
+
 if TYPE_CHECKING:
     from latentdiff.training.data.pictures import CaptionedPicture
 
@@ -110,8 +112,3 @@ def shorten(text: str, most: int = 80) -> str:
     """Text for a message: what cannot be printed escaped, on one line, not too long."""
     text = text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 4 :]}"
     return printable(text)
-
-
-def printable(text: str) -> str:
-    """Text with line ends, control characters and broken Unicode escaped, so that it can be shown on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,0 +1,58 @@
+"""The one place that prints: text that came from a file must not steer the terminal it is shown on.
+
+Commands print with `say`; within `printable_messages`, as `latentdiff.cli.run` has it, the messages of every logger and
+every warning are treated alike, those of other libraries too.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Which transformers puts into its tables; they are left out."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with line ends, control characters and broken Unicode escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same with its lines kept; all but the first are indented, so that none can pass for another message."""
+    return "\n  ".join(printable(line) for line in COLOURS.sub("", text).expandtabs().split("\n"))
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a message of a command, to standard error if `err`."""
+    import typer
+
+    typer.echo(printable_lines(text), err=err)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A log record whose message can be shown."""
+
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        return printable_lines(super().getMessage())
+
+
+@contextmanager
+def printable_messages() -> Iterator[None]:
+    """Within, what loggers and warnings say can be shown, whoever handles it."""
+    records, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def printable_warning(message: Any, *where: Any, **more: Any) -> str:
+        return format_warning(printable_lines(str(message)), *where, **more)
+
+    logging.setLogRecordFactory(PrintableRecord)
+    warnings.formatwarning = printable_warning
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(records)
+        warnings.formatwarning = format_warning
