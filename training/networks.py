@@ -112,60 +112,44 @@ def made_by(makers: Mapping[str, Callable[..., Any]], key: str, name: str, **opt
 def build_unet(
     settings: DenoiserSettings, codec: Codec, process: Process, conditions: Conditions
 ) -> UNet2DConditionModel | UNet2DModel:
-    """A new UNet: with cross-attention if there is text, else without."""
-    out_channels = process.prediction_channels(codec.channels)
-    if conditions.text_width is not None:
-        return build_text_unet(settings, codec, out_channels, conditions.text_width)
-    return build_textless_unet(settings, codec, out_channels, conditions.classes)
+    """A new UNet for the codec's latents: with cross-attention if there is text, else without.
+
+    With classes it has one embedding more than there are, for none of them.
+    """
+    with_text, kind = conditions.text_width is not None, settings.resample_type
+    plain = "DownBlock2D" if kind == "conv" else "ResnetDownsampleBlock2D"
+    attending = "CrossAttnDownBlock2D" if with_text else "AttnDownBlock2D"
+    down = [attending if attends else plain for attends in settings.attention_levels]
+    shape: dict[str, Any] = {
+        "sample_size": settings.resolution // codec.factor,
+        "in_channels": codec.channels,
+        "out_channels": process.prediction_channels(codec.channels),
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(block.replace("Down", "Up") for block in reversed(down)),
+        "block_out_channels": settings.block_out_channels,
+        "layers_per_block": settings.layers_per_block,
+        "norm_num_groups": settings.norm_num_groups,
+        "resnet_time_scale_shift": settings.resnet_time_scale_shift,
+    }
+    if with_text:
+        heads = [max(1, width // settings.attention_head_dim) for width in settings.block_out_channels]
+        return UNet2DConditionModel(
+            **shape,
+            transformer_layers_per_block=settings.transformer_layers_per_block,
+            attention_head_dim=tuple(heads),  # diffusers' name for the number of heads
+            cross_attention_dim=conditions.text_width,
+            use_linear_projection=True,
+        )
+    return UNet2DModel(
+        **shape,
+        attention_head_dim=settings.attention_head_dim,
+        downsample_type=kind,
+        upsample_type=kind,
+        num_class_embeds=conditions.classes + 1 if conditions.classes else None,
+    )
 
 
 register_denoiser("unet", build_unet)
-
-
-def build_text_unet(
-    settings: DenoiserSettings, codec: Codec, out_channels: int, text_width: int
-) -> UNet2DConditionModel:
-    """A new UNet for the codec's latents and text states of width `text_width`."""
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attention_levels]
-    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(settings.attention_levels)]
-    heads = [max(1, width // settings.attention_head_dim) for width in settings.block_out_channels]
-    return UNet2DConditionModel(
-        sample_size=settings.resolution // codec.factor,
-        in_channels=codec.channels,
-        out_channels=out_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        block_out_channels=settings.block_out_channels,
-        layers_per_block=settings.layers_per_block,
-        transformer_layers_per_block=settings.transformer_layers_per_block,
-        attention_head_dim=tuple(heads),  # diffusers' name for the number of heads
-        cross_attention_dim=text_width,
-        norm_num_groups=settings.norm_num_groups,
-        use_linear_projection=True,
-        resnet_time_scale_shift=settings.resnet_time_scale_shift,
-    )
-
-
-def build_textless_unet(settings: DenoiserSettings, codec: Codec, out_channels: int, classes: int) -> UNet2DModel:
-    """A new UNet for the codec's latents; with `classes`, one embedding more than there are, for none of them."""
-    kind = settings.resample_type
-    plain = "DownBlock2D" if kind == "conv" else "ResnetDownsampleBlock2D"
-    down = ["AttnDownBlock2D" if attends else plain for attends in settings.attention_levels]
-    return UNet2DModel(
-        sample_size=settings.resolution // codec.factor,
-        in_channels=codec.channels,
-        out_channels=out_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(block.replace("Down", "Up") for block in reversed(down)),
-        block_out_channels=settings.block_out_channels,
-        layers_per_block=settings.layers_per_block,
-        attention_head_dim=settings.attention_head_dim,
-        norm_num_groups=settings.norm_num_groups,
-        resnet_time_scale_shift=settings.resnet_time_scale_shift,
-        downsample_type=kind,
-        upsample_type=kind,
-        num_class_embeds=classes + 1 if classes else None,
-    )
 
 
 def build_classifier(settings: ClassifierSettings, codec: Codec, classes: int) -> NoisyClassifier:

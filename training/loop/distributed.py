@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from latentdiff.pipelines.distributed import on_cpu
@@ -41,13 +41,6 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
 def spread_modules(objective: nn.Module) -> list[Any]:
     """The modules whose weights FSDP has spread over the processes."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
-
-
-def exchange(a: Tensor, b: Tensor) -> None:
-    """Exchange the contents of two tensors."""
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
 
 
 @contextmanager

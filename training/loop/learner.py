@@ -1,6 +1,7 @@
 """The training step: gradients of every pass, and at the end of an accumulation one update of the weights."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,8 @@ from torch import Tensor
 
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.choices import seed_of
-from latentdiff.training.loop.adversary import Adversary
-from latentdiff.training.loop.average import MovingAverage
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.learning_rate import learning_rate_at
-from latentdiff.training.loop.optimizers import build_optimizer
-from latentdiff.training.loop.watch import LossWatch, name_batch
+from latentdiff.training.loop.optimization import MovingAverage, build_optimizer, learning_rate_at
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
@@ -149,3 +146,96 @@ class Learner:
         if self.adversary is not None:
             found |= {name: float(value) for name, value in self.adversary.figures.items()}
         return found
+
+
+class Adversary:
+    """An adversary's objective with its own optimizer.
+
+    Args:
+        objective: takes what the other objective's `Result.for_adversary` holds.
+        learning_rate: None is that of the settings; otherwise it follows their schedule in proportion.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: RunSettings,
+        objective: Objective[RealAndFake],
+        learning_rate: float | None = None,
+    ) -> None:
+        self.accelerator, self.max_grad_norm = accelerator, settings.max_grad_norm
+        rate = learning_rate or settings.learning_rate
+        self.rate_ratio = rate / settings.learning_rate
+        self.plain = objective
+        self.module: Any
+        optimizer = build_optimizer(settings, list(objective.train().parameters()), rate)
+        self.module, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.figures: dict[str, Tensor] = {}
+
+    def backward(self, batch: RealAndFake) -> Tensor:
+        """Gradients of its own loss, which is returned."""
+        result = self.module(batch)
+        self.accelerator.backward(result.loss)
+        self.figures = dict(result.figures)
+        return result.loss.detach()
+
+    def clip_gradients(self) -> None:
+        self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+
+    def change_weights(self, learning_rate: float) -> None:
+        """One optimizer step, if it had a loss. learning_rate: of the other objective."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * self.rate_ratio
+        if any(parameter.grad is not None for parameter in self.module.parameters()):
+            self.optimizer.step()
+
+
+class LossWatch:
+    """Notices losses that are not finite, or far above the recent mean.
+
+    Args:
+        explosion: a loss this many times the recent mean is a bad one.
+    """
+
+    MEMORY = 0.98  # weight of the past in the recent mean
+    CALM = 20  # losses that must be seen before one can be far above the rest
+
+    def __init__(self, explosion: float) -> None:
+        self.explosion = explosion
+        self.mean, self.seen = 0.0, 0
+        self._since_report: list[float] = []
+
+    def fault(self, loss: float, gradient_norm: float) -> str | None:
+        """What is wrong with an update of this loss and gradient norm, or None."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(gradient_norm):
+            return f"the gradient's norm is {gradient_norm} (loss {loss:.4g})"
+        if self.seen >= self.CALM and abs(loss) > self.explosion * abs(self.mean):
+            return f"the loss is {loss:.4g}, after a mean of {self.mean:.4g}"
+        return None
+
+    def add(self, loss: float) -> None:
+        """Count a good loss."""
+        weight = max(1 - self.MEMORY, 1 / (self.seen + 1))
+        self.mean += weight * (loss - self.mean)
+        self.seen += 1
+        self._since_report.append(loss)
+
+    def report(self) -> dict[str, float]:
+        """Mean loss since the last report, if there was one."""
+        losses, self._since_report = self._since_report, []
+        return {"loss": sum(losses) / len(losses)} if losses else {}
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "seen": self.seen, "since_report": list(self._since_report)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.mean, self.seen = float(state["mean"]), int(state["seen"])
+        self._since_report = [float(loss) for loss in state["since_report"]]
+
+
+def name_batch(names: Sequence[str], most: int = 8) -> str:
+    """The pictures of a batch, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

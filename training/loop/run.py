@@ -1,6 +1,8 @@
 """One run of a trainer: its steps, its checkpoints, and what it records."""
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -16,9 +19,8 @@ from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
-from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.records import Records, memory_in_use
-from latentdiff.training.loop.stopping import Stopping
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
@@ -247,3 +249,42 @@ class TrainingRun:
         """Wait for the other processes and close the trackers."""
         self.accelerator.wait_for_everyone()
         self.records.close()
+
+
+class Stopping:
+    """Whether a run should save and stop.
+
+    Args:
+        max_minutes: None is any time.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_minutes: float | None) -> None:
+        self.accelerator, self.max_minutes = accelerator, max_minutes
+        self.started = time.monotonic()
+        self.requested = False  # by a signal to this process
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within, Ctrl-C and SIGTERM request a stop, and the time counts from here."""
+
+        def remember(_number: int, _frame: Any) -> None:
+            self.requested = True
+
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        previous = {number: signal.signal(number, remember) for number in numbers}
+        self.started = time.monotonic()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def must_stop(self) -> bool:
+        """Whether any process should stop. All processes must call it, and agree."""
+        late = self.max_minutes is not None and time.monotonic() - self.started > self.max_minutes * 60
+        stop = self.requested or late
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(stop), device=self.accelerator.device)
+            stop = bool(self.accelerator.reduce(flag, "sum") > 0)
+        return stop

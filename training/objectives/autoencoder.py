@@ -1,4 +1,4 @@
-"""The objective of an autoencoder: likeness, the bottleneck's own losses, and a discriminator."""
+"""The objectives of an autoencoder (likeness, bottleneck, discriminator) and of the discriminator against it."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.models.bottlenecks import GumbelQuantizer
 from latentdiff.models.codebook_learning import CodebookLearner
-from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss
+from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss, gradient_penalty
 from latentdiff.models.logit_laplace import LogitLaplace
 from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
@@ -123,3 +123,35 @@ class AutoencoderObjective(Objective[PixelBatch]):
     def recent_figures(self) -> dict[str, float]:
         """How many codes are in use; see `CodebookLearner.statistics`."""
         return {} if self.learner is None else self.learner.statistics()
+
+
+class DiscriminatorObjective(Objective[RealAndFake]):
+    """The loss by which a discriminator learns to distinguish real patches from reconstructed ones.
+
+    Figures: ``discriminator_loss``, the mean logits of both, ``discriminator_accuracy`` (the share of patches that it
+    classifies correctly) and ``r1``, the gradient penalty before its weight.
+    """
+
+    def __init__(self, discriminator: PatchDiscriminator, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.settings = settings
+
+    def training_loss(self, batch: RealAndFake) -> Result:
+        """The loss of real and reconstructed pictures, and the penalty if there is one."""
+        penalised = self.settings.r1_weight > 0
+        real = batch.real.detach().requires_grad_(penalised)
+        of_real, of_fake = self.discriminator(real).float(), self.discriminator(batch.fake).float()
+        loss = discriminator_loss(of_real, of_fake, self.settings.discriminator_loss)
+        accuracy = 0.5 * ((of_real > 0).float().mean() + (of_fake < 0).float().mean())
+        figures = {
+            "discriminator_loss": loss.detach(),
+            "logits_real": of_real.mean().detach(),
+            "logits_fake": of_fake.mean().detach(),
+            "discriminator_accuracy": accuracy.detach(),
+        }
+        if penalised:
+            penalty = gradient_penalty(of_real, real)
+            figures["r1"] = penalty.detach()
+            loss = loss + 0.5 * self.settings.r1_weight * penalty
+        return Result(loss, loss.detach(), figures)

@@ -22,7 +22,7 @@ from latentdiff.training.networks import (
     load_autoencoder,
     made_by,
 )
-from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.models import ClassModel, DiffusionModel, TextModel, UnconditionalModel

@@ -19,7 +19,7 @@ from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import freeze, without_dropout
-from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject

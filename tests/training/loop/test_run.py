@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective, Result
 from latentdiff.training.settings import RunSettings

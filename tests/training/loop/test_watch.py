@@ -2,7 +2,7 @@
 
 import math
 
-from latentdiff.training.loop.watch import LossWatch, name_batch
+from latentdiff.training.loop.learner import LossWatch, name_batch
 
 
 def test_losses_that_are_not_finite() -> None:

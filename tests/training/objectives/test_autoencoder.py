@@ -13,11 +13,9 @@ from tiny import autoencoder_settings
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.networks import build_autoencoder
-from latentdiff.training.objectives.autoencoder import AutoencoderObjective
-from latentdiff.training.objectives.discriminator import DiscriminatorObjective
+from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
 from latentdiff.training.objectives.objective import RealAndFake
-from latentdiff.training.trainers.alarms import PATIENCE, Alarms
-from latentdiff.training.trainers.autoencoder import train_autoencoder
+from latentdiff.training.trainers.autoencoder import PATIENCE, Alarms, train_autoencoder
 
 KINDS: dict[str, dict[str, Any]] = {
     "kl": {"kind": "kl"},

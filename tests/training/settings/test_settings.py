@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from latentdiff.training.commands.options import parse_overrides
-from latentdiff.training.loop.learning_rate import learning_rate_at
+from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 
 NEEDED = {"data": "pictures", "output": "model"}

@@ -10,7 +10,7 @@ from latentdiff import TextToImagePipeline
 from latentdiff.models import FSQModel, IdentityAutoencoder, VQModel
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.networks import load_autoencoder
-from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.denoiser import train_denoiser

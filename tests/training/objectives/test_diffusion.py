@@ -15,7 +15,7 @@ from latentdiff.diffusion.losses import bound_term
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
-from latentdiff.training.objectives.denoiser import DenoiserObjective
+from latentdiff.training.objectives.diffusion import DenoiserObjective
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
