@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.codec import Posterior
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.pictures import to_pictures
 from latentdiff.interchange.png import image_grid, save_picture
@@ -209,7 +210,7 @@ class Counted:
         if output.indices is not None:
             self.indices.append(output.indices.cpu())
         if output.latents is not None:
-            self.latents.add(output.latents)
+            self.latents.add(Posterior(output.latents))
         if "posterior_std" in output.statistics:
             self.sum("val_posterior_std", float(output.statistics["posterior_std"]), len(output.pixels))
 

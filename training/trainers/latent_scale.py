@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.codec import Codec, Posterior
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.settings import AutoencoderSettings
 
@@ -23,14 +24,14 @@ class LatentMoments:
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, 0.0, 0.0
 
-    def add(self, mean: Tensor, variance: Tensor | None = None) -> None:
-        """mean: (B, C, h, w); variance: the same, of what is drawn around it."""
-        mean = mean.double()
+    def add(self, posterior: Posterior) -> None:
+        """Count what is drawn from it: (B, C, h, w)."""
+        mean = posterior.mean.double()
         self.count += mean.numel()
         self.total += float(mean.sum())
         self.squares += float(mean.square().sum())
-        if variance is not None:
-            self.squares += float(variance.double().sum())
+        if posterior.std is not None:
+            self.squares += float(posterior.std.double().square().sum())
 
     @property
     def mean(self) -> float:
@@ -53,14 +54,9 @@ def measure_latents(
     (latents - shift) * scale). Measured over at most `most` of the pictures, evenly spread. Latents that are all the
     same, or not finite, leave the config as it is, with a logged error.
     """
-    device = next(model.parameters()).device
-    found = LatentMoments()
+    codec, found = Codec(model), LatentMoments()
     for pixels in read_chunks(spread(pictures, most), settings):
-        encoded = model.encode(pixels.to(device))
-        if hasattr(encoded, "latents"):
-            found.add(encoded.latents)
-        else:
-            found.add(encoded.latent_dist.mean, encoded.latent_dist.var)
+        found.add(codec.posterior(pixels))
     if not found.std > 0:
         logger.error("the latents have mean %.4g and deviation %.4g: no scale suits them", found.mean, found.std)
         return found
