@@ -1,7 +1,6 @@
 """Pipelines from and to single files, as Stable Diffusion's models are passed around."""
 
 import inspect
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,10 +16,11 @@ from latentdiff.interchange.single_file import (
     build_text_encoder,
     build_unet,
     check_checkpoint,
+    check_prediction_is_known,
     clip_tokenizer,
     find_file,
     header_of_parts,
-    is_guess,
+    is_stable_diffusion_2,
     original_autoencoder,
     original_text_encoder,
     original_unet,
@@ -34,13 +34,9 @@ from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 
-logger = logging.getLogger(__name__)
-
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
-LARGE_V = 96
-"""``sample_size`` of Stable Diffusion 2 that predicts v."""
 
 
 class SingleFilePipeline:
@@ -183,12 +179,10 @@ class CheckpointParts:
         check_checkpoint(weights)
         stated = stated or OriginalSettings()
         yaml = OriginalSettings.read(Path(original_config)) if original_config else OriginalSettings()
+        if is_stable_diffusion_2(weights):  # whose YAML file says 64 for 768 pixels too
+            yaml = replace(yaml, sample_size=None)
         self.weights, self.dtype, self.stated = weights, dtype, yaml | stated
-        assumed = assumed_settings(weights)
-        self.settings = assumed | self.stated
-        if assumed.sample_size == LARGE_V and stated.sample_size is None:  # the YAML file says 64 for 768 pixels too
-            large = self.settings.prediction_type == "v_prediction"
-            self.settings = replace(self.settings, sample_size=LARGE_V if large else 64)
+        self.settings = assumed_settings(weights, self.stated)
 
     def unet(self) -> Any:
         size, changes = self.settings.sample_size, self.heads()
@@ -237,12 +231,8 @@ class CheckpointParts:
             said = scheduler_settings(self.stated)
             config |= {key: value for key, value in said.items() if key in self.stated.said()}
             return self.built(config)
-        if self.stated.prediction_type is None and is_guess(self.weights):
-            logger.warning(
-                "%s does not say whether it predicts v, as Stable Diffusion 2 for 768 pixels, or noise, as that for "
-                "512; v is assumed. If pictures come out brown, give prediction_type='epsilon' (--prediction-type)",
-                self.weights.file,
-            )
+        if self.stated.prediction_type is None:
+            check_prediction_is_known(self.weights)
         return self.built({**scheduler_settings(self.settings), "_class_name": "DDIMScheduler"})
 
     def low_res_scheduler(self) -> Any:

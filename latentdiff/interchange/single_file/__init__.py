@@ -19,7 +19,8 @@ from latentdiff.interchange.single_file.networks import (
 from latentdiff.interchange.single_file.settings import (
     OriginalSettings,
     assumed_settings,
-    is_guess,
+    check_prediction_is_known,
+    is_stable_diffusion_2,
     scheduler_settings,
 )
 from latentdiff.interchange.single_file.shapes import autoencoder_kind, text_kind, unet_config, vae_config

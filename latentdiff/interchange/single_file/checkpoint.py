@@ -79,8 +79,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, file: Path, allow_pickle: bool = False, ema: bool = False) -> None:
         check_regular(file)
         self.file = file
-        self.header: dict[str, Any] = {}
-        """The config of each component, by name, if this package wrote the file."""
+        self.metadata: dict[str, str] = {}
+        """What the file says of itself beside its tensors."""
         self.global_step: int | None = None
         """The number of training steps, if a ``.ckpt`` holds it."""
         self._stream: Any = None
@@ -88,11 +88,13 @@ class Checkpoint(Mapping[str, Tensor]):
         if file.suffix == ".safetensors":
             check_safetensors(file)
             self._stream = safe_open(file, "pt")
-            self.header = read_header(file, self._stream.metadata() or {})
+            self.metadata = self._stream.metadata() or {}
             names = list(self._stream.keys())
         else:
             self._tensors, self.global_step = read_pickle(file, allow_pickle)
             names = list(self._tensors)
+        self.header = read_header(file, self.metadata)
+        """The config of each component, by name, if this package wrote the file."""
         self.beginning = missing_beginning(names)
         """The prefix that the names in the file lack: an autoencoder's or a UNet's, or the empty string."""
         self._places = original_names(names, self.beginning)

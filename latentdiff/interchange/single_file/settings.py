@@ -1,5 +1,8 @@
-"""Settings that the weights of a checkpoint do not contain: from the caller, the original YAML file, or by default."""
+"""Settings that the weights of a checkpoint do not contain: from the caller, the original YAML file, what the file says
+of itself, or by default."""
 
+import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,14 +10,28 @@ from typing import Any
 from latentdiff.interchange.single_file.checkpoint import Checkpoint
 from latentdiff.interchange.single_file.names import CODEBOOK, GUMBEL_CODEBOOK, UNET
 from latentdiff.interchange.single_file.shapes import text_kind
-from latentdiff.interchange.user_files import read_yaml
+from latentdiff.interchange.user_files import MAX_TRAIN_TIMESTEPS, read_yaml
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
 """diffusers' names of the original beta schedules; the original's "linear" is linear in the square roots."""
 
+SPEC = "modelspec."
+"""Beginning of the keys of a safetensors file's header that describe the model, by Stability AI's ModelSpec."""
+
+SPEC_PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+SPEC_PREDICTIONS |= {"velocity": "v_prediction", "sample": "sample", "x0": "sample"}
+SPEC_ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+"""Names of tensors without content that many programs take as a mark."""
+
 BASE_STEPS = 875_000
 """Training steps of Stable Diffusion 2.0 at 512 pixels, which predicts noise; the model at 768 predicts v."""
+
+LARGE_V = 96
+"""``sample_size`` of Stable Diffusion 2 that predicts v."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class OriginalSettings:
     sample_size: int | None = None
     heads: int | None = None
     head_channels: int | None = None
+    zero_terminal_snr: bool | None = None
+    """Whether the betas are rescaled so that nothing of the picture is left at the last step (Lin et al. 2023)."""
 
     def __or__(self, other: "OriginalSettings") -> "OriginalSettings":
         """These settings, overridden by those that `other` has."""
@@ -55,7 +74,7 @@ class OriginalSettings:
             beta_schedule=choice(file, params, "beta_schedule", SCHEDULES, "linear"),
             beta_start=number(file, params, "linear_start", float, 1e-4),
             beta_end=number(file, params, "linear_end", float, 2e-2),
-            num_train_timesteps=number(file, params, "timesteps", int, 1000),
+            num_train_timesteps=number(file, params, "timesteps", int, 1000, MAX_TRAIN_TIMESTEPS),
             scaling_factor=number(file, params, "scale_factor", float, 1.0),
             sample_size=number(file, params, "image_size", int),
             heads=number(file, unet, "num_heads", int),
@@ -83,8 +102,8 @@ def choice(file: Path, section: dict[str, Any], key: str, known: dict[str, str],
     return known[value]
 
 
-def number(file: Path, section: Any, key: str, kind: type, usual: Any = None) -> Any:
-    """A number above 0; the original writes -1 for "unset"."""
+def number(file: Path, section: Any, key: str, kind: type, usual: Any = None, most: float = 1e9) -> Any:
+    """A number above 0 and at most `most`; the original writes -1 for "unset"."""
     value = section.get(key) if isinstance(section, dict) else None
     if value is None or value == -1:
         return usual
@@ -92,35 +111,78 @@ def number(file: Path, section: Any, key: str, kind: type, usual: Any = None) ->
         found = kind(value)  # YAML reads 1e-4 as a string
     except (TypeError, ValueError, OverflowError):
         found = 0
-    if isinstance(value, bool) or not 0 < found < 1e9 or found != float(value):
-        raise ValueError(f"{file}: {key}={value!r} should be a number above 0")
+    if isinstance(value, bool) or not 0 < found <= most or found != float(value):
+        raise ValueError(f"{file}: {key}={value!r} should be a number above 0 and at most {most:g}")
     return found
 
 
-def assumed_settings(weights: Checkpoint) -> OriginalSettings:
-    """The usual settings of a model of this kind."""
-    process: dict[str, Any] = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-    stable = OriginalSettings(
-        prediction_type="epsilon", beta_start=0.00085, beta_end=0.012, scaling_factor=0.18215, sample_size=64, **process
+def assumed_settings(weights: Checkpoint, stated: OriginalSettings | None = None) -> OriginalSettings:
+    """The settings of a model: what is stated, then what its file says, then what is usual for its kind."""
+    known = stated_by_file(weights) | (stated or OriginalSettings())
+    usual: dict[str, Any] = {
+        "prediction_type": "epsilon",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+        "scaling_factor": 1.0 if CODEBOOK in weights or GUMBEL_CODEBOOK in weights else 0.18215,
+        "sample_size": 32 if text_kind(weights) == "bert" else 64,
+    }
+    if f"{UNET}label_emb.weight" in weights:  # the upscaler
+        usual |= {"prediction_type": "v_prediction", "beta_start": 1e-4, "beta_end": 0.02, "sample_size": 128}
+        usual["scaling_factor"] = 0.08333
+    elif measured_scale(weights) is not None:
+        usual["scaling_factor"] = measured_scale(weights)
+    if is_stable_diffusion_2(weights):
+        if weights.global_step != BASE_STEPS:
+            usual["prediction_type"] = "v_prediction"
+        if (known.prediction_type or usual["prediction_type"]) == "v_prediction":
+            usual["sample_size"] = LARGE_V
+    return OriginalSettings(**usual) | known
+
+
+def stated_by_file(weights: Checkpoint) -> OriginalSettings:
+    """What a file says of its model, in its header or by tensors that are marks.
+
+    Only a square resolution counts, as side of the latents, and zero terminal SNR only where v is predicted.
+    """
+    architecture = weights.metadata.get(f"{SPEC}architecture", "")
+    prediction = SPEC_PREDICTIONS.get(spec_prediction(weights), SPEC_ARCHITECTURES.get(architecture))
+    if V_MARK in weights:
+        prediction = "v_prediction"
+    side = re.fullmatch(r"(\d{2,4})x\1", weights.metadata.get(f"{SPEC}resolution", ""))
+    has_usual_size = f"{UNET}label_emb.weight" not in weights and text_kind(weights) != "bert"
+    return OriginalSettings(
+        prediction_type=prediction,
+        sample_size=int(side[1]) // 8 if side and has_usual_size else None,
+        zero_terminal_snr=True if prediction == "v_prediction" and ZERO_SNR_MARK in weights else None,
     )
-    text = text_kind(weights)
-    if f"{UNET}label_emb.weight" in weights:
-        return OriginalSettings(
-            prediction_type="v_prediction",
-            beta_start=1e-4,
-            beta_end=0.02,
-            scaling_factor=0.08333,
-            sample_size=128,
-            **process,
+
+
+def spec_prediction(weights: Checkpoint) -> str:
+    """The prediction type in a file's header, in lower case; empty if there is none."""
+    return weights.metadata.get(f"{SPEC}prediction_type", "").strip().lower().replace("-", "_")
+
+
+def check_prediction_is_known(weights: Checkpoint) -> None:
+    """Warn where models of one kind differ in what they predict, and the file does not say which it is.
+
+    Raises:
+        ValueError: the file says that it predicts something that is not known here.
+    """
+    said = spec_prediction(weights)
+    if said and said not in SPEC_PREDICTIONS:
+        raise ValueError(
+            f"{weights.file} says that it predicts {said!r}, which is not known here; give prediction_type= "
+            f"(--prediction-type), one of {', '.join(dict.fromkeys(SPEC_PREDICTIONS.values()))}"
         )
-    if CODEBOOK in weights or GUMBEL_CODEBOOK in weights:
-        stable |= OriginalSettings(scaling_factor=1.0)
-    stable |= OriginalSettings(scaling_factor=measured_scale(weights))
-    if text == "bert":
-        stable |= OriginalSettings(sample_size=32)
-    if text == "open_clip" and weights.global_step != BASE_STEPS and takes_latents_only(weights):
-        stable |= OriginalSettings(prediction_type="v_prediction", sample_size=96)
-    return stable
+    says = stated_by_file(weights).prediction_type is not None or "scheduler" in weights.header
+    if is_stable_diffusion_2(weights) and not says and weights.global_step != BASE_STEPS:
+        logger.warning(
+            "%s does not say whether it predicts v, as Stable Diffusion 2 for 768 pixels, or noise, as that for "
+            "512; v is assumed. If pictures come out brown, give prediction_type='epsilon' (--prediction-type)",
+            weights.file,
+        )
 
 
 def measured_scale(weights: Checkpoint) -> float | None:
@@ -131,16 +193,15 @@ def measured_scale(weights: Checkpoint) -> float | None:
     return scale if 0 < scale < float("inf") else None
 
 
-def takes_latents_only(weights: Checkpoint) -> bool:
-    """Whether the UNet's input is latents only, without the mask of an inpainting model."""
+def is_stable_diffusion_2(weights: Checkpoint) -> bool:
+    """Whether a model is of Stable Diffusion 2's kind for text alone, of which some predict v and some noise."""
     first, last = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
-    return first in weights and last in weights and weights.shape(first)[1] == weights.shape(last)[0]
-
-
-def is_guess(weights: Checkpoint) -> bool:
-    """Whether models of this kind differ in what they predict, and the file does not say which it is."""
-    no_hint = weights.global_step != BASE_STEPS and "scheduler" not in weights.header
-    return text_kind(weights) == "open_clip" and no_hint and takes_latents_only(weights)
+    if not (first in weights and last in weights and weights.size(first, 1) == weights.size(last)):
+        return False  # a mask or a picture comes with the latents
+    if text_kind(weights) is not None:
+        return text_kind(weights) == "open_clip"
+    inward = [name for name in weights if name.startswith(UNET) and name.endswith(".1.proj_in.weight")]
+    return any(len(weights.shape(name)) == 2 for name in inward)
 
 
 def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
@@ -149,6 +210,7 @@ def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
     process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     return {
         **{key: said[key] for key in process if key in said},
+        **({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if settings.zero_terminal_snr else {}),
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,

@@ -11,6 +11,10 @@ from torch import Tensor
 from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.single_file.checkpoint import HEADER
 from latentdiff.interchange.single_file.names import LAYOUTS, VAE, Layout
+from latentdiff.interchange.single_file.settings import SPEC
+
+SPEC_NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+"""Prediction types as they stand in files' headers."""
 
 
 def original_unet(unet: Any) -> dict[str, Tensor]:
@@ -93,8 +97,10 @@ def write_autoencoder(vae: Any, file: str | Path, dtype: torch.dtype | None = No
 
 
 def header_of_parts(configs: Mapping[str, Any]) -> dict[str, str]:
-    """A file's header with the configs of its components."""
-    return {"format": "pt", HEADER: json.dumps(configs, sort_keys=True)}
+    """A file's header with the configs of its components, and what other programs must know to sample from it."""
+    predicts = SPEC_NAMES.get(configs.get("scheduler", {}).get("prediction_type"))
+    said = {f"{SPEC}prediction_type": predicts} if predicts else {}
+    return {"format": "pt", HEADER: json.dumps(configs, sort_keys=True), **said}
 
 
 def write_checkpoint(
