@@ -51,16 +51,15 @@ class Kind:
 
 
 TASKS = "latentdiff.pipelines.tasks"
+LIKE_STABLE_DIFFUSION: dict[str, Any] = {"interchangeable": True, "single_file": True, "converted": True}
 KINDS: list[Kind] = [
     Kind(
         "TextToImagePipeline",
         f"{TASKS}.text_to_image",
         ("StableDiffusionPipeline",),
         "text",
-        interchangeable=True,
-        single_file=True,
-        converted=True,
         onnx="OnnxStableDiffusionPipeline",
+        **LIKE_STABLE_DIFFUSION,
     ),
     Kind(
         "ImageToImagePipeline",
@@ -68,10 +67,8 @@ KINDS: list[Kind] = [
         ("StableDiffusionImg2ImgPipeline",),
         "text",
         pictures=("image",),
-        interchangeable=True,
-        single_file=True,
-        converted=True,
         onnx="OnnxStableDiffusionImg2ImgPipeline",
+        **LIKE_STABLE_DIFFUSION,
     ),
     Kind(
         "InpaintPipeline",
@@ -80,10 +77,8 @@ KINDS: list[Kind] = [
         "text",
         further_channels=("none", "mask and latents"),
         pictures=("image", "mask_image"),
-        interchangeable=True,
-        single_file=True,
-        converted=True,
         onnx="OnnxStableDiffusionInpaintPipeline",
+        **LIKE_STABLE_DIFFUSION,
     ),
     Kind(
         "SuperResolutionPipeline",
@@ -143,7 +138,13 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
     wanted = set(pictures)
     own = None if saved_as is None else kind_saved_as(saved_as)
     if saved_as is not None and own is None:
-        check_known(saved_as)
+        import diffusers
+
+        if not hasattr(diffusers, saved_as):
+            raise ValueError(
+                f"the folder is of a {saved_as}, and there is no such kind of pipeline; if an extension has it, load "
+                f"that with --extension before the command"
+            )
     if own is not None and own.conditioned_by == "text":
         if set(own.pictures) == wanted:
             return own
@@ -154,17 +155,6 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
             )
     fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
     return next((kind for kind in fitting if kind.interchangeable), fitting[0])
-
-
-def check_known(saved_as: str) -> None:
-    """Raises ValueError for a ``_class_name`` that is neither of a kind nor of a pipeline of diffusers."""
-    import diffusers
-
-    if not hasattr(diffusers, saved_as):
-        raise ValueError(
-            f"the folder is of a {saved_as}, and there is no such kind of pipeline; if an extension has it, load that "
-            f"with --extension before the command"
-        )
 
 
 def kind_in(place: Path, pictures: Iterable[str] = ()) -> Kind:

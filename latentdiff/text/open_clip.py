@@ -4,10 +4,13 @@ open_clip's residual blocks and transformers' CLIP layers compute the same; only
 the weights of query, key and value in one matrix.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from latentdiff.interchange.single_file.names import OPEN_CLIP, open_clip_place
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -65,13 +68,12 @@ def convert_text_tower(model: nn.Module, *, skip_last_layers: int = 0, with_proj
     blocks = list(tower.transformer.resblocks)
     if not 0 <= skip_last_layers < len(blocks):
         raise ValueError(f"skip_last_layers must lie in [0, {len(blocks) - 1}] for this tower, not {skip_last_layers}")
-    blocks = blocks[: len(blocks) - skip_last_layers]
     vocab_size, width = tower.token_embedding.weight.shape
     config = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=blocks[0].mlp.c_fc.out_features,
-        num_hidden_layers=len(blocks),
+        num_hidden_layers=len(blocks) - skip_last_layers,
         num_attention_heads=blocks[0].attn.num_heads,
         max_position_embeddings=len(tower.positional_embedding),
         hidden_act=activation(blocks[0].mlp.gelu),
@@ -82,36 +84,21 @@ def convert_text_tower(model: nn.Module, *, skip_last_layers: int = 0, with_proj
         pad_token_id=0,
     )
     encoder = (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
-    getattr(encoder, "text_model", encoder).load_state_dict(body_weights(tower, blocks))
+    body = getattr(encoder, "text_model", encoder)
+    body.load_state_dict(body_weights(tower, body.state_dict()))
     if with_projection:
         encoder.text_projection.weight.data.copy_(tower.text_projection.T)
     return encoder.to(tower.token_embedding.weight.dtype).eval()
 
 
-def body_weights(tower: Any, blocks: list[Any]) -> dict[str, Tensor]:
-    """The weights of everything but the projection, under transformers' names."""
-    weights = {
-        "embeddings.token_embedding.weight": tower.token_embedding.weight,
-        "embeddings.position_embedding.weight": tower.positional_embedding,
-        "final_layer_norm.weight": tower.ln_final.weight,
-        "final_layer_norm.bias": tower.ln_final.bias,
-    }
-    for i, block in enumerate(blocks):
-        layer = f"encoder.layers.{i}"
-        parts = {
-            "self_attn.out_proj": block.attn.out_proj,
-            "layer_norm1": block.ln_1,
-            "layer_norm2": block.ln_2,
-            "mlp.fc1": block.mlp.c_fc,
-            "mlp.fc2": block.mlp.c_proj,
-        }
-        for name, part in parts.items():
-            weights[f"{layer}.{name}.weight"], weights[f"{layer}.{name}.bias"] = part.weight, part.bias
-        for kind in ("weight", "bias"):
-            joined = getattr(block.attn, f"in_proj_{kind}")  # (3D, D) or (3D,)
-            for name, own in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
-                weights[f"{layer}.self_attn.{name}.{kind}"] = own
-    return {name: weight.detach() for name, weight in weights.items()}
+def body_weights(tower: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """A tower's weights under these names of transformers' ``CLIPTextModel``."""
+    given, weights = tower.state_dict(), {}
+    for name in names:
+        place, part = open_clip_place(name, {})
+        joined = given[place.removeprefix(OPEN_CLIP)]
+        weights[name] = joined if part is None else joined.chunk(3)[part]
+    return weights
 
 
 def activation(module: nn.Module) -> str:

@@ -139,7 +139,7 @@ class Call:
     def first_latents(self, shape: tuple[int, ...]) -> Tensor:
         """Where sampling from nothing starts: `first_noise` in the scheduler's scale."""
         _ = self._plan  # on which the scheduler's scale depends
-        return (self.first_noise(shape).to(self.device) * self.sampler.first_scale).to(self.pipeline.unet.dtype)
+        return self.sampler.from_noise(self.first_noise(shape).to(self.device)).to(self.pipeline.unet.dtype)
 
     def denoiser(self, conditioning: GuidedConditioning, **options: Any) -> GuidedDenoiser:
         """The network under this call's guidance; ``options`` are `GuidedDenoiser`'s.

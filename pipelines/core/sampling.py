@@ -46,11 +46,6 @@ class Sampler:
         """
         return process_of(self.scheduler)
 
-    @property
-    def first_scale(self) -> float:
-        """The standard deviation of the noise that sampling starts from."""
-        return getattr(self.scheduler, "init_noise_sigma", 1.0)
-
     def plan(
         self,
         num_inference_steps: int,
@@ -98,6 +93,10 @@ class Sampler:
             self.scheduler.set_begin_index(start * self.scheduler.order)
         return timesteps[start * self.scheduler.order :]
 
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise (B, C, h, w) in the scale that sampling starts from, after `plan`."""
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
     def noised(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) as they are at `timestep`, in the scheduler's own scale."""
         timesteps = timestep.reshape(1).repeat(len(latents))
@@ -115,10 +114,6 @@ class Sampler:
         """What of `generator` and `eta` (DDIM, Song et al. 2021, Eq. 16) the scheduler's ``step`` takes."""
         taken = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in taken}
-
-    def prediction_channels(self, channels: int) -> int:
-        """How many channels of a prediction for latents with `channels` the scheduler gets."""
-        return 2 * channels if takes_variance(self.scheduler) else channels
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, **options: Any) -> Tensor:
         """The latents at the next step, (B, C, h, w)."""
@@ -187,7 +182,7 @@ def denoise(
         timesteps: (S,), those to run.
         options: for the scheduler's ``step``, from `Sampler.step_options`.
     """
-    dtype, channels = latents.dtype, sampler.prediction_channels(latents.shape[1])
+    dtype, channels = latents.dtype, latents.shape[1] * (2 if takes_variance(sampler.scheduler) else 1)
     for i, timestep in enumerate(timesteps):
         scaled = sampler.scaled(latents, timestep)
         guidance = denoiser.guidance

@@ -131,9 +131,14 @@ class ClassConditionalPipeline(TextlessPipeline):
         """Numbers of classes, from numbers or names.
 
         Raises:
+            TypeError: neither names nor whole numbers.
             ValueError: there is no such class, or several have that name, or none is given.
         """
-        return ClassNames(self.id2label or {}, self.num_classes).numbers(class_labels)
+        given: Any = class_labels if are_several(class_labels) else [class_labels]
+        numbers = [class_number(label, self.id2label or {}, self.num_classes) for label in given]
+        if not numbers:
+            raise ValueError("class_labels is empty; give one class or more")
+        return numbers
 
     @whole
     @torch.no_grad()
@@ -211,56 +216,36 @@ class ClassConditionalPipeline(TextlessPipeline):
         return GuidedConditioning(Conditioning(labels=labels if takes_labels else None))
 
 
-@dataclass(frozen=True)
-class ClassNames:
-    """The names of `count` classes, by number; none where they are only numbered.
+def class_number(label: Any, names: Mapping[int, str], count: int) -> int:
+    """Which of `count` classes a number or a name means; `names` by number, none where they are only numbered.
 
-    A class can have several names, with commas between them, as ImageNet's have.
+    A class can have several names, with commas between them, as ImageNet's have. A whole name comes before one of
+    several, and one that is written alike before one that is not.
+
+    Raises:
+        TypeError: neither a name nor a whole number.
+        ValueError: there is no such class, or several have that name.
     """
-
-    names: Mapping[int, str]
-    count: int
-
-    def numbers(self, labels: Label | Sequence[Label]) -> list[int]:
-        """The numbers of one class or of several.
-
-        Raises:
-            TypeError: neither a name nor a whole number.
-            ValueError: there is no such class, or several have that name, or none is given.
-        """
-        given: Any = labels if are_several(labels) else [labels]
-        numbers = [self.number(label) for label in given]
-        if not numbers:
-            raise ValueError("class_labels is empty; give one class or more")
-        return numbers
-
-    def number(self, label: Label) -> int:
-        """A whole name comes before one of several, and one that is written alike before one that is not.
-
-        Raises:
-            ValueError: there is no such class, or several have that name.
-        """
-        if not isinstance(label, str):
-            number = whole_number(label, "a class")
-            if not 0 <= number < self.count:
-                raise ValueError(f"there is no class {number}; they are numbered from 0 to {self.count - 1}")
-            return number
-        wanted = label.strip()
-        ways: list[Callable[[str], bool]] = [
-            lambda names: names == wanted,
-            lambda names: names.strip().lower() == wanted.lower(),
-            lambda names: wanted.lower() in [name.strip().lower() for name in names.split(",")],
-        ]
-        for has in ways:
-            found = [number for number, names in self.names.items() if has(names)]
-            if len(found) > 1:
-                which = ", ".join(f"{number} ({self.names[number]})" for number in found[:SHOWN])
-                raise ValueError(f"{label!r} is a name of several classes: {which}; give the number")
-            if found:
-                return found[0]
-        names = list(self.names.values())
-        known = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-        raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
+    if not isinstance(label, str):
+        number = whole_number(label, "a class")
+        if not 0 <= number < count:
+            raise ValueError(f"there is no class {number}; they are numbered from 0 to {count - 1}")
+        return number
+    wanted = label.strip()
+    ways: list[Callable[[str], bool]] = [
+        lambda own: own == wanted,
+        lambda own: own.strip().lower() == wanted.lower(),
+        lambda own: wanted.lower() in [name.strip().lower() for name in own.split(",")],
+    ]
+    for has in ways:
+        found = [number for number, own in names.items() if has(own)]
+        if len(found) > 1:
+            which = ", ".join(f"{number} ({names[number]})" for number in found[:SHOWN])
+            raise ValueError(f"{label!r} is a name of several classes: {which}; give the number")
+        if found:
+            return found[0]
+    known = ", ".join(list(names.values())[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
 
 
 @dataclass

@@ -148,13 +148,22 @@ class InpaintPipeline(TextPipeline):
             check_latents(start, shape)
         noise = call.first_noise(shape).to(call.device, self.unet.dtype)
         if start is None or options.strength == 1 or latents is not None:
-            first = noise * call.sampler.first_scale
+            first = call.sampler.from_noise(noise)
         else:
             first = call.sampler.noised(start, noise, schedule[0])
         call.mask = call.latent_mask(canvas.mask, shape)
         call.masked = call.masked_latents(canvas, plain)
-        keeper = Keeper(call, start, noise, schedule) if plain and start is not None else None
-        output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keeper)
+
+        def keep(progress: Progress) -> Tensor:
+            """What is not to be painted is put back, with the noise that the next step expects; (B, C, h, w)."""
+            assert start is not None
+            unpainted = start
+            if progress.step + 1 < len(schedule):
+                unpainted = call.sampler.noised(start, noise, schedule[progress.step + 1])
+            return (1 - call.mask) * unpainted + call.mask * progress.latents
+
+        denoiser = call.denoiser(call.painted_conditioning())
+        output = yield from call.draw(denoiser, first, schedule, keep if plain else None)
         return output if canvas.crop is None else self._put_back(output, image, mask_image, canvas.crop)
 
     def _canvas(self, options: MaskOptions, height: int, width: int) -> Canvas:
@@ -234,20 +243,3 @@ class PaintingCall(TextCall):
         self.mask, self.masked = changed.get("mask", self.mask), changed.get("masked_image_latents", self.masked)
         if self.masked is not None and (self.mask is not before[0] or self.masked is not before[1]):
             denoiser.conditioning = self.painted_conditioning(denoiser.conditioning)
-
-
-@dataclass
-class Keeper:
-    """Puts back what is not to be painted after every step, with the noise that the next one expects."""
-
-    call: PaintingCall
-    start: Tensor
-    noise: Tensor
-    timesteps: Tensor
-
-    def __call__(self, progress: Progress) -> Tensor:
-        """(B, C, h, w)"""
-        unpainted, mask = self.start, self.call.mask
-        if progress.step + 1 < len(self.timesteps):
-            unpainted = self.call.sampler.noised(unpainted, self.noise, self.timesteps[progress.step + 1])
-        return (1 - mask) * unpainted + mask * progress.latents
