@@ -1,6 +1,5 @@
 """A network with what conditions it, and guidance between two of its predictions: what sampling asks at every step."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,68 +17,18 @@ ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 """(prediction, what the network saw, timestep) -> another prediction."""
 
 
-class ConditionedNetwork:
-    """Latents and a timestep in, a prediction out.
+class GuidedDenoiser:
+    """Latents and a timestep in, a prediction out: a conditioned network under classifier-free guidance.
 
     What a network of ours makes of the conditions (keys and values of its cross-attentions) is computed once, and not
     at every step. A network of diffusers, or a compiled one, is called as a whole.
 
     Args:
         network: any UNet of ours or diffusers'.
-        conditioning: of B images.
-        lora_scale: how strongly the network's LoRAs act; None: as they are set.
-    """
-
-    def __init__(self, network: Any, conditioning: Conditioning, lora_scale: float | None = None) -> None:
-        self.network, self.conditioning, self.lora_scale = network, conditioning, lora_scale
-        self.in_parts = getattr(network, "works_in_parts", False) and not is_compiled_module(network)
-        self._prepared: Any = None
-        self._prepared_from: list[Any] = []
-        if self.in_parts:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        with loras_at(self.lora_scale, self.network):
-            self._prepared = self.network.prepare(self.conditioning)
-        self._prepared_from = self._depends_on()
-
-    def _depends_on(self) -> list[Any]:
-        versions = [version(tensor) for _, tensor in self.conditioning.items()]
-        return [*versions, *weights_state(self.network.prepared_by())]
-
-    def refresh(self) -> None:
-        """Compute anew what was computed once, if conditions, weights or LoRAs were changed since."""
-        if self.in_parts and self._depends_on() != self._prepared_from:
-            self._prepare()
-
-    def select(self, rows: slice) -> "ConditionedNetwork":
-        """The same network for some of the images; nothing is computed anew."""
-        part = copy.copy(self)
-        part.conditioning = self.conditioning.select(rows)
-        part._prepared = None if self._prepared is None else self._prepared.select(rows)
-        return part
-
-    def __call__(self, latents: Tensor, timestep: Any) -> Tensor:
-        """(B, C, h, w) -> the prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
-        given = self.conditioning
-        if given.channels is not None:
-            latents = torch.cat([latents, given.channels], dim=1)
-        with loras_at(self.lora_scale, self.network):
-            if not self.in_parts:
-                return self.network(latents, timestep, return_dict=False, **given.arguments())[0]
-            time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
-            return self.network.denoise(latents, time, self._prepared)
-
-
-class GuidedDenoiser:
-    """A conditioned network under classifier-free guidance.
-
-    Args:
-        network: ours or diffusers'.
-        conditioning: with active guidance of both, what to draw and what to keep away from.
+        conditioning: of B images; with active guidance of both, what to draw and what to keep away from.
         guidance: may be replaced between steps.
         change: what becomes of the guided prediction, such as a classifier's guidance.
-        lora_scale: how strongly the network's LoRAs act.
+        lora_scale: how strongly the network's LoRAs act; None: as they are set.
     """
 
     def __init__(
@@ -91,6 +40,7 @@ class GuidedDenoiser:
         lora_scale: float | None = None,
     ) -> None:
         self.network, self.guidance, self.change, self.lora_scale = network, guidance, change, lora_scale
+        self.in_parts = getattr(network, "works_in_parts", False) and not is_compiled_module(network)
         self.conditioning = conditioning
 
     @property
@@ -100,23 +50,35 @@ class GuidedDenoiser:
     @conditioning.setter
     def conditioning(self, value: GuidedConditioning) -> None:
         self._conditioning = value
-        self._both = ConditionedNetwork(self.network, value.joint, self.lora_scale)
-        self._select()
+        self._prepare()
 
     @property
     def joint_states(self) -> Tensor | None:
         """The text states as callbacks get them: of both sides of guidance, what to keep away from first."""
-        return self._both.conditioning.states
+        return self._both[0].states
 
-    def _select(self) -> None:
+    def _prepare(self) -> None:
+        joint, prepared = self._conditioning.joint, None
+        if self.in_parts:
+            with loras_at(self.lora_scale, self.network):
+                prepared = self.network.prepare(joint)
+        self._both = joint, prepared
+        self._prepared_from = self._depends_on()
         count = self._conditioning.positive.batch_size
         guided = self._conditioning.negative is not None and count is not None
-        self._positive = self._both.select(slice(count, None)) if guided else self._both
+        rows = slice(count if guided else 0, None)
+        self._positive = joint.select(rows), None if prepared is None else prepared.select(rows)
+
+    def _depends_on(self) -> list[Any]:
+        if not self.in_parts:
+            return []
+        versions = [version(tensor) for _, tensor in self._both[0].items()]
+        return [*versions, *weights_state(self.network.prepared_by())]
 
     def refresh(self) -> None:
-        """Take account of LoRAs or weights that were changed between steps."""
-        self._both.refresh()
-        self._select()
+        """Compute anew what was computed once, if conditions, weights or LoRAs were changed between steps."""
+        if self._depends_on() != self._prepared_from:
+            self._prepare()
 
     def __call__(self, latents: Tensor, timestep: Any, guided: bool = True) -> Tensor:
         """(B, C, h, w) -> the guided prediction, (B, C, h, w).
@@ -129,7 +91,7 @@ class GuidedDenoiser:
         """
         prediction = self._guided(latents, timestep) if guided and self.guidance.active else None
         if prediction is None:
-            prediction = self._positive(latents, timestep)
+            prediction = self._predict(*self._positive, latents, timestep)
         return prediction if self.change is None else self.change(prediction, latents, timestep)
 
     def _guided(self, latents: Tensor, timestep: Any) -> Tensor:
@@ -138,11 +100,21 @@ class GuidedDenoiser:
                 f"a guidance scale of {self.guidance.scale} needs embeddings of the negative prompt too; a callback "
                 f"that leaves them out must also set the scale to 1"
             )
-        without, with_prompt = self._both(torch.cat([latents] * 2), timestep).chunk(2)
+        without, with_prompt = self._predict(*self._both, torch.cat([latents] * 2), timestep).chunk(2)
         if with_prompt.shape[1] != 2 * latents.shape[1]:
             return self.guidance(without, with_prompt)
         (without, _), (with_prompt, variance) = without.chunk(2, dim=1), with_prompt.chunk(2, dim=1)
         return torch.cat([self.guidance(without, with_prompt), variance], dim=1)
+
+    def _predict(self, given: Conditioning, prepared: Any, latents: Tensor, timestep: Any) -> Tensor:
+        """(B, C, h, w) -> the network's prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
+        if given.channels is not None:
+            latents = torch.cat([latents, given.channels], dim=1)
+        with loras_at(self.lora_scale, self.network):
+            if not self.in_parts:
+                return self.network(latents, timestep, return_dict=False, **given.arguments())[0]
+            time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
+            return self.network.denoise(latents, time, prepared)
 
 
 def loras_at(scale: float | None, *networks: Any) -> AbstractContextManager[None]:
