@@ -6,6 +6,20 @@ from typing import Any, Self
 import torch
 
 
+def find_checkpoint(network: type, source: str | Path, allow_pickle: bool, hub: dict[str, Any]) -> Path:
+    """The file of a checkpoint; see `latentdiff.interchange.single_file.find_file`.
+
+    Raises:
+        TypeError: one of the arguments `hub` is unknown.
+    """
+    from latentdiff.interchange.single_file import HUB_OPTIONS, find_file
+
+    for name in hub:
+        if name not in HUB_OPTIONS:
+            raise TypeError(f"{network.__name__}.from_single_file: unknown argument {name!r}")
+    return find_file(source, allow_pickle, **hub)
+
+
 class SingleFileModel:
     """An autoencoder that goes from and to files with the original names of Latent Diffusion's weights."""
 
@@ -47,13 +61,10 @@ class SingleFileModel:
             TypeError: an unknown argument.
             OSError: the hub cannot be asked.
         """
-        from latentdiff.interchange.single_file import HUB_OPTIONS, Checkpoint, find_file, read_autoencoder
+        from latentdiff.interchange.single_file import Checkpoint, read_autoencoder
 
         dtype = hub.pop("torch_dtype", None) or dtype
-        for name in hub:
-            if name not in HUB_OPTIONS:
-                raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {name!r}")
-        weights = Checkpoint(find_file(source, allow_pickle, **hub), allow_pickle)
+        weights = Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)
         if ema:
             weights.use_averages("autoencoder")
         model: Self = read_autoencoder(
@@ -75,9 +86,15 @@ class SingleFileModel:
             FileExistsError: the file exists.
             ValueError: another kind of file, or an autoencoder that the original code never had.
         """
-        from latentdiff.interchange.single_file import write_autoencoder
+        from latentdiff.interchange.single_file import (
+            autoencoder_alone,
+            header_of_parts,
+            plain_config,
+            write_checkpoint,
+        )
 
-        write_autoencoder(self, file, dtype, overwrite)
+        header = header_of_parts({"vae": plain_config(self)})
+        write_checkpoint(autoencoder_alone(self), header, file, dtype, overwrite)
 
 
 class ReleasedNetwork:
@@ -119,17 +136,9 @@ class ReleasedNetwork:
             TypeError: an unknown argument.
             OSError: the hub cannot be asked.
         """
-        from latentdiff.interchange.single_file import HUB_OPTIONS, AdmCheckpoint, find_file, read_adm
+        from latentdiff.interchange.single_file import AdmCheckpoint, read_adm
 
-        for name in hub:
-            if name not in HUB_OPTIONS:
-                raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {name!r}")
-        weights = AdmCheckpoint(
-            find_file(source, allow_pickle, **hub),
-            allow_pickle,
-            head_channels=head_channels,
-            heads=heads,
-            heads_first=heads_first,
-        )
+        file = find_checkpoint(cls, source, allow_pickle, hub)
+        weights = AdmCheckpoint(file, allow_pickle, head_channels, heads, heads_first)
         network: Self = read_adm(weights, cls, dtype, {} if sample_size is None else {"sample_size": sample_size})
         return network

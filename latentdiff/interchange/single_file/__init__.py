@@ -32,6 +32,5 @@ from latentdiff.interchange.single_file.writing import (
     original_text_encoder,
     original_unet,
     plain_config,
-    write_autoencoder,
     write_checkpoint,
 )

@@ -180,15 +180,16 @@ def read_autoencoder(
     if not weights.has_vae:
         check_checkpoint(weights)
         raise ValueError(f"{weights.file} has no autoencoder")
-    changes = {"sample_size": sample_size, "scaling_factor": scaling_factor}
+    given = {"sample_size": sample_size, "scaling_factor": scaling_factor}
+    given = {key: value for key, value in given.items() if value is not None}
     if original_config is not None:
-        said = autoencoder_settings(Path(original_config).expanduser())
-        changes = {key: said.get(key) if value is None else value for key, value in changes.items()}
-    given = {key: value for key, value in changes.items() if value is not None}
+        given = autoencoder_settings(Path(original_config).expanduser()) | given
     if "vae" in weights.header:
         return build_autoencoder(weights, dtype, given, kinds)
-    vae = build_autoencoder(weights, dtype, {**usual_autoencoder(weights), **given}, kinds)
-    if "scaling_factor" not in given and is_unusual(weights, vae.config):
+    vae = build_autoencoder(weights, dtype, usual_autoencoder(weights) | given, kinds)
+    shape = (vae.config["latent_channels"], len(vae.config["block_out_channels"]))
+    is_known = "num_vq_embeddings" in vae.config or measured_scale(weights) is not None or weights.has_unet
+    if "scaling_factor" not in given and not is_known and shape != (4, 4):  # not a Gaussian of Stable Diffusion's
         logger.warning(
             "%s does not say how its latents are scaled; scaling_factor=%g is assumed. It matters only to a denoiser: "
             "give scaling_factor= (--scaling-factor) as the one was trained with",
@@ -201,17 +202,9 @@ def usual_autoencoder(weights: Checkpoint) -> Config:
     """Default settings that the weights do not contain, for an autoencoder alone or in a whole model."""
     assumed, size = assumed_settings(weights), TRAINED_ON
     if weights.has_unet:
-        levels = len(vae_config(weights)["block_out_channels"])
-        size = (assumed.sample_size or 64) * 2 ** (levels - 1)
+        size = (assumed.sample_size or 64) * 2 ** (len(vae_config(weights)["block_out_channels"]) - 1)
     is_xl = any(name.startswith("conditioner.") for name in weights)
     return {"sample_size": size, "scaling_factor": XL_SCALE if is_xl else assumed.scaling_factor}
-
-
-def is_unusual(weights: Checkpoint, config: Any) -> bool:
-    """Whether the scale of a Gaussian's latents is unknown: not in the file, and not of Stable Diffusion's shape."""
-    if "num_vq_embeddings" in config or measured_scale(weights) is not None or weights.has_unet:
-        return False
-    return (config["latent_channels"], len(config["block_out_channels"])) != (4, 4)
 
 
 def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:

@@ -91,11 +91,6 @@ def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
     return {name.removeprefix(VAE): tensor for name, tensor in original_autoencoder(vae).items()}
 
 
-def write_autoencoder(vae: Any, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
-    """Write an autoencoder under its original names; see `SingleFileModel.save_single_file`."""
-    write_checkpoint(autoencoder_alone(vae), header_of_parts({"vae": plain_config(vae)}), file, dtype, overwrite)
-
-
 def header_of_parts(configs: Mapping[str, Any]) -> dict[str, str]:
     """A file's header with the configs of its components, and what other programs must know to sample from it."""
     predicts = SPEC_NAMES.get(configs.get("scheduler", {}).get("prediction_type"))
