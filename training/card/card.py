@@ -28,7 +28,10 @@ MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
 MODEL, EVALUATION = "model", "evaluation"
 # In a card of settings the names of these say something; where they lay says too much.
 PATHS = frozenset(
-    {"data", "output", "autoencoder", "text_encoder", "model", "manifest", "cache_dir", "perceptual_network"}
+    (
+        *("data", "picture_folder", "output", "autoencoder", "text_encoder", "model", "manifest"),
+        *("cache_dir", "perceptual_network"),
+    )
 )
 NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
 

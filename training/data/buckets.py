@@ -59,6 +59,6 @@ def assign_buckets(
 
 def _size(picture: CaptionedPicture) -> Size:
     try:
-        return decode(picture.read()).image.size
+        return decode(picture.read(), picture.name).image.size
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: cannot be read as a picture ({error})") from error

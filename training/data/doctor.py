@@ -10,10 +10,11 @@ from typing import Any
 
 from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
 from latentdiff.training.data.captions import MANY_WORDS, printable, shorten
+from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.duplicates import near_groups
 from latentdiff.training.data.load import read_source
 from latentdiff.training.data.pictures import CaptionedPicture
-from latentdiff.training.data.source import PICTURE_SUFFIXES, Finding, NoPicturesError, Source, Wanted
+from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted, normal
 from latentdiff.training.data.survey import (
     NAMED,
     Entry,
@@ -23,7 +24,7 @@ from latentdiff.training.data.survey import (
     survey,
     write_manifest,
 )
-from latentdiff.training.data.tables import metadata_of, read_rows
+from latentdiff.training.data.tables import read_rows
 from latentdiff.training.settings import DoctorSettings
 
 ENORMOUS = 25_000_000  # pixels: takes long to read each time
@@ -194,7 +195,7 @@ def examine_source(
     usable = [entry for entry in entries if not entry.reason]
     warnings = [Finding(source.key(f.name), f.reason) for f in source.warnings]
     warnings += [Finding(entry.name, text) for entry in usable for text in entry.warnings]
-    warnings += _unlisted(settings, source)
+    warnings += _unlisted(source)
     report = DataReport(good, usable, refused, warnings, settings.resolution, step, tokens)
     if manifest is not None:
         rows = _choices(entries, known, report, drop_duplicates)
@@ -212,28 +213,28 @@ def _both_splits(settings: DoctorSettings) -> Source:
             return source
         listed = {picture.name for picture in source.pictures}
         source.pictures += [picture for picture in held_out.pictures if picture.name not in listed]
-        source.refused += held_out.refused
+        source.refused += [finding for finding in held_out.refused if finding not in source.refused]
+        source.tables = list(dict.fromkeys([*source.tables, *held_out.tables]))
         source.warnings += [finding for finding in held_out.warnings if finding not in source.warnings]
     return source
 
 
-def _unlisted(settings: DoctorSettings, source: Source) -> list[Finding]:
-    """Pictures that lie in the folder, but not in its table."""
-    folder = Path(settings.data).expanduser()
-    table = metadata_of(folder) if folder.is_dir() else None
-    if table is None:
-        return []
-    root = str(folder.resolve())
-    rows = (row.values for row in read_rows(table, ["file_name"]) if isinstance(row.values, dict))
-    listed = {os.path.normpath(os.path.join(root, str(values.get("file_name")))) for values in rows}
-    found = []
-    for parent, _, names in os.walk(root):
-        paths = (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
-        pictures = (path for path in paths if os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
-        found += [
-            Finding(source.key(p), f"is in the folder, but not in {table.name}") for p in pictures if p not in listed
-        ]
-    return found
+def _unlisted(source: Source) -> list[Finding]:
+    """Pictures that lie in folders with tables, but in no table."""
+    listed: set[str] = set()
+    for table in source.tables:
+        rows = (row.values for row in read_rows(table, ["file_name"]) if isinstance(row.values, dict))
+        paths = (os.path.join(table.parent, str(values.get("file_name"))) for values in rows)
+        listed.update(normal(os.path.normpath(path.replace("\\", os.sep))) for path in paths)
+    found: dict[str, Finding] = {}
+    for table in source.tables:
+        for parent, _, names in os.walk(table.parent):
+            for name in sorted(names):
+                path = os.path.join(parent, name)
+                plain = normal(path.replace("\\", os.sep))
+                if is_picture(name) and not name.startswith(".") and plain not in listed and path not in found:
+                    found[path] = Finding(source.key(path), f"is in the folder, but not in {table.name}")
+    return list(found.values())
 
 
 def _choices(entries: list[Entry], known: dict[str, Entry], report: DataReport, drop_duplicates: bool) -> list[Entry]:

@@ -1,123 +1,190 @@
-"""Pictures in a folder: listed by a metadata file, or each with its caption in a text file beside it."""
+"""Pictures in a folder: its splits, its tables, and captions in text files beside the pictures."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.training.data.captions import LONGEST, decode_text, shorten
+from latentdiff.training.data.decode import is_picture, why_unreadable
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.source import (
     CAPTION_SUFFIXES,
-    PICTURE_SUFFIXES,
+    SPLITS,
     TRAIN,
-    NoPicturesError,
     Source,
     Wanted,
     inside,
+    normal,
+    same_split,
 )
-from latentdiff.training.data.tables import metadata_of
+from latentdiff.training.data.tables import Listing, metadata_of
 
-SPLITS = {TRAIN, "validation", "valid", "val", "dev", "test"}
+DEEPEST = 100  # folders within folders
+Splits = dict[Path, str]  # folders or files, and which split they are
 
 
-def split_folder(folder: Path, split: str) -> Path:
-    """The folder within `folder` that is named like the split, where there is one and the folder has no table.
+def read_folder(folder: Path, wanted: Wanted) -> Source:
+    """The pictures below `folder`.
+
+    Where a folder has a metadata file, the pictures in it and below it are those that the file lists, and those that
+    metadata files further below list. Elsewhere each has its caption in a ``.txt`` or ``.caption`` file beside it;
+    without one, its class is the name of the folder that it is in, as in the `datasets` library's ImageFolder.
 
     Raises:
-        NoPicturesError: `folder` knows no splits, and another than "train" is asked for.
-    """
-    if metadata_of(folder) is not None:
-        return folder
-    if split in _splits(folder):
-        return folder / split
-    if split != TRAIN:
-        raise NoPicturesError(f"{folder}: no pictures of split {split!r}; it has neither a table nor such a folder")
-    return folder
-
-
-def _splits(folder: Path) -> set[str]:
-    """The folders of `folder` that are splits by their names; none where others stand beside them."""
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    folders = {path.name for path in entries if path.is_dir()}
-    if not folders <= SPLITS:
-        return set()
-    if any(path.suffix.lower() in PICTURE_SUFFIXES for path in entries if path.name not in folders):
-        folders -= {TRAIN}  # what lies beside is the training data
-    return folders
-
-
-def read_beside(folder: Path, wanted: Wanted, whole: Path | None = None) -> Source:
-    """The pictures below `folder`, each with its caption in a ``.txt`` or ``.caption`` file beside it.
-
-    Without one, its class is the name of the folder that it is in, as in the `datasets` library's ImageFolder.
-
-    Args:
-        whole: the folder that `folder` is one split of.
+        ValueError: a metadata file cannot be read as a whole, or no row of it has a file name, or a caption where one
+            is needed.
     """
     root = folder.resolve()
-    source = Source(f"{(whole or folder).resolve()}{os.sep}")
-    held_out = {"validation"} if wanted.split == TRAIN and whole in (None, folder) else set()
-    for entry in _walk(root, source, held_out):
-        if source.is_full(wanted):
-            break
+    reader = _FolderReader(root, wanted)
+    reader.visit(root, listed=False)
+    return reader.source
+
+
+def split_folders(root: Path) -> Splits:
+    """The folders that are splits by their names, in `root` or in the only folder that it has.
+
+    Only if all folders there are, or they would be kinds of things; but "validation" is a split beside any others.
+    """
+    while True:
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        folders = [entry.name for entry in entries if _is_folder(entry)]
+        if folders and all(name.lower() in SPLITS for name in folders):
+            return {root / name: same_split(name) for name in folders}
+        if "validation" in folders:
+            return {root / "validation": "validation"}
+        if len(folders) != 1 or any(is_picture(entry.name) for entry in entries) or metadata_of(root) is not None:
+            return {}
+        root = root / folders[0]
+
+
+def split_in_name(name: str) -> str:
+    """The split that a file's name speaks of, as in ``val-0001.tar``."""
+    return next((SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), TRAIN)
+
+
+def wanted_part(splits: Splits, wanted: Wanted, others: bool) -> Splits:
+    """`splits`, if any of them is "train" or it is not wanted: otherwise their names say nothing.
+
+    Args:
+        others: whether there is something besides that is of no split, and so of "train".
+    """
+    if others or TRAIN in splits.values() or not wanted.has_split(TRAIN):
+        return splits
+    return {place: split for place, split in splits.items() if place.name == "validation"}
+
+
+class _FolderReader:
+    def __init__(self, root: Path, wanted: Wanted) -> None:
+        self.root, self.wanted = root, wanted
+        self.source = Source(f"{root}{os.sep}")
+        found = split_folders(root)
+        parents = {place.parent for place in found}
+        beside = (name for parent in parents for name in os.listdir(parent) if parent / name not in found)
+        others = any(is_picture(name) for name in beside) or metadata_of(root) is not None
+        self.splits = wanted_part(found, wanted, others)
+        self.followed: set[Path] = set()  # where links to folders lead, each once
+        self.listing = Listing(self.source, root, wanted, self.split_of)
+
+    def split_of(self, place: Path) -> str:
+        return next((split for folder, split in self.splits.items() if place.is_relative_to(folder)), TRAIN)
+
+    def visit(self, folder: Path, listed: bool) -> None:
+        """Add the pictures in `folder` and below. Files are taken in order of their names, hidden ones are left out.
+
+        Args:
+            listed: whether a table above lists what is here.
+        """
         try:
-            path = inside(root, str(entry.relative_to(root)))
-            caption = _caption_beside(root, path, wanted)
-            source.pictures.append(CaptionedPicture(str(path), FileReader(str(path)), caption))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            return self.source.refuse(str(folder), f"cannot be read ({error.strerror})")
+        table = metadata_of(folder)
+        if table is not None:
+            self.listing.read(table)
+        listed = listed or table is not None
+        alike: dict[str, list[str]] = defaultdict(list)  # files that differ in their suffix only
+        for entry in entries if not listed else ():
+            alike[normal(Path(entry.name).stem)].append(entry.name)
+        for entry in entries:
+            if self.source.is_full(self.wanted):
+                return None
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                if not listed and is_picture(entry.name):
+                    self.source.refuse(entry.path, "is a folder, not a picture")
+                self._descend(Path(entry.path), entry.is_symlink(), listed)
+            elif not listed and is_picture(entry.name):
+                self._add(Path(entry.path), alike[normal(Path(entry.name).stem)])
+
+    def _descend(self, folder: Path, is_link: bool, listed: bool) -> None:
+        if is_link:
+            target = folder.resolve()
+            allowed = any(target.is_relative_to(one) for one in self.listing.allowed[1:])
+            if not allowed or target in self.followed or self.root.is_relative_to(target):
+                if not listed:
+                    reason = "is a link to a folder, and is not followed; picture_folder=FOLDER allows where it leads"
+                    self.source.warn(str(folder), reason)
+                return
+            self.followed.add(target)
+        if len(folder.parts) - len(self.root.parts) > DEEPEST:
+            self.source.warn(str(folder), f"is not looked into: it is more than {DEEPEST} folders deep")
+        else:
+            self.visit(folder, listed)
+
+    def _add(self, picture: Path, alike: Sequence[str]) -> None:
+        """alike: the files beside it with the same name but for the suffix, in order."""
+        split = self.split_of(picture)
+        if not self.wanted.has_split(split):
+            self.source.splits.add(split)
+            return
+        by_suffix = {Path(name).suffix.lower(): name for name in alike}
+        beside = next((by_suffix[suffix] for suffix in CAPTION_SUFFIXES if suffix in by_suffix), None)
+        if why := why_unreadable(picture.name):
+            if any(is_picture(name) and not why_unreadable(name) for name in alike):
+                return  # such as a raw picture beside the one that was made of it
+            if beside is None and not self.wanted.may_lack_captions:
+                self.source.warn(str(picture), why)
+            else:
+                self.source.refuse(str(picture), why)
+            return
+        try:
+            path = inside(self.root, str(picture.relative_to(self.root)), self.listing.allowed)
+            caption = self._caption(path, beside)
+            self.source.pictures.append(CaptionedPicture(str(path), FileReader(str(path)), caption))
         except ValueError as error:
-            source.refuse(str(entry), error)
-    return source
+            self.source.refuse(str(picture), error)
+
+    def _caption(self, picture: Path, beside: str | None) -> tuple[str, ...]:
+        wanted, folder = self.wanted, picture.parent
+        if beside is not None and wanted.condition != "none":
+            return self._read_caption(folder / beside)
+        if wanted.condition == "class" and folder != self.root and folder not in self.splits:
+            return wanted.captions(folder.name)
+        if not wanted.may_lack_captions:
+            file = shorten(picture.with_suffix(".txt").name)
+            lacks = "no class; lay it into a folder named like it," if wanted.condition == "class" else "no caption;"
+            raise ValueError(f"{lacks} write one into {file} beside it, or a metadata.jsonl for the folder")
+        return wanted.captions(None)
+
+    def _read_caption(self, file: Path) -> tuple[str, ...]:
+        name = shorten(file.name)
+        path = inside(self.root, str(file.relative_to(self.root)), self.listing.allowed)
+        try:
+            if path.stat().st_size > 4 * LONGEST + 4:  # a character takes at most four bytes
+                size = f"{path.stat().st_size:,} bytes"
+                raise ValueError(f"a caption of {size}; at most {LONGEST:,} characters are taken")
+            return self.wanted.captions(decode_text(path.read_bytes()).strip(), name)
+        except OSError as error:
+            raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
-def _walk(folder: Path, source: Source, leave_out: set[str]) -> Iterator[Path]:
-    """Files with a picture's suffix, in order of their names; hidden ones are left out, links to folders named."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        path = Path(entry.path)
-        if entry.name.startswith(".") or entry.name in leave_out:
-            continue
-        is_picture = path.suffix.lower() in PICTURE_SUFFIXES
-        if _is_folder(entry):
-            if is_picture:
-                source.refuse(entry.path, "is a folder, not a picture")
-            elif entry.is_symlink():
-                source.warn(entry.path, "is a link to a folder, and is not followed")
-            if not entry.is_symlink():
-                yield from _walk(path, source, set())
-        elif is_picture:
-            yield path
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
     except OSError:  # links that lead in a circle
         return False
-
-
-def _caption_beside(root: Path, picture: Path, wanted: Wanted) -> tuple[str, ...]:
-    if wanted.condition == "none":
-        return wanted.captions(None)
-    for suffix in CAPTION_SUFFIXES:
-        file = picture.with_suffix(suffix)
-        if os.path.lexists(file):
-            return _read_caption(root, file, wanted)
-    if wanted.condition == "class" and picture.parent != root:
-        return wanted.captions(picture.parent.name)
-    if wanted.caption is None:
-        file = picture.with_suffix(".txt")
-        lacks = "no class; lay it into a folder named like it," if wanted.condition == "class" else "no caption;"
-        raise ValueError(f"{lacks} write one into {shorten(file.name)} beside it, or a metadata.jsonl for the folder")
-    return wanted.captions(None)
-
-
-def _read_caption(root: Path, file: Path, wanted: Wanted) -> tuple[str, ...]:
-    name = shorten(file.name)
-    path = inside(root, str(file.relative_to(root)))
-    try:
-        if path.stat().st_size > 4 * LONGEST + 4:  # a character takes at most four bytes
-            raise ValueError(f"a caption of {path.stat().st_size:,} bytes; at most {LONGEST:,} characters are taken")
-        return wanted.captions(decode_text(path.read_bytes()).strip(), name)
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

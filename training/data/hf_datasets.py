@@ -3,48 +3,69 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentdiff.training.data.captions import check_weight, shorten
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
-from latentdiff.training.data.source import NoPicturesError, Source, Wanted
+from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted, inside, same_split
 
 COPY_COLUMNS = ("image", "row")  # of a stream's copy: the encoded picture, and the other columns as JSON
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """The encoded picture in a row of a `datasets.Dataset` whose only column is the picture, not decoded."""
+    """The encoded picture in a row of a `datasets.Dataset` whose only column is the picture, not decoded.
+
+    Args:
+        folders: a path in the row is relative to the first, and must lead into one of them; none: to any file here.
+    """
 
     dataset: Any
     column: str
     index: int
+    folders: tuple[Path, ...] = ()
 
     def __call__(self) -> bytes:
         found = self.dataset[self.index][self.column]
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or (found.get("bytes") is None and not found.get("path")):
             raise ValueError("there is no picture in this row")
         if found.get("bytes") is not None:
             return bytes(found["bytes"])
-        if not found.get("path"):
-            raise ValueError("there is no picture in this row")
-        return FileReader(found["path"])()
+        return _read_path(str(found["path"]), self.folders)
+
+
+def _read_path(path: str, folders: Sequence[Path]) -> bytes:
+    """The bytes of the picture file that a row names. Raises ValueError if it lies elsewhere, or is no file."""
+    if "://" in path:
+        raise ValueError(f"{shorten(path, 200)}: pictures are read from the disk only; download them first")
+    return FileReader(str(inside(folders[0], path, folders)) if folders else path)()
 
 
 def read_dataset(source: str, wanted: Wanted) -> Source:
     """The pictures of a folder written by ``save_to_disk``, or of what ``load_dataset`` finds under a name.
+
+    Paths in its rows must lead into the folder, into the caches of `datasets` and the hub if it is no folder, or into
+    ``wanted.picture_folder``.
 
     Raises:
         NoPicturesError: it has no such split.
         FileNotFoundError: there is no such dataset, or it cannot be reached.
         ValueError: it lacks a column.
     """
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     name = f"{source} ({wanted.split})"
-    loaded = _copy_of_stream(source, wanted) if wanted.streaming else _load(source, wanted.split, streaming=False)
-    found = from_rows(loaded, name, wanted)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    folders = wanted.allowed(Path(source)) if Path(source).is_dir() else wanted.allowed(*map(Path, caches))
+    if wanted.streaming:
+        loaded = _copy_of_stream(source, wanted, folders)
+    else:
+        loaded = _load(source, wanted.split, streaming=False)
+    found = from_rows(loaded, name, wanted, folders)
     found.prefix = f"{source} "
     return found
 
@@ -56,32 +77,39 @@ def _load(source: str, split: str, streaming: bool) -> Any:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _split_of(datasets.load_from_disk(source), source, split)
     try:
-        return datasets.load_dataset(source, split=split, streaming=streaming)
+        try:
+            return datasets.load_dataset(source, split=split, streaming=streaming)
+        except ValueError as error:
+            if "split" not in str(error).lower():
+                raise
+            return _split_of(datasets.load_dataset(source, streaming=streaming), source, split)
     except (FileNotFoundError, ConnectionError) as error:
+        if isinstance(error, NoPicturesError):
+            raise
         raise FileNotFoundError(
             f"{source}: no such folder here, and no dataset of that name could be loaded ({error})"
         ) from error
-    except ValueError as error:
-        if "split" in str(error).lower():
-            raise NoPicturesError(f"{source}: no split {split!r} ({shorten(str(error), 300)})") from error
-        raise
 
 
 def _split_of(loaded: Any, source: str, split: str) -> Any:
-    import datasets
-
-    if isinstance(loaded, datasets.DatasetDict | datasets.IterableDatasetDict):
-        if split not in loaded:
+    if isinstance(loaded, dict):
+        found = next(
+            (name for name in (split, *loaded) if name in loaded and same_split(name) == same_split(split)), None
+        )
+        if found is None:
             raise NoPicturesError(f"{source}: no split {split!r}; it has {', '.join(map(str, loaded))}")
-        return loaded[split]
-    own = str(loaded.split or "train")
-    if split != "train" and own != split:
+        return loaded[found]
+    own = str(loaded.split or TRAIN)
+    if split != TRAIN and same_split(own) != same_split(split):
         raise NoPicturesError(f"{source}: no split {split!r}; it has {own}")
     return loaded
 
 
-def from_rows(dataset: Any, name: str, wanted: Wanted) -> Source:
+def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...] = ()) -> Source:
     """The pictures of a `datasets.Dataset` (or dictionary of them), or of an `IterableDataset` by way of a copy.
+
+    Args:
+        folders: see `RowReader`.
 
     Raises:
         NoPicturesError: a dictionary of datasets has no such split.
@@ -91,7 +119,7 @@ def from_rows(dataset: Any, name: str, wanted: Wanted) -> Source:
 
     dataset = _split_of(dataset, name, wanted.split) if isinstance(dataset, dict) else dataset
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = _copy(dataset, [name, repr(dataset)], wanted, reuse=False)
+        dataset = _copy(dataset, [name, repr(dataset)], wanted, folders, reuse=False)
     source = Source(prefix="")
     rows: Iterator[dict[str, Any]]
     if tuple(dataset.column_names) == COPY_COLUMNS and dataset.features["row"].dtype == "string":
@@ -104,8 +132,10 @@ def from_rows(dataset: Any, name: str, wanted: Wanted) -> Source:
             break
         where = f"{name}[{index}]"
         try:
+            if "refused" in row:
+                raise ValueError(row["refused"])
             captions = wanted.captions(row.get(wanted.caption_column))
-            reader = RowReader(images, column, index)
+            reader = RowReader(images, column, index, folders)
             source.pictures.append(CaptionedPicture(where, reader, captions, check_weight(row.get("weight"))))
         except ValueError as error:
             source.refuse(where, error)
@@ -144,7 +174,7 @@ def _check_columns(have: list[str], name: str, wanted: Wanted) -> None:
             raise ValueError(f"{name}: no column {column!r}; it has {', '.join(have)}")
 
 
-def _copy_of_stream(source: str, wanted: Wanted) -> Any:
+def _copy_of_stream(source: str, wanted: Wanted, folders: tuple[Path, ...]) -> Any:
     """A stream by name as a dataset on the disk. What was copied before is used again, unless local files changed."""
     parts = [source, wanted.split]
     if Path(source).is_dir():
@@ -153,19 +183,19 @@ def _copy_of_stream(source: str, wanted: Wanted) -> Any:
     stream = _load(source, wanted.split, streaming=True)
     if not hasattr(stream, "_ex_iterable"):  # a folder written by save_to_disk has random access already
         return stream
-    return _copy(stream, parts, wanted, reuse=True)
+    return _copy(stream, parts, wanted, folders, reuse=True)
 
 
-def _copy(stream: Any, parts: list[str], wanted: Wanted, reuse: bool) -> Any:
+def _copy(stream: Any, parts: list[str], wanted: Wanted, folders: tuple[Path, ...], reuse: bool) -> Any:
     """Read a stream to its end, or as far as asked; `datasets` writes the copy whole or not at all."""
     import datasets
 
-    parts = [*parts, wanted.image_column, wanted.caption_column, str(wanted.max_pictures)]
+    parts = [*parts, *map(str, folders), wanted.image_column, wanted.caption_column, str(wanted.max_pictures)]
     key = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     features = datasets.Features({"image": datasets.Image(decode=False), "row": datasets.Value("string")})
     folder = None if wanted.cache_dir is None else str(wanted.cache_dir)
     more: dict[str, Any] = {"fingerprint": key} if reuse else {}
-    given = {"stream": stream, "name": parts[0], "wanted": wanted}
+    given = {"stream": stream, "name": parts[0], "wanted": wanted, "folders": folders}
     try:
         return datasets.Dataset.from_generator(
             stream_rows, features=features, cache_dir=folder, gen_kwargs=given, **more
@@ -175,8 +205,8 @@ def _copy(stream: Any, parts: list[str], wanted: Wanted, reuse: bool) -> Any:
         raise ValueError(f"{parts[0]}: the stream could not be read to its end ({cause})") from error
 
 
-def stream_rows(stream: Any, name: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
-    """The rows of a stream as its copy keeps them, pictures as they are encoded."""
+def stream_rows(stream: Any, name: str, wanted: Wanted, folders: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a stream as its copy keeps them, pictures as they are encoded, or why one cannot be had."""
     import datasets
 
     if stream.column_names is None:
@@ -187,17 +217,23 @@ def stream_rows(stream: Any, name: str, wanted: Wanted) -> Iterator[dict[str, An
     for row in itertools.islice(stream, wanted.max_pictures):
         row = _named(row, names, wanted)
         rest = {column: row.get(column) for column in (wanted.caption_column, "weight")}
-        yield {"image": _fetched(row[wanted.image_column]), "row": json.dumps(rest, default=str)}
+        image = row[wanted.image_column]
+        if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+            try:
+                image = {"bytes": _fetched(str(image["path"]), name, folders), "path": None}
+            except (OSError, ValueError) as error:
+                rest["refused"] = str(error)
+                image = None
+        kept = image if isinstance(image, dict) else {"bytes": b"", "path": None}
+        yield {"image": kept, "row": json.dumps(rest, default=str)}
 
 
-def _fetched(image: Any) -> dict[str, Any]:
-    """An encoded picture with its bytes, read from where the stream says they are; empty if they cannot be read."""
-    if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
-        return image if isinstance(image, dict) else {"bytes": b"", "path": None}
+def _fetched(path: str, name: str, folders: tuple[Path, ...]) -> bytes:
+    """The picture that a streamed row names: one of the same dataset on the hub, or see `_read_path`."""
+    inner, _, outer = path.rpartition("::")  # of a picture in an archive: zip://1.png::hf://...
+    if not outer.startswith(f"hf://datasets/{name}@") or "://" in inner.removeprefix("zip://"):
+        return _read_path(path, folders)
     from datasets.utils.file_utils import xopen
 
-    try:
-        with xopen(image["path"], "rb") as file:
-            return {"bytes": file.read(), "path": image["path"]}
-    except OSError:
-        return {"bytes": b"", "path": image["path"]}
+    with xopen(path, "rb") as file:
+        return bytes(file.read())

@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.data.folder import read_beside, split_folder
+from latentdiff.training.data.folder import read_folder
 from latentdiff.training.data.pictures import CaptionedPicture
-from latentdiff.training.data.shards import find_shards, read_shards
-from latentdiff.training.data.source import NoPicturesError, Source, Wanted
+from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
+from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.survey import leave_out, log_findings, read_manifest, sound_pictures
-from latentdiff.training.data.tables import metadata_of, read_metadata
 from latentdiff.training.settings import Condition, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,9 @@ def load_pictures(source: str, split: str = "train", **options: Any) -> list[Cap
               ``shards/{000..099}.tar``;
             - a folder written by ``datasets.save_to_disk``, or a name for ``datasets.load_dataset``.
 
-            A folder may instead have one folder for each split, named like it.
+            A folder may have folders for its splits (``train``, ``validation`` or ``val``, ``test``), each with tables,
+            text files or shards of its own, and a table in every folder. Files of shards and datasets may say their
+            split in their names. Pictures of tables and datasets must lie in the folder, or in ``picture_folder``.
         split: rows and folders without a split are of "train".
         options: further fields of `Wanted`.
 
@@ -91,23 +92,26 @@ def _read(source: str, wanted: Wanted) -> Source:
 
 
 def _read_folder(folder: Path, wanted: Wanted) -> Source:
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+    saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    found = None if saved else find_folder_shards(folder, wanted) or read_folder(folder, wanted)
+    if found is None or (not found.pictures and not found.tables and _holds_dataset(folder)):
         from latentdiff.training.data.hf_datasets import read_dataset
 
-        return read_dataset(str(folder), wanted)
-    whole, folder = folder, split_folder(folder, wanted.split)
-    metadata = metadata_of(folder)
-    if metadata is not None:
-        return read_metadata(folder, metadata, wanted, whole)
-    shards = find_shards(str(folder))
-    if shards:
-        return read_shards(shards, wanted, whole)
-    found = read_beside(folder, wanted, whole)
-    if not found.pictures and not found.refused and any(folder.rglob("*.parquet")):
-        from latentdiff.training.data.hf_datasets import read_dataset
+        try:
+            return read_dataset(str(folder), wanted)
+        except ValueError:
+            if found is None or not found.refused:
+                raise
+    if found.pictures or found.refused or not (found.splits or wanted.split != TRAIN):
+        return found
+    splits = ", ".join(sorted(found.splits)) or "none"
+    what = f"{found.tables[0]}: no rows" if len(found.tables) == 1 else f"{folder}: no pictures"
+    raise NoPicturesError(f"{what} of split {wanted.split!r}; its splits: {splits}")
 
-        return read_dataset(str(folder), wanted)
-    return found
+
+def _holds_dataset(folder: Path) -> bool:
+    """Whether there are files with pictures in them that the `datasets` library reads."""
+    return any(True for suffix in ("parquet", "arrow") for _ in folder.rglob(f"*.{suffix}"))
 
 
 def prepare_pictures(

@@ -124,7 +124,7 @@ def read_pixels(
         ValueError: the picture cannot be read; the message names it.
     """
     try:
-        image = decode(picture.read()).image
+        image = decode(picture.read(), picture.name).image
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: cannot be read as a picture ({error}); repair or remove it") from error
     scale = min(image.width / width, image.height / height)

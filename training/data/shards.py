@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, printable
+from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, shorten
+from latentdiff.training.data.decode import PICTURE_SUFFIXES, why_unreadable
+from latentdiff.training.data.folder import Splits, split_folders, split_in_name, wanted_part
 from latentdiff.training.data.pictures import CaptionedPicture, PartReader
-from latentdiff.training.data.source import CAPTION_SUFFIXES, PICTURE_SUFFIXES, NoPicturesError, Source, Wanted
-from latentdiff.training.data.tables import json_object
+from latentdiff.training.data.source import CAPTION_SUFFIXES, TRAIN, NoPicturesError, Source, Wanted
+from latentdiff.training.data.tables import json_object, metadata_of
 
+LONGEST_NAME = 1_000  # characters of an entry's name with its folders
 MOST_JSON = 2**22  # bytes of a sample's .json
 Parts = dict[str, tarfile.TarInfo]
 
@@ -54,20 +57,39 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(pattern[: brace.start()] + part + pattern[brace.end() :])
 
 
-def read_shards(shards: list[Path], wanted: Wanted, whole: Path | None = None) -> Source:
+def find_folder_shards(folder: Path, wanted: Wanted) -> Source | None:
+    """The pictures in the shards of a folder, or of its folders for splits; None: it has no shards.
+
+    Raises:
+        NoPicturesError: they are of other splits than the one that is wanted.
+    """
+    found: list[Path] = []
+    splits = split_folders(folder)
+    for place in (folder, *sorted(splits)):
+        if metadata_of(place) is None:
+            found += find_shards(str(place))
+    return read_shards(found, wanted, folder, splits) if found else None
+
+
+def read_shards(shards: list[Path], wanted: Wanted, whole: Path | None = None, splits: Splits | None = None) -> Source:
     """The pictures in tar files. Each file is walked through once; a picture is then read from its own place.
 
     Args:
-        whole: the folder they are in, or that their folder is one split of.
+        whole: the folder that they are in, they or the folders for their splits.
+        splits: these folders; shards elsewhere may say their split in their names.
 
     Raises:
-        NoPicturesError: another split than "train" is asked for, and they are not in a folder of that name.
+        NoPicturesError: they are of other splits than the one that is wanted.
     """
-    parent = shards[0].parent
-    if wanted.split != "train" and whole in (None, parent):
-        raise NoPicturesError(f"{parent}: no pictures of split {wanted.split!r}; shards know no splits")
-    source = Source(f"{(whole or parent).resolve()}{os.sep}")
-    for shard in shards:
+    parent = whole or shards[0].parent
+    split_of = {shard: (splits or {}).get(shard.parent) or split_in_name(shard.name) for shard in shards}
+    split_of = dict.fromkeys(shards, TRAIN) | wanted_part(split_of, wanted, others=False)
+    chosen = [shard for shard in shards if wanted.has_split(split_of[shard])]
+    if not chosen:
+        others = ", ".join(sorted(set(split_of.values())))
+        raise NoPicturesError(f"{parent}: no pictures of split {wanted.split!r}; its shards are of {others}")
+    source = Source(f"{parent.resolve()}{os.sep}")
+    for shard in chosen:
         _read_shard(shard.resolve(), wanted, source)
         if source.is_full(wanted):
             break
@@ -92,23 +114,32 @@ def _read_shard(shard: Path, wanted: Wanted, source: Source) -> None:
 def _samples(archive: tarfile.TarFile, shard: Path, source: Source) -> dict[str, Parts]:
     """What belongs together: {key: {suffix: entry}}, in the order of the file."""
     samples: dict[str, Parts] = {}
+    too_long = 0
     try:
         for member in archive:
             folder, _, base = member.name.rpartition("/")
             key, _, suffix = base.partition(".")
-            if member.isreg() and key and not member.issparse():
+            if len(member.name) > LONGEST_NAME:
+                too_long += 1
+            elif member.isreg() and key and not member.issparse():
                 samples.setdefault(f"{folder}/{key}" if folder else key, {})[f".{suffix.lower()}"] = member
             elif not member.isdir() and key:
                 source.warn(f"{shard}/{member.name}", "is no plain file, and is not used")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         source.refuse(str(shard), f"is cut off or damaged after {len(samples)} samples ({error})")
+    if too_long:
+        source.refuse(str(shard), f"has {too_long} entries with names of more than {LONGEST_NAME:,} characters")
     return samples
 
 
 def _sample(archive: tarfile.TarFile, shard: Path, parts: Parts, wanted: Wanted) -> CaptionedPicture:
-    picture = next((parts[suffix] for suffix in parts if suffix in PICTURE_SUFFIXES), None)
-    if picture is None:
-        raise ValueError(f"no picture, only {', '.join(map(printable, parts))}")
+    pictures = [suffix for suffix in parts if suffix in PICTURE_SUFFIXES]
+    if not pictures:
+        raise ValueError(f"no picture, only {shorten(', '.join(parts), 200)}")
+    readable = [suffix for suffix in pictures if why_unreadable(f"x{suffix}") is None]
+    if not readable:
+        raise ValueError(why_unreadable(f"x{pictures[0]}"))
+    picture = parts[readable[0]]
     if picture.offset_data + picture.size > shard.stat().st_size:
         raise ValueError("the picture is cut off")
     reader = PartReader(str(shard), picture.offset_data, picture.size)
@@ -124,13 +155,13 @@ def _sample(archive: tarfile.TarFile, shard: Path, parts: Parts, wanted: Wanted)
     if caption is None and suffix is not None and wanted.condition != "none":
         caption = decode_text(_content(archive, parts[suffix], 4 * LONGEST + 4)).strip()
     elif caption is None and fields and not wanted.may_lack_captions:
-        raise ValueError(f".json: no {wanted.caption_column!r}; it has {printable(', '.join(fields)[:200])}")
+        raise ValueError(f".json: no {wanted.caption_column!r}; it has {shorten(', '.join(fields), 200)}")
     captions = wanted.captions(caption)
     return CaptionedPicture(f"{shard}/{picture.name}", reader, captions, check_weight(fields.get("weight")))
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
     if member.size > most:
-        raise ValueError(f"{printable(member.name)}: {member.size:,} bytes are too many")
+        raise ValueError(f"{shorten(member.name)}: {member.size:,} bytes are too many")
     file = archive.extractfile(member)
     return b"" if file is None else file.read()

@@ -2,19 +2,30 @@
 
 import os
 import stat
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from latentdiff.training.data.captions import check_captions, shorten
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.settings import Condition, DataSettings
 
-PICTURE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
-)
+Names = dict[Path, dict[str, str]]  # of folders: what files are called there, by what `normal` makes of it
 CAPTION_SUFFIXES = (".txt", ".caption")
 TRAIN = "train"  # the split of whatever names none
+SPLITS = {
+    **dict.fromkeys((TRAIN, "training"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Names of splits, which files and folders may have, and what they stand for, as in the `datasets` library."""
+
+
+def same_split(name: str) -> str:
+    """What all names of one split have in common: "validation" for "val"."""
+    return SPLITS.get(name.lower(), name)
 
 
 class NoPicturesError(FileNotFoundError):
@@ -34,7 +45,7 @@ class Wanted:
     """What is requested of a source.
 
     Args:
-        split: rows and folders without a split are of "train".
+        split: rows and folders without a split are of "train". "valid", "val" and "dev" are "validation".
         image_column: of a dataset.
         caption_column: of a dataset or table.
         caption: caption of every picture that has none of its own.
@@ -44,6 +55,7 @@ class Wanted:
         streaming: read a dataset as a stream, once, into a copy below `cache_dir`.
         max_pictures: take this many of the first.
         cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
+        picture_folder: a folder outside the source that paths in its tables may lead to as well.
     """
 
     split: str = TRAIN
@@ -54,11 +66,12 @@ class Wanted:
     streaming: bool = False
     max_pictures: int | None = None
     cache_dir: Path | None = None
+    picture_folder: str | None = None
 
     @classmethod
     def of(cls, settings: DataSettings, split: str | None = None, **more: Any) -> "Wanted":
         """What `settings` ask of their source; `split` instead of theirs, if given."""
-        same = ("image_column", "caption_column", "caption", "streaming", "max_pictures")
+        same = ("image_column", "caption_column", "caption", "streaming", "max_pictures", "picture_folder")
         return cls(split=split or settings.split, **{name: getattr(settings, name) for name in same}, **more)
 
     def captions(self, value: Any, column: str | None = None) -> tuple[str, ...]:
@@ -71,6 +84,15 @@ class Wanted:
         if self.condition == "class" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         return check_captions(value, column or self.caption_column, self.caption)
+
+    def has_split(self, name: str) -> bool:
+        """Whether a row or folder of this split is wanted."""
+        return same_split(name) == same_split(self.split)
+
+    def allowed(self, *folders: Path) -> tuple[Path, ...]:
+        """The folders, resolved, that a path in a table may lead to, if the table's own are `folders`."""
+        further = [] if self.picture_folder is None else [Path(self.picture_folder).expanduser()]
+        return tuple(folder.resolve() for folder in (*folders, *further))
 
     @property
     def may_lack_captions(self) -> bool:
@@ -85,12 +107,16 @@ class Source:
         prefix: what all names begin with; a manifest leaves it out, so that it stays true of a moved folder.
         refused: entries that cannot be used.
         warnings: entries that can be used, but should be looked at.
+        tables: those that the pictures are listed in.
+        splits: other splits than the one that is wanted, where there are any.
     """
 
     prefix: str
     pictures: list[CaptionedPicture] = field(default_factory=list)
     refused: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    splits: set[str] = field(default_factory=set)
 
     def key(self, name: str) -> str:
         """The name of an entry within the source."""
@@ -106,26 +132,53 @@ class Source:
         return wanted.max_pictures is not None and len(self.pictures) >= wanted.max_pictures
 
 
-def inside(root: Path, file_name: str) -> Path:
-    """The regular file `file_name` below `root`, which is resolved.
+def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names | None = None) -> Path:
+    """The regular file `file_name` of `folder`.
+
+    A name that is not there stands for one that is written otherwise: with backslashes, or with its accents composed
+    or decomposed (Unicode NFC, NFD).
+
+    Args:
+        allowed: folders, resolved, in one of which it must lie.
+        names: kept between calls, so that a folder is listed once.
 
     Raises:
-        ValueError: it leaves `root`, is no file, or cannot be a path.
+        ValueError: it leaves these folders, is no file, or cannot be a path.
     """
     shown = shorten(repr(file_name), 200)
-    path = Path(os.path.normpath(root / file_name))
+    leaves = f"{shown} leaves the folder {allowed[0]}" if allowed else shown
+    path = Path(os.path.normpath(folder / file_name))
     try:
+        if not os.path.lexists(path):
+            path = _written_otherwise(folder, file_name, {} if names is None else names) or path
         real = path.resolve(strict=True)
-        if not real.is_relative_to(root):
-            raise ValueError(f"{shown} leaves the folder {root}")
+        if not any(real.is_relative_to(one) for one in allowed):
+            raise ValueError(f"{leaves}; picture_folder=FOLDER allows another one")
         mode = real.stat().st_mode
     except RuntimeError:
         raise ValueError(f"{shown}: links that lead in a circle") from None
     except (OSError, UnicodeError) as error:
-        if not path.is_relative_to(root):
-            raise ValueError(f"{shown} leaves the folder {root}") from None
+        if not any(path.is_relative_to(one) for one in allowed):
+            raise ValueError(leaves) from None
         reason = getattr(error, "strerror", None) or "not a path"
         raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason})") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
     return path
+
+
+def _written_otherwise(folder: Path, file_name: str, names: Names) -> Path | None:
+    for part in PurePath(file_name.replace("\\", "/")).parts:
+        if part != ".." and not os.path.lexists(folder / part):
+            if folder not in names:
+                names[folder] = {normal(name): name for name in os.listdir(folder)}
+            if normal(part) not in names[folder]:
+                return None
+            part = names[folder][normal(part)]
+        folder = folder / part
+    return Path(os.path.normpath(folder))
+
+
+def normal(name: str) -> str:
+    """A file's name with its accents composed, as most systems write them."""
+    return unicodedata.normalize("NFC", name)

@@ -176,7 +176,7 @@ def examine(picture: CaptionedPicture, key: str, known: Entry | None = None) -> 
         return replace(sound, name=key, use=True, stamp=stamp)
     entry = Entry(key, digest=digest, stamp=stamp, bytes=len(content))
     try:
-        decoded = decode(content)
+        decoded = decode(content, picture.name)
     except ValueError as error:
         return replace(entry, use=False, reason=f"cannot be read as a picture ({error})")
     print_of = fingerprint(decoded.image)

@@ -3,16 +3,18 @@
 import codecs
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latentdiff.training.data.captions import check_weight, decode_text, shorten
+from latentdiff.training.data.decode import why_unreadable
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
-from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted, inside
+from latentdiff.training.data.source import Names, Source, Wanted, inside
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -22,97 +24,90 @@ def metadata_of(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def read_metadata(folder: Path, file: Path, wanted: Wanted, whole: Path | None = None) -> Source:
-    """The pictures that a metadata file lists.
+class Listing:
+    """Turns rows of the tables below a folder into pictures of a source, and remembers what the rows had.
 
     Args:
-        whole: the folder that `folder` is one split of.
-
-    Raises:
-        ValueError: the file cannot be read as a whole, or no row has a file name, or a caption where one is needed.
+        root: the whole folder, resolved, which paths must not leave.
+        split_of: the split of what lies at a path, where its row does not say so.
     """
-    root = folder.resolve()
-    source = Source(f"{(whole or folder).resolve()}{os.sep}")
-    table = _Table(source, root, file, wanted)
-    for row in read_rows(file, ["file_name", wanted.caption_column, "weight", "split"]):
-        if source.is_full(wanted):
-            break
-        table.add(row)
-    table.check_columns()
-    for name in METADATA:
-        if name != file.name and (folder / name).is_file():
-            source.warn(str(folder / name), f"is not used; {file.name} is")
-    return source
 
+    def __init__(self, source: Source, root: Path, wanted: Wanted, split_of: Callable[[Path], str]) -> None:
+        self.source, self.wanted, self.split_of = source, wanted, split_of
+        self.allowed = wanted.allowed(root)
+        self.places: dict[str, int] = {}  # name of a picture: its place in the source
+        self.names: Names = {}
 
-class _Table:
-    """Turns rows into pictures of a source, and remembers what the rows had."""
+    def read(self, file: Path) -> None:
+        """Add the pictures that a metadata file lists.
 
-    def __init__(self, source: Source, root: Path, file: Path, wanted: Wanted) -> None:
-        self.source, self.root, self.file, self.wanted = source, root, file, wanted
-        self.columns: dict[str, None] = {}
-        self.rows: dict[str, int] = {}  # name of a picture: its place in the source
-        self.splits: set[str] = set()
+        Raises:
+            ValueError: the file cannot be read as a whole, or no row has a file name, or a caption where one is needed.
+        """
+        self.source.tables.append(file)
+        before = len(self.source.pictures)
+        columns: dict[str, None] = {}
+        for row in read_rows(file, ["file_name", self.wanted.caption_column, "weight", "split"]):
+            if self.source.is_full(self.wanted):
+                break
+            if isinstance(row.values, dict):
+                columns.update(dict.fromkeys(map(str, row.values)))
+            self.add(file, row)
+        needed = ["file_name"] if self.wanted.may_lack_captions else ["file_name", self.wanted.caption_column]
+        for column in needed if columns and len(self.source.pictures) == before else ():
+            if column not in columns:
+                raise ValueError(f"{file}: no column {column!r}; it has {shorten(', '.join(columns), 200)}")
+        for name in METADATA:
+            if name != file.name and (file.parent / name).is_file():
+                self.source.warn(str(file.parent / name), f"is not used; {file.name} is")
 
-    def add(self, row: "Row") -> None:
-        unit = "row" if self.file.suffix == ".parquet" else "line"
-        where = f"{self.root / self.file.name}, {unit} {row.number}"
-        if isinstance(row.values, str):
-            return self._refuse_unknown(where, row.values)
-        self.columns.update(dict.fromkeys(map(str, row.values)))
-        split = row.values.get("split") or TRAIN
-        if split != self.wanted.split:
-            self.splits.add(str(split))
-            return None
+    def add(self, file: Path, row: "Row") -> None:
+        where = f"{file}, {row.place}"
+        if isinstance(row.values, str):  # it does not say its split
+            if self.wanted.has_split(self.split_of(file)):
+                self.source.refuse(where, row.values)
+            return
         file_name = row.values.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
+        named = str(file_name) if isinstance(file_name, str) and file_name else None
+        place = file if named is None else Path(os.path.normpath(file.parent / named))
+        split = str(row.values.get("split") or self.split_of(place))
+        if not self.wanted.has_split(split):
+            self.source.splits.add(split)
+        elif named is not None:
+            try:
+                self._keep(file, self._picture(file, named, row.values))
+            except ValueError as error:
+                self.source.refuse(f"{where} ({shorten(named, 200)})", error)
+        else:
             wrong = "no file_name" if file_name is None else f"expected a file_name, not {shorten(repr(file_name))}"
-            return self.source.refuse(where, wrong)
-        try:
-            self._keep(self._picture(file_name, row.values))
-        except ValueError as error:
-            self.source.refuse(f"{where} ({shorten(file_name, 200)})", error)
+            self.source.refuse(where, wrong)
 
-    def _refuse_unknown(self, where: str, reason: str) -> None:
-        """A row that does not say its split is of the first."""
-        if self.wanted.split == TRAIN:
-            self.source.refuse(where, reason)
-
-    def _picture(self, file_name: str, values: dict[str, Any]) -> CaptionedPicture:
+    def _picture(self, file: Path, file_name: str, values: dict[str, Any]) -> CaptionedPicture:
         if "\0" in file_name:
             raise ValueError("file_name with a NUL character in it")
-        path = str(inside(self.root, file_name))
+        path = str(inside(file.parent, file_name, self.allowed, self.names))
         captions = self.wanted.captions(values.get(self.wanted.caption_column))
-        return CaptionedPicture(path, FileReader(path), captions, check_weight(values.get("weight")))
+        picture = CaptionedPicture(path, FileReader(path), captions, check_weight(values.get("weight")))
+        if why := why_unreadable(path):
+            raise ValueError(why)
+        return picture
 
-    def _keep(self, picture: CaptionedPicture) -> None:
+    def _keep(self, file: Path, picture: CaptionedPicture) -> None:
         pictures = self.source.pictures
-        place = self.rows.setdefault(picture.name, len(pictures))
+        place = self.places.setdefault(picture.name, len(pictures))
         if place == len(pictures):
             pictures.append(picture)
         else:
             captions = tuple(dict.fromkeys(pictures[place].captions + picture.captions))
             pictures[place] = replace(pictures[place], captions=captions)
-            self.source.warn(picture.name, f"is listed more than once in {self.file.name}; its captions go together")
-
-    def check_columns(self) -> None:
-        """Raises ValueError if a column that is needed is in no row."""
-        if self.source.pictures or not self.columns:
-            return
-        needed = ["file_name"] if self.wanted.may_lack_captions else ["file_name", self.wanted.caption_column]
-        for column in needed:
-            if column not in self.columns:
-                raise ValueError(f"{self.file}: no column {column!r}; it has {shorten(', '.join(self.columns), 200)}")
-        if not self.source.refused:
-            found = ", ".join(sorted(self.splits)) or "none"
-            raise NoPicturesError(f"{self.file}: no rows of split {self.wanted.split!r}; its splits: {found}")
+            self.source.warn(picture.name, f"is listed more than once in {file.name}; its captions go together")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """number: line of the file, or row of a table, from 1. values: by column, or what is wrong with the row."""
+    """place: such as "line 7", from 1. values: by column, or what is wrong with the row."""
 
-    number: int
+    place: str
     values: dict[str, Any] | str
 
 
@@ -128,12 +123,22 @@ def read_rows(file: Path, columns: list[str]) -> Iterator[Row]:
 
 def _jsonl(file: Path, columns: list[str]) -> Iterator[Row]:
     with file.open("rb") as binary:
-        lines = iter(binary)
-        if binary.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            lines = iter(_whole_text(file).encode("utf-8").split(b"\n"))
+        lines: Iterable[bytes] = binary
+        start = binary.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+        wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if wide or start.startswith(b"["):
+            text = _whole_text(file)
+            try:
+                array = json.loads(text)
+            except (ValueError, RecursionError):
+                array = None
+            if isinstance(array, list):  # one array of all objects, not one object a line
+                yield from (Row(f"entry {i}", checked_object(value)) for i, value in enumerate(array, start=1))
+                return
+            lines = text.encode("utf-8", "surrogateescape").split(b"\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield Row(number, json_object(line))
+                yield Row(f"line {number}", json_object(line))
 
 
 def json_object(line: bytes) -> dict[str, Any] | str:
@@ -146,6 +151,11 @@ def json_object(line: bytes) -> dict[str, Any] | str:
         return "a number of too many digits" if "digits" in str(error) else str(error)
     except RecursionError:
         return "JSON that is nested too deeply"
+    return checked_object(value)
+
+
+def checked_object(value: Any) -> dict[str, Any] | str:
+    """What JSON was read, or that it is no object."""
     if isinstance(value, dict):
         return value
     kinds: dict[type, str] = {str: "a text", list: "a list", bool: "true or false", type(None): "null"}
@@ -164,29 +174,29 @@ def _csv(file: Path, columns: list[str]) -> Iterator[Row]:
     lines = io.StringIO(_whole_text(file), newline="").readlines()
     if not lines:
         raise ValueError(f"{file}: the file is empty")
-    header, start = _record(lines, 0)
+    first = {mark: [name.strip(' "\r\n') for name in lines[0].split(mark)] for mark in ",;\t"}
+    mark = next((mark for mark, names in first.items() if "file_name" in names), ",")
+    header, start = _record(lines, 0, mark)
     if isinstance(header, str):
         raise ValueError(f"{file}: the first line names no columns ({header})")
     header = [name.strip() for name in header]
     while start < len(lines):
-        fields, after = _record(lines, start)
+        fields, after = _record(lines, start, mark)
+        place = f"line {start + 1}"
         if isinstance(fields, str):
-            yield Row(start + 1, fields)
+            yield Row(place, fields)
         elif len(fields) > len(header):
-            yield Row(start + 1, f"{len(fields)} fields, where the first line names {len(header)}; quote commas")
+            quoted = {",": "commas", ";": "semicolons", "\t": "tabs"}[mark]
+            yield Row(place, f"{len(fields)} fields, where the first line names {len(header)}; quote {quoted}")
         elif any(fields):
-            yield Row(start + 1, dict(zip(header, fields, strict=False)))
+            yield Row(place, dict(zip(header, fields, strict=False)))
         start = after
 
 
-def _record(lines: list[str], start: int) -> tuple[list[str] | str, int]:
+def _record(lines: list[str], start: int, mark: str) -> tuple[list[str] | str, int]:
     """Fields of the record that begins at line `start` (or what is wrong with it), and where the next one begins."""
-
-    def following() -> Iterator[str]:
-        for i in range(start, len(lines)):
-            yield lines[i]
-
-    reader = csv.reader(following(), strict=True)
+    following = (lines[i] for i in range(start, len(lines)))
+    reader = csv.reader(following, strict=True, delimiter=mark)
     try:
         fields = next(reader, [])
     except csv.Error as error:
@@ -203,11 +213,9 @@ def _parquet(file: Path, columns: list[str]) -> Iterator[Row]:
             have = [name for name in columns if name in table.schema_arrow.names]
             if "file_name" not in have:
                 raise ValueError(f"{file}: no column 'file_name'; it has {', '.join(table.schema_arrow.names)}")
-            number = 0
-            for batch in table.iter_batches(columns=have):
-                for values in _batch_rows(batch):
-                    number += 1
-                    yield Row(number, values)
+            batches = map(_batch_rows, table.iter_batches(columns=have))
+            for number, values in enumerate(itertools.chain.from_iterable(batches), start=1):
+                yield Row(f"row {number}", values)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot be read as Parquet ({error})") from error
 

@@ -18,6 +18,7 @@ class DataSettings(Settings):
     image_column: str = "image"
     caption_column: str = "text"
     caption: str | None = Field(None, description="caption of every picture that has none of its own")
+    picture_folder: str | None = Field(None, description="a folder outside data that paths in its tables may lead to")
     streaming: bool = Field(False, description="read a datasets dataset as a stream, once, keeping a local copy")
     max_pictures: int | None = Field(None, ge=1, description="take this many of the first")
     manifest: str | None = Field(None, description="what 'latentdiff doctor' wrote: which pictures to leave out")

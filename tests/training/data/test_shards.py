@@ -58,7 +58,7 @@ def test_folder_file_and_patterns(shards: Path) -> None:
         read("https://example.com/data-00.tar")
     with pytest.raises(NoPicturesError, match="no pictures of split 'validation'"):
         read(shards, split="validation")
-    with pytest.raises(NoPicturesError, match="shards know no splits"):
+    with pytest.raises(NoPicturesError, match="no pictures of split 'validation'; its shards are of train"):
         read(f"{shards}/*.tar", split="validation")
 
 

@@ -1,12 +1,18 @@
 """Datasets of the `datasets` library."""
 
+import contextlib
+import json
 import pickle
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import hostile
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -109,3 +115,111 @@ def test_an_iterable_dataset_is_copied_whole_or_not_at_all() -> None:
     stream = datasets.IterableDataset.from_generator(rows, features=kinds, gen_kwargs={"fail": True})
     with pytest.raises(ValueError, match="could not be read to its end"):
         from_dataset(stream)
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A picture beside the dataset's folder, that nobody named."""
+    file = tmp_path / "home" / "private.png"
+    file.parent.mkdir()
+    file.write_bytes(hostile.encode(hostile.noise(7)))
+    return file
+
+
+def parquet_of(folder: Path, *images: dict[str, Any]) -> Path:
+    """A cloned dataset whose rows have these pictures."""
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    columns = {"image": list(images), "text": [f"row {i}" for i in range(len(images))]}
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), folder / "data" / "x.parquet")
+    return folder
+
+
+class Server(BaseHTTPRequestHandler):
+    """Counts who asks."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(hostile.encode(hostile.noise(0)))
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_in_rows_do_not_lead_elsewhere(tmp_path: Path, private: Path, streaming: bool) -> None:
+    Server.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = hostile.encode(hostile.noise(1))
+    elsewhere = ["/dev/zero", str(private), "../home/private.png", f"http://127.0.0.1:{server.server_port}/a.png"]
+    elsewhere += ["link", f"file://{private}", "zip://a.png::/dev/zero"]
+    rows = [{"bytes": None, "path": path} for path in ["own", *elsewhere]]
+    folder = parquet_of(tmp_path / "clone", {"bytes": own, "path": None}, *rows)
+    (folder / "own").write_bytes(own)
+    (folder / "link").symlink_to(private)
+    wanted = Wanted(streaming=streaming, cache_dir=tmp_path / "copy")
+    found = read_source(str(folder), wanted)
+    refused = [finding.reason for finding in found.refused]
+    read = []
+    for picture in found.pictures:
+        try:
+            read.append(picture.read())
+        except (OSError, ValueError) as error:
+            refused.append(str(error))
+    assert read == [own, own]
+    assert len(refused) == len(elsewhere)
+    assert sum("leaves the folder" in reason for reason in refused) == 4
+    assert sum("read from the disk only" in reason for reason in refused) == 3
+    assert not Server.asked
+    server.shutdown()
+    allowed = Wanted(streaming=streaming, cache_dir=tmp_path / "copy", picture_folder=str(private.parent))
+    found = read_source(str(folder), allowed)
+    good = []
+    for picture in found.pictures:
+        with contextlib.suppress(OSError, ValueError):
+            good.append(picture.read())
+    assert good == [own, own, private.read_bytes(), private.read_bytes(), private.read_bytes()]
+
+
+def test_tables_and_links_lead_to_what_the_user_allows(tmp_path: Path, private: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(private)
+    (folder / "more").symlink_to(private.parent)
+    names = [str(private), "../home/private.png", "link.png", "more/private.png"]
+    rows = [json.dumps({"file_name": name, "text": name}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    found = read_source(str(folder), Wanted())
+    assert not found.pictures
+    assert all("picture_folder=FOLDER allows" in finding.reason for finding in found.refused)
+    found = read_source(str(folder), Wanted(picture_folder=str(private.parent)))
+    assert [finding.reason for finding in found.refused] == []
+    assert {picture.read() for picture in found.pictures} == {private.read_bytes()}
+    (folder / "metadata.jsonl").unlink()
+    found = read_source(str(folder), Wanted(caption="x"))
+    assert [finding.name for finding in found.refused] == [str(folder / "link.png")]
+    assert [finding.name for finding in found.warnings] == [str(folder / "more")]
+    found = read_source(str(folder), Wanted(caption="x", picture_folder=str(private.parent)))
+    assert [found.key(picture.name) for picture in found.pictures] == ["link.png", "more/private.png"]
+    (private.parent / "again").symlink_to(folder)  # round and round
+    found = read_source(str(folder), Wanted(caption="x", picture_folder=str(tmp_path)))
+    assert len(found.pictures) == 2
+
+
+def test_a_stream_of_ones_own_does_not_ask_the_network() -> None:
+    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(remote_rows, features=kinds)
+    with pytest.raises(FileNotFoundError, match="read from the disk only; download them first"):
+        from_dataset(stream)
+
+
+def remote_rows() -> Iterator[dict[str, Any]]:
+    yield {"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "text": "one"}
