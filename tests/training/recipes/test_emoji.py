@@ -88,7 +88,7 @@ def test_dataset_folder_from_a_handmade_set(tmp_path: Path) -> None:
 
 @resvg
 def test_drawings_are_centred_and_large() -> None:
-    from latentdiff.training.recipes.emoji.draw import render
+    from latentdiff.training.recipes.emoji.drawings import render
 
     square = icons.Icon('<rect x="1" y="1" width="20" height="10" fill="blue"/>', (0, 0, 24, 24))
     ink = render(square, 64)[..., 3] > 128

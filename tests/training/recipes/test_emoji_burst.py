@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
 
 from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines import TextToImagePipeline
@@ -150,17 +151,20 @@ def test_the_clock_rises_stays_and_falls(monkeypatch: pytest.MonkeyPatch) -> Non
     assert timer.rate() == 0
 
 
-def test_the_moving_average_ends_in_the_weights_and_swaps() -> None:
+def test_the_averaged_weights_are_there_within_alone() -> None:
     layer = torch.nn.Linear(2, 2)
-    average = clock.Average(layer, 0.5)
+    average = EMAModel(layer.parameters(), 0.5, foreach=True)
+    average.step(layer.parameters())
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1)
-    for _ in range(30):
-        average.update()
-    torch.testing.assert_close(average.state()["weight"], before + 1)
-    average.swap()
+    with clock.averaged(layer, average):
+        torch.testing.assert_close(layer.weight.detach(), before)
     torch.testing.assert_close(layer.weight.detach(), before + 1)
+    for _ in range(40):
+        average.step(layer.parameters())
+    with clock.averaged(layer, average):
+        torch.testing.assert_close(layer.weight.detach(), before + 1)
 
 
 def test_a_teacher_of_one_substep_teaches_its_own_velocity() -> None:

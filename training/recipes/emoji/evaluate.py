@@ -28,8 +28,7 @@ from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.pipelines import TextToImagePipeline
 
-from .draw import on_white
-from .drawings import Drawing, read_bundle
+from .drawings import Drawing, on_white, read_bundle
 from .ideals import Ideals
 from .judge import Judge
 from .judge_training import plain_drawings

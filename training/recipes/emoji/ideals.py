@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from . import layouts
-from .backgrounds import SHADES
+from .background_colours import SHADES
 from .colour import colour_name, to_rgb, turn
 from .drawings import Drawing
 from .layouts import Place
-from .plans import Item
 from .prompts import Asked, Prompt, Size, Where
-from .scenes import placed
+from .scenes import Item, placed
 
 WHITE = (255, 255, 255)
 

@@ -19,8 +19,7 @@ from torch import Generator, Tensor, nn
 from .captions import Concept
 from .colour import colour_name
 from .distort import Distorter
-from .draw import on_white, render
-from .drawings import Drawing, Job
+from .drawings import Drawing, Job, on_white, render
 from .grammar import says_colour
 from .judge import SIZE, Judge, normalise, pretrained_network
 from .measures import Figure, share

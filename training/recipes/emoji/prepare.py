@@ -23,8 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from .captions import captions, clean, concept_of, read_concepts, without_unseen
-from .draw import on_white
-from .drawings import SPLITS, Job, draw_job, render_all, write_bundle
+from .drawings import SPLITS, Job, draw_job, on_white, render_all, write_bundle
 from .fetch import ICON_SETS, NAMES, Package, fetch, read_json
 from .held_out import colour_held_out
 from .icons import Emoji, Icon, Names, read_icon_names, read_icons, read_named_icons, read_names

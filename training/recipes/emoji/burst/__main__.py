@@ -98,8 +98,7 @@ def _autoencode(options: argparse.Namespace, settings: BurstSettings, pool: Any,
     device = torch.device(options.device)
     if options.weights is None:
         features = options.packed / "features.safetensors"
-        perceptual = autoencoder.Perceptual(features).to(device) if features.exists() else None
-        distance = perceptual.to(memory_format=torch.channels_last) if perceptual is not None else None
+        distance = autoencoder.packed_perceptual(features) if features.exists() else None
         model = autoencoder.train(pool, settings, options.autoencoder_seconds, device, options.output, distance)
         latents = autoencoder.encode_pool(model, pool, device)
         scale = 1 / float(latents[:4096].float().std())

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import Tensor
 
 from latentdiff.models import AutoencoderKL
+from latentdiff.training.objectives.perceptual import PerceptualLoss, efficientnet
 
-from .clock import Average, Clock, Log, apply_update, autocast, load_half, optimizer, save_half
+from .clock import Clock, Log, apply_update, autocast, load_half, optimizer, save_half
 from .pool import Pool
 from .settings import BurstSettings
 
@@ -29,7 +32,8 @@ def train(
     log = Log(output / "log.jsonl", "autoencoder")
     adam = optimizer(model, settings.autoencoder_rate)
     pool.wait(min(1.0, max(0.02, 2 * CHECKED / len(pool.ready))))
-    average, clock = Average(model, 0.999), Clock(seconds, settings.autoencoder_rate)
+    average = EMAModel(model.parameters(), 0.999, foreach=True)
+    clock = Clock(seconds, settings.autoencoder_rate)
     numbers = np.random.default_rng(settings.seed)
     ready = np.empty(0, dtype=np.int64)
     while not clock.over:
@@ -39,10 +43,10 @@ def train(
         with autocast(device):
             loss, parts = objective(model, pixels, settings, perceptual, numbers.random() < settings.equivariance)
         apply_update(loss, model, adam, clock)
-        average.update()
+        average.step(model.parameters())
         if clock.updates % 100 == 0:
             log(updates=clock.updates, samples=clock.updates * settings.autoencoder_batch, **floats(parts))
-    average.swap()
+    average.copy_to(model.parameters())
     log(updates=clock.updates, samples=clock.updates * settings.autoencoder_batch, psnr=psnr(model, pool, device))
     save_half(model.state_dict(), output, "vae")
     return model.eval()
@@ -128,30 +132,8 @@ def floats(parts: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in parts.items()}
 
 
-class Perceptual(nn.Module):
-    """Distance of features of EfficientNet-lite0's first stages, packed as `pack.pack_features` writes them."""
-
-    def __init__(self, path: Path) -> None:
-        import timm
-        from safetensors.torch import load_file
-
-        super().__init__()
-        self.network = timm.create_model(
-            "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(0, 1, 2)
-        )
-        wanted = self.network.state_dict()
-        self.network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in load_file(path).items()})
-        self.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-
-    def features(self, pixels: Tensor) -> list[Tensor]:
-        return list(self.network(((pixels + 1) / 2 - self.mean) / self.std))  # type: ignore[operator]
-
-    def forward(self, decoded: Tensor, pixels: Tensor) -> Tensor:
-        from latentdiff.metrics.lpips import level_distance
-
-        with torch.no_grad():
-            wanted = self.features(pixels)
-        levels = zip(self.features(decoded), wanted, strict=True)
-        return torch.stack([level_distance(have, want).mean() for have, want in levels]).sum()
+def packed_perceptual(features: Path) -> PerceptualLoss:
+    """The distance by the stages of EfficientNet-lite0 that `pack.pack_features` wrote."""
+    loss = PerceptualLoss(efficientnet(load_file(features)))
+    loss.network.to(memory_format=torch.channels_last)
+    return loss

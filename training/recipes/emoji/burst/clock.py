@@ -1,12 +1,13 @@
-"""What the three trainings share: a learning rate that follows the clock, moving averages, a log, files of weights."""
+"""What the trainings share: a learning rate that follows the clock, averaged weights, a log, files of weights."""
 
 import json
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -44,31 +45,15 @@ class Clock:
         return self.peak * rise * min((1 - self.share) / self.fall, 1.0)
 
 
-class Average:
-    """A moving average of a network's parameters, shorter in the beginning: decay min(d, (1 + n) / (10 + n))."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.source = [p for p in network.parameters()]
-        self.names = [name for name, _ in network.named_parameters()]
-        self.values = [p.detach().clone() for p in self.source]
-        self.decay, self.count = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        self.count += 1
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.source], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average and the weights; twice is not at all."""
-        for value, parameter in zip(self.values, self.source, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.values, strict=True))
+@contextmanager
+def averaged(network: nn.Module, average: EMAModel) -> Iterator[None]:
+    """Within, the network has its averaged weights."""
+    average.store(network.parameters())
+    average.copy_to(network.parameters())
+    try:
+        yield
+    finally:
+        average.restore(network.parameters())
 
 
 class Log:

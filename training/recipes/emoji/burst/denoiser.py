@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 
-from .clock import Average, Clock, Log, apply_update, autocast, load_half, optimizer, save_half
+from .clock import Clock, Log, apply_update, autocast, averaged, load_half, optimizer, save_half
 from .sampling import Levels, Network
 from .settings import BurstSettings
 
@@ -112,7 +113,8 @@ def train(
     levels = Levels(process_of(settings), device)
     log = Log(output / "log.jsonl", "denoiser")
     adam = optimizer(unet, settings.unet_rate, settings.weight_decay)
-    average, clock = Average(unet, 0.999), Clock(seconds, settings.unet_rate, warmup=300, fall=0.5)
+    average = EMAModel(unet.parameters(), 0.999, foreach=True)
+    clock = Clock(seconds, settings.unet_rate, warmup=300, fall=0.5)
     snr = (levels.alpha / levels.sigma.clamp(min=1e-8)).square()
     weights = snr.clamp(max=settings.min_snr_gamma) / (snr + 1)
     saved, running = 0.0, torch.zeros((), device=device)
@@ -126,14 +128,15 @@ def train(
         error = (velocity - (alpha * noise - sigma * clean)).square().mean((1, 2, 3))
         loss = (weights[timesteps] * error).mean()
         apply_update(loss, unet, adam, clock)
-        average.update()
+        average.step(unet.parameters())
         running = torch.lerp(running, error.detach().mean(), 0.01)
         if clock.updates % 200 == 0:
             log(updates=clock.updates, samples=clock.updates * settings.unet_batch, error=float(running))
         if clock.share * seconds - saved > save_every:
             saved = clock.share * seconds
-            save_half({**unet.state_dict(), **average.state()}, output, "unet")
-    average.swap()
+            with averaged(unet, average):
+                save_half(unet.state_dict(), output, "unet")
+    average.copy_to(unet.parameters())
     log(updates=clock.updates, samples=clock.updates * settings.unet_batch, error=float(running))
     save_half(unet.state_dict(), output, "unet")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from .clock import Average, Clock, Log, apply_update, optimizer, save_half
+from .clock import Clock, Log, apply_update, optimizer, save_half
 from .denoiser import Captions, as_network, process_of
 from .sampling import Levels, Network, guided_step, trailing
 from .settings import BurstSettings
@@ -75,7 +76,8 @@ def train(
     teacher = as_network(unet.eval().requires_grad_(False), compiled)
     student, drawing = as_network(student_unet, compiled), as_network(student_unet, False)
     adam = optimizer(student_unet, settings.distil_rate)
-    average, clock = Average(student_unet, 0.998), Clock(seconds, settings.distil_rate, warmup=100, fall=0.5)
+    average = EMAModel(student_unet.parameters(), 0.998, foreach=True)
+    clock = Clock(seconds, settings.distil_rate, warmup=100, fall=0.5)
     plan = torch.tensor(trailing(settings.few_steps), device=device)
     side, running = settings.latent_size, torch.zeros((), device=device)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -97,11 +99,11 @@ def train(
             # Pseudo-Huber (Song & Dhariwal 2023, Sec. 3.3), so that few ambiguous states do not rule
             loss = ((error + 0.03**2).sqrt() - 0.03).mean()
             apply_update(loss, student_unet, adam, clock)
-            average.update()
+            average.step(student_unet.parameters())
             running = torch.lerp(running, error.detach().mean(), 0.02)
         if clock.updates % (settings.distil_updates * 10) == 0:
             log(updates=clock.updates, error=float(running), own=float(follows is not None))
-    average.swap()
+    average.copy_to(student_unet.parameters())
     log(updates=clock.updates, error=float(running))
     save_half(student_unet.state_dict(), output, "student")
     return student_unet

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.interchange.atomic import atomic_file
 
-from .autoencoder import Perceptual, load, mean_psnr
-from .clock import Average, Log, optimizer, save_half
+from .autoencoder import Distance, load, mean_psnr, packed_perceptual
+from .clock import Log, averaged, optimizer, save_half
 from .settings import BurstSettings
 
 DRAWN = 2000  # drawings at most, to begin within a minute; others each time that the run is started
@@ -40,7 +41,8 @@ class Refinement:
         self.model.requires_grad_(False)
         trained = (self.model.post_quant_conv, self.model.decoder)
         self.part = torch.nn.ModuleList([part for part in trained if part is not None]).requires_grad_(True)
-        self.rate, self.adam, self.average = rate, optimizer(self.part, rate), Average(self.part, average)
+        self.rate, self.adam = rate, optimizer(self.part, rate)
+        self.average = EMAModel(self.part.parameters(), average, foreach=True)
         self.parameters = [p for group in self.adam.param_groups for p in group["params"]]
         size = self.settings.size
         self.weights = torch.full((size, size), WEIGHT)
@@ -56,25 +58,24 @@ class Refinement:
             moments = self.adam.state[parameter]
             tensors |= {f"{i}.weight": parameter.detach().contiguous(), f"{i}.step": moments["step"]}
             tensors |= {f"{i}.{name}": moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"average.{i}": value.contiguous() for i, value in enumerate(self.average.values)}
+        tensors |= {f"average.{i}": value.contiguous() for i, value in enumerate(self.average.shadow_params)}
         with atomic_file(self.path) as partial:
             save_file(tensors, partial)
-        self.average.swap()
-        save_half(self.model.state_dict(), self.path.parent, "vae")
-        self.average.swap()
+        with averaged(self.part, self.average):
+            save_half(self.model.state_dict(), self.path.parent, "vae")
 
     @torch.no_grad()
     def _read(self) -> None:
         tensors = load_file(self.path)
-        self.updates = self.average.count = int(tensors["updates"])
+        self.updates = self.average.optimization_step = int(tensors["updates"])
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(tensors[f"{i}.weight"])
             names = ("step", "exp_avg", "exp_avg_sq")
             self.adam.state[parameter] = {name: tensors[f"{i}.{name}"].clone() for name in names}
-        for i, value in enumerate(self.average.values):
+        for i, value in enumerate(self.average.shadow_params):
             value.copy_(tensors[f"average.{i}"])
 
-    def update(self, pixels: Tensor, perceptual: Perceptual | None) -> Tensor:
+    def update(self, pixels: Tensor, perceptual: Distance | None) -> Tensor:
         """One update on (B, 3, H, W) in [-1, 1], in bfloat16 where the processor has it; the L1 distance."""
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             with torch.no_grad():
@@ -92,16 +93,14 @@ class Refinement:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
         self.updates += 1
-        self.average.update()
+        self.average.step(self.part.parameters())
         return distance.detach()
 
 
 def psnr(run: Refinement, pixels: Tensor) -> float:
     """Mean PSNR in dB of the averaged weights, float32."""
-    run.average.swap()
-    found = mean_psnr(run.model, pixels)
-    run.average.swap()
-    return found
+    with averaged(run.part, run.average):
+        return mean_psnr(run.model, pixels)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     composer = Composer(render_all(jobs[begin % share :: share], size), size, seed=1)
     held = [job for job in jobs if job.split == "validation"]
     checked = Composer(render_all(held, size), size, split="validation") if held else composer
-    perceptual = Perceptual(options.features) if options.features else None
+    perceptual = packed_perceptual(options.features) if options.features else None
     log = Log(options.state / "log.jsonl", "refinement")
     held_out = _pixels([checked(i).picture for i in range(64)])
     log(updates=begin, psnr=psnr(run, held_out))

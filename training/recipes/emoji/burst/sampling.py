@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
+from latentdiff.diffusion.targets import VelocityTarget
+
+TARGET = VelocityTarget()
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(noisy (B, C, h, w), timesteps (B,) long, states (B, L, D)) -> v (B, C, h, w)."""
@@ -28,8 +31,7 @@ class Levels:
         """One DDIM step (Eq. 12, eta 0) from timesteps `now` to `then`, (B,) each."""
         alpha, sigma = self(now)
         next_alpha, next_sigma = self(then)
-        clean = alpha * noisy - sigma * velocity  # Salimans & Ho 2022, App. D
-        noise = sigma * noisy + alpha * velocity
+        clean, noise = (make(noisy, velocity, alpha, sigma) for make in (TARGET.clean, TARGET.noise))
         return next_alpha * clean + next_sigma * noise
 
     def velocity_between(self, noisy: Tensor, target: Tensor, now: Tensor, then: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Train on in the background: in a clone and environment of its own, at the lowest priority, while the code changes.
 
-    python -m latentdiff.training.recipes.emoji.background start FOLDER -- burst.refine WEIGHTS BUNDLE STATE
-    python -m latentdiff.training.recipes.emoji.background status FOLDER      # or pause, resume, stop
+    python -m latentdiff.training.recipes.emoji.idle_training start FOLDER -- burst.refine WEIGHTS BUNDLE STATE
+    python -m latentdiff.training.recipes.emoji.idle_training status FOLDER      # or pause, resume, stop
 
 `start` clones this repository at its last commit into FOLDER/clone, installs it into FOLDER/environment, and runs a
 module of the recipe there; after a stop it starts the same clone and environment again, so the module must go on where
@@ -73,7 +73,7 @@ def running(folder: Path) -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="background", description="Train on in the background.")
+    parser = argparse.ArgumentParser(prog="idle_training", description="Train on in the background.")
     parser.add_argument("what", choices=("start", "status", *SIGNALS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repository", type=Path, default=Path.cwd(), help="what to clone")
@@ -82,17 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     process = running(options.folder)
     if options.what == "start":
         if process is not None:
-            sys.exit(f"background: process {process} runs in {options.folder} already; stop it first")
+            sys.exit(f"idle_training: process {process} runs in {options.folder} already; stop it first")
         if not options.command:
-            sys.exit("background: say what to run, such as -- burst.refine WEIGHTS BUNDLE STATE")
+            sys.exit("idle_training: say what to run, such as -- burst.refine WEIGHTS BUNDLE STATE")
         options.folder.mkdir(parents=True, exist_ok=True)
         try:
             python = prepare(options.folder, options.repository)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"background: {' '.join(error.cmd[:4])} ... failed with {error.returncode}")
+            sys.exit(f"idle_training: {' '.join(error.cmd[:4])} ... failed with {error.returncode}")
         process = start(options.folder, python, options.command[0], options.command[1:])
     elif process is None:
-        sys.exit(f"background: nothing runs in {options.folder}")
+        sys.exit(f"idle_training: nothing runs in {options.folder}")
     elif options.what in SIGNALS:
         os.kill(process, SIGNALS[options.what])
     output = (options.folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()

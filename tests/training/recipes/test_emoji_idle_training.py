@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.training.recipes.emoji import background
+from latentdiff.training.recipes.emoji import idle_training
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's scheduling classes")
 
@@ -31,38 +31,38 @@ def test_start_pause_resume_stop(
     python = tmp_path / "python"
     python.write_text(f'#!{sys.executable}\nimport time\nprint("going on", flush=True)\ntime.sleep(60)\n')
     python.chmod(0o755)
-    monkeypatch.setattr(background, "prepare", lambda folder, repository: python)
+    monkeypatch.setattr(idle_training, "prepare", lambda folder, repository: python)
     folder = tmp_path / "run"
     with pytest.raises(SystemExit, match="nothing runs"):
-        background.main(["status", str(folder)])
+        idle_training.main(["status", str(folder)])
     with pytest.raises(SystemExit, match="say what to run"):
-        background.main(["start", str(folder)])
-    background.main(["start", str(folder), "--", "burst.refine", "a", "b"])
-    process = background.running(folder)
+        idle_training.main(["start", str(folder)])
+    idle_training.main(["start", str(folder), "--", "burst.refine", "a", "b"])
+    process = idle_training.running(folder)
     assert process is not None
     try:
         assert os.sched_getscheduler(process) == os.SCHED_IDLE
         with pytest.raises(SystemExit, match="already"):
-            background.main(["start", str(folder), "--", "burst.refine"])
-        background.main(["pause", str(folder)])
+            idle_training.main(["start", str(folder), "--", "burst.refine"])
+        idle_training.main(["pause", str(folder)])
         wait_for(process, "T")
-        background.main(["resume", str(folder)])
+        idle_training.main(["resume", str(folder)])
         wait_for(process, "SR")
         for _ in range(1200):  # the least of all priorities, perhaps on a busy machine
             if (folder / "output.txt").read_text():
                 break
             time.sleep(0.05)
-        background.main(["status", str(folder)])
+        idle_training.main(["status", str(folder)])
         assert "going on" in capsys.readouterr().out
     finally:
-        background.main(["stop", str(folder)])
+        idle_training.main(["stop", str(folder)])
     for _ in range(200):
-        if background.running(folder) is None:
+        if idle_training.running(folder) is None:
             break
         time.sleep(0.05)
-    assert background.running(folder) is None
+    assert idle_training.running(folder) is None
 
 
 def test_another_process_with_the_same_number_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "process").write_text(str(os.getpid()))
-    assert background.running(tmp_path) is None
+    assert idle_training.running(tmp_path) is None
