@@ -1,14 +1,22 @@
 """Finding a model's folder, packaged or not, and checking it with clear errors before a library reads it."""
 
-import json
 import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from latentdiff.extensions import registered_network
-from latentdiff.interchange.user_files import check_regular, check_regular_files, parse_json_object, read_text
+from latentdiff.interchange.user_files import (
+    MAX_HEADER,
+    check_regular,
+    check_regular_files,
+    check_timesteps,
+    parse_json_object,
+    read_text,
+)
 
 DEFAULT_MODEL = "emoji"
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -126,16 +134,26 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
         )
     check_regular_files(part)
     for file in sorted(part.glob("*.json")):
-        names = read_json(file)
+        values = read_json(file)
+        check_timesteps(values, file)
         if file.name.endswith(".index.json"):
-            shards = names.get("weight_map", {})
-            for shard in sorted({str(value) for value in shards.values()} if isinstance(shards, dict) else {}):
-                if Path(shard).name != shard:
-                    raise ValueError(f"{file} names the shard {shard!r}, which is not a file beside it")
-                if not (part / shard).is_file():
-                    raise FileNotFoundError(f"{part / shard} is missing; {file.name} names it")
+            check_shards(file, values)
     for file in sorted(part.glob("*.safetensors")):
         check_safetensors(file)
+
+
+def check_shards(file: Path, index: dict[str, Any]) -> None:
+    """Raises ValueError or FileNotFoundError if an index of weights names what is not a file beside it."""
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{file} is damaged: its weight_map should name a file for each weight")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise ValueError(f"{file} is damaged: its metadata should be a JSON object")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{file} names the shard {shard!r}, which is not a file beside it")
+        if not (file.parent / shard).is_file():
+            raise FileNotFoundError(f"{file.parent / shard} is missing; {file.name} names it")
 
 
 def check_safetensors(file: Path) -> None:
@@ -153,11 +171,24 @@ def check_safetensors(file: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
             raise ValueError(f"{file} is damaged: {size} bytes are too few, or it is not a safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{file} is damaged: its header cannot be read") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
+        if length > MAX_HEADER:
+            raise ValueError(f"{file} is damaged: its header has {length} bytes, more than the format allows")
+        header = parse_json_object(stream.read(length), f"{file} is damaged: its header cannot be read")
+    ends = [0]
+    for name, entry in header.items():
+        if name == "__metadata__":
+            is_good = isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
+        else:
+            offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+            is_good = isinstance(offsets, list) and len(offsets) == 2 and all(type(end) is int for end in offsets)
+            ends += offsets if is_good and offsets else []
+        if not is_good:
+            raise ValueError(f"{file} is damaged: its header cannot be read, at {name[:200]!r}")
+    if size != 8 + length + max(ends):
+        expected = 8 + length + max(ends)
         raise ValueError(f"{file} is damaged: it has {size} bytes and should have {expected}; copy it again")
+    try:
+        with safe_open(file, "np"):  # everything else, such as shapes that do not fit
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None

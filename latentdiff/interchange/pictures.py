@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from latentdiff.interchange.user_files import MAX_PICTURE, read_bytes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,11 +23,9 @@ def read_picture(file: Path) -> tuple[Image.Image, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, is damaged, or has more pixels or text than Pillow's limits allow.
+        ValueError: it is no regular file or no picture, damaged, or has more pixels or text than Pillow's limits allow.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: {'is a folder, not a picture' if file.is_dir() else 'no such file'}")
-    content = file.read_bytes()
+    content = read_bytes(file, MAX_PICTURE)
     try:
         image = decode(content)
     except Image.UnidentifiedImageError:

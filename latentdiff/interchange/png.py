@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.interchange.atomic import atomic_file
+from latentdiff.interchange.user_files import check_regular
 
 KEY = "latentdiff"
 """Text chunk that holds the settings, as JSON."""
@@ -65,6 +66,7 @@ def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any] | N
 def read_settings(file: Path) -> dict[str, Any] | None:
     """The settings in a picture that `save_picture` wrote; None for any other file. The pixels are not decoded."""
     try:
+        check_regular(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=("PNG",)) as image:

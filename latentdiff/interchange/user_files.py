@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 64 * 2**20
 """Bytes of a file of JSON, a table or prompts."""
+
+MAX_HEADER = 100_000_000
+"""Bytes of the header of a safetensors file, as the library has it."""
+
+MAX_PICTURE = 2**30
+"""Bytes of a file of a picture. Pillow's limit of pixels comes later."""
 
 MAX_YAML = 2**18
 """Bytes of a YAML file, and the number of values in it when every alias is written out."""
@@ -71,6 +78,15 @@ def read_text(file: Path, limit: int = MAX_TEXT) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_timesteps(config: Mapping[str, Any], where: object) -> None:
+    """Raises ValueError, beginning with `where`, for a config of a diffusion process of too many steps, or of none."""
+    steps = config.get("num_train_timesteps", 1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{where}: num_train_timesteps={steps!r} should be a whole number from 1 to {MAX_TRAIN_TIMESTEPS:,}"
+        )
 
 
 def is_stored_whole(tensor: "Tensor") -> bool:

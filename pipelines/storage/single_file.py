@@ -29,6 +29,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
     write_checkpoint,
 )
+from latentdiff.interchange.user_files import check_timesteps
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.config import downscale_factor
 from latentdiff.pipelines.registry import kinds_of_unet
@@ -247,6 +248,7 @@ class CheckpointParts:
         kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
         if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
             raise ValueError(f"{self.weights.file} names a {name}, which is none of diffusers' schedulers")
+        check_timesteps(config, f"{self.weights.file}: its {name}")
         try:
             return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
         except Exception as error:  # a scheduler may raise anything for values from a file

@@ -68,7 +68,7 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         read_picture(tmp_path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match=r"pipe\.png is a pipe or a device, not a regular file"):
             read_picture(tmp_path / "pipe.png")
 
 
