@@ -31,7 +31,8 @@ from latentdiff.training.settings import DiffusionSettings, RunSettings
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
-HELD_OUT = 1 << 40  # where the seeds of held-out pictures begin
+HELD_OUT, CHUNK = 32, 16  # pictures that are held out at most, and samples in a batch of them
+HELD_OUT_SEEDS = 1 << 40  # where the seeds of held-out pictures begin
 
 
 def batches(
@@ -72,11 +73,13 @@ def leave_signals_to_the_main_process(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclass(frozen=True)
 class PixelSamples(Dataset[PixelBatch]):
     """Pictures for an autoencoder, each as a batch of one."""
 
-    def __init__(self, settings: RunSettings, pictures: Sequence[CaptionedPicture], views: ViewChoice) -> None:
-        self.settings, self.pictures, self.views = settings, pictures, views
+    settings: RunSettings
+    pictures: Sequence[CaptionedPicture]
+    views: ViewChoice
 
     def __getitem__(self, place: Place) -> PixelBatch:
         generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
@@ -86,6 +89,7 @@ class PixelSamples(Dataset[PixelBatch]):
         return PixelBatch(read_view((picture, view))[None], (seed,), place.step, (picture.name,))
 
 
+@dataclass(frozen=True)
 class DiffusionSamples(Dataset[SampleBatch]):
     """What denoisers and classifiers learn from: latents or pixels, noise, a draw of the timestep, and a condition.
 
@@ -97,28 +101,20 @@ class DiffusionSamples(Dataset[SampleBatch]):
         update_size: pictures in one update, over which timesteps are spread evenly.
     """
 
-    def __init__(
-        self,
-        settings: DiffusionSettings,
-        pictures: Sequence[CaptionedPicture],
-        views: ViewChoice,
-        read_picture: Callable[[PictureView], Tensor],
-        read_captions: Callable[[tuple[str, ...]], ReadCaptions],
-        *,
-        latent_channels: int,
-        factor: int,
-        update_size: int,
-    ) -> None:
-        self.settings, self.pictures, self.views = settings, pictures, views
-        self.read_picture, self.read_captions = read_picture, read_captions
-        self.latent_channels, self.factor, self.update_size = latent_channels, factor, update_size
-        self.captions = CaptionChoice(settings)
+    settings: DiffusionSettings
+    pictures: Sequence[CaptionedPicture]
+    views: ViewChoice
+    read_picture: Callable[[PictureView], Tensor]
+    read_captions: Callable[[tuple[str, ...]], ReadCaptions]
+    latent_channels: int
+    factor: int
+    update_size: int
 
     def __getitem__(self, place: Place) -> SampleBatch:
         generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
         uniform = torch.rand(7, generator=generator)
         picture = self.pictures[place.index]
-        caption = self.captions.pick(picture.captions, uniform[:3])
+        caption = CaptionChoice(self.settings).pick(picture.captions, uniform[:3])
         view = self.views.pick(place.index, uniform[3:6])
         draw = time_draw(self.settings, place, self.update_size, float(uniform[6]))
         return self.sample(picture, view, caption, draw, generator)
@@ -141,31 +137,6 @@ class DiffusionSamples(Dataset[SampleBatch]):
             torch.tensor([picture.loss_weight]),
             (picture.name,),
         )
-
-
-def held_out_samples(samples: DiffusionSamples, bands: int, most: int = 32) -> list[SampleBatch]:
-    """Fixed samples of held-out pictures, their timesteps spread evenly over each of `bands` bands.
-
-    samples: of the held-out pictures.
-    """
-    count = min(most, len(samples.pictures))
-    chosen = []
-    for i in range(count):
-        for band in range(bands):
-            generator = generator_of(HELD_OUT, i, band)
-            draw = (band + (i + 0.5) / count) / bands
-            picture = samples.pictures[i]
-            chosen.append(samples.sample(picture, samples.views.centred(i), picture.captions[0], draw, generator))
-    return chosen
-
-
-def chunks_alike(samples: Sequence[SampleBatch], most: int = 16) -> Iterator[list[SampleBatch]]:
-    """Samples cut into batches of one size of latents."""
-    shapes = dict.fromkeys(sample.noise.shape for sample in samples)
-    for shape in shapes:
-        alike = [sample for sample in samples if sample.noise.shape == shape]
-        for start in range(0, len(alike), most):
-            yield alike[start : start + most]
 
 
 @dataclass(frozen=True)
@@ -197,9 +168,9 @@ class Reader:
             views,
             self.latents.read,
             self.conditions.read,
-            latent_channels=self.codec.channels,
-            factor=self.codec.factor,
-            update_size=self.update_size,
+            self.codec.channels,
+            self.codec.factor,
+            self.update_size,
         )
 
     def batch(self, samples: SampleBatch) -> DiffusionBatch:
@@ -214,6 +185,14 @@ class Reader:
         )
 
     def held_out(self, pictures: Sequence[CaptionedPicture], views: ViewChoice, bands: int) -> list[DiffusionBatch]:
-        """Fixed batches, with times spread evenly over each of `bands` bands."""
-        chosen = held_out_samples(self.samples(pictures, views), bands)
-        return [self.batch(SampleBatch.cat(chunk)) for chunk in chunks_alike(chosen)]
+        """Fixed batches, each of one size of latents, with times spread evenly over each of `bands` bands."""
+        samples, count = self.samples(pictures, views), min(HELD_OUT, len(pictures))
+        by_shape: dict[torch.Size, list[SampleBatch]] = {}
+        for i, picture in enumerate(pictures[:count]):
+            for band in range(bands):
+                generator = generator_of(HELD_OUT_SEEDS, i, band)
+                draw = (band + (i + 0.5) / count) / bands
+                sample = samples.sample(picture, views.centred(i), picture.captions[0], draw, generator)
+                by_shape.setdefault(sample.noise.shape, []).append(sample)
+        chunks = [alike[at : at + CHUNK] for alike in by_shape.values() for at in range(0, len(alike), CHUNK)]
+        return [self.batch(SampleBatch.cat(chunk)) for chunk in chunks]
