@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
-from latentdiff.training.data.captions import MANY_WORDS, printable, shorten
+from latentdiff.training.data.captions import MANY_WORDS, shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.duplicates import near_groups
 from latentdiff.training.data.load import read_source
@@ -70,7 +70,7 @@ class DataReport:
         total = len(self.entries) + len(self.refused)
         yield f"{_many(total, 'picture')}: {len(self.entries)} can be used, {len(self.refused)} cannot."
         for title, findings in (("Cannot be used", self.refused), ("Worth a look", self.warnings)):
-            named = [f"{printable(f.name)}: {printable(f.reason)}" for f in findings]
+            named = [f"{_name(f.name)}: {shorten(f.reason, 500)}" for f in findings]
             yield from _section(["", f"{title} ({len(findings)}):"], named, indent=2)
         if self.entries:
             yield from self._duplicates()
@@ -81,7 +81,7 @@ class DataReport:
 
     def _duplicates(self) -> Iterator[str]:
         for groups, what in ((self.exact, "the same, byte for byte"), (self.near, "nearly the same, by their looks")):
-            names = [[printable(self.entries[i].name) for i in group] for group in groups]
+            names = [[_name(self.entries[i].name) for i in group] for group in groups]
             lines = [", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "") for some in names]
             counts = f"{_many(len(groups), 'group')}, {sum(map(len, groups))} pictures"
             yield from _section(["", f"Pictures that are {what}: {counts}"], lines, indent=2, most=GROUPS)
@@ -110,7 +110,7 @@ class DataReport:
             count, most = self.tokens
             lengths = count([caption for _, caption in captions])
             yield f"  {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):g}; {most} are read"
-        long = [f"{printable(name)} ({n} {unit})" for (name, _), n in zip(captions, lengths, strict=True) if n > most]
+        long = [f"{_name(name)} ({n} {unit})" for (name, _), n in zip(captions, lengths, strict=True) if n > most]
         yield from _section([f"  {_many(len(long), 'caption')} {cut}"], long)
 
     def _sizes(self) -> Iterator[str]:
@@ -122,7 +122,7 @@ class DataReport:
         blurred = f"with a side below resolution={self.resolution} will be enlarged, and blurred"
         slow = f"of more than {ENORMOUS // 10**6} million pixels are slow to read"
         for entries, what in ((small, blurred), (large, slow)):
-            lines = [f"{printable(entry.name)} ({_size(entry.size)})" for entry in entries]
+            lines = [f"{_name(entry.name)} ({_size(entry.size)})" for entry in entries]
             yield from _section([f"  {len(entries)} {what}:"], lines)
 
     def _shapes(self) -> Iterator[str]:
@@ -144,6 +144,10 @@ class DataReport:
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _name(name: str) -> str:
+    return shorten(name, 300)
 
 
 def _size(size: Size) -> str:

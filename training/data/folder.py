@@ -138,7 +138,7 @@ class _FolderReader:
         """alike: the files beside it with the same name but for the suffix, in order."""
         split = self.split_of(picture)
         if not self.wanted.has_split(split):
-            self.source.splits.add(split)
+            self.source.know_split(split)
             return
         by_suffix = {Path(name).suffix.lower(): name for name in alike}
         beside = next((by_suffix[suffix] for suffix in CAPTION_SUFFIXES if suffix in by_suffix), None)

@@ -97,7 +97,7 @@ def _split_of(loaded: Any, source: str, split: str) -> Any:
             (name for name in (split, *loaded) if name in loaded and same_split(name) == same_split(split)), None
         )
         if found is None:
-            raise NoPicturesError(f"{source}: no split {split!r}; it has {', '.join(map(str, loaded))}")
+            raise NoPicturesError(f"{source}: no split {split!r}; it has {shorten(', '.join(map(str, loaded)), 200)}")
         return loaded[found]
     own = str(loaded.split or TRAIN)
     if split != TRAIN and same_split(own) != same_split(split):
@@ -171,7 +171,7 @@ def _named(row: dict[str, Any], names: list[str] | None, wanted: Wanted) -> dict
 def _check_columns(have: list[str], name: str, wanted: Wanted) -> None:
     for column in [wanted.image_column] + ([] if wanted.may_lack_captions else [wanted.caption_column]):
         if column not in have:
-            raise ValueError(f"{name}: no column {column!r}; it has {', '.join(have)}")
+            raise ValueError(f"{name}: no column {column!r}; it has {shorten(', '.join(have), 200)}")
 
 
 def _copy_of_stream(source: str, wanted: Wanted, folders: tuple[Path, ...]) -> Any:

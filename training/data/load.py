@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.folder import read_folder
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
@@ -59,8 +60,8 @@ def from_dataset(dataset: Any, name: str = "dataset", **options: Any) -> list[Ca
 def _usable(found: Source, name: str) -> list[CaptionedPicture]:
     log_findings(found.refused, "left out")
     if not found.pictures:
-        first = f"; the first fault: {found.refused[0].name}: {found.refused[0].reason}" if found.refused else ""
-        raise NoPicturesError(f"{name}: not one usable picture{first}")
+        faults = [f"; the first fault: {shorten(f.name, 300)}: {f.reason}" for f in found.refused[:1]]
+        raise NoPicturesError(f"{name}: not one usable picture{''.join(faults)}")
     return found.pictures
 
 

@@ -128,6 +128,11 @@ class Source:
     def warn(self, name: str, reason: str) -> None:
         self.warnings.append(Finding(name, reason))
 
+    def know_split(self, name: str) -> None:
+        """Remember another split than the one that is wanted, for a message; not thousands of them."""
+        if len(self.splits) < 20:
+            self.splits.add(shorten(name))
+
     def is_full(self, wanted: Wanted) -> bool:
         return wanted.max_pictures is not None and len(self.pictures) >= wanted.max_pictures
 

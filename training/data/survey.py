@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
-from latentdiff.training.data.captions import printable
+from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
 from latentdiff.training.data.pictures import CaptionedPicture
@@ -230,7 +230,7 @@ def sound_pictures(
     log_findings(refused, "left out")
     total = len(good) + len(refused)
     if refused and len(refused) > max_bad_share * total:
-        named = "\n".join(f"  {printable(f.name)}: {printable(f.reason)}" for f in refused[:NAMED])
+        named = "\n".join(f"  {shorten(f.name, 300)}: {shorten(f.reason, 500)}" for f in refused[:NAMED])
         more = f"\n  and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         raise ValueError(
             f"{about['data']}: {len(refused)} of {total} pictures cannot be used, more than "
@@ -267,6 +267,6 @@ def leave_out(source: Source, manifest: dict[str, Entry]) -> None:
 def log_findings(findings: Sequence[Finding], what: str) -> None:
     """Name the first `NAMED` of `findings` in warnings, and count the rest."""
     for finding in findings[:NAMED]:
-        logger.warning("%s: %s: %s", what, printable(finding.name), printable(finding.reason))
+        logger.warning("%s: %s: %s", what, shorten(finding.name, 300), shorten(finding.reason, 500))
     if len(findings) > NAMED:
         logger.warning("%s: %d more", what, len(findings) - NAMED)

@@ -72,7 +72,7 @@ class Listing:
         place = file if named is None else Path(os.path.normpath(file.parent / named))
         split = str(row.values.get("split") or self.split_of(place))
         if not self.wanted.has_split(split):
-            self.source.splits.add(split)
+            self.source.know_split(split)
         elif named is not None:
             try:
                 self._keep(file, self._picture(file, named, row.values))

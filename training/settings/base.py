@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.user_files import parse_yaml, read_yaml
+
+NAMED = 10  # mistakes that a message names; the rest are counted
+SHOWN = reprlib.Repr()  # of values in messages
+SHOWN.maxstring = SHOWN.maxother = 100
 
 
 class Settings(BaseModel):
@@ -21,21 +27,26 @@ class Settings(BaseModel):
         """Settings from a YAML file, then from `overrides` (``None`` values are left out; strings are read as YAML).
 
         Raises:
-            ValueError: an unknown key (the nearest known one is named), or a value of the wrong type or range.
+            ValueError: an unknown key (the nearest known one is named), a value of the wrong type or range, or no YAML
+                (the line is named).
             FileNotFoundError: `file` does not exist.
         """
         values: dict[str, Any] = {}
         if file is not None:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            values = read_yaml(Path(file)) or {}
             if not isinstance(values, dict):
                 raise ValueError(f"{file}: expected 'key: value' lines, found a {type(values).__name__}")
         for key, value in (overrides or {}).items():
-            if value is not None:
-                values[key] = yaml.safe_load(value) if isinstance(value, str) and key not in cls._plain() else value
+            if isinstance(value, str) and key not in cls._plain():
+                values[key] = parse_yaml(value, f"setting {key!r}")
+            elif value is not None:
+                values[key] = value
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ValueError("\n".join(cls._explain(item) for item in error.errors())) from None
+            lines = [cls._explain(item) for item in error.errors()]
+            more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+            raise ValueError("\n".join(lines[:NAMED] + more)) from None
 
     @classmethod
     def _plain(cls) -> set[str]:
@@ -44,13 +55,13 @@ class Settings(BaseModel):
 
     @classmethod
     def _explain(cls, item: Any) -> str:
-        key = ".".join(str(part) for part in item["loc"])
+        key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, cls.model_fields, n=1)
-            return f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            near = difflib.get_close_matches(str(item["loc"][0])[:100], cls.model_fields, n=1)
+            return f"unknown setting {key}" + (f"; did you mean {near[0]!r}?" if near else "")
         if item["type"] == "missing":
-            return f"setting {key!r} is needed"
-        return f"setting {key!r}: {item['msg']} (got {item['input']!r})" if key else str(item["msg"])
+            return f"setting {key} is needed"
+        return f"setting {key}: {item['msg']} (got {SHOWN.repr(item['input'])})" if item["loc"] else str(item["msg"])
 
     def save(self, file: Path) -> None:
         """Write the settings in force as YAML, whole or not at all."""

@@ -7,8 +7,8 @@ import hostile
 import pytest
 import torch
 
+from latentdiff.terminal import printable
 from latentdiff.training.data import prepare_pictures, read_pixels
-from latentdiff.training.data.captions import printable
 from latentdiff.training.data.doctor import examine_source
 from latentdiff.training.settings import AutoencoderSettings, DoctorSettings
 

@@ -128,3 +128,18 @@ def test_what_is_no_plain_file_is_not_used(tmp_path: Path) -> None:
     assert found.pictures[0].read() == b"b"
     assert [found.key(f.name) for f in found.refused] == ["data.tar/a"]
     assert [found.key(f.name) for f in found.warnings] == ["data.tar/a.png"]
+
+
+def test_long_names_do_not_fill_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = hostile.encode(hostile.noise(0))
+    long = {f"{i:04}{'x' * 5_000}.png": picture for i in range(50)}
+    many = {f"one.{i:04}{'y' * 500}": b"" for i in range(2_000)}
+    write(tmp_path / "long.tar", {"a.png": picture, "a.txt": b"fine", **long, **many})
+    found = read(tmp_path)
+    assert [p.captions for p in found.pictures] == [("fine",)]
+    reasons = {found.key(finding.name): finding.reason for finding in found.refused}
+    assert reasons["long.tar"] == "has 50 entries with names of more than 1,000 characters"
+    assert reasons["long.tar/one"].startswith("no picture, only .0000yyy")
+    assert len(reasons["long.tar/one"]) < 300
+    assert len(load_pictures(str(tmp_path))) == 1
+    assert max(len(record.getMessage()) for record in caplog.records) < 1_000

@@ -72,3 +72,46 @@ def test_a_bare_no_is_the_choice_no(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("data: x\noutput: y\nmixed_precision: no\n")
     assert AutoencoderSettings.load(file).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: x\noutput: [y\nseed: 1\n", r"run\.yaml, line 3: not YAML"),
+        ("data: x\noutput: y\n\tseed: 1\n", r"run\.yaml, line 3: not YAML"),
+        ("data: !!python/object:os.system x\n", r"run\.yaml, line 1: not YAML"),
+        ("[" * 10_000, r"run\.yaml: YAML that is nested too deeply"),
+        ("- data\n", r"run\.yaml: expected 'key: value' lines, found a list"),
+        ("data: &a [*a]\noutput: y\n", r"run\.yaml: .*its anchors and aliases stand for too many values"),
+        ("data: \x07\n", r"run\.yaml: not YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        AutoencoderSettings.load(file, NEEDED)
+
+
+def test_anchors_do_not_grow_in_a_message(tmp_path: Path) -> None:
+    """Each line is nine times the one before: a few lines stand for gigabytes, written out."""
+    lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    file = tmp_path / "run.yaml"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.yaml: .*its anchors and aliases stand for too many values"):
+        AutoencoderSettings.load(file, NEEDED)
+
+
+def test_messages_stay_short(tmp_path: Path) -> None:
+    for given in ({f"key{i}": "1" for i in range(500)}, {"x" * 100_000: "1"}, {"kind": "y" * 100_000}):
+        with pytest.raises(ValueError, match=r"setting '|unknown setting") as error:
+            AutoencoderSettings.load(None, {**NEEDED, **given})
+        assert len(str(error.value)) < 3_000
+    with pytest.raises(ValueError, match="and 490 more"):
+        AutoencoderSettings.load(None, {**NEEDED, **{f"key{i}": "1" for i in range(500)}})
+
+
+def test_an_override_that_is_no_yaml_is_named() -> None:
+    with pytest.raises(ValueError, match="setting 'block_out_channels', line 1: not YAML"):
+        AutoencoderSettings.load(None, {**NEEDED, "block_out_channels": "[16, 32"})
