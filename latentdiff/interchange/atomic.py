@@ -1,7 +1,9 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -9,13 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What the system says when a disk is full, a file larger than allowed, or the disk broken."""
+
+
+@contextmanager
+def failures_named(target: Path) -> Iterator[None]:
+    """Let a failure of writing within the context be an OSError that names `target`; the system does not name the
+    file of a full disk, and safetensors has errors of a type of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors'
+        number = error.errno if isinstance(error, OSError) else said and int(said[1])
+        if number in FULL:
+            raise OSError(number, os.strerror(number), str(target)) from error
+        raise
+
 
 @contextmanager
 def atomic_file(file: Path, sync: bool = False) -> Iterator[Path]:
     """A new, empty file beside `file`, with the same suffix, to be written within the context.
 
     When the context ends without an error it takes the place of `file`; after an error it is removed, and `file` is as
-    it was. Missing folders are made. ::
+    it was. Missing folders are made. A full disk is an OSError that names `file`. ::
 
         with atomic_file(folder / "table.json") as partial:
             partial.write_text("{}")
@@ -26,12 +46,13 @@ def atomic_file(file: Path, sync: bool = False) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".partial-{secrets.token_hex(8)}{file.suffix}")
     try:
-        partial.touch(exist_ok=False)
-        yield partial
-        if sync:
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        os.replace(partial, file)
+        with failures_named(file):
+            partial.touch(exist_ok=False)
+            yield partial
+            if sync:
+                with partial.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -55,7 +76,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     removed. Missing parents are made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
+    with failures_named(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / "new"
         yield new
         os.replace(new, folder)

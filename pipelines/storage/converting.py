@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
-from latentdiff.interchange.atomic import atomic_folder
+from latentdiff.interchange.atomic import atomic_folder, failures_named
 from latentdiff.interchange.folders import (
     check_component,
     check_pipeline_folder,
@@ -211,7 +211,7 @@ def write_part(pipeline: Any, component: str, target: Path, variant: str | None,
     """Write one component as diffusers' (or transformers') folder; see `write_folder`."""
     free = is_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
+    with failures_named(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / component
         getattr(pipeline, component).save_pretrained(new, variant=variant)
         tidy_configs(Path(temporary))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import DiffusionPipeline
 
-from latentdiff.interchange.atomic import json_text
+from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 
@@ -117,7 +117,7 @@ class FolderPipeline(DiffusionPipeline):
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        with failures_named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary) / folder.name
             super().save_pretrained(new, variant=variant, max_shard_size=max_shard_size)
             tidy_configs(new)

@@ -1,8 +1,14 @@
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
-from latentdiff.interchange.atomic import atomic_file, write_text_whole
+from latentdiff.interchange.adapter_files import save_whole
+from latentdiff.interchange.atomic import atomic_file, atomic_folder, write_text_whole
+from latentdiff.interchange.png import save_picture
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -44,3 +50,42 @@ def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
             other.write_text("other")
         assert file.read_text() == "other"
     assert file.read_text() == "one"
+
+
+@pytest.fixture
+def full() -> Iterator[None]:
+    """No file may grow above 1,000 bytes, which goes wrong in the same places as a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_folder(folder: Path) -> None:
+    with atomic_folder(folder) as new:
+        new.mkdir()
+        (new / "a.txt").write_text("x" * 9999)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda file: write_text_whole(file, "x" * 9999),
+    "safetensors": lambda file: save_whole({"a": torch.zeros(9999)}, file),
+    "picture": lambda file: save_picture(Image.effect_noise((64, 64), 50), file),
+    "folder": save_folder,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.usefixtures("full")
+def test_full_disk_is_an_error_that_names_the_file(writer: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.png"
+    with pytest.raises(OSError, match=r"result\.png"):
+        WRITERS[writer](file)
+    assert not file.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"), atomic_file(tmp_path / "a.txt"):
+        (tmp_path / "absent.txt").read_text()

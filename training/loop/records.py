@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.atomic import failures_named, write_text_whole
 from latentdiff.training.settings import RunSettings
 
 
@@ -34,7 +34,7 @@ class Records:
     def add(self, step: int, figures: dict[str, Any]) -> None:
         """One row."""
         if self.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as file:
+            with failures_named(self.file), self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
             self.accelerator.log(figures, step=step)
 

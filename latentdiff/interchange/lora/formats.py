@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
+from latentdiff.interchange.atomic import failures_named
 from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
@@ -221,7 +222,7 @@ def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> 
         if place.is_dir() or (place.exists() and not overwrite):
             raise FileExistsError(f"{place} is there already; choose another name or ask to overwrite it")
     beside = next(folder for folder in target.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as temporary:
+    with failures_named(target), tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as temporary:
         partial = {name: Path(temporary) / str(i) for i, name in enumerate(files)}
         for name, content in files.items():
             if isinstance(content, dict):
