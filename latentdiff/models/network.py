@@ -1,11 +1,13 @@
 """``Network``: what every model here is to diffusers."""
 
 import logging
+import os
 from typing import Any
 
 from diffusers import ModelMixin
 
 from latentdiff.models.config import StrictConfig, downscale_factor
+from latentdiff.models.loras import refuse_loras
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,15 @@ class Network(ModelMixin, StrictConfig):
         registry = getattr(self, "_diffusers_hook", None)
         in_groups = registry is not None and registry.get_hook("group_offloading") is not None
         return not in_groups and self._compiled_call_impl is None
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: there are LoRAs in the network, whose names no loader would understand.
+        """
+        refuse_loras({type(self).__name__: self}, "saved")
+        super().save_pretrained(save_directory, *args, **options)
 
     def set_attention_backend(self, backend: str) -> None:
         """As in diffusers.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import norm_silu
-from latentdiff.models.lora_scale import with_lora_scale
+from latentdiff.models.loras import with_lora_scale
 from latentdiff.models.text_context import Text, TextContext, TextStates
 from latentdiff.models.time_embedding import TimeConditioned
 from latentdiff.models.transformer import Attention, SpatialTransformer

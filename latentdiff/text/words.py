@@ -28,12 +28,43 @@ def later_tokens(tokenizer: Any) -> set[int]:
 
 
 def expand_words(prompts: Sequence[str], tokenizer: Any) -> list[str]:
-    """`prompts` with each word of several vectors written as all of its tokens, once.
+    """`prompts` with each word of several vectors followed by the rest of its tokens, once.
 
-    What diffusers' ``maybe_convert_prompt`` does; a prompt that is expanded already stays as it is.
+    A word stands where the tokenizer finds its first token: of words that begin alike the longest counts, and capital
+    letters count if they do for the tokenizer. A prompt that is expanded already stays as it is.
     """
-    for word, tokens in long_words(tokenizer).items():
-        whole = " ".join(tokens)
-        pattern = re.compile(f"{re.escape(whole)}|{re.escape(word)}(?!_[0-9])")
-        prompts = [pattern.sub(lambda _: whole, prompt) for prompt in prompts]  # noqa: B023 (used at once)
-    return list(prompts)
+    words = long_words(tokenizer)
+    return [expand(prompt, words, tokenizer) for prompt in prompts] if words else list(prompts)
+
+
+def expand(prompt: str, words: dict[str, list[str]], tokenizer: Any) -> str:
+    found = added_tokens_in(prompt, tokenizer)
+    parts, place = [], 0
+    for i, (token, end) in enumerate(found):
+        later = words.get(token or "", [])[1:]
+        there = 0  # how many of them follow already
+        while there < len(later) and i + there + 1 < len(found) and found[i + there + 1][0] == later[there]:
+            there += 1
+        end = found[i + there][1]
+        if later[there:]:
+            parts += [prompt[place:end], " ", " ".join(later[there:])]
+            place = end
+    return "".join([*parts, prompt[place:]])
+
+
+def added_tokens_in(prompt: str, tokenizer: Any) -> list[tuple[str | None, int]]:
+    """The tokens in a prompt in their order, each with the place where it ends; None for what is not an added token."""
+    added = tokenizer.added_tokens_encoder
+    if getattr(tokenizer, "is_fast", False):
+        names = {number: token for token, number in added.items()}
+        encoded = tokenizer(
+            prompt, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        return [
+            (names.get(number), end) for number, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+        ]
+    longest_first = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
+    cases = re.IGNORECASE if getattr(tokenizer, "do_lower_case", False) else re.NOFLAG
+    of_lower = {token.lower(): token for token in added} if cases else {token: token for token in added}
+    matches = re.finditer(rf"({longest_first})|\S", prompt, cases)
+    return [(of_lower.get(match[0].lower() if cases else match[0]), match.end()) for match in matches]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.models.lora_scale import lora_scaled
+from latentdiff.models.loras import lora_scaled
 from latentdiff.models.time_embedding import timestep_features
 
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]

@@ -2,8 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from latentdiff.interchange.lora.layers import (
     peft_tensors,
     read_layers,
 )
+from latentdiff.models.loras import whole_network
+from latentdiff.text.words import long_words
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +47,42 @@ class FittedLora(NamedTuple):
     unmatched: list[str]
 
 
+def of_diffusers(name: str) -> Any:
+    """diffusers' method `name`, for compiled networks too, and with factors that are finite.
+
+    diffusers looks at the networks' classes, and would pass over those that ``torch.compile`` returned.
+    """
+
+    @wraps(getattr(StableDiffusionLoraLoaderMixin, name))
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        check_factors(name, [*args, *options.values()])
+        parts = {part: getattr(self, part, None) for part in self._lora_loadable_modules}
+        compiled = {part: network for part, network in parts.items() if whole_network(network) is not network}
+        vars(self).update({part: whole_network(network) for part, network in compiled.items()})
+        try:
+            return getattr(super(AdapterPipeline, self), name)(*args, **options)
+        finally:
+            vars(self).update(compiled)
+
+    return call
+
+
 class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
-    """``set_adapters``, ``fuse_lora``, ``unfuse_lora``, ``unload_lora_weights`` and the rest are diffusers' own."""
+    """``set_adapters``, ``fuse_lora``, ``unload_lora_weights`` and the rest are diffusers' own, see `of_diffusers`."""
 
     unet: Any
     text_encoder: Any
     tokenizer: Any
+
+    set_adapters = of_diffusers("set_adapters")
+    get_active_adapters = of_diffusers("get_active_adapters")
+    get_list_adapters = of_diffusers("get_list_adapters")
+    enable_lora = of_diffusers("enable_lora")
+    disable_lora = of_diffusers("disable_lora")
+    delete_adapters = of_diffusers("delete_adapters")
+    fuse_lora = of_diffusers("fuse_lora")
+    unfuse_lora = of_diffusers("unfuse_lora")
+    unload_lora_weights = of_diffusers("unload_lora_weights")
 
     def load_lora_weights(
         self,
@@ -79,8 +113,9 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not a safetensors file, or is damaged; no key of it has a place here; a shape does not
-                fit; the name is taken. Nothing is changed then.
+                fit; the name is taken; `scale` is not finite. Nothing is changed then.
         """
+        check_factors("load_lora_weights", [scale])
         parts = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         networks = {name: whole_network(network) for name, network in parts.items() if network is not None}
         hub = {key: value for key, value in hub.items() if key not in ("use_safetensors", "return_lora_metadata")}
@@ -174,6 +209,11 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
         width = text_encoder.get_input_embeddings().weight.shape[1]
         for word, vectors in words:
+            ids = tokenizer(word, add_special_tokens=False).input_ids
+            token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
+            if token is not None and not token.special:
+                known = f"the word {word!r} is known already, as {token.content!r}"
+                raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
             if vectors.shape[-1] != width:
                 raise ValueError(
                     f"the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are {width} "
@@ -183,20 +223,44 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
 
     def unload_textual_inversion(self, tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
-        """Forget words that were loaded; all by default.
+        """Forget words that were loaded, each with all of its vectors; all words by default.
+
+        Args:
+            tokens: a word or several.
+            tokenizer, text_encoder: by default the pipeline's.
 
         Raises:
-            ValueError: some of several, with a tokenizer in which diffusers would then number the rest wrongly.
+            ValueError: a word was not loaded; or some of several, with a tokenizer in which diffusers would then number
+                the rest wrongly.
         """
-        tokenizer = tokenizer or self.tokenizer
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
         decoder = tokenizer.added_tokens_decoder
         ordinary = [token.content for token in decoder.values() if not token.special]
+        wanted = [tokens] if isinstance(tokens, str) else list(tokens or ordinary)
+        for word in wanted:
+            if word not in ordinary:
+                raise ValueError(f"there is no word {word!r} to forget; loaded are {', '.join(ordinary) or 'none'}")
+        further = long_words(tokenizer)
+        wanted = list(dict.fromkeys(token for word in wanted for token in further.get(word, [word])))
         special = [number for number, token in decoder.items() if token.special]
-        first = len(tokenizer) - len(ordinary)
-        wanted = {tokens} if isinstance(tokens, str) else set(tokens or ordinary)
-        if wanted & set(ordinary) and not wanted >= set(ordinary) and max(special, default=-1) + 1 != first:
+        if not wanted:
+            return
+        if set(wanted) != set(ordinary) and max(special, default=-1) + 1 != len(tokenizer) - len(ordinary):
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
-        super().unload_textual_inversion(tokens, tokenizer, text_encoder or self.text_encoder)
+        super().unload_textual_inversion(wanted, tokenizer, text_encoder)
+        text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
+
+
+def check_factors(method: str, values: Iterable[Any]) -> None:
+    """Raises ValueError for a factor that is not finite, also in lists and dictionaries of them."""
+    for value in values:
+        if isinstance(value, Mapping):
+            check_factors(method, value.values())
+        elif isinstance(value, list | tuple):
+            check_factors(method, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{method}: a LoRA cannot act {value} times as strongly; give a finite number")
 
 
 def fit_lora(
@@ -320,11 +384,6 @@ def offloading_paused(pipeline: Any) -> Iterator[None]:
             for part in pipeline.components.values():
                 if isinstance(part, nn.Module):
                     _maybe_remove_and_reapply_group_offloading(part)
-
-
-def whole_network(network: Any) -> Any:
-    """The network itself, where ``torch.compile`` has put a module of its own around it."""
-    return getattr(network, "_orig_mod", network)
 
 
 def names_in_use(networks: Mapping[str, nn.Module]) -> set[str]:

@@ -18,6 +18,7 @@ from latentdiff.interchange.folders import (
     read_json,
 )
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
+from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import move_into, tidy_configs
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
@@ -209,6 +210,7 @@ def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bo
 
 def write_part(pipeline: Any, component: str, target: Path, variant: str | None, overwrite: bool) -> None:
     """Write one component as diffusers' (or transformers') folder; see `write_folder`."""
+    refuse_loras({component: getattr(pipeline, component)}, "saved")
     free = is_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with failures_named(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
+from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,12 @@ class FolderPipeline(DiffusionPipeline):
             variant: such as "fp16", a part of the weight files' names.
             max_shard_size: of one weight file, such as "15MB".
             push_to_hub: upload too; ``options`` are then ``repo_id``, ``token``, ``private`` and so on.
+
+        Raises:
+            ValueError: there are LoRAs in a network, fused ones included, which such a folder cannot hold; nothing is
+                written.
         """
+        refuse_loras(self.components, "saved")
         if not safe_serialization:
             logger.warning(
                 "safe_serialization=False: no pickles are written here; the weights go into safetensors files"

@@ -20,6 +20,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.models.config import downscale_factor
+from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.registry import KINDS, kind_saved_as
 from latentdiff.text.encode import max_tokens
 
@@ -172,18 +173,10 @@ def onnx_class(pipeline: Any) -> str:
 
 def check_pipeline(pipeline: Any) -> None:
     """Raises ValueError if a pipeline cannot be exported."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     onnx_class(pipeline)
     if getattr(pipeline, "text_encoder", None) is None:
         raise ValueError("this pipeline has no text encoder to export")
-    for name in ("text_encoder", "unet"):
-        network = getattr(pipeline, name)
-        if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-            raise ValueError(
-                f"there are adapters in the {name}; export it after fuse_lora() and unload_lora_weights(), or after "
-                f"unload_lora_weights() alone to do without them"
-            )
+    refuse_loras({name: getattr(pipeline, name) for name in ("text_encoder", "unet")}, "exported")
     config = pipeline.vae.config
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:

@@ -32,6 +32,7 @@ from latentdiff.interchange.single_file import (
 from latentdiff.interchange.user_files import check_timesteps
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.config import downscale_factor
+from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 
@@ -109,7 +110,7 @@ class SingleFilePipeline:
         if isinstance(given.get("vae"), (str, Path)):
             given["vae"] = parts.vae_of(find_file(given["vae"], allow_pickle, **hub), allow_pickle)
         for name in ("unet", "vae"):
-            given[name] = given.get(name) or getattr(parts, name)()
+            given[name] = getattr(parts, name)() if given.get(name) is None else given[name]
         check_kind(cls, given["unet"], given["vae"], file)
         for name in ("text_encoder", "scheduler", "low_res_scheduler"):
             if name in known and name not in given:
@@ -138,10 +139,11 @@ class SingleFilePipeline:
             FileExistsError: the file is there.
             ValueError: another kind of file, or a network that such files never had.
         """
-        weights = {**original_unet(self.unet), **original_autoencoder(self.vae)}
-        write_checkpoint(
-            {**weights, **original_text_encoder(self.text_encoder)}, header_of(self), file, dtype, overwrite
-        )
+        networks = {name: whole_network(getattr(self, name)) for name in ("unet", "vae", "text_encoder")}
+        refuse_loras(networks, "saved")
+        weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
+        weights |= original_text_encoder(networks["text_encoder"])
+        write_checkpoint(weights, header_of(self), file, dtype, overwrite)
 
 
 def check_arguments(pipeline: str, others: Any, known: Any) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import bert_parts, clip_parts
 
 from latentdiff import TextToImagePipeline
-from latentdiff.models.lora_scale import lora_scaled
+from latentdiff.models.loras import lora_scaled
 from latentdiff.text import encode_prompts
 from latentdiff.text.words import expand_words
 

@@ -254,7 +254,7 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "nan": ({f"{LAYER}.lora_down.weight": A * math.nan, f"{LAYER}.lora_up.weight": B}, "not finite"),
     "infinite alpha": (
         {f"{LAYER}.lora_down.weight": A, f"{LAYER}.lora_up.weight": B, f"{LAYER}.alpha": torch.tensor(math.inf)},
-        "alpha is inf",
+        "the alpha part of this layer has values that are not finite",
     ),
     "many alphas": (
         {f"{LAYER}.lora_down.weight": A, f"{LAYER}.lora_up.weight": B, f"{LAYER}.alpha": torch.ones(3)},

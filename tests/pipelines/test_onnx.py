@@ -154,7 +154,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="class embeddings"):
         export_onnx(tiny_pipeline("bert", num_class_embeds=3), tmp_path / "model")
     pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"adapters in the unet; .*fuse_lora"):
+    with pytest.raises(ValueError, match=r"the unet has LoRAs loaded, so it cannot be exported; .*fuse_lora"):
         export_onnx(pipeline, tmp_path / "model")
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'latentdiff\[onnx\]'"):

@@ -263,7 +263,7 @@ def test_a_loaded_lora_is_not_lost_in_silence(model: Callable[[str], Any], tmp_p
 
     pipeline = model("sd1")
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"the UNet has a LoRA loaded, .*; fuse and unload it"):
+    with pytest.raises(ValueError, match=r"the unet has LoRAs loaded, .*; call unload_lora_weights"):
         pipeline.save_single_file(tmp_path / "lora.safetensors")
     assert not (tmp_path / "lora.safetensors").exists()
 

@@ -157,6 +157,11 @@ def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None:
         raise ValueError(f"{key}: this layer has no {'down (A)' if down is None else 'up (B)'} matrix")
+    for part, tensor in parts.items():
+        if not (tensor.is_floating_point() or part == "alpha") or 0 in tensor.shape:
+            raise ValueError(f"{key}: no matrix of a LoRA has {tensor.dtype} and shape {tuple(tensor.shape)}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{key}: the {part} part of this layer has values that are not finite (nan or inf)")
     check_matrices(key, down, up, parts.get("mid"))
     if "mid" in parts:  # LyCORIS: three factors of a convolution; the first two are multiplied
         down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.flatten(1).float()).to(down.dtype)
@@ -168,7 +173,7 @@ def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping
     else:
         alpha = alpha_of(name, rank, config)
     if not math.isfinite(alpha):
-        raise ValueError(f"{key}: its alpha is {alpha}")
+        raise ValueError(f"{key}: its alpha is {alpha}; it must be finite")
     magnitude = parts.get("magnitude")
     if magnitude is not None:
         check_magnitude(key, magnitude, len(up))
@@ -184,12 +189,10 @@ def check_magnitude(key: str, magnitude: Tensor, outputs: int) -> None:
 
 
 def check_matrices(key: str, down: Tensor, up: Tensor, mid: Tensor | None) -> None:
-    """Raises ValueError if the matrices of a layer do not fit each other or are not finite."""
+    """Raises ValueError if the matrices of a layer do not fit each other."""
     for tensor in (down, up, *([] if mid is None else [mid])):
-        if not tensor.is_floating_point() or tensor.ndim not in (2, 4) or 0 in tensor.shape:
+        if tensor.ndim not in (2, 4):
             raise ValueError(f"{key}: no matrix of a LoRA has {tensor.dtype} and shape {tuple(tensor.shape)}")
-        if not tensor.float().isfinite().all():
-            raise ValueError(f"{key}: there are values in it that are not finite (nan or inf)")
     if mid is not None and (mid.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1):
         raise ValueError(f"{key}: its matrices do not fit each other: {tuple(down.shape)}, then {tuple(mid.shape)}")
     first = down if mid is None else mid

@@ -1,6 +1,7 @@
-"""The scale at which the LoRAs of a network act during a call."""
+"""The LoRAs in a network: the scale at which they act during a call, and networks that must have none."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -22,7 +23,12 @@ def lora_scaled(networks: Iterable[nn.Module | None], scale: float) -> Iterator[
 
     Afterwards they are as before, also after an error, and also if several such contexts end in another order than
     they began, as those of interleaved streams can.
+
+    Raises:
+        ValueError: `scale` is not finite.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"LoRAs cannot act {scale} times as strongly; give a finite number")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = (module for network in networks if network is not None for module in network.modules())
@@ -75,3 +81,31 @@ def lora_scale(name: str, cross_attention_kwargs: Mapping[str, Any] | None) -> f
         if value is not None:
             raise ValueError(f"{name}: cross_attention_kwargs {key!r} is not supported, but was given.")
     return float(scale)
+
+
+def whole_network(network: Any) -> Any:
+    """The network itself, where ``torch.compile`` has put a module of its own around it."""
+    return getattr(network, "_orig_mod", network)
+
+
+def refuse_loras(networks: Mapping[str, Any], what: str) -> None:
+    """Refuse networks that have LoRAs (or other adapters of PEFT's), also disabled or fused ones.
+
+    Args:
+        networks: by their names; what is no network is passed over.
+        what: cannot be done with them, such as "saved".
+
+    Raises:
+        ValueError: one has, and what to do.
+    """
+    tuners: Any = sys.modules.get(
+        "peft.tuners.tuners_utils"
+    )  # without it there are no such layers, and it loads slowly
+    for name, network in networks.items() if tuners else ():
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        if any(isinstance(module, tuners.BaseTunerLayer) for module in modules):
+            raise ValueError(
+                f"the {name} has LoRAs loaded, so it cannot be {what}; call unload_lora_weights() to go without them, "
+                f"or fuse_lora() and then unload_lora_weights() to keep their effect in the weights "
+                f"(save_lora_weights() writes a LoRA itself)"
+            )
