@@ -19,7 +19,7 @@ from latentdiff.training.data.source import (
     normal,
     same_split,
 )
-from latentdiff.training.data.tables import Listing, metadata_of
+from latentdiff.training.data.tables import METADATA, Listing, metadata_of
 
 DEEPEST = 100  # folders within folders
 Splits = dict[Path, str]  # folders or files, and which split they are
@@ -42,21 +42,29 @@ def read_folder(folder: Path, wanted: Wanted) -> Source:
     return reader.source
 
 
-def split_folders(root: Path) -> Splits:
+def split_folders(root: Path, wanted: Wanted) -> Splits:
     """The folders that are splits by their names, in `root` or in the only folder that it has.
 
-    Only if all folders there are, or they would be kinds of things; but "validation" is a split beside any others.
+    Only if all folders there are, or they would be kinds of things; and if "train" is among them, or something beside
+    them is of no split, or else "train" would be empty. But "validation" is a split beside any others.
     """
+    place, others = root, False
     while True:
-        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
         folders = [entry.name for entry in entries if _is_folder(entry)]
-        if folders and all(name.lower() in SPLITS for name in folders):
-            return {root / name: same_split(name) for name in folders}
-        if "validation" in folders:
-            return {root / "validation": "validation"}
-        if len(folders) != 1 or any(is_picture(entry.name) for entry in entries) or metadata_of(root) is not None:
-            return {}
-        root = root / folders[0]
+        files = {entry.name for entry in entries}.difference(folders)
+        others = others or not files.isdisjoint(METADATA)
+        found = {place / name: same_split(name) for name in folders}
+        if found and all(name.lower() in SPLITS for name in folders):
+            break
+        stop = any(is_picture(name) or name.endswith(".tar") for name in files) or "validation" in folders
+        if stop or len(folders) != 1:
+            return {folder: split for folder, split in found.items() if folder.name == "validation"}
+        place = place / folders[0]
+    others = others or any(is_picture(name) or name.endswith(".tar") for name in files)
+    if others or TRAIN in found.values() or not wanted.has_split(TRAIN):
+        return found
+    return {folder: split for folder, split in found.items() if folder.name == "validation"}
 
 
 def split_in_name(name: str) -> str:
@@ -64,30 +72,16 @@ def split_in_name(name: str) -> str:
     return next((SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), TRAIN)
 
 
-def wanted_part(splits: Splits, wanted: Wanted, others: bool) -> Splits:
-    """`splits`, if any of them is "train" or it is not wanted: otherwise their names say nothing.
-
-    Args:
-        others: whether there is something besides that is of no split, and so of "train".
-    """
-    if others or TRAIN in splits.values() or not wanted.has_split(TRAIN):
-        return splits
-    return {place: split for place, split in splits.items() if place.name == "validation"}
-
-
 class _FolderReader:
     def __init__(self, root: Path, wanted: Wanted) -> None:
         self.root, self.wanted = root, wanted
         self.source = Source(f"{root}{os.sep}")
-        found = split_folders(root)
-        parents = {place.parent for place in found}
-        beside = (name for parent in parents for name in os.listdir(parent) if parent / name not in found)
-        others = any(is_picture(name) for name in beside) or metadata_of(root) is not None
-        self.splits = wanted_part(found, wanted, others)
+        self.splits = split_folders(root, wanted)
         self.followed: set[Path] = set()  # where links to folders lead, each once
         self.listing = Listing(self.source, root, wanted, self.split_of)
 
     def split_of(self, place: Path) -> str:
+        """By the folder that a path is in."""
         return next((split for folder, split in self.splits.items() if place.is_relative_to(folder)), TRAIN)
 
     def visit(self, folder: Path, listed: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, shorten
 from latentdiff.training.data.decode import PICTURE_SUFFIXES, why_unreadable
-from latentdiff.training.data.folder import Splits, split_folders, split_in_name, wanted_part
+from latentdiff.training.data.folder import Splits, split_folders, split_in_name
 from latentdiff.training.data.pictures import CaptionedPicture, PartReader
 from latentdiff.training.data.source import CAPTION_SUFFIXES, TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.tables import json_object, metadata_of
@@ -63,11 +63,9 @@ def find_folder_shards(folder: Path, wanted: Wanted) -> Source | None:
     Raises:
         NoPicturesError: they are of other splits than the one that is wanted.
     """
-    found: list[Path] = []
-    splits = split_folders(folder)
-    for place in (folder, *sorted(splits)):
-        if metadata_of(place) is None:
-            found += find_shards(str(place))
+    splits = split_folders(folder, wanted)
+    places = [place for place in (folder, *sorted(splits)) if metadata_of(place) is None]
+    found = [shard for place in places for shard in find_shards(str(place))]
     return read_shards(found, wanted, folder, splits) if found else None
 
 
@@ -83,7 +81,8 @@ def read_shards(shards: list[Path], wanted: Wanted, whole: Path | None = None, s
     """
     parent = whole or shards[0].parent
     split_of = {shard: (splits or {}).get(shard.parent) or split_in_name(shard.name) for shard in shards}
-    split_of = dict.fromkeys(shards, TRAIN) | wanted_part(split_of, wanted, others=False)
+    if wanted.has_split(TRAIN) and TRAIN not in split_of.values():  # then only folders speak of splits, not names
+        split_of = {shard: (splits or {}).get(shard.parent, TRAIN) for shard in shards}
     chosen = [shard for shard in shards if wanted.has_split(split_of[shard])]
     if not chosen:
         others = ", ".join(sorted(set(split_of.values())))

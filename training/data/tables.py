@@ -69,8 +69,7 @@ class Listing:
             return
         file_name = row.values.get("file_name")
         named = str(file_name) if isinstance(file_name, str) and file_name else None
-        place = file if named is None else Path(os.path.normpath(file.parent / named))
-        split = str(row.values.get("split") or self.split_of(place))
+        split = str(row.values.get("split") or self.split_of(_place_of(file, named)))
         if not self.wanted.has_split(split):
             self.source.know_split(split)
         elif named is not None:
@@ -87,10 +86,10 @@ class Listing:
             raise ValueError("file_name with a NUL character in it")
         path = str(inside(file.parent, file_name, self.allowed, self.names))
         captions = self.wanted.captions(values.get(self.wanted.caption_column))
-        picture = CaptionedPicture(path, FileReader(path), captions, check_weight(values.get("weight")))
+        weight = check_weight(values.get("weight"))
         if why := why_unreadable(path):
             raise ValueError(why)
-        return picture
+        return CaptionedPicture(path, FileReader(path), captions, weight)
 
     def _keep(self, file: Path, picture: CaptionedPicture) -> None:
         pictures = self.source.pictures
@@ -101,6 +100,11 @@ class Listing:
             captions = tuple(dict.fromkeys(pictures[place].captions + picture.captions))
             pictures[place] = replace(pictures[place], captions=captions)
             self.source.warn(picture.name, f"is listed more than once in {file.name}; its captions go together")
+
+
+def _place_of(file: Path, file_name: str | None) -> Path:
+    """Where the picture lies that a row of `file` names."""
+    return file if file_name is None else Path(os.path.normpath(file.parent / file_name.replace("\\", "/")))
 
 
 @dataclass(frozen=True, slots=True)

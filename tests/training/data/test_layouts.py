@@ -86,6 +86,11 @@ def test_one_table_above_split_folders(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert names(tmp_path) == ["train/a.png", "val/d.png"]
     assert names(tmp_path, split="validation") == ["val/c.png"]
+    moved = tmp_path / "moved"
+    fill(moved, "images/train/a.png", "images/val/b.png")
+    table(moved / "metadata.jsonl", "images\\train\\a.png", "images\\val\\b.png")
+    assert names(moved) == ["images/train/a.png"]
+    assert names(moved, split="validation") == ["images/val/b.png"]
 
 
 def test_splits_below_the_only_folder_and_beside_others(tmp_path: Path) -> None:
@@ -130,6 +135,11 @@ def test_shards_that_say_their_split(tmp_path: Path) -> None:
     assert names(shards, split="validation") == ["val-000.tar/val-000.png"]
     assert len(load_pictures(f"{shards}/*.tar", "validation")) == 1
     assert len(load_pictures(f"{shards}/val-000.tar")) == 1  # named by the user, and no other is there
+    (tmp_path / "more" / "validation").mkdir(parents=True)
+    (shards / "val-000.tar").rename(tmp_path / "more" / "validation" / "a.tar")
+    with pytest.raises(NoPicturesError, match="its shards are of validation"):
+        read(tmp_path / "more")
+    assert names(tmp_path / "more", split="validation") == ["validation/a.tar/val-000.png"]
 
 
 def test_a_table_in_every_folder(tmp_path: Path) -> None:
