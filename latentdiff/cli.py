@@ -1,6 +1,7 @@
 """The command line: the commands of `latentdiff.pipelines.commands` and of `latentdiff.training.cli`."""
 
 import os
+import re
 import sys
 from functools import cache
 from typing import Annotated
@@ -11,6 +12,8 @@ from latentdiff.extensions import VARIABLE, extensions_of_environment, load_exte
 from latentdiff.terminal import printable_messages, say
 
 USER_MISTAKES = (ValueError, TypeError, OSError, NotImplementedError)
+FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 app = typer.Typer(
     name="latentdiff",
@@ -71,12 +74,24 @@ def run(program: typer.Typer) -> None:
     except Exception as error:
         if os.environ.get("LATENTDIFF_DEBUG", "0") not in ("", "0"):
             raise
-        mistake = isinstance(error, USER_MISTAKES)
-        what = str(error) or type(error).__name__
-        say(f"Error: {what}" if mistake else f"Error: {type(error).__name__}: {what}", err=True)
+        what, mistake = explain(error)
+        say(f"Error: {what}", err=True)
         if not mistake:
             say("This may be a fault of the program; LATENTDIFF_DEBUG=1 shows where.", err=True)
         sys.exit(2 if mistake else 1)
+
+
+def explain(error: Exception) -> tuple[str, bool]:
+    """What an error says, and whether the user can mend it."""
+    text = str(error) or type(error).__name__
+    if FULL_DISK.search(text):
+        return f"the disk is full: {text}; make room and repeat the command", True
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(text)):
+        return f"there is not enough memory: {text}; ask for fewer at once, or for smaller ones", True
+    ours = isinstance(error, ImportError) and error.name is None  # raised with what to install
+    if isinstance(error, USER_MISTAKES) or ours:
+        return text, True
+    return f"{type(error).__name__}: {text}", False
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, __version__, cli
+from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.fingerprint import model_digest
 from latentdiff.interchange.png import read_settings
 from latentdiff.pipelines.commands import generate
@@ -193,6 +194,37 @@ def test_our_own_faults_have_status_1(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "Error: RuntimeError: broken" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="broken"):
         latentdiff(monkeypatch, "--debug", "generate", "a")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "the disk is full: [Errno 28] No space left on device: 'car.png'"),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            2,
+            "No space left on device: 'car.png'; make",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "not enough memory: CUDA out of memory."),
+        (MemoryError(), 2, "there is not enough memory: MemoryError; ask for fewer"),
+        (ImportError("this needs x; install with: pip install x"), 2, "Error: this needs x; install with"),
+        (ImportError("No module named 'x'", name="x"), 1, "Error: ImportError: No module named 'x'\n"),
+        (KeyError("x"), 1, "Error: KeyError: 'x'\nThis may be a fault of the program"),
+    ],
+)
+def test_what_the_user_can_mend_is_no_fault_of_the_program(
+    error: Exception, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        with atomic_file(Path("car.png")):
+            raise error
+
+    monkeypatch.setattr(generate, "load_pipeline", fail)
+    assert latentdiff(monkeypatch, "generate", "a") == status
+    said = capsys.readouterr().err
+    assert message in said
+    assert ("fault of the program" in said) == (status == 1)
+    assert list(Path().iterdir()) == []
 
 
 def test_unquoted_words_are_pointed_out(

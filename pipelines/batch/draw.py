@@ -188,7 +188,8 @@ def draw_filmstrip(
 def drawn_of(output: ImagesOutput, batch: int) -> list[Drawn]:
     """What a call gave, picture by picture."""
     withheld = output.nsfw_content_detected or [False] * len(output.images)
-    return [Drawn(image, (batch, i), bool(withheld[i])) for i, image in enumerate(output.images)]
+    spoilt = output.nan_detected or [False] * len(output.images)
+    return [Drawn(image, (batch, i), bool(withheld[i]), spoilt[i]) for i, image in enumerate(output.images)]
 
 
 def best_of_each(
@@ -213,7 +214,7 @@ def best_of_each(
 
 @dataclass
 class PictureWriter:
-    """Puts finished pictures into files: each into its own, or all into one.
+    """Puts finished pictures into files: each into its own, or all into one. Files of spoilt ones are not written.
 
     Args:
         files: one for each picture, or one for all.
@@ -241,6 +242,8 @@ class PictureWriter:
             self._write(self.drawn, self.files[0])
 
     def _write(self, drawn: Sequence[Drawn], file: Path) -> None:
+        if all(one.spoilt for one in drawn):
+            return
         columns = min(self.columns, len(drawn))
         save_picture(in_one([one.image for one in drawn], columns), file, self.record(drawn, columns=columns).dump())
         self.written.append(file)

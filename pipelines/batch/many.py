@@ -1,18 +1,21 @@
 """Many prompts to a folder of pictures: in batches, over several processes, continuing an interrupted run."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
+from latentdiff.interchange.user_files import check_regular
 from latentdiff.pipelines.batch.draw import SourcePictures, draw_batch, settings_of, this_machine
-from latentdiff.pipelines.batch.options import BATCH, MOST, RowOptions, defaults_of
+from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
 from latentdiff.pipelines.distributed import drawing_processes
@@ -25,6 +28,9 @@ TABLE = "metadata.jsonl"
 OTHER_TABLES = ("metadata.csv", "metadata.parquet")  # what is read in its place
 MARK = "model_digest"
 """A column that others' tables do not have."""
+
+ABOUT_A_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP)
+"""Errors of one file that say nothing about the others, as a full disk does."""
 
 ProgressCallback = Callable[[int, int], None]
 """(done, total)"""
@@ -112,17 +118,17 @@ def draw_many(
     digest = model_digest or digest_of_weights(pipeline)
     common = settings_of(pipeline, name, {**settings, "model_digest": digest})
     pictures = plan_pictures(prompts, common, seed)
-    there = look_around(folder, pictures)
+    there, failed = look_around(folder, pictures)
     state = drawing_processes(cpu=pipeline.device.type == "cpu")
-    report = Report(folder, kept=[picture.name for picture in pictures if picture.name in there])
+    report = Report(folder, kept=[picture.name for picture in pictures if picture.name in there], failed=failed)
     report.withheld = [name for name, found in there.items() if found.get("withheld")]
-    missing = [
-        batch for batch in make_batches(pictures, batch_size) if any(picture.name not in there for picture in batch)
-    ]
+    done = {*there, *failed}
+    batches = make_batches(pictures, batch_size)
+    missing = [batch for batch in batches if any(picture.name not in done for picture in batch)]
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     if state is not None:
         state.wait_for_everyone()  # all have looked before any writes
-    draw_batches(pipeline, missing[index::count], {*there}, report, progress)
+    draw_batches(pipeline, missing[index::count], done, report, progress)
     if state is not None:
         gather(report)
     if index == 0:
@@ -157,8 +163,9 @@ def as_prompt(value: str | Mapping[str, Any] | Prompt, where: str) -> Prompt:
     return check_row({"prompt": value} if isinstance(value, str) else value, where)
 
 
-def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> dict[str, dict[str, Any]]:
-    """What in `folder` need not be drawn: the settings in the file of each such picture.
+def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What in `folder` need not be drawn, the settings in the file of each such picture; and what cannot be written,
+    with the reason.
 
     Raises:
         ValueError: a file name leads out of the folder, by a link.
@@ -170,19 +177,27 @@ def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> dict[str, d
             raise FileExistsError(f"{folder / name}: this folder has a table of its own; choose another folder")
     read_table(folder)
     root = folder.resolve()
-    there = {}
+    names = {picture.name.casefold(): picture.name for picture in pictures}
+    there, failed = {}, {}
     for picture in pictures:
         file = folder / picture.name
-        if not file.parent.resolve().is_relative_to(root):
-            raise ValueError(f"file_name {picture.name!r} leads out of {folder}")
-        if not os.path.lexists(file):
+        within = [names[str(one).casefold()] for one in PurePath(picture.name).parents if str(one).casefold() in names]
+        try:
+            if within:
+                raise NotADirectoryError(f"{within[0]} is a picture of this table, and cannot be a folder too")
+            if not file.parent.resolve().is_relative_to(root):
+                raise ValueError(f"file_name {picture.name!r} leads out of {folder}")
+            found = read_settings(file) if stat.S_ISREG(file.lstat().st_mode) else None
+        except FileNotFoundError:
             continue
-        found = None if file.is_symlink() else read_settings(file)
+        except (OSError, RuntimeError) as error:  # the latter for links in a circle
+            failed[picture.name] = describe(error)
+            continue
         if found is None:
             raise FileExistsError(f"{file} exists and was not drawn by latentdiff; move it, or choose another folder")
         if picture.is_in(found):
             there[picture.name] = found
-    return there
+    return there, failed
 
 
 def make_batches(pictures: Sequence[PlannedPicture], size: int) -> Iterator[list[PlannedPicture]]:
@@ -224,8 +239,10 @@ def draw_batches(
 
 
 def describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = str(error).splitlines()[0] if str(error) else ""
-    return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ValueError | TypeError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], done: set[str], report: Report) -> None:
@@ -237,8 +254,17 @@ def draw_and_write(pipeline: Any, pictures: Sequence[PlannedPicture], done: set[
     for picture, one in zip(pictures, drawn, strict=True):
         if picture.name in done:
             continue
-        save_picture(one.image, report.folder / picture.name, record_of(settings, [batch], [one], machine).dump())
         done.add(picture.name)
+        if one.spoilt:
+            report.failed[picture.name] = f"not written, {NOT_FINITE}"
+            continue
+        try:
+            save_picture(one.image, report.folder / picture.name, record_of(settings, [batch], [one], machine).dump())
+        except OSError as error:
+            if error.errno not in ABOUT_A_NAME:
+                raise
+            report.failed[picture.name] = describe(error)
+            continue
         report.drawn.append(picture.name)
         if one.withheld:
             report.withheld.append(picture.name)
@@ -281,6 +307,7 @@ def read_table(folder: Path) -> list[dict[str, Any]]:
         return []
     rows: list[Any]
     try:
+        check_regular(file)
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError):
         rows = [None]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
 MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
+NOT_FINITE = "for a network gave values that are not finite; the warning says which, and what helps"
 
 
 def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import KEY, settings_of
-from latentdiff.pipelines.batch.options import MOST, GenerateOptions, Plain, first_problem
+from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions, Plain, first_problem
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]
@@ -107,7 +107,7 @@ class Record(Settings):
     """Of each picture in the file, its batch and its number in it."""
     columns: int = Field(1, ge=1)
     """Of the grid, row by row, if there are several."""
-    filmstrip: int | None = Field(None, ge=1)
+    filmstrip: int | None = Field(None, ge=1, le=MOST)
     """How many steps are shown, if the file is a filmstrip."""
     machine: Machine
 
@@ -116,6 +116,9 @@ class Record(Settings):
         for batch, number in self.pictures:
             if batch >= len(self.batches) or number >= len(self.batches[batch].prompts):
                 raise ValueError(f"there is no picture {number} in a batch {batch}")
+        drawn, most = sum(len(batch.prompts) for batch in self.batches), max(MOST, BATCH * len(self.pictures))
+        if drawn > most:  # with the least of candidates, a batch for each picture
+            raise ValueError(f"{drawn} pictures would have to be drawn for the {len(self.pictures)} in the file")
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -131,6 +134,8 @@ class Drawn:
     place: tuple[int, int]
     withheld: bool = False
     """Made black by the model's safety checker."""
+    spoilt: bool = False
+    """Black, since a network gave values that are not finite."""
     score: float | None = None
     """By which it was chosen from candidates."""
 
@@ -184,9 +189,12 @@ def read_record(file: Path) -> tuple[Image.Image, Record]:
             f"{file} was drawn by latentdiff {version}, whose settings this version cannot draw again: "
             f"{first_problem(error)}"
         ) from None
-    if record.width > image.width or record.height > image.height:
+    rows = 1 if record.filmstrip else -(-len(record.pictures) // record.columns)
+    columns = 1 if record.filmstrip else min(record.columns, len(record.pictures))
+    if columns * record.width > image.width or rows * record.height > image.height:
+        shown = f"{len(record.pictures)} pictures" if len(record.pictures) > 1 else "pictures"
         raise ValueError(
-            f"{file} has {image.width} x {image.height} pixels, and says that it shows pictures of {record.width} x "
+            f"{file} has {image.width} x {image.height} pixels, and says that it shows {shown} of {record.width} x "
             f"{record.height}; it was changed"
         )
     return image, record

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions, Plain
+from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, GenerateOptions, Plain
 from latentdiff.pipelines.commands.options import (
+    FAILED,
     INTERRUPTED,
     LoadingOptions,
     find_place,
@@ -107,7 +108,10 @@ def generate(
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
     if source.variation_seed is not None:
         seeds = f"seed {seed}, variation {seeds}"
-    say(f"{files_text(files)}: {seeds}, {time.perf_counter() - started:.1f} s")
+    if writer.written:
+        say(f"{files_text(writer.written)}: {seeds}, {time.perf_counter() - started:.1f} s")
+    if any(one.spoilt for one in writer.drawn):
+        raise typer.Exit(FAILED)
 
 
 def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
@@ -132,6 +136,9 @@ def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, f
             say(f"{writer.name_of(i)}: CLIP score {one.score:.1f}, seed {writer.seed_of(one)}")
         if one.withheld:
             say(f"{writer.name_of(i)}: withheld by the model's safety checker; it is black", err=True)
+        if one.spoilt:
+            left = "it is black" if writer.written and len(writer.files) == 1 else "not written"
+            say(f"{writer.name_of(i)}: {left}, {NOT_FINITE}", err=True)
 
 
 def draw_pictures(writer: "PictureWriter", inputs: Any, filmstrip: Path | None) -> Iterator["Drawn"]:
@@ -144,7 +151,8 @@ def draw_pictures(writer: "PictureWriter", inputs: Any, filmstrip: Path | None) 
             drawn = draw.draw_batch(writer.pipeline, writer.settings, batch, inputs, number)
         else:
             strip, drawn = draw.draw_filmstrip(writer.pipeline, writer.settings, batch, inputs, FRAMES)
-            save_picture(strip, filmstrip, writer.record(drawn, filmstrip=FRAMES).dump())
+            if not all(one.spoilt for one in drawn):
+                save_picture(strip, filmstrip, writer.record(drawn, filmstrip=FRAMES).dump())
         yield from drawn
 
 

@@ -10,6 +10,7 @@ import typer
 
 from latentdiff.pipelines.batch.options import BATCH, DrawingOptions
 from latentdiff.pipelines.commands.options import (
+    FAILED,
     INTERRUPTED,
     Device,
     LoadingOptions,
@@ -24,7 +25,6 @@ from latentdiff.terminal import say
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.many import Report
 
-FAILED = 1  # exit status
 SHOWN = 20  # failures
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.text_to_image import TextPipeline
 
 
+FAILED = 1  # exit status
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 

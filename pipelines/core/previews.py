@@ -87,7 +87,8 @@ def filmstrip(
     for one in progress:
         if one.output is not None:
             break
-        wanted = {round((i + 1) * one.total / frames) - 1 for i in range(frames)}
+        shown = min(frames, one.total)
+        wanted = {round((i + 1) * one.total / shown) - 1 for i in range(shown)}
         if one.step in wanted:
             columns.append(one.preview())
     output = one.output

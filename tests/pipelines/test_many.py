@@ -152,6 +152,58 @@ def test_others_files_are_not_replaced(pipeline: Any, tmp_path: Path) -> None:
         draw_many(pipeline, PROMPTS, tmp_path, **CALL)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_name_that_cannot_be_written_does_not_stop_the_rest(before: bool, pipeline: Any, tmp_path: Path) -> None:
+    if before:  # a picture of an earlier run where now a folder is wanted
+        draw_many(pipeline, [{"prompt": "a cup", "file_name": "a.png"}], tmp_path, **CALL)
+    (tmp_path / "circle").symlink_to("circle")
+    names = ["x" * 300 + ".png", "new/" + "y" * 300 + ".png", "A.png/b.png", "a.png/b/c.png", "circle/d.png"]
+    rest = [] if before else ["a.png"]
+    prompts = ["a cup", *({"prompt": "a hat", "file_name": name} for name in [*names, *rest]), "a sun"]
+    if before:
+        names.remove("A.png/b.png")  # where upper case is another name, it is possible
+        prompts.pop(3)
+    report = draw_many(pipeline, prompts, tmp_path, **CALL)
+    assert {*report.failed} == {*names}
+    assert "too long" in report.failed[names[0]]
+    assert "too long" in report.failed[names[1]]
+    assert ("a.png is a picture of this table" in report.failed["a.png/b/c.png"]) != before
+    assert report.drawn == ["000001.png", *rest, f"00000{len(prompts)}.png"]
+    assert {row["file_name"] for row in rows(tmp_path)} == {*report.drawn, "a.png"}
+
+
+def test_a_full_disk_stops(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match=r"No space left .*/000001\.png"):
+        draw_many(pipeline, PROMPTS, tmp_path, **CALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["000002.png", "metadata.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_a_pipe_or_a_device_in_the_folder(kind: str, name: str, pipeline: Any, tmp_path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(FileExistsError, match=f"{name} exists and was not"):
+        draw_many(pipeline, PROMPTS, tmp_path, **CALL)
+
+
+def test_spoilt_pictures_are_not_written(pipeline: Any, tmp_path: Path) -> None:
+    prompts = ["a cup", {"prompt": "a hat", "guidance_scale": 1e38}, "a sun"]
+    report = draw_many(pipeline, prompts, tmp_path, **CALL)
+    assert report.drawn == ["000001.png", "000003.png"]
+    assert "not written, for a network gave values that are not finite" in report.failed["000002.png"]
+    assert [row["file_name"] for row in rows(tmp_path)] == report.drawn
+    again = draw_many(pipeline, prompts, tmp_path, **CALL)
+    assert (again.drawn, [*again.failed]) == ([], ["000002.png"])
+
+
 def test_names_stay_in_the_folder(pipeline: Any, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "out").mkdir()

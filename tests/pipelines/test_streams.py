@@ -128,10 +128,13 @@ def test_a_filmstrip_has_a_row_for_each_image(pipeline: Any) -> None:
     assert len(output.images) == 2
     right = strip.crop((3 * 18, 0, 3 * 18 + 16, 16))
     assert right.tobytes() == output.images[0].tobytes()
+    strip_of_all, _ = filmstrip(pipeline.stream("sun", num_inference_steps=2), frames=2)
     small, _ = filmstrip(pipeline.stream("sun", num_inference_steps=2), frames=8, side=8)
     assert small.height == 8
     with pytest.raises(ValueError, match="at least one frame"):
         filmstrip(pipeline.stream("sun"), frames=0)
+    many, _ = filmstrip(pipeline.stream("sun", num_inference_steps=2), frames=10**12)  # at most one for each step
+    assert many.size == strip_of_all.size
     with pytest.raises(ValueError, match="output_type='pil'"):
         filmstrip(pipeline.stream("sun", num_inference_steps=2, output_type="np"))
 

@@ -247,6 +247,19 @@ def test_withheld_pictures_are_named(
     assert "picture 2 in cup.png: withheld" in capsys.readouterr().err
 
 
+def test_spoilt_pictures_end_with_an_error(
+    model: str, run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    common = ["generate", "a cup", "--model", model, "--steps", "2", "--guidance", "1e38"]
+    assert run(*common, "-o", "cup.png", "--filmstrip", "strip.png") == 1
+    error = capsys.readouterr().err
+    assert "The unet gave values that are not finite" in caplog.text
+    assert "cup.png: not written, for a network gave values that are not finite" in error
+    assert run(*common, "-o", "cup.png", "-n", "2", "--separate") == 1
+    assert "cup-2.png: not written" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     (["--mask", "mask.png"], "--mask needs --image"),
     (["--strength", "0.5"], "--strength needs --image"),

@@ -181,6 +181,22 @@ def test_files_that_cannot_be_drawn_again(cup: Path, run: Run, capsys: pytest.Ca
         assert "Traceback" not in error
 
 
+def test_a_record_that_asks_for_too_much(cup: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = {"prompts": ["a"] * 4096, "seeds": [1] * 4096}
+    every = [[i, 0] for i in range(40)]
+    for changes, message in (
+        ({"batches": [batch] * 40, "pictures": every}, "163840 pictures would have to be drawn for the 40 in the file"),
+        ({"filmstrip": 10**9}, "filmstrip: Input should be less than or equal to 4096"),
+        ({"pictures": [[0, 1]] * 40, "columns": 8}, "says that it shows 40 pictures of 16 x 16; it was changed"),
+        ({"pictures": [[0, 1]] * 40, "columns": 10**9}, "says that it shows 40 pictures of 16 x 16; it was changed"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: Input should be a finite number"),
+    ):
+        Path("new.png").write_bytes(cup.read_bytes())
+        rewrite(Path("new.png"), **changes)
+        assert run("replay", "new.png") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_outputs_in_the_way(cup: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("replay", cup, "-o", cup) == 2
     assert "is the picture itself" in capsys.readouterr().err
