@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latentdiff.interchange.user_files import MAX_PICTURE, read_bytes
 
@@ -55,6 +55,69 @@ def decode(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=readable_formats())
         image.load()
         return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its camera says (EXIF)."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF does not spoil the pixels
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: on white where transparent, 16 bits scaled to 8, CMYK by its profile where it has one.
+
+    Raises:
+        ValueError: the mode cannot be converted, or pixels are not numbers.
+    """
+    if is_deep(image):
+        return shallow(image).convert("RGB")
+    if image.mode == "CMYK":
+        return _from_cmyk(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether this is grey of more than eight bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def shallow(image: Image.Image) -> Image.Image:
+    """Grey of more than eight bits as grey of eight; Pillow's own conversion clips it.
+
+    Raises:
+        ValueError: pixels are not numbers.
+    """
+    import numpy as np
+
+    grey = np.asarray(image, dtype=np.float32)
+    most = float(grey.max(initial=0.0))
+    if not np.isfinite(grey).all():
+        raise ValueError("there are pixels that are not numbers")
+    if image.mode == "F":
+        scale = 255.0 if most <= 1 else 1.0 if most <= 255 else 1 / 257
+    else:
+        scale = 1 / 257 if most <= 65535 else 255 / (2**31 - 1)
+    return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8))
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes):
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile: convert without
+            pass
+    return image.convert("RGB")
 
 
 def to_pictures(pixels: "Tensor") -> list[Image.Image]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import file_digest
-from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.pictures import is_deep, read_picture, shallow
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.batch.options import GenerateOptions, defaults_of, first_problem
 from latentdiff.pipelines.batch.record import (
@@ -27,7 +27,7 @@ from latentdiff.pipelines.batch.record import (
     record_of,
 )
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import upright_rgb
+from latentdiff.pipelines.core.pictures import upright_pair, upright_rgb
 from latentdiff.pipelines.core.previews import filmstrip
 
 
@@ -57,14 +57,15 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, 
     if mask is not None and image is None:
         raise ValueError(f"{mask}: a mask needs the picture that it is of")
     used: dict[str, UsedFile] = {}
-    found: dict[str, Image.Image] = {}
+    found: dict[str, Any] = {}
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
             picture, digest = read_picture(file)
-            found[name] = upright_rgb(picture)
+            found[name] = shallow(picture) if name == "mask" and is_deep(picture) else picture
             used[name] = UsedFile(file=str(file), sha256=digest)
-    if "mask" in found:
-        found["mask"] = found["mask"].convert("L")
+    found["image"], mask_image = upright_pair(found.get("image"), found.get("mask"))
+    if mask_image is not None:
+        found["mask"] = upright_rgb(mask_image).convert("L")
         if found["mask"].size != found["image"].size:
             sizes = ["{} x {}".format(*found[name].size) for name in ("image", "mask")]
             raise ValueError(

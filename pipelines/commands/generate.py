@@ -31,9 +31,13 @@ class SourceOptions(Plain):
     """What pictures are made of besides words and the model."""
 
     image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None
-    mask: Annotated[Path | None, typer.Option(help="White where to paint in the picture of --image, and as large.")] = (
-        None
-    )
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="White where to paint in the picture of --image, and as large. If that one is turned by its EXIF, so "
+            "is the mask, unless its shape or EXIF of its own say otherwise."
+        ),
+    ] = None
     seed: Annotated[
         int | None, typer.Option(min=0, help="Picture i is drawn with SEED + i; by default a random one, shown.")
     ] = None

@@ -1,31 +1,96 @@
 """Pictures that a call is given, to tensors: what users have in hand, brought to what the networks take."""
 
-from typing import Any
+import logging
+import math
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
-Pictures = Any
-"""A PIL image, an array (B, H, W, C) or (H, W, C) with values in [0, 1], a tensor (B, C, H, W) or (C, H, W) with values
-in [0, 1] or [-1, 1], or a list of one of these kinds."""
+from latentdiff.interchange.pictures import is_deep, shallow, to_rgb, upright
+
+logger = logging.getLogger(__name__)
+
+Pictures: TypeAlias = Any
+"""A PIL image, an array (B, H, W, C), (H, W, C) or (H, W), a tensor (B, C, H, W) or (C, H, W), or a list of one of
+these kinds. Whole numbers are uint8, 0 to 255, or uint16, 0 to 65535; numbers of floating point lie in [0, 1] or
+[-1, 1]. C is 3, 1 (grey), or 4 (with opacity, put on white); but a tensor of floating point with as many channels as
+the model's latents is taken for scaled latents."""
+
+KINDS = "a PIL image, an array (B, H, W, C), a tensor (B, C, H, W) or a list of them"
+MOST = 2.0  # decoded pictures that were not clipped are a little outside [-1, 1]
 
 
 def upright_rgb(image: Any) -> Any:
     """A PIL image, or each of a list, as RGB: turned as its camera says, on white where it is transparent.
 
-    Other things are given back as they are.
+    Grey of more than eight bits is scaled to eight. Other things are given back as they are.
     """
     if isinstance(image, (list, tuple)):
         return [upright_rgb(one) for one in image]
-    if not isinstance(image, Image.Image) or (image.mode == "RGB" and not image.getexif()):
-        return image
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return to_rgb(upright(image)) if isinstance(image, Image.Image) else image
+
+
+def upright_pair(image: Pictures, mask: Pictures) -> tuple[Pictures, Pictures]:
+    """A picture as `upright_rgb` gives it, and its mask turned to fit.
+
+    A mask with an orientation of its own (EXIF) is turned as that says. Others are turned as their picture is, as if
+    drawn on the pixels in its file, if their shape is that of these pixels, or if shapes do not tell (the picture is
+    square, mirrored or upside down). They stay as they are if their shape is that of the upright picture.
+
+    Raises:
+        TypeError, ValueError: an array cannot be a mask.
+    """
+    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    masks: list[Any] = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    if isinstance(masks[0] if masks else None, (np.ndarray, Tensor)):
+        masks = list(mask_values(mask))
+    if not any(orientation_of(one) for one in [*pictures, *masks]):
+        return upright_rgb(image), mask
+    if len(masks) == 1 and len({orientation_of(picture) for picture in pictures}) > 1:
+        masks = masks * len(pictures)
+    turned = [upright_mask(one, pictures[min(i, len(pictures) - 1)]) for i, one in enumerate(masks)]
+    return upright_rgb(image), turned[0] if len(turned) == 1 else turned
+
+
+def orientation_of(picture: Any) -> int | None:
+    """From 1 (upright) to 8, as EXIF counts them; None where nothing says it."""
+    found = picture.getexif().get(ExifTags.Base.Orientation) if isinstance(picture, Image.Image) else None
+    return found if found in range(1, 9) else None
+
+
+def upright_mask(mask: Any, picture: Any) -> Any:
+    """See `upright_pair`. `mask`: a PIL image or a tensor (1, H, W)."""
+    orientation = orientation_of(picture) or 1
+    if orientation_of(mask) is not None:
+        return upright(mask)
+    if orientation == 1 or not isinstance(mask, Image.Image | Tensor):
+        return mask
+    width, height = mask.size if isinstance(mask, Image.Image) else (mask.shape[-1], mask.shape[-2])
+    lying = abs(math.log(width / height) - math.log(picture.width / picture.height))
+    across = picture.height / picture.width if orientation > 4 else picture.width / picture.height
+    standing = abs(math.log(width / height) - math.log(across))
+    if standing < lying:
+        return mask
+    logger.warning(
+        "The picture's EXIF turns it (orientation %d), and the mask is turned with it: %s",
+        *(orientation, "their shapes do not tell what it was drawn on" if standing == lying else "by its shape"),
+    )
+    if isinstance(mask, Tensor):
+        return turned_tensor(mask, orientation)
+    mask = mask.copy()
+    mask.getexif()[ExifTags.Base.Orientation] = orientation
+    return upright(mask)
+
+
+def turned_tensor(pixels: Tensor, orientation: int) -> Tensor:
+    """Pixels (..., H, W) as they are upright."""
+    flips = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
+    return (pixels.transpose(-2, -1) if orientation > 4 else pixels).flip(flips.get(orientation, ()))
 
 
 def to_pixels(processor: VaeImageProcessor, image: Pictures, **options: Any) -> Tensor:
@@ -38,26 +103,154 @@ def to_pixels(processor: VaeImageProcessor, image: Pictures, **options: Any) -> 
 
     Raises:
         TypeError: not a picture.
-        ValueError: NaN or infinite values, or another number of channels.
+        ValueError: NaN or infinite values, or others that a picture cannot have; or another number of channels.
     """
     if image is None:
         raise ValueError("image is missing; give a picture")
-    try:
-        pixels = processor.preprocess(upright_rgb(image), **options)
-    except (ValueError, IndexError) as error:
-        kind = type(image[0] if isinstance(image, list) and image else image).__name__
-        raise TypeError(
-            f"image must be a PIL image, an array (B, H, W, C), a tensor (B, C, H, W) or a list of them, not {kind} "
-            f"({error})"
-        ) from error
-    if not torch.isfinite(pixels).all():
+    channels = processor.config.vae_latent_channels
+    if are_images(image):
+        return preprocessed("image", processor, upright_rgb(image), **options)
+    pixels = picture_values(image, channels)
+    return pixels if are_latents(pixels, channels) else signed(resized(processor, pixels, **options))
+
+
+def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Tensor:
+    """Masks as (P, 1, H, W), 1 where to paint (what was at least half white) and 0 elsewhere.
+
+    Raises:
+        TypeError: not a mask.
+        ValueError: it is missing, or has more than one channel, or values that are no grey.
+    """
+    if mask is None:
+        raise ValueError("mask_image is missing; give one that is white where to paint and black elsewhere")
+    if are_images(mask):
+        masks = mask if isinstance(mask, (list, tuple)) else [mask]
+        masks = [shallow(one) if is_deep(one) else one for one in masks]
+        return preprocessed("mask_image", processor, masks, **options)
+    return (resized(processor, mask_values(mask), **options) >= 0.5).float()
+
+
+def are_images(value: Any) -> bool:
+    """Whether this is a PIL image or a list of them."""
+    several = isinstance(value, (list, tuple)) and len(value) > 0
+    return all(isinstance(one, Image.Image) for one in (value if several else [value]))
+
+
+def preprocessed(name: str, processor: VaeImageProcessor, images: Any, **options: Any) -> Tensor:
+    """PIL images as the processor makes tensors of them. Raises ValueError if they differ in size."""
+    sizes = sorted({one.size for one in images}) if isinstance(images, list) else []
+    if len(sizes) > 1 and "height" not in options:
+        raise ValueError(f"the pictures given as {name} differ in size, {sizes[0]} and {sizes[1]}; give one at a time")
+    return processor.preprocess(images, **options)
+
+
+def resized(
+    processor: VaeImageProcessor, pixels: Tensor, height: int | None = None, width: int | None = None
+) -> Tensor:
+    """(P, C, H, W) at this size, by default its own cut to multiples of the autoencoder's factor; nearest neighbour."""
+    return F.interpolate(pixels, size=processor.get_default_height_width(pixels, height, width))
+
+
+def signed(pixels: Tensor) -> Tensor:
+    """Values in [0, 1] -> in [-1, 1], which is what they are if one is below 0."""
+    return pixels if pixels.min() < 0 else 2.0 * pixels - 1.0
+
+
+def picture_values(image: Any, latent_channels: int = 3) -> Tensor:
+    """Arrays or tensors as (P, 3, H, W), values in [0, 1] or [-1, 1]; or as (P, C, h, w), if they are latents.
+
+    Raises:
+        TypeError, ValueError: see `to_pixels`.
+    """
+    values, from_arrays = stacked("image", image)
+    channels = values.shape[1]
+    if values.is_floating_point() and not values.isfinite().all():
         raise ValueError("image has values that are not finite")
-    latent_channels = processor.config.vae_latent_channels
-    if pixels.shape[1] not in (3, latent_channels):
+    if are_latents(values, latent_channels) and values.is_floating_point() and not from_arrays:
+        return values
+    if values.dtype in (torch.uint8, torch.uint16):
+        values = values.float() / torch.iinfo(values.dtype).max
+    elif not values.is_floating_point():
+        raise TypeError(f"image has values of {values.dtype}; give uint8 (0 to 255), or floating point (0 to 1)")
+    least, most = float(values.min()), float(values.max())
+    if max(-least, most) > MOST or (channels == 4 and least < 0):
         raise ValueError(
-            f"image has {pixels.shape[1]} channels; a picture has 3, and latents of this model have {latent_channels}"
+            f"image has values from {least:g} to {most:g}; those of floating point must lie in [0, 1] or [-1, 1] (with "
+            f"opacity in [0, 1]), whole ones are given as uint8"
         )
-    return pixels
+    if channels == 4:
+        opacity = values[:, 3:]
+        return values[:, :3] * opacity + (1 - opacity)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"image has {channels} channels; a picture has 3, and latents of this model have {latent_channels}"
+        )
+    return values.expand(-1, 3, -1, -1)
+
+
+def mask_values(mask: Any) -> Tensor:
+    """Arrays or tensors as (P, 1, H, W), values in [0, 1].
+
+    Truth values and whole numbers of 0 and 1 are taken as they are, other whole numbers as 0 to 255 or 0 to 65535.
+
+    Raises:
+        TypeError, ValueError: see `to_mask`.
+    """
+    values = stacked("mask_image", mask)[0]
+    if values.shape[1] != 1:
+        raise ValueError(f"mask_image has {values.shape[1]} channels; give one with a single channel")
+    deep, fractional = values.dtype == torch.uint16, values.is_floating_point()
+    values = values if fractional else values.float()
+    least, most = float(values.min()), float(values.max())
+    if most > 1 and (not fractional or bool((values == values.round()).all())):
+        values = values / (255 if most <= 255 and not deep else 65535)
+    if not (least >= 0 and float(values.max()) <= 1):  # NaN neither
+        raise ValueError(
+            f"mask_image has values from {least:g} to {most:g}; give truth values, 0 to 1, or whole numbers 0 to 255"
+        )
+    return values
+
+
+def stacked(name: str, value: Any) -> tuple[Tensor, bool]:
+    """Arrays or tensors as one tensor (P, C, H, W) of their type, and whether they were arrays.
+
+    Raises:
+        TypeError: they are something else, or of other dimensions.
+        ValueError: they differ in size.
+    """
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    arrays = bool(items) and all(isinstance(one, np.ndarray) for one in items)
+    if not items or not (arrays or all(isinstance(one, Tensor) for one in items)):
+        found = next((one for one in items if not isinstance(one, (np.ndarray, Tensor))), value)
+        raise TypeError(f"{name} must be {KINDS}, not {type(found).__name__}")
+    parts = [four_dimensions(name, one) for one in items]
+    sizes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(f"the pictures given as {name} differ in shape, {sizes[0]} and {sizes[1]}; give one at a time")
+    return torch.cat(parts), arrays
+
+
+def four_dimensions(name: str, item: Any) -> Tensor:
+    """One array or tensor as (P, C, H, W). Raises TypeError if it has no dimensions of a picture."""
+    if item.size == 0 if isinstance(item, np.ndarray) else item.numel() == 0:
+        raise TypeError(f"{name} must be {KINDS}, not an empty one")
+    shape = tuple(item.shape)
+    if isinstance(item, np.ndarray):
+        try:
+            item = torch.from_numpy(np.ascontiguousarray(item))
+        except TypeError:
+            raise TypeError(f"{name} has values of the type {item.dtype}; give uint8 or floating point") from None
+        if item.ndim == 3 and (name == "image" or shape[-1] in (1, 3, 4)):
+            item = item[None]  # (1, H, W, C)
+        if item.ndim == 4:
+            item = item.movedim(-1, 1)
+    if name != "image" and item.ndim == 3:  # (1, H, W) or (B, H, W)
+        item = item[:, None]
+    while item.ndim in (2, 3):
+        item = item[None]
+    if item.ndim != 4:
+        raise TypeError(f"{name} must be {KINDS}, not one of the shape {shape}")
+    return item
 
 
 def are_latents(pixels: Tensor, channels: int) -> bool:
@@ -69,23 +262,3 @@ def check_pictures(name: str, given: int, prompts: int, count: int) -> None:
     """Raises ValueError if `given` pictures are neither one for all, nor one for each prompt or each image."""
     if given not in (1, prompts, count):
         raise ValueError(f"{given} pictures were given as {name} for {prompts} prompts; give one, or one for each")
-
-
-def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Tensor:
-    """Masks as (P, 1, H, W), 1 where to paint (what was at least half white) and 0 elsewhere.
-
-    Raises:
-        TypeError: not a mask.
-        ValueError: it is missing.
-    """
-    if mask is None:
-        raise ValueError("mask_image is missing; give one that is white where to paint and black elsewhere")
-    try:
-        pixels = processor.preprocess(mask, **options)
-    except (ValueError, IndexError) as error:
-        raise TypeError(
-            f"mask_image must be a PIL image, an array (B, H, W), a tensor (B, 1, H, W) or a list of them ({error})"
-        ) from error
-    if pixels.shape[1] != 1:
-        raise ValueError(f"mask_image has {pixels.shape[1]} channels; give one with a single channel")
-    return pixels

@@ -1,7 +1,7 @@
 """Inpainting: part of a picture is drawn anew, the rest stays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Unpack
 
@@ -28,7 +28,7 @@ from latentdiff.pipelines.core.pictures import (
     check_pictures,
     to_mask,
     to_pixels,
-    upright_rgb,
+    upright_pair,
 )
 from latentdiff.pipelines.core.sampling import Progress, Steps, whole
 from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
@@ -119,7 +119,9 @@ class InpaintPipeline(TextPipeline):
         Args:
             image: what to paint in, see `pictures.Pictures`; one for all, or one for each prompt. Brought to ``height``
                 and ``width``. Scaled latents (P, C, h, w) are taken as they are.
-            mask_image: white where to paint; a PIL image, or with one channel an array or a tensor, values in [0, 1].
+            mask_image: white where to paint; a PIL image, or with one channel an array or a tensor: truth values, 0 to
+                1, or whole numbers 0 to 255. A mask without EXIF is turned as its picture's EXIF says, if its shape is
+                that of the picture as stored, or does not tell; see `pictures.upright_pair`.
             masked_image_latents: (P, C, h, w), instead of the encoded picture without what the mask covers; for a UNet
                 made for inpainting.
             padding_mask_crop: paint only the mask's surroundings, with at least this many pixels around the mask, at
@@ -133,6 +135,9 @@ class InpaintPipeline(TextPipeline):
             TypeError, ValueError: as there; a picture or a mask is none, sizes or numbers do not go together.
         """
         options = MaskOptions.of(locals())
+        if image is not None and mask_image is not None:
+            image, mask_image = upright_pair(image, mask_image)
+            options = replace(options, image=image, mask_image=mask_image)
         plain = self.unet.config.in_channels == self.vae.config.latent_channels
         self.check_channels(
             0 if plain else 1 + self.vae.config.latent_channels,
@@ -186,7 +191,7 @@ class InpaintPipeline(TextPipeline):
     def _put_back(self, output: Any, image: Any, mask: Any, crop: tuple[int, int, int, int]) -> Any:
         """The painted parts in their places in the picture."""
         overlay = self.image_processor.apply_overlay
-        whole_ones = [overlay(mask, upright_rgb(image), part, crop) for part in output[0]]
+        whole_ones = [overlay(mask, image, part, crop) for part in output[0]]
         if isinstance(output, tuple):
             return whole_ones, *output[1:]
         output.images = whole_ones

@@ -9,11 +9,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.interchange.pictures import to_pictures
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
 from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, positive_whole
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import Pictures, upright_rgb
+from latentdiff.pipelines.core.pictures import Pictures, are_images, picture_values, signed, upright_rgb
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
 
@@ -113,7 +114,8 @@ class ImageVariationPipeline(LatentPipeline):
         if not isinstance(image, Tensor):
             if self.feature_extractor is None:
                 raise ValueError("this pipeline has no feature_extractor; give the picture as a tensor")
-            image = self.feature_extractor(images=upright_rgb(image), return_tensors="pt").pixel_values
+            pictures = upright_rgb(image) if are_images(image) else to_pictures(signed(picture_values(image)))
+            image = self.feature_extractor(images=pictures, return_tensors="pt").pixel_values
         encoder = self.image_encoder
         embeds = encoder(image.to(self._execution_device, encoder.dtype)).image_embeds
         return embeds[:, None].to(self.unet.dtype)

@@ -149,6 +149,17 @@ def test_super_resolution_with_every_scheduler(twins: Twins, scheduler: Any) -> 
     assert largest_difference(ours, theirs, negative_prompt=["blue", ""], noise_level=50, **call) < 1e-4
 
 
+def test_super_resolution_of_a_tensor(twins: Twins) -> None:
+    low = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    ours, theirs = twins(
+        *(SuperResolutionPipeline, diffusers.StableDiffusionUpscalePipeline, None, UPSCALER),
+        vae={"scaling_factor": 0.08333},
+        low_res_scheduler=low,
+    )
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))  # from 0 to 1
+    assert largest_difference(ours, theirs, prompt="a red car", image=image) < 1e-4
+
+
 def test_variations_are_diffusers(twins: Twins) -> None:
     torch.manual_seed(0)
     config = CLIPVisionConfig(

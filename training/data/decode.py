@@ -9,10 +9,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import PurePath
 
-import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
-from latentdiff.interchange.pictures import readable_formats
+from latentdiff.interchange.pictures import readable_formats, to_rgb, upright
 
 MOST_PIXELS = 178_956_970  # where Pillow too speaks of a decompression bomb
 LARGE = 2**25  # pixels; of these, threads decode one at a time, for each may take gigabytes
@@ -110,53 +109,4 @@ def _decode(content: bytes, formats: tuple[str, ...]) -> Decoded:
         animated = bool(getattr(image, "is_animated", False)) and image.format not in ("MPO", "PSD")
         with _large if width * height > LARGE else nullcontext():
             image.load()
-            return Decoded(to_rgb(_upright(image)), image.format or "", animated)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF does not spoil the pixels
-        return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: on white where transparent, 16 bits scaled to 8, CMYK by its profile where it has one.
-
-    Raises:
-        ValueError: the mode cannot be converted, or pixels are not numbers.
-    """
-    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        return _deep_grey(image).convert("RGB")
-    if image.mode == "CMYK":
-        return _from_cmyk(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than eight bits; Pillow's own conversion clips it."""
-    grey = np.asarray(image, dtype=np.float32)
-    most = float(grey.max(initial=0.0))
-    if not np.isfinite(grey).all():
-        raise ValueError("there are pixels that are not numbers")
-    if image.mode == "F":
-        scale = 255.0 if most <= 1 else 1.0 if most <= 255 else 1 / 257
-    else:
-        scale = 1 / 257 if most <= 65535 else 255 / (2**31 - 1)
-    return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8))
-
-
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if isinstance(profile, bytes):
-        try:
-            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile: convert without
-            pass
-    return image.convert("RGB")
+            return Decoded(to_rgb(upright(image)), image.format or "", animated)
