@@ -211,7 +211,7 @@ def test_fine_tuning_refuses_a_second_text_encoder(
 
 
 def test_evaluation_draws_again_where_the_second_text_encoder_changed(run: Callable[..., int]) -> None:
-    from latentdiff.training.evaluation.drawings import call_settings
+    from latentdiff.training.evaluation.evaluate import call_settings
 
     pipeline = two_encoders()
     before = call_settings(pipeline, "model", None, None)["weights"]

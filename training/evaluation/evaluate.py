@@ -1,13 +1,17 @@
 """How good a pipeline is: pictures drawn from the captions of held-out ones, measured against those, and the report."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from latentdiff import __version__
 from latentdiff.codec import Codec
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.folders import find_model, packaged_models
 from latentdiff.interchange.pictures import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
@@ -16,11 +20,10 @@ from latentdiff.metrics.extractors import Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW, pictures_to_pixels
 from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines.registry import find_kind
-from latentdiff.training.card.card import update_evaluation
+from latentdiff.training.card.card import last_part, update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.captions import labels_of
-from latentdiff.training.drawings import Drawing
-from latentdiff.training.evaluation.drawings import call_settings, caption_of, draw_missing, plan
+from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
 from latentdiff.training.settings import Condition, EvaluationSettings
 
@@ -100,6 +103,83 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
         logger.info("%s", line)
     note_in_card(settings, report)
     return report
+
+
+def plan(
+    pictures: Sequence[CaptionedPicture], count: int, seed: int, folder: Path, common: Mapping[str, Any]
+) -> list[Drawing]:
+    """What to draw: the captions in a random order that is the seed's, the first of each picture, then the second...
+
+    The first drawings stay the same when `count` grows, so that they are kept.
+
+    Args:
+        common: settings of all of them, see `call_settings`.
+    """
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawings = []
+    for i in range(count):
+        captions = pictures[order[i % len(order)]].captions
+        caption = captions[i // len(order) % len(captions)]
+        drawings.append(Drawing(folder / f"{i:06d}.png", {"prompts": [caption], "seed": seed + i, **common}))
+    return drawings
+
+
+def caption_of(drawing: Drawing) -> str:
+    return str(drawing.settings["prompts"][0])
+
+
+def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """What every drawing of an evaluation has in common; kept in each picture.
+
+    Args:
+        model: its name; of a path only the last part is kept.
+        steps, guidance: None is the model's own.
+    """
+    height, width = pipeline.picture_size(None, None)
+    defaults = pipeline.defaults
+    parts = ("unet", "vae", "text_encoder", "classifier")
+    networks = {part: net for part in parts if (net := getattr(pipeline, part, None)) is not None}
+    for part, net in pipeline.components.items():  # what a kind from elsewhere has besides
+        if isinstance(net, torch.nn.Module) and not any(net is other for other in networks.values()):
+            networks[part] = net
+    config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    tensors = {f"{part}.{name}": t for part, net in networks.items() for name, t in net.state_dict().items()}
+    return {
+        "count": 1,
+        "negative_prompt": None,
+        "num_inference_steps": defaults["num_inference_steps"] if steps is None else steps,
+        "guidance_scale": defaults.get("guidance_scale", 1.0) if guidance is None else guidance,
+        "model": last_part(model),
+        "weights": weights_digest(tensors),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": json.loads(json.dumps(config, default=str)),  # as it comes back from the picture
+        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
+        "width": width,
+        "height": height,
+        "version": __version__,
+    }
+
+
+def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) -> int:
+    """Draw what is not there yet, or was drawn otherwise. Returns how many."""
+    absent = missing(drawings)
+
+    def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
+        common = batch[0].settings
+        given: dict[str, Any] = {"batch_size": len(batch)}
+        conditioned_by = find_kind(type(pipeline).__name__).conditioned_by
+        if conditioned_by != "none":
+            which = "class_labels" if conditioned_by == "class" else "prompt"
+            given = {which: list(map(caption_of, batch)), "guidance_scale": common["guidance_scale"]}
+        return pipeline(
+            **given,
+            num_inference_steps=common["num_inference_steps"],
+            seed=[drawing.settings["seed"] for drawing in batch],
+            return_dict=False,
+        )[0]
+
+    draw(absent, pictures_of, batch_size)
+    return len(absent)
 
 
 def condition_of(pipeline: Any) -> Condition:

@@ -3,9 +3,10 @@
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 COLUMNS, SHOWN = 8, 16  # of the sheet: pictures in a row, and altogether
 AMPLIFIED = 4
 FIGURES = "evaluation.json"
+Loaded = TypeVar("Loaded")
 
 
 class Reconstructions:
@@ -66,8 +68,13 @@ class Reconstructions:
         self.settings = settings
         self.held_out = bool(held_out)
         self.pictures = spread(held_out or pictures, settings.validation_pictures)
-        self.perceptual = perceptual or find_perceptual(settings)
-        self.extractor = find_extractor(settings, len(self.pictures))
+        lpips, frechet = "perceptual distance", "Frechet distance"
+        self.perceptual = perceptual or load_if_there(PerceptualLoss, settings.perceptual_network, None, lpips)
+        self.extractor: Extractor | None = None
+        if len(self.pictures) > 1:
+            self.extractor = load_if_there(load_extractor, settings.validation_extractor, AUTO, frechet)
+        else:
+            logger.info("no Frechet distance of reconstructions: it needs two pictures at least")
         self._pixels: Tensor | None = None
         self._features: Tensor | None = None
 
@@ -85,17 +92,18 @@ class Reconstructions:
             return
         counted = Counted()
         drawn: list[Tensor] = []
-        for pixels in self.pixels.split(chunk_size(self.settings)):
-            output = Reconstructed(model, pixels.to(run.device))
+        for originals in self.pixels.split(chunk_size(self.settings)):
+            originals = originals.to(run.device)
+            output = Reconstructed.by(model, originals)
             if not run.accelerator.is_main_process:  # under FSDP all reconstruct, and one measures
                 continue
             counted.add(output)
-            if counted.finite:
-                self._compare(output, counted)
-            drawn.append(output.pixels[: max(0, SHOWN - counted.pictures + len(pixels))].cpu())
+            if counted.not_finite == 0:
+                self._compare(originals, output.pixels, counted)
+            drawn.append(output.pixels[: max(0, SHOWN - counted.pictures + len(originals))].cpu())
         if not run.accelerator.is_main_process:
             return
-        if counted.finite:
+        if counted.not_finite == 0:
             run.measured(self._figures(counted))
         else:
             logger.error(
@@ -123,16 +131,14 @@ class Reconstructions:
         }
         write_text_whole(folder / FIGURES, json.dumps({**figures, **about}, indent=2) + "\n", sync=True)
 
-    def _compare(self, output: "Reconstructed", counted: "Counted") -> None:
-        """Add to `counted` what these pictures and their originals say together."""
-        have, want = output.pixels, output.originals
+    def _compare(self, want: Tensor, have: Tensor, counted: "Counted") -> None:
+        """Add to `counted` what pictures and their reconstructions (B, 3, H, W) say together."""
         counted.sum("psnr", psnr(have, want), len(have))
         if min(have.shape[-2:]) >= WINDOW:
             counted.sum("ssim", ssim(have, want), len(have))
         if self.perceptual is not None:
-            counted.sum(
-                "lpips" if self.perceptual.is_lpips else "val_perceptual", float(self.perceptual(have, want)), len(have)
-            )
+            name = "lpips" if self.perceptual.is_lpips else "val_perceptual"
+            counted.sum(name, float(self.perceptual(have, want)), len(have))
         if self.extractor is not None:
             extractor = self.extractor.to(have.device)
             counted.features.append(extractor(to_pictures(have)))
@@ -144,7 +150,13 @@ class Reconstructions:
         if self.extractor is not None:
             if self._features is None:
                 self._features = torch.cat(counted.real_features)
-                warn_of_few(self._features, self.extractor)
+                count, dimensions = self._features.shape
+                if count <= dimensions:
+                    logger.info(
+                        "%d pictures are few for the %d features of the %s: their Frechet distance can be compared "
+                        "only at equal counts",
+                        *(count, dimensions, self.extractor.name),
+                    )
             key = "rfid" if self.extractor.is_fid else "frechet"
             figures[key] = frechet_distance(torch.cat(counted.features), self._features)
         if counted.indices:
@@ -155,33 +167,32 @@ class Reconstructions:
         return figures
 
 
-class Reconstructed:
-    """One pass of pictures (B, 3, H, W) through an autoencoder, by way of its codes if it has any.
+class Reconstructed(NamedTuple):
+    """What an autoencoder makes of pictures (B, 3, H, W).
 
     Attributes:
-        originals, pixels: (B, 3, H, W) float32.
+        pixels: (B, 3, H, W) float32.
         indices: (B, h, w), of the codes, or None.
+        codes: how many there are.
         latents: (B, C, h, w), without noise, or None.
         statistics: what the bottleneck says of them.
     """
 
-    def __init__(self, model: Any, originals: Tensor) -> None:
-        self.originals = originals
-        self.indices: Tensor | None = None
-        self.latents: Tensor | None = None
-        self.statistics: Mapping[str, Tensor] = {}
-        self.codes = 0
+    pixels: Tensor
+    indices: Tensor | None = None
+    codes: int = 0
+    latents: Tensor | None = None
+    statistics: Mapping[str, Tensor] = MappingProxyType({})
+
+    @classmethod
+    def by(cls, model: Any, originals: Tensor) -> "Reconstructed":
+        """One pass through `model`, by way of its codes if it has any."""
         if hasattr(model, "encode_to_indices"):
-            self.indices, self.codes = model.encode_to_indices(originals), model.codes
-            pixels = model.decode_from_indices(self.indices)
-        else:
-            output = model(originals, sample_posterior=False)
-            pixels, self.latents, self.statistics = (
-                output.sample,
-                output.bottleneck.latents,
-                output.bottleneck.statistics,
-            )
-        self.pixels: Tensor = pixels.float()
+            indices = model.encode_to_indices(originals)
+            return cls(model.decode_from_indices(indices).float(), indices, model.codes)
+        output = model(originals, sample_posterior=False)
+        found = output.bottleneck
+        return cls(output.sample.float(), latents=found.latents, statistics=found.statistics)
 
 
 class Counted:
@@ -194,10 +205,6 @@ class Counted:
         self.features: list[Tensor] = []
         self.real_features: list[Tensor] = []
         self.latents = LatentMoments()
-
-    @property
-    def finite(self) -> bool:
-        return self.not_finite == 0
 
     def sum(self, name: str, mean: float, count: int) -> None:
         """Add the mean of `count` pictures."""
@@ -232,36 +239,12 @@ def sheet(originals: Tensor, reconstructed: Tensor) -> Image.Image:
     return image_grid(images, columns)
 
 
-def find_perceptual(settings: AutoencoderSettings) -> PerceptualLoss | None:
-    """The network that the settings name; without the default one there is no such figure."""
+def load_if_there(load: Callable[[Any], Loaded], name: str | None, default: str | None, what: str) -> Loaded | None:
+    """What the settings name; the default one may be missing, and then there is no figure of this kind."""
     try:
-        return PerceptualLoss(settings.perceptual_network)
+        return load(name)
     except FileNotFoundError as error:
-        if settings.perceptual_network is not None:
+        if name != default:
             raise
-        logger.info("no perceptual distance of reconstructions: %s", error)
+        logger.info("no %s of reconstructions: %s", what, error)
         return None
-
-
-def find_extractor(settings: AutoencoderSettings, pictures: int) -> Extractor | None:
-    """The extractor that the settings name, unless there are too few pictures; without the default one likewise."""
-    if pictures < 2:
-        logger.info("no Frechet distance of reconstructions: it needs two pictures at least")
-        return None
-    try:
-        return load_extractor(settings.validation_extractor)
-    except FileNotFoundError as error:
-        if settings.validation_extractor != AUTO:
-            raise
-        logger.info("no Frechet distance of reconstructions: %s", error)
-        return None
-
-
-def warn_of_few(features: Tensor, extractor: Extractor) -> None:
-    count, dimensions = features.shape
-    if count <= dimensions:
-        logger.info(
-            "%d pictures are few for the %d features of the %s: their Frechet distance can be compared only at equal "
-            "counts",
-            *(count, dimensions, extractor.name),
-        )

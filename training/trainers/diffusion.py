@@ -15,7 +15,7 @@ from latentdiff.training.batch.choices import PictureOrder, ViewChoice
 from latentdiff.training.batch.latents import latent_source
 from latentdiff.training.batch.samples import Reader, batches
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
-from latentdiff.training.evaluation.validation import HeldOutLoss
+from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective

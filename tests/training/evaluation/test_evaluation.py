@@ -22,8 +22,7 @@ from latentdiff.training.card.card import write_model_card
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.data import load_pictures
 from latentdiff.training.drawings import Drawing
-from latentdiff.training.evaluation.drawings import caption_of, plan
-from latentdiff.training.evaluation.evaluate import Measured, evaluate_pipeline, markdown, set_metrics
+from latentdiff.training.evaluation.evaluate import Measured, caption_of, evaluate_pipeline, markdown, plan, set_metrics
 from latentdiff.training.settings import EvaluationSettings
 
 

@@ -16,7 +16,7 @@ from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch
-from latentdiff.training.evaluation.validation import HeldOutLoss
+from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
 
