@@ -21,7 +21,7 @@ import torch
 from side_by_side import in_turn
 
 from latentdiff import models
-from latentdiff.models.config import downscale_factor
+from latentdiff.models.network import downscale_factor
 
 WIDE = (128, 256, 512, 512)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

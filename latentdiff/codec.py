@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.models.config import downscale_factor
+from latentdiff.models.network import downscale_factor
 
 Generators = torch.Generator | list[torch.Generator] | None
 

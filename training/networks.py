@@ -77,7 +77,7 @@ def register_denoiser(name: str, build: Callable[..., Any]) -> None:
         build: called with ``settings`` (`DenoiserSettings`), ``codec``, ``process``, ``conditions`` (`Conditions`) and
             the ``denoiser_options`` of the settings, all by name; returns a new network, which takes
             ``codec.channels`` channels and gives ``process.prediction_channels(codec.channels)``. See
-            `latentdiff.models.denoiser` for what it must be.
+            `latentdiff.models.network.Denoiser` for what it must be.
     """
     _DENOISERS[name] = build
 

@@ -23,7 +23,7 @@ def resize_pictures(pictures: Sequence[Image.Image], size: int) -> Tensor:
     channels = [channel for picture in pictures for channel in picture.convert("RGB").split()]
     in_float = [Image.fromarray(np.asarray(channel, dtype=np.float32)) for channel in channels]
     resized = [channel.resize((size, size), Image.Resampling.BICUBIC) for channel in in_float]
-    return torch.from_numpy(np.stack(resized).clip(0, 255)).unflatten(0, (-1, 3))
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)).unflatten(0, (-1, 3))
 
 
 def pictures_to_pixels(pictures: Sequence[Image.Image]) -> Tensor:

@@ -9,22 +9,22 @@ if TYPE_CHECKING:
     from latentdiff.models.classifier import NoisyClassifier
     from latentdiff.models.codes import FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.identity import IdentityAutoencoder
-    from latentdiff.models.text_context import TextContext
+    from latentdiff.models.transformer import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
-    from latentdiff.models.unet2d import UNet2DModel
+    from latentdiff.models.unet_textless import UNet2DModel
 
 _HOMES = {
-    "AutoencoderKL": "latentdiff.models.autoencoder",
-    "BottleneckOutput": "latentdiff.models.bottlenecks",
-    "DiagonalGaussianDistribution": "latentdiff.models.bottlenecks",
-    "FSQModel": "latentdiff.models.codes",
-    "GumbelVQModel": "latentdiff.models.codes",
-    "IdentityAutoencoder": "latentdiff.models.identity",
-    "NoisyClassifier": "latentdiff.models.classifier",
-    "TextContext": "latentdiff.models.text_context",
-    "UNet2DConditionModel": "latentdiff.models.unet",
-    "UNet2DModel": "latentdiff.models.unet2d",
-    "VQModel": "latentdiff.models.codes",
+    "AutoencoderKL": "autoencoder",
+    "BottleneckOutput": "bottlenecks",
+    "DiagonalGaussianDistribution": "bottlenecks",
+    "FSQModel": "codes",
+    "GumbelVQModel": "codes",
+    "IdentityAutoencoder": "identity",
+    "NoisyClassifier": "classifier",
+    "TextContext": "transformer",
+    "UNet2DConditionModel": "unet",
+    "UNet2DModel": "unet_textless",
+    "VQModel": "codes",
 }
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentdiff.models' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"latentdiff.models.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,14 @@
 """What all autoencoders share, and ``AutoencoderKL``, with diffusers' name, config keys and weights.
 
-Latent Diffusion (Rombach et al. 2022), Sec. 3.1. All are an encoder, a bottleneck and a decoder, and all offer a
-trainer the same way through::
+Latent Diffusion (Rombach et al. 2022), Sec. 3.1 and Appendix G; Taming Transformers (Esser et al. 2021), Appendix. All
+are an encoder, a bottleneck and a decoder, and all offer a trainer the same way through::
 
     output = model(pixels, sample_posterior=True, generator=generator)
     output.sample                 # (B, C, H, W), the reconstruction
     output.bottleneck.losses      # {"kl": ...} or {"commitment": ..., "codebook": ...}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,11 +25,129 @@ from latentdiff.models.bottlenecks import (
     GaussianBottleneck,
     Generators,
 )
-from latentdiff.models.coders import DOWN_BLOCKS, UP_BLOCKS, Decoder, Encoder
-from latentdiff.models.config import check_block_types, check_choice, check_multiple, per_level
-from latentdiff.models.network import Network
+from latentdiff.models.layers import Checkpointed, Downsample2D, GridAttention, ResnetBlock2D, Upsample2D, norm_silu
+from latentdiff.models.network import Network, downscale_factor
 from latentdiff.models.single_file import SingleFileModel
-from latentdiff.models.tiling import check_tiles, in_tiles, one_by_one
+from latentdiff.models.tiling import Run, check_tiles, in_tiles, one_by_one
+
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+class Level(nn.Module):
+    """The resnet blocks of one resolution, all followed by attention or none, and maybe a change of the resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, attention: bool, groups: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, out_channels, groups=groups) for width in widths)
+        self.attentions = nn.ModuleList(
+            GridAttention(out_channels, groups=groups) for _ in range(layers if attention else 0)
+        )
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Resnet block, attention, resnet block at the lowest resolution."""
+
+    def __init__(self, channels: int, *, attention: bool, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([GridAttention(channels, groups=groups)] if attention else [])
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups=groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(Checkpointed):
+    """(B, in_channels, H, W) -> (B, out_channels, h, w) with h = H / 2^(levels - 1), rounded down at every level.
+
+    Args:
+        config: an autoencoder's.
+
+    Raises:
+        ValueError: pictures with other channels, or too small for one latent.
+    """
+
+    def __init__(self, config: Any, out_channels: int) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.in_channels, self.factor = config.in_channels, downscale_factor(config)
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            before, attention = channels[max(i - 1, 0)], "Attn" in kind
+            block = Level(before, channels[i], layers=config.layers_per_block, attention=attention, groups=groups)
+            if i < len(channels) - 1:
+                block.downsamplers.append(Downsample2D(channels[i], padding=0))
+            self.down_blocks.append(block)
+        self.mid_block = MidBlock(channels[-1], attention=config.mid_block_add_attention, groups=groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.check(pixels)
+        x = self.conv_in(pixels)
+        for block in self.down_blocks:
+            x = self.run(block, x)
+        x = self.run(self.mid_block, x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+    def check(self, pixels: Tensor) -> None:
+        if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
+            raise ValueError(
+                f"pictures must be (B, {self.in_channels}, H, W), of {self.in_channels} channels; these are "
+                f"{tuple(pixels.shape)}"
+            )
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.factor:
+            raise ValueError(
+                f"{width}x{height} pixels are too few for an autoencoder with a factor of {self.factor}; it takes at "
+                f"least {self.factor} on each side"
+            )
+
+
+class Decoder(Checkpointed):
+    """(B, latent_channels, h, w) -> (B, out_channels, H, W) with H = h * 2^(levels - 1).
+
+    Args:
+        config: an autoencoder's.
+    """
+
+    def __init__(self, config: Any, out_channels: int) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], attention=config.mid_block_add_attention, groups=groups)
+        self.up_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.up_block_types):
+            before, attention = channels[max(i - 1, 0)], "Attn" in kind
+            block = Level(before, channels[i], layers=config.layers_per_block + 1, attention=attention, groups=groups)
+            if i < len(channels) - 1:
+                block.upsamplers.append(Upsample2D(channels[i]))
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.run(self.mid_block, self.conv_in(latents))
+        for block in self.up_blocks:
+            x = self.run(block, x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 @dataclass
@@ -62,30 +180,28 @@ class Autoencoder(SingleFileModel, Network):
     ]
 
     def build_coders(self, encoder_channels: int, decoder_channels: int | None = None) -> None:
-        config = self.config
-        check_autoencoder(type(self).__name__, config)
-        shared: dict[str, Any] = {
-            "channels": config.block_out_channels,
-            "layers": config.layers_per_block,
-            "groups": config.norm_num_groups,
-            "mid_attention": config.mid_block_add_attention,
-        }
-        self.encoder = Encoder(config.in_channels, encoder_channels, block_types=config.down_block_types, **shared)
-        decoder_channels = decoder_channels or config.out_channels
-        self.decoder = Decoder(config.latent_channels, decoder_channels, block_types=config.up_block_types, **shared)
+        """Make encoder and decoder, of the channels that they give.
+
+        Raises:
+            ValueError: with key and value for what no autoencoder supports.
+        """
+        config, levels = self.config, len(self.config.block_out_channels)
+        for key in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
+            self.per_level(key)
+        channels = self.per_level("block_out_channels", levels)
+        self.check_choice("act_fn", ("silu", "swish"))
+        self.check_choice("down_block_types", DOWN_BLOCKS, levels)
+        self.check_choice("up_block_types", UP_BLOCKS, levels)
+        self.check_multiple("block_out_channels", channels, config.norm_num_groups, "norm_num_groups")
+        self.encoder = Encoder(config, encoder_channels)
+        self.decoder = Decoder(config, decoder_channels or config.out_channels)
         self.use_slicing = self.use_tiling = False
         self.set_tiles(config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0])
         self.tile_overlap_factor, self.tile_shared_norms = 0.25, False
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W), values in [-1, 1] -> (B, C', h, w), what ``bottleneck`` takes."""
-        if self.use_slicing and len(pixels) > 1:
-            return one_by_one(self.encode_moments, pixels)
-        if self.use_tiling:
-            tile, latent_tile, overlap = self.tiles()
-            if max(pixels.shape[-2:]) > tile:
-                return in_tiles(self._moments, pixels, tile, latent_tile, overlap, shared_norms=self.tile_shared_norms)
-        return self._moments(pixels)
+        return self._in_parts(self._moments, pixels, decoding=False)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         h = self.encoder(pixels)
@@ -95,22 +211,28 @@ class Autoencoder(SingleFileModel, Network):
         """(B, C, h, w), what ``bottleneck`` gives -> (B, C, H, W), values about [-1, 1]."""
         return self.pixels_of(self.decode_raw(latents))
 
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', H, W), what the decoder gives."""
+        return self._in_parts(self._raw, latents, decoding=True)
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+
     def pixels_of(self, raw: Tensor) -> Tensor:
         """What the decoder gives -> (B, C, H, W), values about [-1, 1]."""
         return raw
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C', H, W), what the decoder gives."""
-        if self.use_slicing and len(latents) > 1:
-            return one_by_one(self.decode_raw, latents)
-        if self.use_tiling:
-            tile, latent_tile, overlap = self.tiles()
-            if max(latents.shape[-2:]) > latent_tile:
-                return in_tiles(self._pixels, latents, latent_tile, tile, overlap, shared_norms=self.tile_shared_norms)
-        return self._pixels(latents)
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+    def _in_parts(self, run: Run, x: Tensor, decoding: bool) -> Tensor:
+        """`run` of pictures or latents: of each by itself if sliced, in tiles if tiled and larger than one."""
+        if self.use_slicing and len(x) > 1:
+            return one_by_one(lambda one: self._in_parts(run, one, decoding), x)
+        if not self.use_tiling:
+            return run(x)
+        pixels, latents, overlap = self.tiles()
+        tile, out_tile = (latents, pixels) if decoding else (pixels, latents)
+        if max(x.shape[-2:]) <= tile:
+            return run(x)
+        return in_tiles(run, x, tile, out_tile, overlap, shared_norms=self.tile_shared_norms)
 
     def enable_slicing(self) -> None:
         """Encode and decode one image at a time, to save memory."""
@@ -235,20 +357,6 @@ class AutoencoderKL(Autoencoder):
         bottleneck = self.bottleneck(self.encode_moments(sample), sample_posterior, generator)
         reconstruction = self.decode_latents(bottleneck.latents)
         return AutoencoderOutput(reconstruction, bottleneck=bottleneck) if return_dict else (reconstruction,)
-
-
-def check_autoencoder(name: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError with key and value for what no autoencoder supports."""
-    levels = len(config["block_out_channels"])
-    for key in ("in_channels", "out_channels", "latent_channels"):
-        per_level(name, key, config[key], 1)
-    channels = per_level(name, "block_out_channels", config["block_out_channels"], levels)
-    check_choice(name, "act_fn", config["act_fn"], ("silu", "swish"))
-    check_block_types(name, "down_block_types", config["down_block_types"], DOWN_BLOCKS, levels)
-    check_block_types(name, "up_block_types", config["up_block_types"], UP_BLOCKS, levels)
-    per_level(name, "layers_per_block", config["layers_per_block"], 1)
-    groups = per_level(name, "norm_num_groups", config["norm_num_groups"], 1) * levels
-    check_multiple(name, "block_out_channels", channels, "norm_num_groups", groups)
 
 
 def __getattr__(name: str) -> Any:

@@ -120,7 +120,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         if codes < 1 or dim < 1:
             raise ValueError(f"a codebook needs at least one code and one dimension, not {codes} of {dim}")
-        self.beta = beta
+        self.codes, self.beta = codes, beta
         self.distance = "euclidean"
         self.embedding = nn.Embedding(codes, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
@@ -173,7 +173,7 @@ class GumbelQuantizer(nn.Module):
         super().__init__()
         if codes < 1 or dim < 1:
             raise ValueError(f"a codebook needs at least one code and one dimension, not {codes} of {dim}")
-        self.temperature, self.hard = 1.0, False
+        self.codes, self.temperature, self.hard = codes, 1.0, False
         self.proj = nn.Conv2d(in_channels, codes, 1)
         self.embedding = nn.Embedding(codes, dim)
 

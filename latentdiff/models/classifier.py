@@ -12,11 +12,10 @@ from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines l
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from latentdiff.models.config import check_choice, check_multiple, per_level
 from latentdiff.models.layers import merge_heads, norm_silu, split_heads, to_tokens
 from latentdiff.models.single_file import ReleasedNetwork
 from latentdiff.models.time_embedding import TimeConditioned
-from latentdiff.models.unet_builder import PlainUNetBuilder
+from latentdiff.models.unet_blocks import UNetBuilder
 from latentdiff.models.unet_config import plain_levels
 
 
@@ -80,20 +79,21 @@ class NoisyClassifier(ReleasedNetwork, TimeConditioned):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        name, last = "NoisyClassifier", block_out_channels[-1]
-        per_level(name, "num_classes", num_classes, 1)
-        check_choice(name, "pool", pool, ("attention", "adaptive"))
-        levels = plain_levels(name, self.config)
+        self.per_level("num_classes")
+        self.check_choice("pool", ("attention", "adaptive"))
+        levels, last = plain_levels(self), block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        builder = PlainUNetBuilder(self.config, levels, time_dim=self.build_time())
+        builder = UNetBuilder(self.config, levels, time_dim=self.build_time())
         self.down_blocks = builder.down_blocks()
         self.mid_block = builder.mid_block()
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, last, norm_eps)
         if pool == "attention":
             sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
             factor = self.downscale_factor
-            check_multiple(name, "sample_size", sides, "the factor of its levels,", [factor] * 2)
+            self.check_multiple("sample_size", sides, factor, "the factor of its levels")
             places = (sides[0] // factor) * (sides[1] // factor)
+            if levels.heads[-1] * levels.head_widths[-1] != last:
+                self.refuse("attention_head_dim", attention_head_dim, f"does not divide the pool's {last} channels.")
             self.head: nn.Module = AttentionPool(places, last, levels.heads[-1], num_classes)
         else:
             self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes))

@@ -23,8 +23,11 @@ from latentdiff.models.bottlenecks import (
     GumbelQuantizer,
     VectorQuantizer,
 )
-from latentdiff.models.config import per_level
-from latentdiff.models.logit_laplace import LogitLaplace
+
+MARGIN = 0.1
+"""Values are squeezed from [0, 1] into [MARGIN, 1 - MARGIN], since the logit of 0 and of 1 is infinite."""
+NARROWEST = 1 / 255
+"""Least width, about a third of a grey level. On plain surfaces the likelihood would otherwise grow without bound."""
 
 
 class CodeAutoencoder(Autoencoder):
@@ -71,7 +74,7 @@ class CodeAutoencoder(Autoencoder):
     @property
     def codes(self) -> int:
         """How many codes there are."""
-        raise NotImplementedError
+        return self.quantize.codes
 
     @apply_forward_hook
     def decode(
@@ -152,16 +155,39 @@ class VQModel(CodeAutoencoder):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        per_level("VQModel", "num_vq_embeddings", num_vq_embeddings, 1)
+        self.per_level("num_vq_embeddings")
         self.build_coders(encoder_channels=latent_channels)
         code_dim = vq_embed_dim or latent_channels
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
         self.quantize = VectorQuantizer(num_vq_embeddings, code_dim)
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
 
+
+class LogitLaplace:
+    """The logit-Laplace distribution of a picture's values: for each a location and a width, instead of the value.
+
+    DALL-E (Ramesh et al. 2021), Appendix A.3, Eq. 2.
+
+    The logit of a squeezed value follows a Laplace distribution, so that values lie within the range of pixels.
+
+    Args:
+        parameters: (B, 2C, H, W), locations of the logits and logarithms of their widths, in this order.
+    """
+
+    def __init__(self, parameters: Tensor) -> None:
+        self.location, log_width = parameters.float().chunk(2, dim=1)  # (B, C, H, W) each
+        self.width = log_width.clamp(max=20.0).exp() + NARROWEST
+
     @property
-    def codes(self) -> int:
-        return self.config.num_vq_embeddings
+    def pixels(self) -> Tensor:
+        """(B, C, H, W) float32, the values at the locations: the medians, in [-1.25, 1.25]."""
+        return (self.location.sigmoid() - 0.5) * 2 / (1 - 2 * MARGIN)
+
+    def nll(self, pixels: Tensor) -> Tensor:
+        """Negative log-likelihood of pixels (B, C, H, W) in [-1, 1], in nats of a squeezed value; of the same shape."""
+        squeezed = 0.5 + 0.5 * (1 - 2 * MARGIN) * pixels.float()
+        slope = squeezed * (1 - squeezed)
+        return (squeezed.logit() - self.location).abs() / self.width + torch.log(2 * self.width * slope)
 
 
 class GumbelVQModel(CodeAutoencoder):
@@ -199,16 +225,12 @@ class GumbelVQModel(CodeAutoencoder):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        per_level("GumbelVQModel", "num_vq_embeddings", num_vq_embeddings, 1)
+        self.per_level("num_vq_embeddings")
         self.build_coders(latent_channels, decoder_channels=2 * out_channels if logit_laplace else None)
         code_dim = vq_embed_dim or latent_channels
         self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.quantize = GumbelQuantizer(latent_channels, num_vq_embeddings, code_dim)
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
-
-    @property
-    def codes(self) -> int:
-        return self.config.num_vq_embeddings
 
     def pixels_of(self, raw: Tensor) -> Tensor:
         return LogitLaplace(raw).pixels.to(raw.dtype) if self.config.logit_laplace else raw
@@ -244,15 +266,11 @@ class FSQModel(CodeAutoencoder):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        per_level("FSQModel", "levels", levels, len(levels), least=2)
+        self.per_level("levels", len(levels), least=2)
         self.build_coders(encoder_channels=latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, len(levels), 1)
         self.quantize = FiniteScalarQuantizer(levels)
         self.post_quant_conv = nn.Conv2d(len(levels), latent_channels, 1)
-
-    @property
-    def codes(self) -> int:
-        return self.quantize.codes
 
 
 def commit_loss(bottleneck: BottleneckOutput) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution, Generators
-from latentdiff.models.config import per_level
 from latentdiff.models.network import Network
 
 
@@ -80,13 +79,13 @@ class IdentityAutoencoder(Network):
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        per_level("IdentityAutoencoder", "in_channels", in_channels, 1)
+        self.per_level("in_channels")
         if not in_channels == out_channels == latent_channels:
             raise ValueError(
                 f"IdentityAutoencoder: in_channels={in_channels}, out_channels={out_channels} and "
                 f"latent_channels={latent_channels} must be the same, since nothing is changed."
             )
-        per_level("IdentityAutoencoder", "block_out_channels", block_out_channels, 1)
+        self.per_level("block_out_channels")
         self.one = nn.Parameter(torch.ones(1), requires_grad=False)
 
     @apply_forward_hook

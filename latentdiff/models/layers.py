@@ -71,17 +71,15 @@ class ResnetBlock2D(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h, size), self.resample(x, size)
         h = self.conv1(h)
-        if self.time_emb_proj is not None:
-            shift = self.time_emb_proj(time)[:, :, None, None]  # (B, C' or 2C', 1, 1)
-            h = self._scale_shift(h, shift) if self.scale_shift else norm_silu(self.norm2, h + shift)
-        else:
+        if self.time_emb_proj is None:
             h = norm_silu(self.norm2, h)
+        elif self.scale_shift:
+            scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1)
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        else:
+            h = norm_silu(self.norm2, h + self.time_emb_proj(time)[:, :, None, None])
         h = self.conv2(self.dropout(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
-
-    def _scale_shift(self, h: Tensor, scale_shift: Tensor) -> Tensor:
-        scale, shift = scale_shift.chunk(2, dim=1)
-        return F.silu(self.norm2(h) * (1 + scale) + shift)
 
 
 def halve(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -186,28 +184,81 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-class GridAttention(nn.Module):
-    """Self-attention over all positions of a feature map; the autoencoders' has one head.
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one attention, (B, N, L, D/N) each: N heads, L tokens."""
+TextInput = KeyValue | Tensor
+"""What one cross-attention takes: keys and values made beforehand, or text states (B, L, D) to make them of."""
 
-    ``groups``: of the normalisation before it; None for no normalisation.
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are made by a call of their own, so they can be made beforehand.
+
+    ``scaled_dot_product_attention`` sums and normalises the scores of half-precision inputs in float32. That is what
+    the config's ``upcast_attention`` asks for, so the flag changes nothing here.
+
+    Args:
+        dim: of the tokens that ask and of the result.
+        context_dim: of the tokens that are asked.
+        width: of all heads together; by default `dim`.
+        groups: of a normalisation that a subclass puts before it; None for no normalisation.
     """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int,
+        *,
+        width: int | None = None,
+        bias: bool = False,
+        groups: int | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        width = width or dim
+        self.heads = heads
+        self.heads_at_once: int | None = None
+        self.group_norm = None if groups is None else nn.GroupNorm(groups, dim, eps)
+        self.to_q = nn.Linear(dim, width, bias=bias)
+        self.to_k = nn.Linear(context_dim, width, bias=bias)
+        self.to_v = nn.Linear(context_dim, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, dim)])
+
+    def keys_values(self, context: Tensor) -> KeyValue:
+        """(B, L, context_dim) -> keys and values, (B, N, L, width/N) each."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def attend(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
+        """(B, L', D) and L keys and values, or the states (B, L, context_dim) to make them of -> (B, L', D).
+
+        ``mask`` (B, 1, 1, L) is added to the scores.
+        """
+        query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', width/N)
+        keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
+        if self.heads_at_once is None:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        else:
+            parts = zip(*(x.split(self.heads_at_once, dim=1) for x in (query, keys, values)), strict=True)
+            attended = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for q, k, v in parts], dim=1)
+        return self.to_out[0](merge_heads(attended))
+
+    forward = attend
+
+
+class GridAttention(Attention):
+    """Self-attention over all positions of a feature map, after a normalisation; the autoencoders' has one head."""
 
     _from_deprecated_attn_block = True  # diffusers' loader renames parameters of files from before 2023
 
-    def __init__(self, channels: int, *, groups: int | None, eps: float = 1e-6, heads: int = 1) -> None:
-        super().__init__()
-        self.heads = heads
-        self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+    def __init__(
+        self, channels: int, *, groups: int | None, eps: float = 1e-6, heads: int = 1, width: int | None = None
+    ) -> None:
+        super().__init__(channels, heads, channels, width=width, bias=True, groups=groups, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, C, H, W) -> (B, C, H, W)."""
         height, width = x.shape[-2:]
         tokens = to_tokens(x if self.group_norm is None else self.group_norm(x))  # (B, HW, C)
-        projections = (self.to_q, self.to_k, self.to_v)
-        q, k, v = (split_heads(layer(tokens), self.heads) for layer in projections)  # (B, N, HW, C/N)
-        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, HW, C)
+        attended = self.attend(tokens, tokens)
         # The first summand decides the memory format: channels-last from here on, which is faster in the decoder.
-        return to_grid(self.to_out[0](attended), height, width) + x
+        return to_grid(attended, height, width) + x

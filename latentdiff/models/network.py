@@ -1,15 +1,112 @@
-"""``Network``: what every model here is to diffusers."""
+"""``Network``, what every model here is to diffusers, with a strict config; ``Denoiser``, what one is to a sampler.
 
+Nothing in a config is silently ignored. diffusers' classes have keys that ours do not support. Such a key is accepted
+at its neutral value, which has no effect, and is kept, so that both libraries read each other's config files. Any other
+value is an error, and so is an unknown key.
+"""
+
+import difflib
 import logging
 import os
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from diffusers import ModelMixin
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
 
-from latentdiff.models.config import StrictConfig, downscale_factor
+from latentdiff.conditioning import Conditioning
 from latentdiff.models.loras import refuse_loras
 
 logger = logging.getLogger(__name__)
+
+
+class StrictConfig(ConfigMixin):
+    """``ConfigMixin`` for a class whose ``__init__`` takes its keys by name and the rest as ``**others``.
+
+    ``neutral`` names diffusers' further keys with the values that have no effect, diffusers' default first. The checks
+    raise ValueError with class, key and value.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignore_for_config: ClassVar[list[str]] = ["others"]
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        return ConfigMixin._get_init_keys(input_class) | set(getattr(input_class, "neutral", {}))
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Mapping[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        written_by, family = config_dict.get("_class_name"), {base.__name__ for base in cls.__mro__}
+        # ``ConfigMixin`` would silently drop the keys of another class.
+        if isinstance(written_by, str) and written_by not in family and hasattr(diffusers, written_by):
+            raise ValueError(f"This is the config of a {written_by}; {cls.__name__} cannot be built from it.")
+        public = [key for key in {**config_dict, **kwargs} if not key.startswith("_") and key != "quantization_config"]
+        cls._refuse_unknown(public)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _refuse_unknown(cls, keys: Iterable[str]) -> None:
+        known = sorted(cls._get_init_keys(cls) - {"self", "others"})
+        for key in sorted(set(keys).difference(known)):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the known keys are {', '.join(known)}."
+            raise ValueError(f"{cls.__name__}: unknown config key {key!r}; {hint}")
+
+    def accept_neutral(self, others: Mapping[str, Any]) -> None:
+        """Add the neutral keys to the config.
+
+        Raises:
+            ValueError: one of them has another value, or a key is unknown.
+        """
+        self._refuse_unknown(others)
+        for key, value in others.items():
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if any(v not in self.neutral[key] for v in values):
+                neutral = repr(self.neutral[key][0])
+                self.refuse(key, value, f"is not supported; leave {key} out or set it to {neutral}.")
+        self.register_to_config(**{key: others.get(key, values[0]) for key, values in self.neutral.items()})
+
+    def refuse(self, key: str, value: Any, why: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {key}={value!r} {why}")
+
+    def check_choice(self, key: str, choices: Sequence[Any], levels: int | None = None) -> None:
+        """The value must be one of `choices`, or a sequence of them: of `levels`, where that is given."""
+        value = self.config[key]
+        for v in value if isinstance(value, (list, tuple)) else (value,):
+            if v not in choices:
+                self.refuse(key, v, f"is not supported; use one of {', '.join(map(repr, choices))}.")
+        if levels is not None and len(value) != levels:
+            self.refuse(key, value, f"has {len(value)} entries for {levels} levels.")
+
+    def check_multiple(self, key: str, values: Iterable[int], divisor: int, divisor_name: str) -> None:
+        for value in values:
+            if value % divisor:
+                self.refuse(key, value, f"is not a multiple of {divisor_name}={divisor}.")
+
+    def per_level(self, key: str, levels: int = 1, least: int = 1, given: Any = ...) -> tuple[int, ...]:
+        """One number for all levels, or one for each: a tuple of ``levels`` whole numbers of ``least`` or more.
+
+        given: the value, if it is a part of the key's only.
+        """
+        value = self.config[key] if given is ... else given
+        values: tuple[Any, ...] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+        if len(values) != levels:
+            self.refuse(key, value, f"has {len(values)} entries for {levels} levels.")
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+            self.refuse(key, value, f"is not supported; give a whole number, {least} or more, or one for each level.")
+        return values
+
+
+def downscale_factor(config: Mapping[str, Any]) -> int:
+    """By how much the last level of a network is smaller than its input: every level but the last halves.
+
+    Of an autoencoder: pixels of a side to one latent. Of a UNet: what sides are multiples of where nothing is rounded.
+    """
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 class Network(ModelMixin, StrictConfig):
@@ -17,7 +114,7 @@ class Network(ModelMixin, StrictConfig):
 
     @property
     def downscale_factor(self) -> int:
-        """See `config.downscale_factor`."""
+        """See the function of this name."""
         return downscale_factor(self.config)
 
     @property
@@ -57,3 +154,61 @@ class Network(ModelMixin, StrictConfig):
             logger.warning(
                 "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
             )
+
+
+class Prepared(Protocol):
+    """What a denoiser makes of conditions; the batch is its entries' first dimension."""
+
+    def select(self, index: slice | Tensor) -> Self: ...
+
+
+P = TypeVar("P", bound=Prepared)
+
+
+class Denoiser(Protocol[P]):
+    """A network that denoises, as far as it goes beyond a plain call.
+
+    Every denoiser is called as a whole by trainers: ``network(sample, timestep, **conditioning.arguments()).sample``.
+    Sampling repeats that call with the same conditions and many timesteps, so a denoiser may also offer its parts, as
+    ours do; diffusers' are called as a whole::
+
+        prepared = network.prepare(conditioning)                        # once per prompt
+        for timestep in timesteps:
+            time = network.embed_time(timestep, class_labels=..., timestep_cond=...)
+            prediction = network.denoise(latents, time, prepared)
+
+    The config has ``in_channels``, ``out_channels`` and ``sample_size``, the side or the (height, width) of latents in
+    training.
+    """
+
+    config: Any
+
+    @property
+    def downscale_factor(self) -> int:
+        """What sides are multiples of where the network rounds nothing. Other sides may be possible."""
+
+    @property
+    def works_in_parts(self) -> bool:
+        """Whether the parts may be called now; where it is compiled, or offloaded in groups, only the whole network.
+
+        A network wrapped by ``torch.compile`` does not know of it.
+        """
+
+    def prepare(self, conditioning: Conditioning) -> P:
+        """All that can be computed from the conditions alone."""
+
+    def prepared_by(self) -> Sequence[nn.Module]:
+        """The modules whose weights `prepare` uses: if they change, what was prepared is out of date."""
+
+    def embed_time(
+        self,
+        timesteps: Tensor | float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Timesteps, one number or (B,), with labels and an embedded guidance scale -> (1 or B, D)."""
+
+    def denoise(self, sample: Tensor, time: Tensor, prepared: P) -> Tensor:
+        """Noisy latents (B, C, H, W), `embed_time`'s result and `prepare`'s -> the prediction (B, C', H, W)."""

@@ -1,7 +1,7 @@
 """The time embedding of a UNet: of the timestep, and with it of a class, a noise level or a guidance scale."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,17 +55,47 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+class FourierFeatures(nn.Module):
+    """Sinusoids of a noise level, or its logarithm, at random frequencies. Score SDE (Song et al. 2021), App. C."""
+
+    def __init__(self, dim: int, *, scale: float, log: bool, flip_sin_to_cos: bool) -> None:
+        super().__init__()
+        self.log, self.flip_sin_to_cos = log, flip_sin_to_cos
+        self.weight = nn.Parameter(torch.randn(dim // 2) * scale, requires_grad=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(B,) -> (B, dim)."""
+        levels = timesteps.log() if self.log else timesteps
+        angles = levels[:, None] * self.weight[None] * 2 * math.pi  # (B, dim/2)
+        waves = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
+        return torch.cat(waves, dim=-1)
+
+
 class TimeConditioned(Network):
     """A network whose resnet blocks receive the embedding of a timestep."""
+
+    of_noise_levels: ClassVar[bool] = False
+    """Whether timesteps with Fourier features are noise levels, as score SDE's are."""
 
     def build_time(self) -> int:
         """Make the layers that the config asks for. Returns the width of `embed_time`'s result."""
         config = self.config
-        width = config.block_out_channels[0]
-        dim = config.time_embedding_dim or width * 4
-        self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimestepEmbedding(width, dim, config.get("time_cond_proj_dim"))
-        self.class_embedding = class_embedding(config, dim)
+        width, kind = config.block_out_channels[0], config.get("time_embedding_type", "positional")
+        dim, features = config.time_embedding_dim or width * 4, width
+        if kind == "fourier" and self.of_noise_levels:
+            features = 2 * width
+            self.time_proj: nn.Module = FourierFeatures(features, scale=16.0, log=True, flip_sin_to_cos=False)
+        elif kind == "fourier":
+            dim = features = config.time_embedding_dim or width * 2
+            if dim % 2:
+                self.refuse("time_embedding_dim", dim, "is odd; Fourier features need an even number.")
+            self.time_proj = FourierFeatures(dim, scale=1.0, log=False, flip_sin_to_cos=config.flip_sin_to_cos)
+        elif kind == "learned":
+            self.time_proj = nn.Embedding(self.per_level("num_train_timesteps")[0], width)
+        else:
+            self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimestepEmbedding(features, dim, config.get("time_cond_proj_dim"))
+        self.class_embedding = class_embedding(config, features, dim)
         return dim * 2 if config.get("class_embeddings_concat") else dim
 
     @apply_forward_hook
@@ -101,7 +131,9 @@ class TimeConditioned(Network):
         if class_labels is None and self.class_embedding is None:
             return time
         label = self._embed_class(class_labels, features)
-        return torch.cat([time, label], dim=-1) if self.config.get("class_embeddings_concat") else time + label
+        if self.config.get("class_embeddings_concat"):
+            return torch.cat(torch.broadcast_tensors(time, label), dim=-1)  # one time may serve all labels
+        return time + label
 
     def _embed_class(self, class_labels: Tensor | None, features: Tensor) -> Tensor:
         """(B,) or (B, D) -> (B, D), on the device and in the dtype of the time's ``features``."""
@@ -115,14 +147,14 @@ class TimeConditioned(Network):
         return self.class_embedding(class_labels).to(features.dtype)
 
 
-def class_embedding(config: Any, dim: int) -> nn.Module | None:
-    """The layer that turns ``class_labels`` into embeddings of width `dim`, if the config asks for one."""
+def class_embedding(config: Any, features: int, dim: int) -> nn.Module | None:
+    """What makes embeddings (B, dim) of ``class_labels``, if the config asks for it. `features`: width of a time's."""
     kind, given = config.get("class_embed_type"), config.get("projection_class_embeddings_input_dim")
     if kind is None:
         number = config.get("num_class_embeds")
         return None if number is None else nn.Embedding(number, dim)
     if kind == "timestep":
-        return TimestepEmbedding(config.block_out_channels[0], dim)
+        return TimestepEmbedding(features, dim)
     if kind == "projection":
         return TimestepEmbedding(given, dim)
     if kind == "simple_projection":

@@ -1,52 +1,81 @@
 """The UNet's transformer over the positions of a feature map: self-attention, cross-attention to the text, GEGLU.
 
-Latent Diffusion (Rombach et al. 2022), Sec. 3.3 and Appendix E.2.1.
+Latent Diffusion (Rombach et al. 2022), Sec. 3.3 and Appendix E.2.1. A prompt reaches its cross-attentions as text
+states, or as keys and values made of them beforehand.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.models.layers import Checkpointed, merge_heads, split_heads, to_grid, to_tokens
-from latentdiff.models.text_context import KeyValue, Text, TextInput
+from latentdiff.models.layers import Attention, Checkpointed, KeyValue, TextInput, to_grid, to_tokens
 
 
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values are made by a call of their own, so they can be made beforehand.
+class TextStates(NamedTuple):
+    """Text states, of which every cross-attention makes its keys and values when it runs."""
 
-    ``scaled_dot_product_attention`` sums and normalises the scores of half-precision inputs in float32. That is what
-    the config's ``upcast_attention`` asks for, so the flag changes nothing here.
+    states: Tensor
+    """(B, L, D)"""
+    mask: Tensor | None = None
+    """(B, 1, 1, L), added to the attention scores; None if every token counts."""
+
+    def at(self, attention: int) -> Tensor:
+        """The input of the cross-attention of that number: the same for all."""
+        return self.states
+
+
+class TextContext(NamedTuple):
+    """Keys and values of all cross-attentions, in the order in which the UNet runs them, made once per prompt.
+
+    ``UNet2DConditionModel.encode_text`` makes it. Batches are put together and taken apart by the methods.
     """
 
-    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.heads_at_once: int | None = None
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+    keys_values: tuple[KeyValue, ...]
+    mask: Tensor | None = None
+    """(B, 1, 1, L), added to the attention scores; None if every token counts."""
 
-    def keys_values(self, context: Tensor) -> KeyValue:
-        """(B, L, context_dim) -> keys and values, (B, N, L, D/N) each."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+    def at(self, attention: int) -> KeyValue:
+        """The input of the cross-attention of that number."""
+        return self.keys_values[attention]
 
-    def forward(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
-        """(B, L', D) and L keys and values, or the states (B, L, context_dim) to make them of -> (B, L', D).
+    @property
+    def batch_size(self) -> int:
+        return self.keys_values[0][0].shape[0] if self.keys_values else 0
 
-        ``mask`` (B, 1, 1, L) is added to the scores.
-        """
-        query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', D/N)
-        keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
-        if self.heads_at_once is None:
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        else:
-            parts = zip(*(x.split(self.heads_at_once, dim=1) for x in (query, keys, values)), strict=True)
-            attended = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for q, k, v in parts], dim=1)
-        return self.to_out[0](merge_heads(attended))
+    @classmethod
+    def concatenate(cls, contexts: Sequence["TextContext"]) -> "TextContext":
+        """One batch after the other, such as [unconditional, conditional] for guidance; L must be the same."""
+        pairs = zip(*(context.keys_values for context in contexts), strict=True)
+        keys_values = tuple((torch.cat([k for k, _ in p]), torch.cat([v for _, v in p])) for p in map(list, pairs))
+        if all(context.mask is None for context in contexts):
+            return cls(keys_values)
+        keys = keys_values[0][0]
+        zeros = (keys.new_zeros(context.batch_size, 1, 1, keys.shape[2]) for context in contexts)
+        masks = [zero if c.mask is None else c.mask for c, zero in zip(contexts, zeros, strict=True)]
+        return cls(keys_values, torch.cat(masks))
+
+    def select(self, index: slice | Tensor) -> "TextContext":
+        """The batch's entries at ``index``: a slice, or a tensor of whole numbers or of truth values."""
+        return self._map(lambda tensor: tensor[index])
+
+    def repeat(self, times: int) -> "TextContext":
+        """Every entry ``times`` times in a row, for several images of one prompt."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def to(self, *args: Any, **kwargs: Any) -> "TextContext":
+        """To another device or dtype, as ``Tensor.to``."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
+        keys_values = tuple((change(k), change(v)) for k, v in self.keys_values)
+        return TextContext(keys_values, None if self.mask is None else change(self.mask))
+
+
+Text = TextStates | TextContext
+"""What the blocks of a UNet with cross-attention pass on."""
 
 
 class GEGLU(nn.Module):
@@ -83,9 +112,9 @@ class BasicTransformerBlock(nn.Module):
         super().__init__()
         self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, context_dim=text_dim if only_cross else dim)
+        self.attn1 = Attention(dim, heads, text_dim if only_cross else dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, context_dim=text_dim)
+        self.attn2 = Attention(dim, heads, text_dim)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -107,22 +136,34 @@ class SpatialTransformer(Checkpointed):
 
     ``linear`` projects the tokens (Stable Diffusion 2), otherwise 1x1 convolutions project the map (1.x).
 
+    Args:
+        width: of the tokens, a multiple of `heads`.
+
     Attributes:
         first: number of its first cross-attention among all of the UNet; the UNet sets it.
     """
 
     def __init__(
-        self, channels: int, *, heads: int, depth: int, text_dim: int, groups: int, linear: bool, only_cross: bool
+        self,
+        channels: int,
+        *,
+        heads: int,
+        width: int,
+        depth: int,
+        text_dim: int,
+        groups: int,
+        linear: bool,
+        only_cross: bool,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.first = 0
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, width) if linear else nn.Conv2d(channels, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, heads, text_dim, only_cross) for _ in range(depth)
+            BasicTransformerBlock(width, heads, text_dim, only_cross) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(width, channels) if linear else nn.Conv2d(width, channels, 1)
 
     @property
     def cross_attentions(self) -> list[Attention]:

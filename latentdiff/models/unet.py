@@ -1,4 +1,4 @@
-"""``UNet2DConditionModel``: the denoiser of Stable Diffusion 1.x and 2.x, with diffusers' names, keys and weights.
+"""The UNet, and ``UNet2DConditionModel``: the denoiser of Stable Diffusion 1.x and 2.x, with diffusers' names and keys.
 
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3; the UNet itself is ADM's (Dhariwal & Nichol 2021), Sec. 3.
 """
@@ -14,20 +14,99 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.models.layers import norm_silu
+from latentdiff.models.layers import Attention, norm_silu
 from latentdiff.models.loras import with_lora_scale
-from latentdiff.models.text_context import Text, TextContext, TextStates
 from latentdiff.models.time_embedding import TimeConditioned
-from latentdiff.models.transformer import Attention, SpatialTransformer
-from latentdiff.models.unet_builder import TextUNetBuilder
-from latentdiff.models.unet_config import NEUTRAL_KEYS, text_unet_levels
+from latentdiff.models.transformer import SpatialTransformer, Text, TextContext, TextStates
+from latentdiff.models.unet_blocks import UNetBuilder
+from latentdiff.models.unet_config import NEUTRAL_KEYS, UNetLevels, text_unet_levels
 
 
-class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
+class UNet(TimeConditioned):
+    """A way down, a middle, and a way up that also receives what every layer on the way down gave."""
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm"]
+    down_blocks: Any
+    up_blocks: Any
+
+    def build(self, levels: UNetLevels) -> None:
+        """Make all layers that the config asks for."""
+        config, width = self.config, levels.channels[0]
+        kernel, last_kernel = (config.get(key, 3) for key in ("conv_in_kernel", "conv_out_kernel"))
+        self.conv_in = nn.Conv2d(config.in_channels, width, kernel, padding=kernel // 2)
+        builder = UNetBuilder(config, levels, time_dim=self.build_time())
+        self.down_blocks = builder.down_blocks()
+        self.up_blocks = builder.up_blocks()
+        self.mid_block = None if config.mid_block_type is None else builder.mid_block()
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, last_kernel, padding=last_kernel // 2)
+        first = 0
+        for transformer in self.transformers():  # each knows which of a context's keys and values are its own
+            transformer.first = first
+            first += len(transformer.cross_attentions)
+
+    def transformers(self) -> Iterator[SpatialTransformer]:
+        """In the order in which they run."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for attention in getattr(block, "attentions", ()):
+                if isinstance(attention, SpatialTransformer):
+                    yield attention
+
+    @property
+    def cross_attentions(self) -> list[Attention]:
+        """In the order in which they run."""
+        return [attention for transformer in self.transformers() for attention in transformer.cross_attentions]
+
+    @apply_forward_hook
+    def denoise(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        prepared: Text | None = None,
+        residuals: Sequence[Tensor] = (),
+        mid_residual: Tensor | None = None,
+        within: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Noisy pixels or latents (B, C, H, W), ``embed_time``'s (B or 1, D), ``prepare``'s -> (B, C', H, W).
+
+        A ControlNet (Zhang et al. 2023) gives ``residuals``, to be added to what the way down leaves for the way up,
+        and ``mid_residual``, to be added after the middle. A T2I-Adapter (Mou et al. 2023) gives ``within``, to be
+        added within the blocks of the way down, one for each of the first blocks, and maybe one after the middle.
+        """
+        self._check_context(prepared)
+        time = F.silu(time)
+        x = self.conv_in(sample)  # (B, channels, H, W)
+        skips = [x]
+        for i, down in enumerate(self.down_blocks):
+            x, outputs = down(x, time, prepared, within[i] if i < len(within) else None)
+            skips += outputs
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, prepared)
+        if len(within) > len(self.down_blocks) and within[len(self.down_blocks)].shape == x.shape:
+            x = x + within[len(self.down_blocks)]
+        if mid_residual is not None:
+            x = x + mid_residual
+        for up in self.up_blocks:
+            skips, own = skips[: -len(up.resnets)], skips[-len(up.resnets) :]
+            x = up(x, own, time, prepared, size=skips[-1].shape[-2:] if skips else None)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+    def _check_context(self, prepared: Text | None) -> None:
+        if isinstance(prepared, TextContext) and len(prepared.keys_values) != len(self.cross_attentions):
+            raise ValueError(
+                f"This text context is for {len(prepared.keys_values)} cross-attentions and the UNet has "
+                f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
+            )
+
+
+class UNet2DConditionModel(UNet, PeftAdapterMixin):
     """Predicts noise (or v, or the picture) from noisy latents, a timestep and the states of a text encoder.
 
     The config is that of diffusers' class. ``attention_head_dim`` is, there as here, the *number* of heads, for all
-    levels or one for each; ``upcast_attention`` is always fulfilled (see ``transformer.Attention``).
+    levels or one for each; ``upcast_attention`` is always fulfilled (see ``layers.Attention``).
 
     A plain call is ``embed_time``, ``encode_text`` and ``denoise``. The first depends on the step only, the second on
     the prompt only, so a sampling loop can compute each once::
@@ -42,11 +121,7 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
     """
 
     neutral = NEUTRAL_KEYS
-    _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["BasicTransformerBlock", "ResnetBlock2D", "UpBlock"]
-    down_blocks: Any
-    up_blocks: Any
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm"]
     _repeated_blocks: ClassVar[list[str]] = ["BasicTransformerBlock"]
 
     @register_to_config
@@ -90,36 +165,14 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         resnet_time_scale_shift: str = "default",
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: int | None = None,
+        time_embedding_type: str = "positional",
+        conv_in_kernel: int = 3,
+        conv_out_kernel: int = 3,
         **others: Any,
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        levels = text_unet_levels(self.config)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        builder = TextUNetBuilder(self.config, levels, time_dim=self.build_time())
-        self.down_blocks = builder.down_blocks()
-        self.up_blocks = builder.up_blocks()
-        self.mid_block = None if mid_block_type is None else builder.mid_block()
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
-        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
-        self.number_attentions()
-
-    def number_attentions(self) -> None:
-        """Let every transformer know which of a context's keys and values are its own."""
-        first = 0
-        for transformer in self.transformers():
-            transformer.first = first
-            first += len(transformer.cross_attentions)
-
-    def transformers(self) -> Iterator[SpatialTransformer]:
-        """In the order in which they run."""
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from getattr(block, "attentions", ())
-
-    @property
-    def cross_attentions(self) -> list[Attention]:
-        """In the order in which they run."""
-        return [attention for transformer in self.transformers() for attention in transformer.cross_attentions]
+        self.build(text_unet_levels(self))
 
     def prepare(self, conditioning: Conditioning) -> TextContext:
         """`encode_text` of the text states; class labels and an embedded guidance scale are `embed_time`'s.
@@ -133,7 +186,7 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         return self.encode_text(conditioning.states, conditioning.mask)
 
     def prepared_by(self) -> list[Attention]:
-        """See `denoiser.Denoiser`."""
+        """See `network.Denoiser`."""
         return self.cross_attentions
 
     @apply_forward_hook
@@ -161,45 +214,6 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         # as in diffusers -10000, not minus infinity
         return TextStates(states, None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0)
 
-    def _check_context(self, text: Text) -> None:
-        if isinstance(text, TextContext) and len(text.keys_values) != len(self.cross_attentions):
-            raise ValueError(
-                f"This text context is for {len(text.keys_values)} cross-attentions and the UNet has "
-                f"{len(self.cross_attentions)}; make it with this UNet's encode_text."
-            )
-
-    @apply_forward_hook
-    def denoise(
-        self,
-        sample: Tensor,
-        time: Tensor,
-        text: Text,
-        residuals: Sequence[Tensor] = (),
-        mid_residual: Tensor | None = None,
-    ) -> Tensor:
-        """Noisy latents (B, C, H, W), ``embed_time``'s (B or 1, D), ``encode_text``'s context -> (B, C', H, W).
-
-        A ControlNet (Zhang et al. 2023) gives ``residuals``, to be added to what the way down leaves for the way up,
-        and ``mid_residual``, to be added after the middle.
-        """
-        self._check_context(text)
-        time = F.silu(time)
-        x = self.conv_in(sample)  # (B, channels, H, W)
-        skips = [x]
-        for down in self.down_blocks:
-            x, outputs = down(x, time, text)
-            skips += outputs
-        if residuals:
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
-        if self.mid_block is not None:
-            x = self.mid_block(x, time, text)
-        if mid_residual is not None:
-            x = x + mid_residual
-        for up in self.up_blocks:
-            skips, own = skips[: -len(up.resnets)], skips[-len(up.resnets) :]
-            x = up(x, own, time, text, size=skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
-
     @with_lora_scale
     def forward(
         self,
@@ -213,30 +227,31 @@ class UNet2DConditionModel(TimeConditioned, PeftAdapterMixin):
         added_cond_kwargs: Mapping[str, Any] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
-        down_intrablock_additional_residuals: None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Noisy latents (B, C, H, W), timestep (one, or (B,)), text states (B, L, D) -> ``.sample`` (B, C', H, W).
 
         The arguments are those of diffusers' class. ``cross_attention_kwargs`` may be {"scale": how strongly loaded
-        LoRAs act}; the additional residuals are a ControlNet's.
+        LoRAs act}; the additional residuals are a ControlNet's, those within blocks a T2I-Adapter's.
 
         Raises:
             ValueError: one that is not supported is given.
         """
-        refuse_given(
-            attention_mask=attention_mask,
-            added_cond_kwargs=added_cond_kwargs or None,
-            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-        )
+        refuse_given(attention_mask=attention_mask, added_cond_kwargs=added_cond_kwargs or None)
         residuals, mid_residual = down_block_additional_residuals, mid_block_additional_residual
-        check_residuals(residuals, mid_residual)
+        if (residuals is None) != (mid_residual is None):
+            raise ValueError(
+                "UNet2DConditionModel: down_block_additional_residuals and mid_block_additional_residual, a "
+                "ControlNet's, must be given both or none; a T2I-Adapter's are down_intrablock_additional_residuals."
+            )
         time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
         # Not `encode_text`: every cross-attention makes its keys and values when it runs, so that weights which are
         # offloaded or sharded block by block are there.
         text = self._text_states(encoder_hidden_states, encoder_attention_mask)
-        sample = self.denoise(sample, time, text, residuals or (), mid_residual)
+        within = down_intrablock_additional_residuals or ()
+        sample = self.denoise(sample, time, text, residuals or (), mid_residual, within)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
@@ -273,12 +288,3 @@ def refuse_given(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"UNet2DConditionModel: {name} is not supported, but was given.")
-
-
-def check_residuals(down: Sequence[Tensor] | None, middle: Tensor | None) -> None:
-    """A ControlNet gives both; a T2I-Adapter gives those of the way down only."""
-    if (down is None) != (middle is None):
-        raise ValueError(
-            "UNet2DConditionModel: down_block_additional_residuals and mid_block_additional_residual, a ControlNet's, "
-            "must be given both or none; the residuals of T2I-Adapters are not supported."
-        )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from latentdiff.codec import Codec
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.interchange.atomic import atomic_folder, json_text
-from latentdiff.models.config import downscale_factor
 from latentdiff.models.loras import refuse_loras
+from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.registry import KINDS, kind_saved_as
 from latentdiff.text.encode import max_tokens
 

@@ -31,8 +31,8 @@ from latentdiff.interchange.single_file import (
 )
 from latentdiff.interchange.user_files import check_timesteps
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
-from latentdiff.models.config import downscale_factor
 from latentdiff.models.loras import refuse_loras, whole_network
+from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 

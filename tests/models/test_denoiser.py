@@ -8,7 +8,7 @@ import torch
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.models import TextContext, UNet2DConditionModel, UNet2DModel
-from latentdiff.models.denoiser import Denoiser
+from latentdiff.models.network import Denoiser
 
 PLAIN: dict[str, Any] = {
     "block_out_channels": (16, 32),

@@ -8,7 +8,7 @@ from small import CODER
 from torch.distributions import AffineTransform, Laplace, SigmoidTransform, TransformedDistribution
 
 from latentdiff.models import GumbelVQModel, VQModel
-from latentdiff.models.logit_laplace import NARROWEST, LogitLaplace
+from latentdiff.models.codes import NARROWEST, LogitLaplace
 
 
 def test_likelihood_is_that_of_a_transformed_laplace() -> None:

@@ -217,7 +217,7 @@ def test_class_labels_are_neither_dropped_nor_forgotten() -> None:
     "argument",
     [
         {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 4)}},
-        {"down_intrablock_additional_residuals": [torch.zeros(2, 32, 4, 4)]},
+        {"attention_mask": torch.ones(2, 5)},
     ],
 )
 def test_arguments_that_are_not_supported_are_refused(argument: dict[str, Any]) -> None:

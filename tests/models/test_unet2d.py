@@ -46,6 +46,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no_middle": DDPM | {"mid_block_type": None},
     "latents": DDPM | {"in_channels": 4, "out_channels": 8, "attention_head_dim": 8, "class_embed_type": "timestep"},
     "identity": DDPM | {"class_embed_type": "identity", "time_embedding_dim": 20},
+    "noise_levels": DDPM | {"time_embedding_type": "fourier"},
+    "noise_levels_as_labels": DDPM | {"time_embedding_type": "fourier", "class_embed_type": "timestep"},
+    "learned_times": DDPM | {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "heads_that_do_not_divide": DDPM | {"attention_head_dim": 7},
 }
 
 
@@ -73,6 +77,16 @@ def test_output_and_gradients_are_diffusers(name: str, pair: Callable, same_grad
     same_gradients(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(ours(**given, return_dict=False)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_result_that_is_divided_by_the_noise_level_is_computed_as_a_whole() -> None:
+    unet = UNet2DModel(**CONFIGS["noise_levels"])
+    assert not unet.works_in_parts
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        found, each = unet(x, 5.0).sample, unet(x, torch.tensor([5.0, 5.0])).sample
+    torch.testing.assert_close(found, each)
+    assert UNet2DModel(**DDPM).works_in_parts
 
 
 @pytest.mark.parametrize("name", ["ddpm", "adm"])
@@ -145,9 +159,10 @@ def test_it_traces_as_one_graph() -> None:
     [
         ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "down_block_types='CrossAttnDownBlock2D'"),
         ({"up_block_types": ("UpBlock2D",)}, "up_block_types=.* has 1 entries for 2 levels"),
-        ({"attention_head_dim": 7}, "block_out_channels=32 is not a multiple of attention_head_dim=7"),
+        ({"attention_head_dim": 33}, "attention_head_dim=33 leaves no room in 32 channels"),
+        ({"time_embedding_type": "learned"}, "num_train_timesteps=None is not supported"),
         ({"norm_num_groups": 5}, "norm_num_groups=5"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported"),
+        ({"time_embedding_type": "sinus"}, "time_embedding_type='sinus' is not supported"),
         ({"downsample_type": "pool"}, "downsample_type='pool'"),
         ({"cross_attention_dim": 8}, "unknown config key 'cross_attention_dim'"),
         ({"out_channels": 0}, "out_channels=0"),

@@ -26,12 +26,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "beside_the_time": TINY | SIMPLE | {"class_embeddings_concat": True},
     "labels_beside_the_time": TINY | {"num_class_embeds": 5, "class_embeddings_concat": True},
     "uneven": UNEVEN,
+    "fourier": TINY | {"time_embedding_type": "fourier"},
+    "fourier_labels": TINY
+    | {"time_embedding_type": "fourier", "time_embedding_dim": 24, "class_embed_type": "timestep"},
+    "kernels": TINY | {"conv_in_kernel": 1, "conv_out_kernel": 5},
+    "heads_that_do_not_divide": TINY | {"attention_head_dim": (3, 5)},
+    "linear_heads_that_do_not_divide": TINY | {"attention_head_dim": 7, "use_linear_projection": True},
 }
 
 
 def batch(config: dict[str, Any]) -> dict[str, Tensor]:
     told = {}
-    if "class_embed_type" in config:
+    if config.get("class_embed_type") == "timestep":
+        told = {"class_labels": torch.tensor([5, 20])}
+    elif "class_embed_type" in config:
         told = {"class_labels": torch.randn(2, 7)}
     elif "num_class_embeds" in config:
         told = {"class_labels": torch.tensor([4, 0])}
@@ -64,9 +72,34 @@ def test_agrees_with_diffusers_in_output_and_gradients(name: str, pair: Callable
     close(parts, found)
 
 
+@pytest.mark.parametrize("name", ["beside_the_time", "labels_beside_the_time", "projection"])
+def test_one_timestep_serves_all_labels(name: str) -> None:
+    unet, inputs = UNet2DConditionModel(**CONFIGS[name]), batch(CONFIGS[name])
+    with torch.no_grad():
+        close(unet(**inputs | {"timestep": 3}).sample, unet(**inputs | {"timestep": torch.tensor([3, 3])}).sample)
+
+
+@pytest.mark.parametrize("blocks", [("CrossAttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
+def test_a_t2i_adapter_adds_what_it_adds_to_diffusers_unet(blocks: tuple[str, str], pair: Callable) -> None:
+    ours, theirs = pair("UNet2DConditionModel", **TINY | {"down_block_types": blocks})
+    inputs = batch(TINY)
+    first = (2, 16, 8, 8) if blocks[0] == "CrossAttnDownBlock2D" else (2, 16, 4, 4)
+    residuals = [torch.randn(first), torch.randn(2, 32, 4, 4), torch.randn(2, 32, 4, 4)]
+    with torch.no_grad():
+        plain, found = ours(**inputs).sample, []
+        for count in (1, 2, 3):  # of the first blocks, of all, and of the middle too
+            given = residuals[:count]
+            wanted = theirs(**inputs, down_intrablock_additional_residuals=[x.clone() for x in given]).sample
+            found.append(ours(**inputs, down_intrablock_additional_residuals=given).sample)
+            close(found[-1], wanted)
+            assert len(given) == count  # diffusers takes them out of the list
+        assert min(float((a - b).abs().max()) for a, b in zip([plain, *found], found, strict=False)) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"time_embedding_type": "fourier", "time_embedding_dim": 15}, "time_embedding_dim=15 is odd"),
         ({"class_embed_type": "projection"}, "'projection' needs projection_class_embeddings_input_dim"),
         ({"transformer_layers_per_block": [[1], 1]}, "and needs reverse_transformer_layers_per_block"),
         ({"reverse_transformer_layers_per_block": [1]}, r"reverse_.*=\[1\] has 1 entries for 2 levels"),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from latentdiff.models.bottlenecks import GumbelQuantizer
 from latentdiff.models.codebook_learning import CodebookLearner
+from latentdiff.models.codes import LogitLaplace
 from latentdiff.models.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss, gradient_penalty
-from latentdiff.models.logit_laplace import LogitLaplace
 from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
 from latentdiff.training.objectives.perceptual import PerceptualLoss

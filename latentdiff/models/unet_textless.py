@@ -8,28 +8,27 @@ resnet blocks that halve and double (``"resnet"``), class embeddings.
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
+import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.models.layers import norm_silu
 from latentdiff.models.single_file import ReleasedNetwork
-from latentdiff.models.text_context import TextContext
-from latentdiff.models.time_embedding import TimeConditioned
-from latentdiff.models.unet_builder import PlainUNetBuilder
-from latentdiff.models.unet_config import check_plain_unet, plain_levels
+from latentdiff.models.transformer import TextContext
+from latentdiff.models.unet import UNet
+from latentdiff.models.unet_config import plain_levels
 
 
-class UNet2DModel(ReleasedNetwork, TimeConditioned):
+class UNet2DModel(ReleasedNetwork, UNet):
     """Predicts noise (or v, or the picture), and maybe variances, from pixels or latents, a timestep and a class.
 
     The config is that of diffusers' class, and ``attention_head_dim`` is what it says, the width of a head (None: one
     head). Beyond diffusers' it may be a list, one for each level: heads of a fixed number, as Improved DDPM has them.
     ``downsample_type`` and ``upsample_type`` concern the blocks with attention; those without are named for theirs,
-    ``DownBlock2D`` or ``ResnetDownsampleBlock2D``.
+    ``DownBlock2D`` or ``ResnetDownsampleBlock2D``. With ``time_embedding_type="fourier"`` timesteps are noise levels,
+    and the result is divided by them (score SDE, Song et al. 2021); with ``"learned"`` each of ``num_train_timesteps``
+    has an embedding.
 
     Raises:
         ValueError: a key is unknown or asks for what is not supported.
@@ -37,14 +36,10 @@ class UNet2DModel(ReleasedNetwork, TimeConditioned):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "center_input_sample": (False,),
-        "time_embedding_type": ("positional",),
         "mid_block_scale_factor": (1,),
     }
-    _supports_gradient_checkpointing = True
+    of_noise_levels = True
     _no_split_modules: ClassVar[list[str]] = ["ResnetBlock2D", "GridAttention", "UpBlock"]
-    down_blocks: Any
-    up_blocks: Any
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm"]
 
     @register_to_config
     def __init__(
@@ -74,19 +69,17 @@ class UNet2DModel(ReleasedNetwork, TimeConditioned):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        time_embedding_type: str = "positional",
         **others: Any,
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
-        check_plain_unet(self.config)
-        levels = plain_levels(type(self).__name__, self.config)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        builder = PlainUNetBuilder(self.config, levels, time_dim=self.build_time())
-        self.down_blocks = builder.down_blocks()
-        self.up_blocks = builder.up_blocks()
-        self.mid_block = None if mid_block_type is None else builder.mid_block()
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
-        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
+        self.build(plain_levels(self))
+
+    @property
+    def works_in_parts(self) -> bool:
+        """As every network's; but not where the result is divided by the timestep, which `denoise` does not know."""
+        return super().works_in_parts and self.config.time_embedding_type != "fourier"
 
     def prepare(self, conditioning: Conditioning) -> TextContext:
         """Nothing: class labels are `embed_time`'s.
@@ -100,24 +93,8 @@ class UNet2DModel(ReleasedNetwork, TimeConditioned):
         return TextContext(())
 
     def prepared_by(self) -> list[nn.Module]:
-        """See `denoiser.Denoiser`."""
+        """See `network.Denoiser`."""
         return []
-
-    @apply_forward_hook
-    def denoise(self, sample: Tensor, time: Tensor, prepared: TextContext | None = None) -> Tensor:
-        """Noisy pixels or latents (B, C, H, W) and ``embed_time``'s (B or 1, D) -> (B, C', H, W)."""
-        time = F.silu(time)
-        x = self.conv_in(sample)  # (B, channels, H, W)
-        skips = [x]
-        for down in self.down_blocks:
-            x, outputs = down(x, time)
-            skips += outputs
-        if self.mid_block is not None:
-            x = self.mid_block(x, time)
-        for up in self.up_blocks:
-            skips, own = skips[: -len(up.resnets)], skips[-len(up.resnets) :]
-            x = up(x, own, time, size=skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     def forward(
         self,
@@ -131,5 +108,8 @@ class UNet2DModel(ReleasedNetwork, TimeConditioned):
         Raises:
             ValueError: labels are given and the UNet has no class embeddings, or the other way round.
         """
+        levels = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1, 1, 1)
         sample = self.denoise(sample, self.embed_time(timestep, sample.device, sample.dtype, class_labels))
+        if self.config.time_embedding_type == "fourier":
+            sample = (sample / levels).to(sample.dtype)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
