@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
-from latentdiff.diffusion.targets import VelocityTarget
+from latentdiff.diffusion.process import VelocityTarget
 
 TARGET = VelocityTarget()
 
