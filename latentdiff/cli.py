@@ -57,11 +57,15 @@ def options(
 @cache
 def application() -> typer.Typer:
     """The program with all its commands."""
-    from latentdiff.pipelines.commands import add_commands as add_drawing
-    from latentdiff.training.cli import add_commands as add_training
+    from latentdiff.pipelines.commands.convert import convert
+    from latentdiff.pipelines.commands.generate import generate
+    from latentdiff.pipelines.commands.many import many
+    from latentdiff.pipelines.commands.replay import replay
+    from latentdiff.training.cli import add_commands
 
-    add_drawing(app)
-    add_training(app)
+    for command in (generate, replay, many, convert):
+        app.command()(command)
+    add_commands(app)
     return app
 
 

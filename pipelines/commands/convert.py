@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -192,12 +193,9 @@ def check_place(form: Form, target: Path, overwrite: bool) -> None:
     (check_target if form is Form.file else is_free)(target, overwrite)
 
 
-class OnePart:
+def one_part(**part: Any) -> Any:
     """Stands for a pipeline of which there is only one component."""
-
-    def __init__(self, **parts: Any) -> None:
-        self.__dict__.update(parts)
-        self.config: dict[str, Any] = {}
+    return SimpleNamespace(config={}, **part)
 
 
 def read_model(
@@ -209,7 +207,7 @@ def read_model(
     from latentdiff.pipelines.storage.single_file import AUTOENCODERS, CheckpointParts, check_prediction
 
     if kind == "network":
-        return OnePart(**{str(component): network_alone(source, dtype, variant)})
+        return one_part(**{str(component): network_alone(source, dtype, variant)})
     if kind == "folder":
         return folder_pipeline(source, dtype, variant)
     check_prediction(reading.prediction_type)
@@ -222,9 +220,9 @@ def read_model(
     if reading.ema:
         weights.use_averages("autoencoder" if component is Component.vae else "UNet")
     if component is Component.vae:
-        return OnePart(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
+        return one_part(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
     parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), yaml)
-    return OnePart(**{component.value: getattr(parts, component.value)()})
+    return one_part(**{component.value: getattr(parts, component.value)()})
 
 
 def write_model(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from annotated_types import Ge, Le
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
@@ -209,20 +209,23 @@ def split_last(argument: str) -> tuple[str, str | None]:
     return before, after
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
+def grouped(command: Callable[..., None], argument: str | None = None) -> Callable[..., None]:
     """A command for typer, with the fields of its parameters that are models as options of their own.
 
-    A field's annotation has a ``typer.Option`` or one of our `Option` in it; its default and limits are the option's.
-    Fields of several models must have different names.
+    A field is shown as the ``typer.Option`` or our `Option` in its annotation says, or with its description; its
+    default and limits are the option's. Fields of several models must have different names.
+
+    Args:
+        argument: a field that is the command's argument, and no option.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, type[Plain]] = {}
+    groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if isinstance(kind, type) and issubclass(kind, Plain):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
             groups[parameter.name] = kind
-            parameters += [option_of(name, field) for name, field in kind.model_fields.items()]
+            parameters += [option_of(name, field, name == argument) for name, field in kind.model_fields.items()]
         else:
             parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
 
@@ -230,8 +233,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         for name, kind in groups.items():
             values = {field: given.pop(field) for field in kind.model_fields}
-            try:
-                given[name] = kind.model_validate(values)
+            try:  # settings of training have a way of their own to read what is typed
+                given[name] = kind.load(None, values) if hasattr(kind, "load") else kind.model_validate(values)
             except ValidationError as error:
                 raise ValueError(f"option {first_problem(error)}") from None
         command(**given)
@@ -241,16 +244,18 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def option_of(name: str, field: FieldInfo) -> inspect.Parameter:
-    """A field as a parameter that typer shows: as its ``typer.Option`` says, or its `Option` and its limits."""
-    shown = next((note for note in field.metadata if isinstance(note, OptionInfo)), None)
-    option = next((note for note in field.metadata if isinstance(note, Option)), None)
-    if option is not None:
-        least: Any = next((note.ge for note in field.metadata if isinstance(note, Ge)), None)
-        most: Any = next((note.le for note in field.metadata if isinstance(note, Le)), None)
-        flag = option.flag or f"--{name.replace('_', '-')}"
-        shown = typer.Option(flag, help=option.help, metavar=option.metavar, min=least, max=most)
-    if shown is None:
-        raise TypeError(f"the option {name} has no description")
+def option_of(name: str, field: FieldInfo, is_argument: bool) -> inspect.Parameter:
+    """A field as a parameter that typer shows."""
+    shown: Any = next((note for note in field.metadata if isinstance(note, OptionInfo | Option)), None)
+    if not isinstance(shown, OptionInfo):
+        flags = [] if shown is None else [shown.flag or f"--{name.replace('_', '-')}"]
+        more: dict[str, Any] = {"help": field.description if shown is None else shown.help}
+        more["min"] = next((note.ge for note in field.metadata if isinstance(note, Ge)), None)
+        more["max"] = next((note.le for note in field.metadata if isinstance(note, Le)), None)
+        if is_argument:
+            shown = typer.Argument(metavar=name.upper(), **more)
+        else:
+            shown = typer.Option(*flags, metavar=shown and shown.metavar, **more)
+    default = inspect.Parameter.empty if field.is_required() else field.default
     hint: Any = Annotated[field.annotation, shown]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -1,11 +1,13 @@
 """``latentdiff replay``."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff import __version__
 from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.options import Device, Precision, devices_here, find_place, load_pipeline
 from latentdiff.terminal import say
@@ -54,10 +56,15 @@ def replay(
     digest = digest_in_background(place, record.variant)
 
     started = time.perf_counter()
-    from latentdiff.pipelines.batch.draw import load_adapters, redraw, this_machine
+    import torch
 
-    inputs = find_inputs(record, picture.parent)
-    set_threads(record, threads)
+    from latentdiff.pipelines.batch.draw import find_used, load_adapters, read_inputs, redraw, this_machine
+    from latentdiff.pipelines.core.schedulers import change_scheduler
+
+    named = [None if used is None else find_used(used, picture.parent) for used in (record.image, record.mask)]
+    inputs, _ = read_inputs(*named)
+    most = 4 * (os.cpu_count() or 1)  # a file may say anything
+    torch.set_num_threads(threads or min(record.machine.threads, most))  # how sums are divided changes them
     if device is None:
         then = record.machine.device
         device = Device(then) if then in devices_here() else Device.auto
@@ -65,13 +72,12 @@ def replay(
     kind = pipeline_kind(place, record.image, record.mask)
     pipeline: Any = load_pipeline(place, device, precision, None, kind, variant=record.variant)
     found = check_model(record, picture, pipeline, digest.result(), any_model)
-    set_scheduler(pipeline, record.scheduler)
+    if type(pipeline.scheduler).__name__ != record.scheduler:
+        pipeline.scheduler = change_scheduler(pipeline.scheduler, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
     after = redraw(pipeline, record, inputs)
     machine = this_machine(pipeline)
     if output is not None:
-        from latentdiff import __version__
-
         new = {"model_digest": found, "machine": machine, "version": __version__}
         save_picture(after, output, record.model_copy(update=new).dump())
     different = difference(before, after)
@@ -95,32 +101,6 @@ def find_model_of(record: "Record", model: str | None) -> Path:
             f"the model {record.model!r}, with which this picture was drawn, is not here; say with --model where it "
             f"is, a folder or owner/name on the hub"
         ) from error
-
-
-def find_inputs(record: "Record", beside: Path) -> Any:
-    """The pictures that it was drawn from, which must be what they were."""
-    from latentdiff.pipelines.batch.draw import find_used, read_inputs
-
-    files = [None if used is None else find_used(used, beside) for used in (record.image, record.mask)]
-    return read_inputs(*files)[0]
-
-
-def set_threads(record: "Record", threads: int | None) -> None:
-    """As many threads as it was drawn with, for sums depend on how they are divided."""
-    import os
-
-    import torch
-
-    most = 4 * (os.cpu_count() or 1)  # a file may say anything
-    torch.set_num_threads(threads or min(record.machine.threads, most))
-
-
-def set_scheduler(pipeline: Any, name: str) -> None:
-    """The sampler that it was drawn with."""
-    if type(pipeline.scheduler).__name__ != name:
-        from latentdiff.pipelines.core.schedulers import change_scheduler
-
-        pipeline.scheduler = change_scheduler(pipeline.scheduler, name)
 
 
 def check_model(record: "Record", picture: Path, pipeline: Any, digest: str, any_model: bool) -> str:
@@ -156,8 +136,6 @@ def difference(before: "Image.Image", after: "Image.Image") -> str | None:
 
 def reasons(record: "Record", machine: "Machine", digest: str) -> str:
     """What was otherwise when the picture was drawn."""
-    from latentdiff import __version__
-
     names = {"device": "device", "processor": "processor", "threads": "number of threads", "torch": "torch"}
     pairs = [(name, getattr(record.machine, key), getattr(machine, key)) for key, name in names.items()]
     pairs.append(("latentdiff", record.version, __version__))

@@ -1,21 +1,24 @@
 """``latentdiff evaluate`` and ``latentdiff likelihood``."""
 
+from functools import partial
+
 from latentdiff.pipelines.commands.options import (
     Device,
     DeviceOption,
     Precision,
     PrecisionOption,
     find_place,
+    grouped,
     load_pipeline,
     pick_device,
 )
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.terminal import say
-from latentdiff.training.commands.options import show_progress, takes_settings
+from latentdiff.training.commands.options import show_progress
 from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
 
-@takes_settings(EvaluationSettings, argument="model")
+@partial(grouped, argument="model")
 def evaluate(
     settings: EvaluationSettings,
     device: DeviceOption = Device.auto,
@@ -43,7 +46,7 @@ def evaluate(
     say(f"The figures are in {folder / 'evaluation.json'}")
 
 
-@takes_settings(LikelihoodSettings, argument="model")
+@partial(grouped, argument="model")
 def likelihood(
     settings: LikelihoodSettings,
     device: DeviceOption = Device.auto,

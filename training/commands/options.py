@@ -1,16 +1,11 @@
 """What the training commands share on the command line."""
 
-import functools
-import inspect
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from annotated_types import Ge
-from pydantic.fields import FieldInfo
 
 from latentdiff.pipelines.commands.options import be_quiet
 from latentdiff.terminal import say
@@ -77,41 +72,3 @@ def announce(result: str) -> None:
 def is_first_process() -> bool:
     """By the environment of torchrun and `accelerate launch`; valid before and after processes have started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def takes_settings(kind: type[SettingsT], argument: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function whose first parameter takes settings: each of their fields becomes an option.
-
-    Names, types, limits, defaults and descriptions are those of the fields; the function's further parameters remain.
-
-    Args:
-        argument: the field that is the command's argument instead.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            values = {name: given.pop(name) for name in kind.model_fields}
-            command(kind.load(None, values), **given)
-
-        parameters = [parameter_of(name, field, name == argument) for name, field in kind.model_fields.items()]
-        parameters.sort(key=lambda parameter: parameter.name != argument)
-        signature = inspect.signature(command, eval_str=True)
-        parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def parameter_of(name: str, field: FieldInfo, is_argument: bool) -> inspect.Parameter:
-    """A settings field as a parameter that typer reads."""
-    least = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
-    more: dict[str, Any] = {"help": field.description}
-    if least is not None:
-        more["min"] = least
-    info = typer.Argument(metavar=name.upper(), **more) if is_argument else typer.Option(**more)
-    default = inspect.Parameter.empty if field.is_required() else field.default
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[field.annotation, info]
-    )
