@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import save_picture
+from latentdiff.interchange.user_files import read_text
 from latentdiff.training.card.kinds import ModelKind
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ def open_card(folder: Path) -> "ModelCard | None":
     if not (file.exists() or file.is_symlink()):
         return ModelCard("---\n{}\n---\n")
     try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark of UTF-8 first
-    except (OSError, UnicodeDecodeError):
+        text = read_text(file)
+    except (OSError, ValueError):
         text = ""
     if BEGIN.format(MODEL) not in text:
         logger.warning("%s was not written by latentdiff, so it is left as it is", file)

@@ -1,5 +1,6 @@
 """``latentdiff doctor``."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,6 @@ def doctor(
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
     if drop_duplicates and manifest is None:
         raise ValueError("--drop-duplicates says something in the manifest; name one with --manifest FILE")
-    check_manifest(manifest)
     resolution, step = model_shape(model) if model is not None else (None, None)
     if resolution is not None and "resolution" not in given and config is None:
         given["resolution"] = resolution
@@ -48,7 +48,7 @@ def doctor(
     from latentdiff.training.data.doctor import examine_source, token_counter
 
     tokens = token_counter(model) if model is not None else None
-    step = step if step is not None and settings.resolution % step == 0 else step_of(settings.resolution)
+    step = step if step is not None and settings.resolution % step == 0 else math.gcd(settings.resolution, 8)
     report = examine_source(settings, manifest, step, tokens, drop_duplicates)
     for line in report.lines():
         say(line)
@@ -61,44 +61,21 @@ def doctor(
 
 def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -> list[str]:
     """What to do now."""
-    lines = []
     share = f"{100 * report.bad_share:.3g} % of the pictures cannot be used"
     if not report.entries:
-        lines.append("There is nothing to train on.")
+        line = "There is nothing to train on."
     elif report.bad_share > max_bad_share:
-        lines.append(f"{share}; training stops above {100 * max_bad_share:g} % (max_bad_share={max_bad_share:g}).")
+        line = f"{share}; training stops above {100 * max_bad_share:g} % (max_bad_share={max_bad_share:g})."
     elif report.refused:
-        lines.append(f"Training goes on without what cannot be used ({share}).")
+        line = f"Training goes on without what cannot be used ({share})."
+    elif report.warnings:
+        line = "All pictures that are read can be used; look at what is worth a look."
     else:
-        lines.append("Everything can be used.")
-    if manifest is not None:
-        lines.append(
-            f'{manifest} describes each picture. Set "use" to false for what to leave out, and train with '
-            f"manifest={manifest}"
-        )
-    else:
-        lines.append("--manifest FILE writes what was found of each picture, for training to honour.")
-    return lines
-
-
-def check_manifest(manifest: Path | None) -> None:
-    """Raises ValueError if `manifest` is there and is something else, or cannot be there."""
+        line = "Everything can be used."
     if manifest is None:
-        return
-    if manifest.is_dir():
-        raise ValueError(f"{manifest} is a folder; name a file")
-    if manifest.exists():
-        from latentdiff.training.data.survey import read_manifest
-
-        try:
-            read_manifest(manifest)
-        except ValueError as error:
-            raise ValueError(f"{error}; it is not overwritten. Name another file") from None
-
-
-def step_of(resolution: int) -> int:
-    """The largest power of two, 8 at most, that divides `resolution`."""
-    return next(step for step in (8, 4, 2, 1) if resolution % step == 0)
+        return [line, "--manifest FILE writes what was found of each picture, for training to honour."]
+    how = f'Set "use" to false for what to leave out, and train with manifest={manifest}'
+    return [line, f"{manifest} describes each picture. {how}"]
 
 
 def model_shape(model: str) -> tuple[int | None, int | None]:

@@ -189,7 +189,12 @@ def examine_source(
         FileNotFoundError: there is no such source.
         ValueError: a table cannot be read as a whole, or `manifest` is some other file.
     """
-    known = read_manifest(manifest) if manifest is not None and manifest.exists() else {}
+    known: dict[str, Entry] = {}
+    if manifest is not None and os.path.lexists(manifest):
+        try:
+            known = read_manifest(manifest)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; it is not overwritten. Name another file for the manifest") from None
     source = _both_splits(settings)
     if settings.manifest is not None:
         leave_out(source, read_manifest(Path(settings.manifest).expanduser()))

@@ -35,7 +35,7 @@ def find_shards(source: str) -> list[Path]:
         raise FileNotFoundError(f"{source}: shards are read from the disk; download them first")
     shards: list[Path] = []
     for name in _expand(str(folder)):
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+        found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
         if not found:
             raise FileNotFoundError(f"{name}: no such shard")
         shards += map(Path, found)

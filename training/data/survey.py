@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
+from latentdiff.interchange.user_files import check_regular
 from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
@@ -59,15 +60,23 @@ class Entry:
 
     def row(self) -> dict[str, Any]:
         """As a line of the manifest."""
-        row: dict[str, Any] = {"name": self.name, "use": self.use}
-        if self.reason:
-            row["reason"] = self.reason
+        row: dict[str, Any] = {"name": self.name, "use": self.use, "reason": self.reason}
         if self.digest:
             row |= {"width": self.size[0], "height": self.size[1], "bytes": self.bytes, "digest": self.digest}
             row |= {"stamp": self.stamp, "fingerprint": self.fingerprint}
-        if self.warnings:
-            row["warnings"] = list(self.warnings)
-        return row
+        row["warnings"] = list(self.warnings)
+        return {key: value for key, value in row.items() if value or key not in ("reason", "warnings")}
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Entry":
+        """From a line of a manifest. Raises ValueError, TypeError or KeyError if it is none."""
+        if not isinstance(row["name"], str) or not isinstance(row.get("use", True), bool):
+            raise ValueError("'name' must be a text, and 'use' true or false")
+        texts = {key: str(row.get(key, "")) for key in ("reason", "digest", "stamp", "fingerprint")}
+        size = (int(row.get("width", 0)), int(row.get("height", 0)))
+        warnings = tuple(map(str, row.get("warnings", ())))
+        use, length = row.get("use", True), int(row.get("bytes", 0))
+        return cls(row["name"], use=use, bytes=length, size=size, warnings=warnings, **texts)
 
 
 def write_manifest(file: Path, entries: Iterable[Entry], about: Mapping[str, Any]) -> None:
@@ -89,6 +98,7 @@ def read_manifest(file: Path) -> dict[str, Entry]:
         FileNotFoundError: there is no such file.
         ValueError: it is no manifest, or a line of it is broken; the line is named.
     """
+    check_regular(file)
     entries: dict[str, Entry] = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -98,30 +108,13 @@ def read_manifest(file: Path) -> dict[str, Entry]:
                     if row.get("format") != FORMAT:
                         raise ValueError(f"expected {FORMAT!r}")
                     continue
-                entry = _entry(row)
+                entry = Entry.of(row)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number}: not a line of a manifest ({error})") from None
             entries[entry.name] = entry
     if not entries and file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")
     return entries
-
-
-def _entry(row: dict[str, Any]) -> Entry:
-    name, use = row["name"], row.get("use", True)
-    if not isinstance(name, str) or not isinstance(use, bool):
-        raise ValueError("'name' must be a text, and 'use' true or false")
-    return Entry(
-        name=name,
-        reason=str(row.get("reason", "")),
-        use=use,
-        digest=str(row.get("digest", "")),
-        stamp=str(row.get("stamp", "")),
-        bytes=int(row.get("bytes", 0)),
-        size=(int(row.get("width", 0)), int(row.get("height", 0))),
-        fingerprint=str(row.get("fingerprint", "")),
-        warnings=tuple(map(str, row.get("warnings", ()))),
-    )
 
 
 def survey(

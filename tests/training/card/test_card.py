@@ -138,6 +138,11 @@ def test_the_card_of_somebody_else_is_not_touched(tmp_path: Path, caplog: pytest
     assert not list((tmp_path / "none").iterdir())
 
 
+def test_a_pipe_in_the_place_of_a_card(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")  # whoever opens it waits for ever
+    assert not update_evaluation(tmp_path, "text")
+
+
 @pytest.mark.parametrize("front", ["license: [mit", "- a list", "model-index:\n- name: x"])
 def test_front_matter_that_cannot_be_read(tmp_path: Path, front: str, caplog: pytest.LogCaptureFixture) -> None:
     text = write(tmp_path).replace("library_name: diffusers", front, 1)

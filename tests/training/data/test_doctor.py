@@ -1,6 +1,7 @@
 """``latentdiff doctor``: the report, the manifest, the exit status."""
 
 import json
+import os
 from pathlib import Path
 
 import hostile
@@ -94,6 +95,8 @@ def test_other_files_are_not_overwritten(album: Path) -> None:
         assert isinstance(result.exception, ValueError)
         assert "it is not overwritten" in str(result.exception)
     assert "is a folder" in str(run(album, "--manifest", album).exception)
+    os.mkfifo(album.parent / "pipe")
+    assert "a pipe or a device" in str(run(album, "--manifest", album.parent / "pipe").exception)
     assert "name one with --manifest" in str(run(album, "--drop-duplicates").exception)
     assert hostile.state(album) == before
 

@@ -201,6 +201,7 @@ def test_doctor_does_not_say_that_everything_can_be_used(tmp_path: Path) -> None
     (tmp_path / "work.xcf").write_bytes(b"?")
     result = CliRunner().invoke(app, [str(tmp_path)])
     assert "work.xcf: .xcf pictures are not read; save it as PNG or JPEG" in result.output
+    assert "Everything can be used" not in result.output
 
 
 @pytest.mark.parametrize("kind", ["TGA", "DDS", "PCX", "SGI", "PSD"])
