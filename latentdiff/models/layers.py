@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
     Args:
         dim: of the tokens that ask and of the result.
-        context_dim: of the tokens that are asked.
+        context_dim: of the tokens that are asked; None for self-attention.
         width: of all heads together; by default `dim`.
         groups: of a normalisation that a subclass puts before it; None for no normalisation.
     """
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         self,
         dim: int,
         heads: int,
-        context_dim: int,
+        context_dim: int | None = None,
         *,
         width: int | None = None,
         bias: bool = False,
@@ -215,7 +215,8 @@ class Attention(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        width = width or dim
+        width, self.is_self = width or dim, context_dim is None
+        context_dim = dim if context_dim is None else context_dim
         self.heads = heads
         self.heads_at_once: int | None = None
         self.group_norm = None if groups is None else nn.GroupNorm(groups, dim, eps)
@@ -223,18 +224,50 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, width, bias=bias)
         self.to_v = nn.Linear(context_dim, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, dim)])
+        self.register_buffer("joined_weight", None, persistent=False)
+        self.register_buffer("joined_bias", None, persistent=False)
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """Let one product give queries, keys and values of one input, by copies of the weights; or no longer.
+
+        It does so without gradients only, and not where a projection was replaced, as LoRAs do.
+
+        Raises:
+            ValueError: a projection is replaced already, or its weights are not there.
+        """
+        layers: list[Any] = [self.to_q, self.to_k, self.to_v] if self.is_self else [self.to_k, self.to_v]
+        if fuse and not all(type(layer) is nn.Linear and not layer.weight.is_meta for layer in layers):
+            raise ValueError("projections with LoRAs, quantised or offloaded ones cannot be fused; fuse_lora() first")
+        self.joined_weight = torch.cat([layer.weight.detach() for layer in layers]) if fuse else None
+        has_bias = fuse and self.to_k.bias is not None
+        self.joined_bias = torch.cat([layer.bias.detach() for layer in layers]) if has_bias else None
+
+    @property
+    def joins(self) -> bool:
+        """Whether projections are computed by one product now."""
+        if self.joined_weight is None or torch.is_grad_enabled():
+            return False
+        return all(type(layer) is nn.Linear for layer in (self.to_q, self.to_k, self.to_v))
 
     def keys_values(self, context: Tensor) -> KeyValue:
         """(B, L, context_dim) -> keys and values, (B, N, L, width/N) each."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+        if self.joins and not self.is_self:
+            keys, values = F.linear(context, self.joined_weight, self.joined_bias).chunk(2, -1)
+        else:
+            keys, values = self.to_k(context), self.to_v(context)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
 
     def attend(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
         """(B, L', D) and L keys and values, or the states (B, L, context_dim) to make them of -> (B, L', D).
 
         ``mask`` (B, 1, 1, L) is added to the scores.
         """
-        query = split_heads(self.to_q(tokens), self.heads)  # (B, N, L', width/N)
-        keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
+        if self.is_self and self.joins:
+            joined = F.linear(tokens, self.joined_weight, self.joined_bias).chunk(3, -1)
+            query, keys, values = (split_heads(x, self.heads) for x in joined)  # (B, N, L', width/N)
+        else:
+            query = split_heads(self.to_q(tokens), self.heads)
+            keys, values = self.keys_values(context) if isinstance(context, Tensor) else context
         if self.heads_at_once is None:
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         else:
@@ -253,7 +286,7 @@ class GridAttention(Attention):
     def __init__(
         self, channels: int, *, groups: int | None, eps: float = 1e-6, heads: int = 1, width: int | None = None
     ) -> None:
-        super().__init__(channels, heads, channels, width=width, bias=True, groups=groups, eps=eps)
+        super().__init__(channels, heads, width=width, bias=True, groups=groups, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W) -> (B, C, H, W)."""

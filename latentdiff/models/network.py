@@ -17,6 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
+from latentdiff.models.layers import Attention
 from latentdiff.models.loras import refuse_loras
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,25 @@ class Network(ModelMixin, StrictConfig):
         """
         refuse_loras({type(self).__name__: self}, "saved")
         super().save_pretrained(save_directory, *args, **options)
+
+    def fuse_qkv_projections(self) -> None:
+        """Let every attention compute queries, keys and values of one input by one product, as in diffusers.
+
+        It takes copies of the weights: call it again when they have changed. Training does not use them.
+
+        Raises:
+            ValueError: there are LoRAs in the projections, or weights that are offloaded.
+        """
+        for attention in self._attentions():
+            attention.fuse_projections()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        for attention in self._attentions():
+            attention.fuse_projections(False)
+
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def set_attention_backend(self, backend: str) -> None:
         """As in diffusers.

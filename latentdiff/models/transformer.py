@@ -112,7 +112,7 @@ class BasicTransformerBlock(nn.Module):
         super().__init__()
         self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, text_dim if only_cross else dim)
+        self.attn1 = Attention(dim, heads, text_dim if only_cross else None)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, heads, text_dim)
         self.norm3 = nn.LayerNorm(dim)

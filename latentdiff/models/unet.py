@@ -273,7 +273,7 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
         Raises:
             ValueError: the number is below 1 or above that of an attention's heads.
         """
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        attentions = self._attentions()
         fewest = min((attention.heads for attention in attentions), default=1)
         known = slice_size in ("auto", "max", None)
         if not known and not (isinstance(slice_size, int) and 1 <= slice_size <= fewest):

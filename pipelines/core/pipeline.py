@@ -220,6 +220,17 @@ class LatentPipeline(FolderPipeline):
     def disable_freeu(self) -> None:
         self.unet.disable_freeu()
 
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Let attention compute queries, keys and values by one product, see `Network.fuse_qkv_projections`."""
+        for network, chosen in ((self.unet, unet), (self.vae, vae)):
+            if chosen:
+                network.fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        for network, chosen in ((self.unet, unet), (self.vae, vae)):
+            if chosen:
+                network.unfuse_qkv_projections()
+
 
 def check_side(name: str, value: Any, factor: int) -> int:
     """The side of a picture. Raises ValueError, with the nearest good ones, if latents of 1/`factor` cannot have it."""

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from small import CODER
 from small import UNET as TINY
 from torch import Tensor
 
@@ -157,6 +158,55 @@ def test_the_scale_of_loras_in_a_call(pair: Callable) -> None:
         close(ours(**inputs).sample, weak)  # diffusers would set it to 1
     with pytest.raises(ValueError, match="'gligen' is not supported"):
         ours(**inputs, cross_attention_kwargs={"scale": 0.5, "gligen": {}})
+
+
+FUSED: list[tuple[str, dict[str, Any]]] = [
+    ("UNet2DConditionModel", TINY),
+    ("UNet2DConditionModel", TINY | {"only_cross_attention": True, "attention_head_dim": (3, 5)}),
+    ("AutoencoderKL", CODER),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), FUSED)
+def test_fused_projections_change_nothing(name: str, config: dict[str, Any], pair: Callable) -> None:
+    ours, theirs = pair(name, **config)
+    given: dict[str, Any] = batch(TINY) if "UNet" in name else {"sample": torch.randn(2, 3, 16, 16)}
+    keys, original, calls = set(ours.state_dict()), torch.nn.functional.linear, []
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(weight.shape)
+        return original(x, weight, bias)
+
+    with torch.no_grad():
+        plain = ours(**given).sample
+        ours.fuse_qkv_projections()
+        theirs.fuse_qkv_projections()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", counted)
+            fused, of_fused = ours(**given).sample, len(calls)
+        close(fused, plain)
+        close(fused, theirs(**given).sample)
+        assert set(ours.state_dict()) == keys
+        ours.unfuse_qkv_projections()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", counted)
+            close(ours(**given).sample, plain, 0)
+        assert of_fused < len(calls) - of_fused
+
+
+def test_training_and_loras_do_not_miss_fused_projections() -> None:
+    peft = pytest.importorskip("peft")
+    unet, inputs = UNet2DConditionModel(**TINY), batch(TINY)
+    unet.fuse_qkv_projections()
+    unet(**inputs).sample.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+    with torch.no_grad():
+        unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        found = unet(**inputs).sample
+        with pytest.raises(ValueError, match="projections with LoRAs"):
+            unet.fuse_qkv_projections()
+        unet.unfuse_qkv_projections()
+        close(found, unet(**inputs).sample, 0)
 
 
 def test_a_scale_for_each_block() -> None:

@@ -178,3 +178,15 @@ def test_pictures_are_turned_and_put_on_white(pipeline: Any) -> None:
     turned.getexif()[0x0112] = 6
     assert upright_rgb(turned).size == (2, 4)
     assert [one.mode for one in upright_rgb([Image.new("L", (2, 2)), Image.new("P", (2, 2))])] == ["RGB", "RGB"]
+
+
+def test_fused_projections_draw_the_same(pipeline: Any) -> None:
+    call = {"seed": 0, "guidance_scale": 5.0, **FEW}
+    plain = pipeline("a red car", **call).images
+    pipeline.fuse_qkv_projections()
+    attentions = [module for module in pipeline.unet.modules() if hasattr(module, "joined_weight")]
+    assert all(attention.joined_weight is not None for attention in attentions)
+    np.testing.assert_allclose(pipeline("a red car", **call).images, plain, atol=1e-4)
+    pipeline.unfuse_qkv_projections()
+    assert all(attention.joined_weight is None for attention in attentions)
+    np.testing.assert_array_equal(pipeline("a red car", **call).images, plain)
