@@ -6,6 +6,7 @@ value is an error, and so is an unknown key.
 """
 
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,6 +130,7 @@ class Network(ModelMixin, StrictConfig):
         in_groups = registry is not None and registry.get_hook("group_offloading") is not None
         return not in_groups and self._compiled_call_impl is None
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look up which arguments it takes
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """As in diffusers.
 
