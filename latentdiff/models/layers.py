@@ -242,19 +242,18 @@ class Attention(nn.Module):
         has_bias = fuse and self.to_k.bias is not None
         self.joined_bias = torch.cat([layer.bias.detach() for layer in layers]) if has_bias else None
 
-    @property
-    def joins(self) -> bool:
-        """Whether projections are computed by one product now."""
+    def joined(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """All projections of (B, L, D) by one product, if they are fused; None where they are computed one by one."""
         if self.joined_weight is None or torch.is_grad_enabled():
-            return False
-        return all(type(layer) is nn.Linear for layer in (self.to_q, self.to_k, self.to_v))
+            return None
+        if not all(type(layer) is nn.Linear for layer in (self.to_q, self.to_k, self.to_v)):
+            return None
+        return F.linear(x, self.joined_weight, self.joined_bias).chunk(3 if self.is_self else 2, dim=-1)
 
     def keys_values(self, context: Tensor) -> KeyValue:
         """(B, L, context_dim) -> keys and values, (B, N, L, width/N) each."""
-        if self.joins and not self.is_self:
-            keys, values = F.linear(context, self.joined_weight, self.joined_bias).chunk(2, -1)
-        else:
-            keys, values = self.to_k(context), self.to_v(context)
+        joined = None if self.is_self else self.joined(context)
+        keys, values = joined or (self.to_k(context), self.to_v(context))
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
     def attend(self, tokens: Tensor, context: TextInput, mask: Tensor | None = None) -> Tensor:
@@ -262,8 +261,8 @@ class Attention(nn.Module):
 
         ``mask`` (B, 1, 1, L) is added to the scores.
         """
-        if self.is_self and self.joins:
-            joined = F.linear(tokens, self.joined_weight, self.joined_bias).chunk(3, -1)
+        joined = self.joined(tokens) if self.is_self else None
+        if joined is not None:
             query, keys, values = (split_heads(x, self.heads) for x in joined)  # (B, N, L', width/N)
         else:
             query = split_heads(self.to_q(tokens), self.heads)
