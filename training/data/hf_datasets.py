@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentdiff.interchange.folders import read_json
+from latentdiff.interchange.user_files import parse_yaml, read_text
 from latentdiff.training.data.captions import check_weight, shorten
+from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted, inside, same_split
 
@@ -53,14 +56,18 @@ def read_dataset(source: str, wanted: Wanted) -> Source:
     Raises:
         NoPicturesError: it has no such split.
         FileNotFoundError: there is no such dataset, or it cannot be reached.
-        ValueError: it lacks a column.
+        ValueError: it lacks a column, or names files outside its folder.
     """
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name = f"{source} ({wanted.split})"
-    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-    folders = wanted.allowed(Path(source)) if Path(source).is_dir() else wanted.allowed(*map(Path, caches))
+    if Path(source).is_dir():
+        folders = wanted.allowed(Path(source))
+        check_dataset_folder(Path(source), folders)
+    else:
+        caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        folders = wanted.allowed(*map(Path, caches))
     if wanted.streaming:
         loaded = _copy_of_stream(source, wanted, folders)
     else:
@@ -70,6 +77,37 @@ def read_dataset(source: str, wanted: Wanted) -> Source:
     return found
 
 
+def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
+    """Raises ValueError if files of a dataset are links that lead elsewhere, or its settings name files elsewhere.
+
+    Pictures are looked at when they are read.
+
+    Args:
+        allowed: see `Wanted.allowed`.
+    """
+    for path in folder.rglob("*"):
+        links = path.is_symlink() and (path.is_dir() or path.suffix) and not is_picture(path.name)
+        if links and not any(path.resolve().is_relative_to(one) for one in allowed):
+            raise ValueError(f"{path} is a link out of the dataset's folder; picture_folder=FOLDER allows another one")
+        if path.name == "state.json":
+            _check_names(read_json(path).get("_data_files"), path)
+    for name in ("README.md", ".huggingface.yaml"):
+        if (folder / name).is_file():
+            text = read_text(folder / name)
+            front = text.split("\n---", 1)[0].removeprefix("---") if name == "README.md" else text
+            settings = parse_yaml(front, folder / name) if text.startswith("---") or front is text else None
+            _check_names(settings.get("configs") if isinstance(settings, dict) else None, folder / name)
+
+
+def _check_names(value: Any, file: Path) -> None:
+    """Raises ValueError if a text in `value`, at any depth, is an address or a path that leaves the folder."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_names(item, file)
+    elif isinstance(value, str) and ("://" in value or value.startswith(("/", "~")) or ".." in Path(value).parts):
+        raise ValueError(f"{file}: {shorten(value, 200)} lies outside the dataset's folder, and is not read")
+
+
 def _load(source: str, split: str, streaming: bool) -> Any:
     import datasets
 
@@ -77,28 +115,23 @@ def _load(source: str, split: str, streaming: bool) -> Any:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _split_of(datasets.load_from_disk(source), source, split)
     try:
-        try:
-            return datasets.load_dataset(source, split=split, streaming=streaming)
-        except ValueError as error:
-            if "split" not in str(error).lower():
-                raise
-            return _split_of(datasets.load_dataset(source, streaming=streaming), source, split)
+        return datasets.load_dataset(source, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        if isinstance(error, NoPicturesError):
-            raise
         raise FileNotFoundError(
             f"{source}: no such folder here, and no dataset of that name could be loaded ({error})"
         ) from error
+    except ValueError as error:
+        if "split" not in str(error).lower():
+            raise
+    return _split_of(datasets.load_dataset(source, streaming=streaming), source, split)
 
 
 def _split_of(loaded: Any, source: str, split: str) -> Any:
     if isinstance(loaded, dict):
-        found = next(
-            (name for name in (split, *loaded) if name in loaded and same_split(name) == same_split(split)), None
-        )
-        if found is None:
+        names = [name for name in (split, *loaded) if name in loaded and same_split(name) == same_split(split)]
+        if not names:
             raise NoPicturesError(f"{source}: no split {split!r}; it has {shorten(', '.join(map(str, loaded)), 200)}")
-        return loaded[found]
+        return loaded[names[0]]
     own = str(loaded.split or TRAIN)
     if split != TRAIN and same_split(own) != same_split(split):
         raise NoPicturesError(f"{source}: no split {split!r}; it has {own}")

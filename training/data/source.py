@@ -92,7 +92,9 @@ class Wanted:
     def allowed(self, *folders: Path) -> tuple[Path, ...]:
         """The folders, resolved, that a path in a table may lead to, if the table's own are `folders`."""
         further = [] if self.picture_folder is None else [Path(self.picture_folder).expanduser()]
-        return tuple(folder.resolve() for folder in (*folders, *further))
+        found = [folder.resolve() for folder in (*folders, *further)]
+        # A dataset in the hub's cache is a folder of links to blobs.
+        return (*found, *(folder.parent.parent / "blobs" for folder in found if folder.parent.name == "snapshots"))
 
     @property
     def may_lack_captions(self) -> bool:

@@ -223,3 +223,44 @@ def test_a_stream_of_ones_own_does_not_ask_the_network() -> None:
 
 def remote_rows() -> Iterator[dict[str, Any]]:
     yield {"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "text": "one"}
+
+
+@pytest.mark.parametrize("where", ["../home/*.parquet", "{home}/x.parquet", "http://127.0.0.1:9/x.parquet"])
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_settings_of_a_dataset_do_not_lead_elsewhere(tmp_path: Path, where: str, name: str, streaming: bool) -> None:
+    picture = {"bytes": hostile.encode(hostile.noise(1)), "path": None}
+    folder = parquet_of(tmp_path / "clone", picture)
+    home = parquet_of(tmp_path / "home", picture)
+    (home / "data" / "x.parquet").rename(home / "x.parquet")
+    text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{where.format(home=home)}'\n"
+    (folder / name).write_text(f"---\n{text}---\n# mine\n" if name == "README.md" else text)
+    with pytest.raises(ValueError, match="lies outside the dataset's folder"):
+        read_source(str(folder), Wanted(streaming=streaming, cache_dir=tmp_path / "copy"))
+    (folder / name).write_text("---\nlicense: mit\n---\n# mine\n" if name == "README.md" else "license: mit\n")
+    assert len(read_source(str(folder), Wanted(streaming=streaming, cache_dir=tmp_path / "copy")).pictures) == 1
+    (folder / "data" / "y.parquet").symlink_to(home / "x.parquet")
+    with pytest.raises(ValueError, match=r"y\.parquet is a link out of the dataset's folder"):
+        read_source(str(folder), Wanted(streaming=streaming, cache_dir=tmp_path / "copy"))
+
+
+def test_a_saved_dataset_does_not_lead_elsewhere(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    dataset.save_to_disk(str(tmp_path / "one"))
+    dataset.save_to_disk(str(tmp_path / "two"))
+    state = tmp_path / "one" / "state.json"
+    state.write_text(state.read_text().replace('"data-00000', '"../two/data-00000'))
+    with pytest.raises(ValueError, match=r"state\.json: \.\./two/data-00000.* lies outside the dataset's folder"):
+        load_pictures(str(tmp_path / "one"), **COLUMNS)
+
+
+def test_a_dataset_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "1234"
+    blobs = tmp_path / "datasets--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "cafe").write_bytes(hostile.encode(hostile.noise(1)))
+    (blobs / "beef").write_text('{"file_name": "a.png", "text": "x"}')
+    (snapshot / "a.png").symlink_to("../../blobs/cafe")
+    (snapshot / "metadata.jsonl").symlink_to("../../blobs/beef")
+    (picture,) = load_pictures(str(snapshot))
+    assert picture.read() == (blobs / "cafe").read_bytes()
