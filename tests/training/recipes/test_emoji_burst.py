@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.training.recipes.emoji import burst
 from latentdiff.training.recipes.emoji.burst import clock, denoiser, distil, pool, sampling, text
 from latentdiff.training.recipes.emoji.burst.settings import BurstSettings
 from latentdiff.training.recipes.emoji.captions import read_concepts
@@ -261,6 +262,18 @@ def test_from_a_bundle_to_a_pipeline_that_plain_diffusers_loads(tmp_path: Path) 
         "not the output of an earlier run" in run("burst", "base", *shared, "--seconds", "1", "--weights", "no").stderr
     )
     run("burst", "distil", *shared, "--seconds", "8").check_returncode()
+    more = json.dumps({**TINY, "kinds": {"pair": 0.5}})
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    (tmp_path / "bundle.xz").rename(carried / "drawings.xz")
+    for path in [*(tmp_path / "out").glob("*-0.safetensors"), tmp_path / "out" / "facts.json"]:
+        (carried / path.name).write_bytes(path.read_bytes())
+    script = Path(burst.__file__).with_name("go_on.sh")
+    options = ("60", "--device", "cpu", "--settings", more, "--workers", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script, "carried", "both", *options], cwd=tmp_path, env=environment, check=True)
+    (carried / "drawings.xz").rename(tmp_path / "bundle.xz")
+    assert {"unet-0.safetensors", "student-0.safetensors"} <= {path.name for path in (tmp_path / "both").iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "log.jsonl",
         "base.png",

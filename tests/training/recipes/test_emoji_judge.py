@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from latentdiff.training.recipes.emoji import distort, evaluate, ink, measures, page, prompts
+from latentdiff.training.recipes.emoji import distort, evaluate, ink, measures, prompts
 from latentdiff.training.recipes.emoji.captions import Concept, read_concepts
 from latentdiff.training.recipes.emoji.drawings import Drawing, Job
 from latentdiff.training.recipes.emoji.grammar import article
@@ -329,15 +329,15 @@ def test_rounded_cosine_transform() -> None:
 
 
 def test_a_page_and_a_table(tmp_path: Path) -> None:
-    files = page.write_page([scene(size=64)] * 7, [f"prompt {i}" for i in range(7)], tmp_path, "About.", each=5)
+    files = evaluate.write_page([scene(size=64)] * 7, [f"prompt {i}" for i in range(7)], tmp_path, "About.", each=5)
     assert [file.name for file in files] == ["page-1.png", "page-2.png"]
-    assert Image.open(files[0]).width == 5 * (page.SIDE + page.GAP) + page.GAP
+    assert Image.open(files[0]).width == 5 * (evaluate.SIDE + evaluate.GAP) + evaluate.GAP
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "prompt 6" in text
     assert "page-2.png" in text
     with pytest.raises(ValueError, match="1 pictures with 2 labels"):
-        page.labelled([scene()], ["a", "b"])
-    shown = page.table(
+        evaluate.labelled([scene()], ["a", "b"])
+    shown = evaluate.table(
         {"objects_five": "objects", "unknown": "never"},
         {"objects_five": measures.Figure(0.8, 0.01, 50)},
         {"4 steps": {"objects_five": measures.Figure(0.4, 0.02, 40)}},

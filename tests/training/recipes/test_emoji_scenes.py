@@ -345,3 +345,12 @@ def test_a_composer_says_what_it_needs(composer: Composer) -> None:
         Composer(pictures(), split="validation")
     with pytest.raises(ValueError, match="index is -1"):
         composer.plan(-1)
+    with pytest.raises(ValueError, match="no kind of scene 'pears'; there are object, background, pair"):
+        Composer(pictures(), kinds={"pears": 1.0})
+
+
+def test_some_kinds_may_be_drawn_more_often(composer: Composer) -> None:
+    pairs = Composer(pictures(), size=96, seed=3, kinds={"pair": 5.0})
+    shares = [sum(one.plan(index).kind == "pair" for index in range(400)) / 400 for one in (composer, pairs)]
+    assert shares[0] == pytest.approx(0.2, abs=0.06)
+    assert shares[1] == pytest.approx(5.0 / 5.8, abs=0.06)

@@ -9,7 +9,7 @@ is first planned (which drawings stand where on what background, and what is sai
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,15 +66,25 @@ class Scene:
 class Composer:
     """Scenes, (size, size), of the drawings of one split, `train` or `validation`.
 
+    Args:
+        kinds: how often to draw some kinds of scenes, instead of what `KINDS` says of them.
+
     Raises:
-        ValueError: no such split, or no drawing of it that could stand in a scene.
+        ValueError: no such split or kind, or no drawing of the split that could stand in a scene.
     """
 
-    def __init__(self, drawings: Sequence[Drawing], size: int = 128, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self,
+        drawings: Sequence[Drawing],
+        size: int = 128,
+        seed: int = 0,
+        split: str = "train",
+        kinds: Mapping[str, float] | None = None,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
         self.size, self.seed = size, seed
-        self._planner = Planner([drawing for drawing in drawings if drawing.split == split])
+        self._planner = Planner([drawing for drawing in drawings if drawing.split == split], kinds or {})
 
     def __call__(self, index: int) -> Scene:
         """Scene number `index`, 0 or more."""
@@ -115,10 +125,13 @@ class Planner:
     """Plans scenes of `drawings`; each plan is a pure function of the drawings and the state of `rng`.
 
     Raises:
-        ValueError: no drawing of weight 1 or more, that could stand in a scene.
+        ValueError: no drawing of weight 1 or more, that could stand in a scene; a kind that is not in `KINDS`.
     """
 
-    def __init__(self, drawings: Sequence[Drawing]) -> None:
+    def __init__(self, drawings: Sequence[Drawing], kinds: Mapping[str, float]) -> None:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ValueError(f"there is no kind of scene {unknown[0]!r}; there are {', '.join(KINDS)}")
+        self._kinds = {**KINDS, **kinds}
         things = gather(drawings)
         scenic = [thing for thing in things if thing.own and thing.weight >= 1]
         if not scenic:
@@ -137,7 +150,7 @@ class Planner:
         }
 
     def plan(self, rng: random.Random) -> Plan:
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = rng.choices(list(self._kinds), list(self._kinds.values()))[0]
         return self._makers[kind](rng)
 
     def _object(self, rng: random.Random) -> Plan:

@@ -3,10 +3,11 @@
     python -m latentdiff.training.recipes.emoji.burst base PACKED OUT --seconds 450 --autoencoder-seconds 110
     python -m latentdiff.training.recipes.emoji.burst base PACKED OUT --seconds 450 --weights EARLIER_OUT
     python -m latentdiff.training.recipes.emoji.burst distil PACKED OUT --seconds 200
+    python -m latentdiff.training.recipes.emoji.burst both PACKED OUT --seconds 560 --weights EARLIER_OUT
 
 PACKED is a folder that `pack` wrote. `base` trains autoencoder and denoiser, `distil` the few-step student of the
-denoiser in OUT, `--state` or PACKED. Both leave half-precision weights of at most 16 MiB a file, `log.jsonl` and a page
-of pictures in OUT.
+denoiser in OUT, `--state` or PACKED; `both` is one after the other, in one call. All leave half-precision weights of at
+most 16 MiB a file, `log.jsonl` and a page of pictures in OUT.
 """
 
 import argparse
@@ -23,10 +24,12 @@ import numpy as np
 
 from .settings import BurstSettings
 
+BASE = 0.64  # of the time, for the base, where both are trained
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="burst", description="Train the packaged model in one short run.")
-    parser.add_argument("what", choices=("base", "distil"))
+    parser.add_argument("what", choices=("base", "distil", "both"))
     parser.add_argument("packed", type=Path, help="the folder that pack wrote")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, required=True, help="of the whole run; it ends by itself")
@@ -51,7 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    (base if options.what == "base" else distil)(options, settings)
+    deadline = time.monotonic() + options.seconds
+    if options.what == "both":
+        options.seconds *= BASE
+    if options.what != "distil":
+        base(options, settings)
+    if options.what != "base":
+        options.seconds = deadline - time.monotonic()
+        distil(options, settings)
 
 
 def base(options: argparse.Namespace, settings: BurstSettings) -> None:
@@ -84,7 +94,7 @@ def _compose(options: argparse.Namespace, settings: BurstSettings, pool: Any, de
 
     drawings = render_all(read_bundle(options.packed / "bundle.xz"), settings.size, options.workers)
     print(f"{len(drawings)} drawings, {deadline - time.monotonic():.0f} s left", flush=True)
-    composer = Composer(drawings, settings.size, settings.seed)
+    composer = Composer(drawings, settings.size, settings.seed, kinds=settings.kinds)
     for worker in fill(pool, composer, options.packed, options.workers):
         worker.join()
     print(f"{pool.ready.mean():.0%} composed, {deadline - time.monotonic():.0f} s left", flush=True)

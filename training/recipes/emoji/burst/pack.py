@@ -27,11 +27,12 @@ a pink house; a cat and a dog; four stars; a yellow fish on a red background; a 
 a blue book next to a red apple; a ghost"""
 
 
-def pack(bundle: Path, output: Path, text: Path, sampled: int = 3000) -> int:
+def pack(bundle: Path, output: Path, text: Path, sampled: int = 3000, features: bool = True) -> int:
     """Write the folder `output`, whole or not at all. Returns its bytes.
 
     Args:
         text: folder with `tokenizer` and `text_encoder`, such as the packaged model's.
+        features: whether the network of the perceptual distance is packed; a run that goes on needs none.
         sampled: scenes whose captions are read for the words of the templates; names of things are all kept.
 
     Raises:
@@ -50,7 +51,8 @@ def pack(bundle: Path, output: Path, text: Path, sampled: int = 3000) -> int:
         prompts = [prompt.strip() for prompt in PREVIEW.replace("\n", " ").split(";")]
         (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
         cut_text_encoder(text, [*prompts, *caption_words(bundle, sampled)], folder)
-        pack_features(folder / "features.safetensors")
+        if features:
+            pack_features(folder / "features.safetensors")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         folder.replace(output)
     return size
@@ -126,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("bundle", type=Path)
+    packing.add_argument("--no-features", action="store_true", help="for a run that goes on from earlier weights")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("weights", type=Path)
     unpacking.add_argument("--unet", choices=("unet", "student"), default="unet")
@@ -138,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.command == "pack":
-            print(f"{options.output}: {pack(options.bundle, options.output, options.text) / 1e6:.1f} MB")
+            size = pack(options.bundle, options.output, options.text, features=not options.no_features)
+            print(f"{options.output}: {size / 1e6:.1f} MB")
         else:
             unpack(options.weights, options.output, options.text, options.unet, options.steps, options.guidance)
     except (FileExistsError, FileNotFoundError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The networks of the packaged model and how one short run trains them."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 
@@ -11,6 +11,7 @@ class BurstSettings:
     Attributes:
         size: side of the pictures in pixels.
         pool: how many composed pictures the run holds; they are composed while the autoencoder trains.
+        kinds: how often to draw some kinds of scenes, instead of what `scenes.KINDS` says of them.
         max_captions: of one picture.
         tokens: L, the length that captions are padded to; what the text encoder's tokenizer says.
         equivariance: share of updates in which the latents are halved in size and must decode to the halved picture.
@@ -23,6 +24,7 @@ class BurstSettings:
 
     size: int = 128
     pool: int = 240_000
+    kinds: dict[str, float] = field(default_factory=dict)
     max_captions: int = 3
     tokens: int = 32
     autoencoder_channels: tuple[int, ...] = (48, 96, 128, 128)
