@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, PICKLED, SAFE, find_adapter, save_whole
 
 PICKLED_NAMES = (*EMBEDDING_NAMES, "learned_embeds.bin")
+MOST_VALUES = 2**22
+"""Of a word: 1,000 vectors of the widest text encoders, and more than a prompt has room for. A strided tensor in a
+pickle can claim any number in a few bytes."""
+
 EmbeddingFormat = Literal["diffusers", "a1111"]
 
 
@@ -109,21 +112,11 @@ def read_file(
         if not allow_pickle and str(weight_name or source).endswith(PICKLED[1:]):
             raise ValueError(f"{error}; allow_pickle=True reads the tensors of this one and runs nothing") from None
         raise
-    return file, load_file(file) if file.suffix in SAFE else unpickle(file)
+    if file.suffix in SAFE:
+        return file, load_file(file)
+    from latentdiff.interchange.single_file.checkpoint import load_pickle
 
-
-def unpickle(file: Path) -> Any:
-    """The content of a pickled file, if it is tensors, numbers, strings, lists and dictionaries.
-
-    Raises:
-        ValueError: it is damaged, or holds something else; no code in it was executed.
-    """
-    try:
-        with torch.serialization.safe_globals([nn.ParameterDict]):  # the original code's files hold one
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a spoilt pickle can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file} is damaged or holds more than tensors, and was not read ({reason})") from None
+    return file, load_pickle(file, allow_pickle, [nn.ParameterDict])  # the original code's files hold one
 
 
 def format_of(content: Any) -> str:
@@ -171,6 +164,8 @@ def check_vectors(word: Any, vectors: Any, where: str) -> Tensor:
     """(n, D), from vectors of shape (n, D) or (D,), after checking them."""
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{where}: {word!r} is a {type(vectors).__name__}, not a tensor")
+    if vectors.numel() > MOST_VALUES:
+        raise ValueError(f"{where}: the embedding {word!r} has {vectors.numel()} values; a word has a few vectors")
     if vectors.ndim not in (1, 2) or 0 in vectors.shape or not vectors.is_floating_point():
         raise ValueError(
             f"{where}: the embedding {word!r} has {vectors.dtype} and the shape {tuple(vectors.shape)}; one vector for "

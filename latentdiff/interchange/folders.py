@@ -1,5 +1,6 @@
 """Finding a model's folder, packaged or not, and checking it with clear errors before a library reads it."""
 
+import math
 import re
 import struct
 from collections.abc import Iterable
@@ -26,6 +27,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")
 """Where the classes of a pipeline's components may come from: two libraries, and two folders of pipelines in diffusers,
 which itself would import any module that a folder names."""
+
+COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "classifier")
+"""What a folder's index names by library and class, if it names it at all."""
 
 OUR_MODULES = (
     "latentdiff.models.autoencoder",  # of folders saved before there was `codes`
@@ -99,20 +103,40 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
             f"{folder} is not a pipeline folder: it has no model_index.json (what save_pretrained writes, with the "
             f"folders vae, text_encoder, tokenizer, unet and scheduler beside it)"
         )
+    check_links(folder, folder)
     index = read_json(folder / "model_index.json")
-    if not isinstance(index.get("_class_name", ""), str):
-        raise ValueError(
-            f"{folder}: the pipeline needs code of its own, {index['_class_name'][0]}.py, which is not run"
-        )
+    kind = index.get("_class_name", "")
+    if isinstance(kind, list) and kind:
+        raise ValueError(f"{folder}: the pipeline needs code of its own, {kind[0]}.py, which is not run")
+    if not isinstance(kind, str):
+        raise ValueError(f"{folder / 'model_index.json'}: its _class_name is {kind!r}, not the name of a pipeline")
     for name, value in index.items():
-        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if not is_component or name.startswith("_"):
+        if name.startswith("_") or not is_component(folder, name, value):
             continue
         if registered_network(*value) is None:
             check_origin(folder / "model_index.json", name, value[0])
         if name not in given:
             check_component(folder, name, value[1])
     return index
+
+
+def is_component(folder: Path, name: str, value: Any) -> bool:
+    """Whether an entry of a folder's index is a component that it has.
+
+    Raises:
+        ValueError: it should be one, and does not say of which class.
+    """
+    if isinstance(value, list) and len(value) == 2:
+        if value[0] is None or value[1] is None:
+            return False
+        if all(isinstance(one, str) for one in value):
+            return True
+    elif name not in COMPONENTS and not (name.isidentifier() and (folder / name).is_dir()):
+        return False  # a setting of the pipeline
+    raise ValueError(
+        f"{folder / 'model_index.json'}: its {name} is {str(value)[:200]!r}; a component is named by its library and "
+        f'its class, such as ["diffusers", "AutoencoderKL"], or by [null, null] if there is none'
+    )
 
 
 def check_origin(index: Path, name: str, library: Any) -> None:
@@ -132,14 +156,55 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
         raise FileNotFoundError(
             f"{folder}: the folder {name} is missing; model_index.json says it holds a {class_name}"
         )
+    check_links(part, folder)
     check_regular_files(part)
+    check_adapters(part)
     for file in sorted(part.glob("*.json")):
         values = read_json(file)
         check_timesteps(values, file)
+        check_numbers(values, file)
         if file.name.endswith(".index.json"):
             check_shards(file, values)
     for file in sorted(part.glob("*.safetensors")):
         check_safetensors(file)
+
+
+def check_links(part: Path, root: Path) -> None:
+    """Refuse links of a folder, or in it, that lead out of `root`, but for those of the hub's cache to its files.
+
+    root: what the user named; where itself is a link is no matter.
+
+    Raises:
+        ValueError: there is one, and where it leads.
+    """
+    base = root.resolve()
+    cache = next(((parent.parent / "blobs").resolve() for parent in base.parents if parent.name == "snapshots"), None)
+    for path in (part, *part.glob("*")):
+        place = path.resolve()
+        if not place.is_relative_to(base) and not (cache is not None and place.parent == cache):
+            raise ValueError(
+                f"{path} is a link that leads out of {root}, to {place}; only links within a folder are followed: "
+                f"put the file itself there"
+            )
+
+
+def check_adapters(folder: Path) -> None:
+    """Raises ValueError for a component with an adapter, which transformers would apply without a word."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model; move it out, and load it with "
+            f"load_lora_weights() (--lora) if you want it"
+        )
+
+
+def check_numbers(values: Any, file: Path, key: str = "") -> None:
+    """Raises ValueError for a NaN anywhere in a config; an infinity is a bound that some schedulers have."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for name, value in pairs:
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{file}: its {key}{name} is not a number (NaN)")
+        if isinstance(value, dict | list):
+            check_numbers(value, file, f"{key}{name}.")
 
 
 def check_shards(file: Path, index: dict[str, Any]) -> None:
@@ -192,3 +257,26 @@ def check_safetensors(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
+    """A model of transformers, by its class's ``from_pretrained``, with all of its weights from the files.
+
+    transformers itself gives weights that are missing random values. Only poolers may be missing, which no pipeline
+    reads.
+
+    Raises:
+        ValueError: weights are missing or of another shape; or there is an adapter in the folder.
+    """
+    check_adapters(Path(place, options.get("subfolder") or ""))
+    try:
+        model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+    except RuntimeError as error:
+        raise ValueError(f"{place}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{place}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy the "
+            f"folder again"
+        )
+    return model

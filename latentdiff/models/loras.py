@@ -98,9 +98,7 @@ def refuse_loras(networks: Mapping[str, Any], what: str) -> None:
     Raises:
         ValueError: one has, and what to do.
     """
-    tuners: Any = sys.modules.get(
-        "peft.tuners.tuners_utils"
-    )  # without it there are no such layers, and it loads slowly
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, there are no such layers
     for name, network in networks.items() if tuners else ():
         modules = network.modules() if isinstance(network, nn.Module) else ()
         if any(isinstance(module, tuners.BaseTunerLayer) for module in modules):

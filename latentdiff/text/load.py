@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.interchange.folders import check_safetensors, find_model
+from latentdiff.interchange.folders import check_safetensors, find_model, load_whole
 from latentdiff.text.encode import UNLIMITED, max_tokens
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,12 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
 
 
 def check_vocabulary(tokenizer: Any, place: str) -> None:
-    """Raises ValueError for a tokenizer without words, as transformers makes one of a folder without its files."""
-    if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) <= {"▁"}:
+    """Raises ValueError for a tokenizer without words, as transformers makes one of a folder without its files.
+
+    Words that were added to it, such as those of textual inversion, are in its config and do not count.
+    """
+    added = {*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_encoder", {})}
+    if len(tokenizer) - len(added) <= len(added) and set(tokenizer.get_vocab()) - added <= {"▁"}:
         raise ValueError(
             f"{place} has no tokenizer that knows any words; copy its files there (tokenizer.json, or vocab.txt, or "
             f"vocab.json and merges.txt)"
@@ -83,7 +87,7 @@ def load_encoder(place: str, subfolder: str, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
     class_name = ENCODER_CLASSES.get(config.model_type, "AutoModel")
     encoder_class = getattr(transformers, class_name)
-    return encoder_class.from_pretrained(place, subfolder=subfolder, dtype=dtype, use_safetensors=True)
+    return load_whole(encoder_class, place, subfolder=subfolder, dtype=dtype)
 
 
 def on_hub_in_pipeline(model_id: str) -> bool:

@@ -16,6 +16,7 @@ from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
+from latentdiff.text.load import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class FolderPipeline(DiffusionPipeline):
         networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
         options |= {**networks, "dtype": dtype, "use_safetensors": True}
         pipeline = super().from_pretrained(str(folder), **options)
+        if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
+            check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"))
         pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
 

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from latentdiff.extensions import registered_network
+from latentdiff.interchange.folders import load_whole
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
@@ -28,6 +30,13 @@ OURS_ALONE: dict[str, tuple[str, ...]] = {
     "classifier": ("NoisyClassifier",),
 }
 """Per component, our classes that diffusers has nothing like. A folder names them with the module they are in."""
+
+TRANSFORMERS = {
+    "transformers": "transformers",
+    "stable_diffusion": "diffusers.pipelines.stable_diffusion",
+    "latent_diffusion": "diffusers.pipelines.latent_diffusion",
+}
+"""Modules with classes of transformers' models, by the libraries in a folder's index."""
 
 ALIGNMENT = 64  # bytes
 
@@ -63,7 +72,7 @@ def load_networks(
     variant: str | None,
     unet_classes: Sequence[str],
 ) -> dict[str, nn.Module]:
-    """The autoencoder, the UNet and the classifier, if there is one, of a pipeline folder, as our classes.
+    """The networks of a pipeline folder: autoencoder, UNet and classifier as our classes, others as transformers'.
 
     Args:
         folder: checked already.
@@ -73,7 +82,7 @@ def load_networks(
         unet_classes: what the UNet may be.
 
     Raises:
-        ValueError: a component is of a class that we have no version of, or lacks weights.
+        ValueError: a component is of a class that we have no version of, lacks weights, or has nan or inf among them.
     """
     import latentdiff.models as models
 
@@ -90,22 +99,55 @@ def load_networks(
                 hint = " (without text, draw from Python with UnconditionalPipeline or ClassConditionalPipeline)"
             wanted = " or ".join(class_names)
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")
-        own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
-        networks[name] = load_network(folder / name, network_class, own, variant)
+        networks[name] = load_network(folder / name, network_class, dtype_of(name, dtype), variant)
         loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
+    for name, value in index.items():
+        model_class = transformers_class(value)
+        if model_class is not None:
+            own = dtype_of(name, dtype)
+            networks[name] = load_whole(model_class, folder / name, dtype=own, **variant_of(folder / name, variant))
+            check_finite(networks[name], folder / name)
     return networks
+
+
+def transformers_class(entry: Any) -> Any:
+    """The class of transformers' models that an entry of a folder's index names; None for other classes."""
+    library = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
+    if library not in TRANSFORMERS:
+        return None
+    from transformers import PreTrainedModel
+
+    named = getattr(import_module(TRANSFORMERS[library]), entry[1], None)
+    return named if isinstance(named, type) and issubclass(named, PreTrainedModel) else None
+
+
+def dtype_of(name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype:
+    return dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+
+
+def variant_of(folder: Path, variant: str | None) -> dict[str, str]:
+    """The argument for a component's loader: the variant, if the component has weights of it."""
+    return {"variant": variant} if variant and any(folder.glob(f"*.{variant}*.safetensors")) else {}
+
+
+def check_finite(network: nn.Module, place: Path) -> None:
+    """Raises ValueError if there are weights that are not finite. Costs about a reading of them."""
+    for name, tensor in network.state_dict().items():
+        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+            continue
+        if not tensor.isfinite().all():  # not only a sum that is too large
+            raise ValueError(f"{place}: {name} has values that are not finite (nan or inf); the weights are damaged")
 
 
 def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
     """The network in a component's folder, of one of our classes or a registered one; see `load_networks`."""
-    has_variant = variant is not None and any(folder.glob(f"*.{variant}*.safetensors"))
     try:
         network, info = network_class.from_pretrained(
             folder,
             dtype=dtype,
-            variant=variant if has_variant else None,
             use_safetensors=True,
             output_loading_info=True,
+            **variant_of(folder, variant),
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: {shortened(error)}") from error
@@ -115,6 +157,7 @@ def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: 
             f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
     align(network)
+    check_finite(network, folder)
     return network
 
 

@@ -78,7 +78,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path, name: str, old: bool) -> None:
     else:
         torch.save(content, tmp_path / name)
     for allow in (False, True):
-        with pytest.raises(ValueError, match=r"only safetensors files are read|damaged"):
+        with pytest.raises(ValueError, match=r"only safetensors files are read|damaged|holds more than tensors"):
             convert_embedding(tmp_path / name, tmp_path / "new.safetensors", allow)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

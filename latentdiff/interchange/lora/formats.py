@@ -23,11 +23,15 @@ from latentdiff.interchange.lora.layers import (
     of_network,
     peft_config,
     peft_tensors,
+    plain_key,
     read_layers,
 )
 
 LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"
+OF_ENCODERS = ("encoder.", "text_model.", "embeddings.", "pooler.")
+"""Beginnings of PEFT's names that belong to a text encoder."""
+
 KEPT = ("ss_", "modelspec.")
 """Beginnings of the header's keys that describe the training; they are kept in every format."""
 
@@ -78,26 +82,27 @@ class LoraFile:
             raise ValueError(f"{file}: {error}") from None
         self.header |= header
         config = read_config(file, header, beside=self.format == "peft")
+        state = with_network(state, self.format, network)
         if self.format == "peft":
-            network = network or network_of(state)
-            config = {f"{network}.{key}": value for key, value in (config or {}).items()}
-        self.state |= with_network(state, self.format, network)
+            networks = {key.partition(".")[0] for key in state}
+            config = {f"{name}.{key}": value for name in networks for key, value in (config or {}).items()}
+        self.state |= state
         self.config = {**(self.config or {}), **(config or {})} or None
 
 
 def with_network(state: Mapping[str, Tensor], source_format: str, network: str | None = None) -> dict[str, Tensor]:
-    """PEFT's tensors with the name of their network, which the format leaves out; others unchanged."""
-    if source_format != "peft":
-        return dict(state)
-    bare = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state.items()}
-    network = network or network_of(state)
-    return {f"{network}.{key}": tensor for key, tensor in bare.items()}
+    """Tensors under keys with the name of their network, which PEFT's format leaves out.
 
-
-def network_of(state: Mapping[str, Tensor]) -> str:
-    """The network that PEFT's names belong to: those of a text encoder begin with its encoder."""
-    starts = (f"{PEFT_PREFIX}encoder.", f"{PEFT_PREFIX}text_model.")
-    return TEXT if all(key.startswith(starts) for key in state) else UNET
+    Raises:
+        ValueError: two adapters of one layer.
+    """
+    plain = {plain_key(key): tensor for key, tensor in state.items()}
+    if len(plain) < len(state):
+        raise ValueError("there are several adapters in it; save each to a file of its own")
+    if source_format != "peft" or all(key.startswith((f"{UNET}.", f"{TEXT}.")) for key in plain):
+        return plain
+    network = network or (TEXT if all(key.startswith(OF_ENCODERS) for key in plain) else UNET)
+    return {f"{network}.{key}": tensor for key, tensor in plain.items()}
 
 
 def convert_lora(

@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdiff.interchange.lora.kohya_names import KOHYA_PREFIXES, TEXT, UNET, from_kohya_name, is_ldm_name, short
 
 PEFT_PREFIX = "base_model.model."
+ADAPTER_NAME = re.compile(r"(\.lora_[AB]|\.lora_magnitude_vector)\.[^.]+(\.(?:weight|bias))$")
 KOHYA_PARTS = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -36,6 +37,12 @@ OWN_PARTS = {
     "alpha": "alpha",
 }
 OLD_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+PLAIN_NAME = re.compile(r"[\w.]*")
+"""Patterns in a config that are no more than the end of a layer's name."""
+
+MAX_PATTERNS, MAX_EXPRESSIONS, MAX_LENGTH = 10_000, 32, 200
+"""Of patterns, of regular expressions among them, and of the letters of one. A UNet has some hundred layers."""
+
 OTHER_KINDS = {
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
@@ -85,12 +92,16 @@ def format_of(state: Mapping[str, Tensor]) -> str:
         raise ValueError(f"it holds {' and '.join(sorted(kinds))}; of such adapters only LoRA can be read")
     if all(key.startswith(tuple(KOHYA_PREFIXES)) for key in state):
         return "kohya (original blocks)" if any(is_ldm_name(key.split(".")[0]) for key in state) else "kohya"
+    if "down" not in {split_key(plain_key(key))[1] for key in state}:
+        raise ValueError(f"keys such as {next(iter(state))} are not LoRA in diffusers', PEFT's or kohya's format")
     if all(key.startswith(PEFT_PREFIX) for key in state):
         return "peft"
-    parts = {split_key(key)[1] for key in state}
-    if "down" not in parts:
-        raise ValueError(f"keys such as {next(iter(state))} are not LoRA in diffusers', PEFT's or kohya's format")
     return "diffusers" if any(".lora_A." in key for key in state) else "diffusers (old)"
+
+
+def plain_key(key: str) -> str:
+    """A key as PEFT saves it: without the wrapper's name and, as in a network's own state, that of the adapter."""
+    return ADAPTER_NAME.sub(r"\1\2", key.replace(PEFT_PREFIX, "", 1))
 
 
 def read_layers(
@@ -209,22 +220,32 @@ def alpha_of(name: str, rank: int, config: Mapping[str, Any] | None) -> float:
         return float(rank)
     patterns = own.get("alpha_pattern") or {}
     try:
+        check_patterns(patterns)
         matching = (value for key, value in patterns.items() if matches(key, module))
         alpha = float(next(matching, own.get("lora_alpha", 8)))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, re.error, RecursionError) as error:
         raise ValueError(f"the LoRA's config is damaged: lora_alpha or alpha_pattern ({error})") from error
     return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether PEFT would apply a config's pattern to `module`.
+def check_patterns(patterns: Mapping[str, Any]) -> None:
+    """Raises ValueError for patterns whose matching could take very long: many, long, or with nested repetition."""
+    involved = [pattern for pattern in patterns if not PLAIN_NAME.fullmatch(pattern)]
+    if len(patterns) > MAX_PATTERNS or len(involved) > MAX_EXPRESSIONS:
+        raise ValueError(
+            f"there are {len(patterns)} patterns, {len(involved)} of them regular expressions; the limits are "
+            f"{MAX_PATTERNS} and {MAX_EXPRESSIONS}"
+        )
+    for pattern in involved:
+        if len(pattern) > MAX_LENGTH or len(re.findall(r"[*+]", pattern)) > 2 or re.search(r"\)[*+?]|\{", pattern):
+            raise ValueError(f"{pattern[:100]!r} is too involved for the name of a layer")
 
-    Raises:
-        ValueError: it is a regular expression whose matching could take exponential time.
-    """
-    if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
-        raise ValueError(f"{pattern!r} is too involved for the name of a layer")
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether PEFT would apply a config's pattern, checked already, to `module`."""
     names = (module, f"text_model.{module}")
+    if PLAIN_NAME.fullmatch(pattern):
+        return any(name == pattern or name.endswith(f".{pattern}") for name in names)
     return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
 
 

@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +225,13 @@ IGNORED = (
 """Classes that are read as `Ignored` and never imported. The last one occurs in files of embeddings."""
 
 
-def load_pickle(file: Path, allow: bool) -> Any:
+def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
     """The content of a file of ``torch.save``, if it is tensors, numbers, strings and containers of them.
 
     Tensors stay on disk until they are used, if the file is not of the oldest format.
+
+    Args:
+        classes: that it may hold besides.
 
     Raises:
         ValueError: it is damaged, holds anything else, or `allow` is False.
@@ -245,9 +248,10 @@ def load_pickle(file: Path, allow: bool) -> Any:
         is_zip = stream.read(4) == b"PK\x03\x04"
     if is_zip:
         check_inflated(file)
-    stand_ins: list[Any] = [(type(name, (Ignored,), {}), name) for name in IGNORED]
+    own = {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
+    stand_ins: list[Any] = [(type(name, (Ignored,), {}), name) for name in IGNORED if name not in own]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([*stand_ins, *classes]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(
