@@ -8,6 +8,7 @@ value is an error, and so is an unknown key.
 import difflib
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar
@@ -62,8 +63,9 @@ class StrictConfig(ConfigMixin):
         """Add the neutral keys to the config.
 
         Raises:
-            ValueError: one of them has another value, or a key is unknown.
+            ValueError: one of them has another value, or a key is unknown; or a value in the config makes no sense.
         """
+        self._check_values()
         self._refuse_unknown(others)
         for key, value in others.items():
             values = value if isinstance(value, (list, tuple)) else (value,)
@@ -71,6 +73,20 @@ class StrictConfig(ConfigMixin):
                 neutral = repr(self.neutral[key][0])
                 self.refuse(key, value, f"is not supported; leave {key} out or set it to {neutral}.")
         self.register_to_config(**{key: others.get(key, values[0]) for key, values in self.neutral.items()})
+
+    def _check_values(self) -> None:
+        """Refuse numbers that are not finite, a ``scaling_factor`` of 0, and a ``sample_size`` that is no size."""
+        for key, value in self.config.items():
+            numbers = value if isinstance(value, (list, tuple)) else (value,)
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                self.refuse(key, value, "is not finite.")
+        scale = self.config.get("scaling_factor", 1.0)
+        if isinstance(scale, (bool, str, type(None))) or scale == 0:
+            self.refuse("scaling_factor", scale, "is not supported; give a number other than 0.")
+        size = self.config.get("sample_size")
+        sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size,)
+        if size is not None and not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+            self.refuse("sample_size", size, "is not a size; give a whole number, or (height, width).")
 
     def refuse(self, key: str, value: Any, why: str) -> None:
         raise ValueError(f"{type(self).__name__}: {key}={value!r} {why}")
