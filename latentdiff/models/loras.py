@@ -3,8 +3,9 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
+from threading import Lock, RLock
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,12 +18,24 @@ SCALES: WeakKeyDictionary[nn.Module, tuple[dict[str, float], list[float]]] = Wea
 """For layers that are scaled at the moment: the scaling of their adapters before, and the scales in effect."""
 
 
+LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of networks, each held by a thread that runs the network while LoRAs are in it."""
+_LOCKS = Lock()
+
+
+def lora_lock(network: nn.Module) -> Any:
+    """A lock of this network, and of its compiled forms; a thread may take it several times."""
+    network = getattr(network, "_orig_mod", network)
+    with _LOCKS:
+        return LOCKS.setdefault(network, RLock())
+
+
 @contextmanager
 def lora_scaled(networks: Iterable[nn.Module | None], scale: float) -> Iterator[None]:
     """Within this context the LoRAs of `networks` act `scale` times as strongly as they were set to.
 
     Afterwards they are as before, also after an error, and also if several such contexts end in another order than
-    they began, as those of interleaved streams can.
+    they began. Other threads wait for these networks, here and at `lora_lock`, so that none sees the scale of another.
 
     Raises:
         ValueError: `scale` is not finite.
@@ -31,19 +44,22 @@ def lora_scaled(networks: Iterable[nn.Module | None], scale: float) -> Iterator[
         raise ValueError(f"LoRAs cannot act {scale} times as strongly; give a finite number")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = (module for network in networks if network is not None for module in network.modules())
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        SCALES.setdefault(layer, (dict(layer.scaling), []))[1].append(scale)
-        set_strengths(layer)
-    try:
-        yield
-    finally:
+    there = [network for network in networks if network is not None]
+    layers = [module for network in there for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    with ExitStack() as held:
+        for network in sorted(there, key=id):  # everywhere the same order: no two threads wait for each other
+            held.enter_context(lora_lock(network))
         for layer in layers:
-            SCALES[layer][1].remove(scale)
+            SCALES.setdefault(layer, (dict(layer.scaling), []))[1].append(scale)
             set_strengths(layer)
-            if not SCALES[layer][1]:
-                del SCALES[layer]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                SCALES[layer][1].remove(scale)
+                set_strengths(layer)
+                if not SCALES[layer][1]:
+                    del SCALES[layer]
 
 
 def set_strengths(layer: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.models.loras import lora_scaled
+from latentdiff.models.loras import lora_lock, lora_scaled
 from latentdiff.models.time_embedding import timestep_features
 
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
@@ -73,7 +73,8 @@ class GuidedDenoiser:
         if not self.in_parts:
             return []
         versions = [version(tensor) for _, tensor in self._both[0].items()]
-        return [*versions, *weights_state(self.network.prepared_by())]
+        with loras_at(None, self.network):
+            return [*versions, *weights_state(self.network.prepared_by())]
 
     def refresh(self) -> None:
         """Compute anew what was computed once, if conditions, weights or LoRAs were changed between steps."""
@@ -117,9 +118,11 @@ class GuidedDenoiser:
             return self.network.denoise(latents, time, prepared)
 
 
-def loras_at(scale: float | None, *networks: Any) -> AbstractContextManager[None]:
-    """Within, the LoRAs of the networks act as strongly as `scale` says; None: as they are set."""
-    return nullcontext() if scale is None else lora_scaled(networks, scale)
+def loras_at(scale: float | None, network: Any) -> AbstractContextManager[Any]:
+    """Within, the LoRAs of the network act as strongly as `scale` says; None: as they are set, in all threads."""
+    if scale is not None:
+        return lora_scaled([network], scale)
+    return nullcontext() if getattr(network, "peft_config", None) is None else lora_lock(network)
 
 
 def guidance_embedding(scales: Tensor, dim: int) -> Tensor:

@@ -3,9 +3,10 @@
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import accelerate
@@ -14,17 +15,19 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from loras import diffusers_lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline
 from latentdiff.pipelines.core.schedulers import change_scheduler
 
-CALLS = [  # each with its own steps and guidance
+CALLS = [  # each with its own steps, guidance and size
     {"prompt": "a red car", "seed": 1, "num_inference_steps": 3, "guidance_scale": 2.0},
     {"prompt": "the sun", "seed": 2, "num_inference_steps": 7, "guidance_scale": 1.0},
     {"prompt": "a cat", "seed": 3, "num_inference_steps": 5, "guidance_scale": 9.0, "guidance_rescale": 0.5},
     {"prompt": "a house in the sun", "seed": 4, "num_inference_steps": 9, "guidance_interval": (0.5, 5.0)},
+    {"prompt": ["a hat", "a cup"], "seed": 5, "num_inference_steps": 4, "height": 32, "width": 24},
 ]
 
 
@@ -34,7 +37,7 @@ def draw(pipeline: Any, call: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler-ancestral"])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_four_threads_draw_what_each_draws_alone(pipeline: Any, scheduler: str) -> None:
+def test_threads_draw_what_each_draws_alone(pipeline: Any, scheduler: str) -> None:
     pipeline.scheduler = change_scheduler(pipeline.scheduler, scheduler)
     alone = [draw(pipeline, call) for call in CALLS]
     barrier = Barrier(len(CALLS))
@@ -80,6 +83,29 @@ def test_streams_with_their_own_lora_scales(own: Any, tmp_path: Path) -> None:
         last = row
     for progress, wanted in zip(last, alone, strict=True):
         assert torch.equal(progress.output.images, wanted)
+
+
+@pytest.mark.parametrize("where", ["unet", "text_encoder"])
+def test_threads_with_their_own_lora_scales(own: Any, tmp_path: Path, where: str) -> None:
+    """None sees the scale of another, nor does one without a scale; they meet inside the network, if they can."""
+    own.load_lora_weights(diffusers_lora(own, tmp_path))
+    scales: list[dict[str, Any]] = [{"cross_attention_kwargs": {"scale": scale}} for scale in (0.0, 3.0)]
+    calls = [{**CALLS[1], **scale} for scale in (*scales, {})]
+    alone = [draw(own, call) for call in calls]
+    assert (alone[0] - alone[2]).abs().max() > 1e-3
+    barrier = Barrier(len(calls))
+
+    def meet(*args: Any) -> None:
+        with suppress(BrokenBarrierError):
+            barrier.wait(0.2)
+
+    first = next(module for module in getattr(own, where).modules() if isinstance(module, BaseTunerLayer))
+    handle = first.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = list(pool.map(lambda call: draw(own, call), calls))
+    handle.remove()
+    for one, wanted in zip(found, alone, strict=True):
+        assert torch.equal(one, wanted)
 
 
 def test_a_call_within_a_callback_changes_nothing(pipeline: Any) -> None:
