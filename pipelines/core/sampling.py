@@ -55,8 +55,11 @@ class Sampler:
     ) -> Tensor:
         """Plan the sampling steps; `timesteps` or `sigmas` replace the scheduler's own plan. Returns (S,).
 
+        A ``steps_offset`` that would lead beyond the process's T steps, as 1 does with T of them, is cut to fit.
+
         Raises:
-            ValueError: both are given, or one that this scheduler does not take; fewer than one step, or more than T.
+            ValueError: both are given, or one that this scheduler does not take; timesteps beyond the process; fewer
+                than one step, or more than T; or more than the scheduler can tell apart.
         """
         scheduler = self.scheduler
         own = {name: list(v) for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
@@ -65,14 +68,32 @@ class Sampler:
         for name in own:
             if name not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(f"{type(scheduler).__name__} does not take its own {name}; try another scheduler")
+        most = getattr(scheduler.config, "num_train_timesteps", num_inference_steps)
+        in_steps = hasattr(scheduler, "alphas_cumprod")
+        if in_steps and not all(0 <= one < most for one in timesteps or ()):
+            raise ValueError(f"timesteps must lie in [0, {most - 1}]")
         if own:
             scheduler.set_timesteps(device=device, **own)
             return scheduler.timesteps
-        most = getattr(scheduler.config, "num_train_timesteps", num_inference_steps)
         if not 1 <= num_inference_steps <= most:
             raise ValueError(f"num_inference_steps must lie in [1, {most}], not {num_inference_steps}")
         scheduler.set_timesteps(num_inference_steps, device=device)
+        beyond, offset = int(scheduler.timesteps.max()) - (most - 1), scheduler.config.get("steps_offset", 0)
+        if in_steps and beyond > 0 and offset > 0:
+            scheduler.register_to_config(steps_offset=max(offset - beyond, 0))
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        self._check_apart(num_inference_steps, most)
         return scheduler.timesteps
+
+    def _check_apart(self, planned: int, most: int) -> None:
+        """Raises ValueError if steps have the same noise level, between which multistep solvers divide by zero."""
+        scheduler = self.scheduler
+        sigmas = getattr(scheduler, "sigmas", torch.empty(0))[:-1]
+        if "Multistep" in type(scheduler).__name__ and (sigmas[1:] == sigmas[:-1]).any():
+            raise ValueError(
+                f"the {type(scheduler).__name__} cannot tell {planned} of {most} steps apart, with timestep_spacing="
+                f"{scheduler.config.get('timestep_spacing')!r}; give a smaller num_inference_steps"
+            )
 
     def last(self, timesteps: Tensor, planned: int, strength: float) -> Tensor:
         """Of the planned `timesteps`, the share `strength` that comes last, for a picture to start from.

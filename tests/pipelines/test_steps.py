@@ -95,3 +95,45 @@ def test_latents_are_shifted_and_scaled_both_ways(shift: float | None) -> None:
             scaled = Codec(vae).encode(pixels, generator, 1)
             torch.testing.assert_close(scaled, (drawn - taken) * 2.0)
         torch.testing.assert_close(Codec(vae).decode(scaled), vae.decode(drawn).sample, rtol=1e-5, atol=1e-5)
+
+
+T = 20
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("offset", [0, 1, 7])
+@pytest.mark.parametrize("steps", [T, T - 1, T // 2])
+def test_no_plan_leads_beyond_the_process(spacing: str, offset: int, steps: int) -> None:
+    """Every scheduler plans steps of the process and takes them, or says that it cannot tell so many apart."""
+    ours = diffusers.DDIMScheduler(
+        num_train_timesteps=T, steps_offset=offset, timestep_spacing=spacing, clip_sample=False
+    )
+    for name in sorted(SHORT_NAMES.keys() - {"lcm"}):
+        sampler = Sampler.of(change_scheduler(ours, name))
+        if steps == T and spacing != "trailing" and name in ("deis", "dpm++", "unipc"):
+            with pytest.raises(ValueError, match=f"cannot tell {T} of {T} steps apart"):
+                sampler.plan(steps, torch.device("cpu"))
+            continue
+        timesteps = sampler.plan(steps, torch.device("cpu"))
+        assert 0 <= timesteps.min() <= timesteps.max() < T
+        latents = sampler.from_noise(torch.ones(1, 1, 2, 2))
+        options = sampler.step_options(torch.Generator().manual_seed(0), 0.0)
+        for timestep in timesteps:
+            sampler.scaled(latents, timestep)
+            latents = sampler.step(latents * 0.1, timestep, latents, **options)
+        assert latents.isfinite().all()
+
+
+def test_all_steps_with_an_offset_are_all_steps() -> None:
+    offset = Sampler.of(diffusers.DDIMScheduler(steps_offset=1)).plan(1000, torch.device("cpu"))
+    assert offset.tolist() == list(range(999, -1, -1))
+    few = Sampler.of(diffusers.DDIMScheduler(steps_offset=1)).plan(4, torch.device("cpu"))
+    assert few.tolist() == [751, 501, 251, 1]
+
+
+def test_own_timesteps_are_of_the_process(pipeline: Any) -> None:
+    pipeline.scheduler = diffusers.LCMScheduler()
+    for bad in (1000, -1):
+        with pytest.raises(ValueError, match=r"timesteps must lie in \[0, 999\]"):
+            pipeline("sun", timesteps=[bad, 10])
