@@ -2,7 +2,8 @@
 
 A pipeline holds networks and settings. What a call changes, its scheduler, guidance and interruption, is here, so that
 calls in threads, streams that are read in turn and calls within callbacks do not disturb each other. The networks
-themselves are shared: threads must not draw at the same time with LoRA scales of their own, or under CPU offloading.
+themselves are shared: one with LoRAs is run by one thread after the other, for each call may have a LoRA scale of its
+own; under CPU offloading threads must not draw at the same time.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,10 +104,12 @@ class Call:
         """The noise that decides what the pictures look like, with the variation in it; or the latents given for it.
 
         Raises:
-            ValueError: those given have another shape.
+            ValueError: those given have another shape, or values that are not finite.
         """
         given = self.options.latents
         if given is not None:
+            if not given.isfinite().all():
+                raise ValueError("latents has values that are not finite (NaN or infinite)")
             return check_latents(given, shape)
         noise = self.noise(shape)
         if self.variation is None:
@@ -288,7 +291,7 @@ class Call:
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Raises ValueError if given `latents` have another shape."""
+    """Raises ValueError if `latents` have another shape."""
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
     return latents

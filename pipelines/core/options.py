@@ -40,7 +40,7 @@ def whole_number(value: Any, name: str) -> int:
 def real_number(value: Any, name: str) -> float:
     """What measures, as Python's float. Raises TypeError for no number, ValueError for NaN."""
     try:
-        number = math.nan if is_truth(value) or isinstance(value, str | bytes) else float(value)
+        number = float(() if is_truth(value) or isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # torch raises the last for several numbers
         raise TypeError(f"{name} must be a number, not {value!r}") from None
     if math.isnan(number):

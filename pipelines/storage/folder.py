@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.models.loras import refuse_loras
+from latentdiff.pipelines.core.options import whole_number, whole_or_finite
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 from latentdiff.text.load import check_vocabulary
 
@@ -152,11 +153,14 @@ class FolderPipeline(DiffusionPipeline):
         """Set what a call of this model uses for ``num_inference_steps`` and ``guidance_scale``; saved with it.
 
         Raises:
-            ValueError: another name.
+            TypeError: a value is no number of the kind.
+            ValueError: another name, or a value that is not finite.
         """
-        for name in defaults:
+        for name, value in defaults.items():
             if name not in DEFAULTS:
                 raise ValueError(f"unknown default {name!r}; a model can have {', '.join(DEFAULTS)}")
+            read = whole_number if name == "num_inference_steps" else whole_or_finite
+            defaults[name] = read(value, name)
         if defaults:
             self.register_to_config(**{DEFAULTS_KEY: {**self.registered_defaults, **defaults}})
 

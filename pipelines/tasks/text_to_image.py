@@ -11,7 +11,7 @@ from latentdiff.conditioning import GuidedConditioning
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, loras_at
-from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse
+from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, positive_whole, refuse
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import are_latents, check_pictures
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
@@ -103,7 +103,8 @@ class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
         conditioner = self.conditioner(device, clip_skip, prompt_weights, long_prompts)
         conditioning = self.condition(prompts, conditioner, do_classifier_free_guidance, lora_scale)
         dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
-        conditioning = conditioning.to(device, dtype).repeat(num_images_per_prompt)
+        images = positive_whole(num_images_per_prompt, "num_images_per_prompt")
+        conditioning = conditioning.to(device, dtype).repeat(images)
         negative = conditioning.negative
         assert conditioning.positive.states is not None
         return conditioning.positive.states, None if negative is None else negative.states
