@@ -24,6 +24,8 @@ from latentdiff.models.loras import refuse_loras
 
 logger = logging.getLogger(__name__)
 
+WITH_SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class StrictConfig(ConfigMixin):
     """``ConfigMixin`` for a class whose ``__init__`` takes its keys by name and the rest as ``**others``.
@@ -146,6 +148,24 @@ class Network(ModelMixin, StrictConfig):
         in_groups = registry is not None and registry.get_hook("group_offloading") is not None
         return not in_groups and self._compiled_call_impl is None
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As in diffusers.
+
+        Raises:
+            ValueError: weights are not finite.
+        """
+        found = super().from_pretrained(pretrained_model_name_or_path, **options)
+        network = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        wrong = not_finite(network.state_dict())
+        if wrong:
+            where = os.path.join(str(pretrained_model_name_or_path), options.get("subfolder") or "")
+            raise ValueError(
+                f"{where}: {len(wrong)} weights of the {cls.__name__} have values that are not finite (NaN or "
+                f"infinite), such as {wrong[0]}; the file is damaged, training diverged, or the precision is too narrow"
+            )
+        return found
+
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look up which arguments it takes
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """As in diffusers.
@@ -192,6 +212,14 @@ class Network(ModelMixin, StrictConfig):
             logger.warning(
                 "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
             )
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with values that are NaN or infinite. Weights that are not loaded are passed over."""
+    numbers = {name: w for name, w in weights.items() if w.dtype in WITH_SUMS and not w.is_meta}
+    # A sum is several times faster than looking at every value, and not finite if a value is not.
+    doubtful = [name for name, w in numbers.items() if not w.sum(dtype=torch.float32).isfinite()]
+    return [name for name in doubtful if not numbers[name].isfinite().all()]
 
 
 class Prepared(Protocol):

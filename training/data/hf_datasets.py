@@ -85,6 +85,8 @@ def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
     Args:
         allowed: see `Wanted.allowed`.
     """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
     for path in folder.rglob("*"):
         links = path.is_symlink() and (path.is_dir() or path.suffix) and not is_picture(path.name)
         if links and not any(path.resolve().is_relative_to(one) for one in allowed):
@@ -94,8 +96,8 @@ def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
     for name in ("README.md", ".huggingface.yaml"):
         if (folder / name).is_file():
             text = read_text(folder / name)
-            front = text.split("\n---", 1)[0].removeprefix("---") if name == "README.md" else text
-            settings = parse_yaml(front, folder / name) if text.startswith("---") or front is text else None
+            block = REGEX_YAML_BLOCK.search(text) if name == "README.md" else None
+            settings = parse_yaml(block.group(2) if block else "" if name == "README.md" else text, folder / name)
             _check_names(settings.get("configs") if isinstance(settings, dict) else None, folder / name)
 
 

@@ -1,6 +1,5 @@
 """A captioned picture, where its bytes come from, and its pixels."""
 
-import io
 import os
 import stat
 from collections.abc import Callable
@@ -134,10 +133,3 @@ def read_pixels(
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box)))  # (H, W, 3)
     pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
     return pixels.flip(-1) if flip else pixels
-
-
-def encode_image(image: Image.Image) -> bytes:
-    """A picture in memory as an encoded file, without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -63,8 +63,10 @@ def find_folder_shards(folder: Path, wanted: Wanted) -> Source | None:
     Raises:
         NoPicturesError: they are of other splits than the one that is wanted.
     """
+    if metadata_of(folder) is not None:
+        return None
     splits = split_folders(folder, wanted)
-    places = [place for place in (folder, *sorted(splits)) if metadata_of(place) is None]
+    places = [folder, *(place for place in sorted(splits) if metadata_of(place) is None)]
     found = [shard for place in places for shard in find_shards(str(place))]
     return read_shards(found, wanted, folder, splits) if found else None
 

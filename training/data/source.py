@@ -168,7 +168,10 @@ def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names |
         if not any(path.is_relative_to(one) for one in allowed):
             raise ValueError(leaves) from None
         reason = getattr(error, "strerror", None) or "not a path"
-        raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason})") from None
+        there = (names or {}).get(path.parent, {}).values()
+        alike = [name for name in there if name.casefold() == path.name.casefold()]
+        hint = f"; there is {shorten(alike[0])}" if alike else ""
+        raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason}){hint}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
     return path

@@ -158,7 +158,7 @@ def examine(picture: CaptionedPicture, key: str, known: Entry | None = None) -> 
     """What one picture is; `known` if that still holds."""
     sound = known if known is not None and not known.reason and known.digest and known.fingerprint else None
     try:
-        stamp = stamp_of(picture)
+        stamp = str(getattr(picture.read, "stamp", str)())  # empty where only the bytes say what changed
         if sound is not None and stamp and sound.stamp == stamp:
             return replace(sound, name=key, use=True)
         content = picture.read()
@@ -174,12 +174,6 @@ def examine(picture: CaptionedPicture, key: str, known: Entry | None = None) -> 
         return replace(entry, use=False, reason=f"cannot be read as a picture ({error})")
     print_of = fingerprint(decoded.image)
     return replace(entry, size=decoded.image.size, fingerprint=print_of, warnings=_warnings(picture.name, decoded))
-
-
-def stamp_of(picture: CaptionedPicture) -> str:
-    """What changes when the picture does and is quick to find out; empty where only the bytes say it."""
-    stamp = getattr(picture.read, "stamp", None)
-    return "" if stamp is None else str(stamp())
 
 
 def _warnings(name: str, decoded: Decoded) -> tuple[str, ...]:

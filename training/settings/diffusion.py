@@ -103,7 +103,7 @@ class ClassifierSettings(DiffusionSettings):
     norm_num_groups: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     pool: Literal["attention", "adaptive"] = "attention"
-    resolution: int = Field(0, ge=0, description="0: the model's own")
+    resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
     weight_decay: float = Field(0.05, ge=0)
     caption_dropout: float = Field(0.0, ge=0, le=0, description="a classifier always sees the class")
     sample_classifier_scale: float = Field(2.0, ge=0)
@@ -127,7 +127,7 @@ class FinetuneSettings(DiffusionSettings):
 
     model: str = Field("emoji", description="what to start from: a packaged model, a pipeline folder, a hub id")
     method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
-    resolution: int = Field(0, ge=0, description="0: the model's own")
+    resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
     batch_size: int = Field(4, ge=1)
     max_steps: int = Field(400, ge=1)
     learning_rate: float = Field(1e-4, gt=0, description="by default one that suits the method")

@@ -23,7 +23,7 @@ class DataSettings(Settings):
     max_pictures: int | None = Field(None, ge=1, description="take this many of the first")
     manifest: str | None = Field(None, description="what 'latentdiff doctor' wrote: which pictures to leave out")
     max_bad_share: float = Field(0.1, ge=0, le=1, description="stop if a larger share of the pictures is unusable")
-    resolution: int = Field(64, ge=8, description="side of a square picture, and root of the area of any other")
+    resolution: int = Field(64, ge=8, le=16_384, description="side of a square picture, root of the area of any other")
     buckets: bool = Field(False, description="keep aspect ratios: several sizes of about the same area")
     crop: Literal["center", "random"] = "center"
     random_flip: bool = True

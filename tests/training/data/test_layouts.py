@@ -140,6 +140,9 @@ def test_shards_that_say_their_split(tmp_path: Path) -> None:
     with pytest.raises(NoPicturesError, match="its shards are of validation"):
         read(tmp_path / "more")
     assert names(tmp_path / "more", split="validation") == ["validation/a.tar/val-000.png"]
+    fill(tmp_path / "more", "0.png")
+    table(tmp_path / "more/metadata.jsonl", "0.png")
+    assert names(tmp_path / "more") == ["0.png"]
 
 
 def test_a_table_in_every_folder(tmp_path: Path) -> None:
@@ -240,12 +243,14 @@ def test_backslashes_and_accents(tmp_path: Path) -> None:
     table(
         tmp_path / "metadata.jsonl",
         *("images\\1.png", f"one/{decomposed}", f"two/{composed}", "a\\b.png", "images\\sub/2.png", "images\\9.png"),
+        "images/1.PNG",
     )
     found = read(tmp_path)
     assert [found.key(p.name) for p in found.pictures] == [
         *("images/1.png", f"one/{composed}", f"two/{decomposed}", "a\\b.png", "images/sub/2.png")
     ]
     assert "no such file" in found.refused[0].reason
+    assert found.refused[1].reason.endswith("images/1.PNG (No such file or directory); there is 1.png")
     assert not [f for f in examine_source(DoctorSettings(data=str(tmp_path))).warnings if "not in" in f.reason]
 
 

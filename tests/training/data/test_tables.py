@@ -234,7 +234,7 @@ def test_settings_of_a_dataset_do_not_lead_elsewhere(tmp_path: Path, where: str,
     home = parquet_of(tmp_path / "home", picture)
     (home / "data" / "x.parquet").rename(home / "x.parquet")
     text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{where.format(home=home)}'\n"
-    (folder / name).write_text(f"---\n{text}---\n# mine\n" if name == "README.md" else text)
+    (folder / name).write_text(f"\n---\na: b\n---c: d\n{text}---\n# mine\n" if name == "README.md" else text)
     with pytest.raises(ValueError, match="lies outside the dataset's folder"):
         read_source(str(folder), Wanted(streaming=streaming, cache_dir=tmp_path / "copy"))
     (folder / name).write_text("---\nlicense: mit\n---\n# mine\n" if name == "README.md" else "license: mit\n")
