@@ -142,7 +142,8 @@ def embeddings_of(content: Any, token: str | None, file: Path | None) -> dict[st
         vectors = list(params.values()) if isinstance(params, Mapping | nn.ParameterDict) else []
         if len(vectors) != 1:
             raise ValueError(f"{where}: its string_to_param holds {len(vectors)} embeddings, not one")
-        words = {token or content.get("name") or (file.stem if file else None): vectors[0]}
+        own = check_word(token or content.get("name") or (file.stem if file else None), where)
+        words: dict[str | None, Any] = {own: vectors[0]}
     elif "emb_params" in content:
         words = {token or (file.stem if file else None): content["emb_params"]}
     elif token is not None and len(content) > 1:

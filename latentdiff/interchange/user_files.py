@@ -2,7 +2,8 @@
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,22 @@ def read_text(file: Path, limit: int = MAX_TEXT) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextmanager
+def faults_named(source: object, foreign: bool = False) -> Iterator[None]:
+    """Let a ValueError within the context, about something in `source`, begin with it, unless its message names it.
+
+    Args:
+        foreign: another library reads the source; its errors, of whatever type, become ValueErrors. OSErrors stay.
+    """
+    try:
+        yield
+    except Exception as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) or not (foreign or isinstance(error, ValueError)) or str(source) in what:
+            raise
+        raise ValueError(f"{source}: {what[:1000]}") from error
 
 
 def check_timesteps(config: Mapping[str, Any], where: object) -> None:

@@ -25,6 +25,7 @@ from latentdiff.interchange.lora.layers import (
     peft_tensors,
     read_layers,
 )
+from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
 from latentdiff.text.words import long_words
 
@@ -119,7 +120,8 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         parts = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         networks = {name: whole_network(network) for name, network in parts.items() if network is not None}
         hub = {key: value for key, value in hub.items() if key not in ("use_safetensors", "return_lora_metadata")}
-        lora = fit_lora(pretrained_model_name_or_path_or_dict, networks, weight_name, hub)
+        with faults_named(name_of(pretrained_model_name_or_path_or_dict)):
+            lora = fit_lora(pretrained_model_name_or_path_or_dict, networks, weight_name, hub)
         adapter_name = adapter_name or free_name(networks)
         if not hotswap and adapter_name in names_in_use(networks):
             raise ValueError(f"there is an adapter {adapter_name!r} already; choose another adapter_name")
@@ -207,17 +209,17 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
         hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
         words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
-        width = text_encoder.get_input_embeddings().weight.shape[1]
+        width, source = text_encoder.get_input_embeddings().weight.shape[1], name_of(pretrained_model_name_or_path)
         for word, vectors in words:
             ids = tokenizer(word, add_special_tokens=False).input_ids
             token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
             if token is not None and not token.special:
-                known = f"the word {word!r} is known already, as {token.content!r}"
+                known = f"{source}: the word {word!r} is known already, as {token.content!r}"
                 raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
             if vectors.shape[-1] != width:
                 raise ValueError(
-                    f"the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are {width} "
-                    f"wide, so it is for another model"
+                    f"{source}: the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are "
+                    f"{width} wide, so it is for another model"
                 )
         sources = [{word: vectors} for word, vectors in words]
         super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
@@ -250,6 +252,12 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(wanted, tokenizer, text_encoder)
         text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
+
+
+def name_of(source: Any) -> str:
+    """What messages call the source of an adapter: its file, or that there is none."""
+    names = [str(one) for one in (source if isinstance(source, list) else [source]) if isinstance(one, str | Path)]
+    return ", ".join(names) or "these tensors"
 
 
 def check_factors(method: str, values: Iterable[Any]) -> None:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
+from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.options import whole_number, whole_or_finite
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
@@ -71,10 +72,11 @@ class FolderPipeline(DiffusionPipeline):
             options["variant"] = only_variant(folder)
         networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
         options |= {**networks, "dtype": dtype, "use_safetensors": True}
-        pipeline = super().from_pretrained(str(folder), **options)
-        if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
-            check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"))
-        pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
+        with faults_named(folder, foreign=True):
+            pipeline = super().from_pretrained(str(folder), **options)
+            if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
+                check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"))
+            pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
 
     @classmethod

@@ -1,6 +1,7 @@
 """Model folders that are broken, or made to do harm: refused with a message, nothing run, nothing written."""
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from latentdiff import TextToImagePipeline
+from latentdiff.interchange.embeddings import convert_embedding
+from latentdiff.interchange.lora.formats import convert_lora
 
 
 class Mine:
@@ -106,6 +111,46 @@ def unknown_key(folder: Path, mark: Path) -> None:
     change_config(folder / "unet/config.json", atention_head_dim=4)
 
 
+def text_encoder_of_wrong_types(folder: Path, mark: Path) -> None:
+    change_config(folder / "text_encoder/config.json", hidden_act=[])
+
+
+def text_encoder_of_wrong_width(folder: Path, mark: Path) -> None:
+    change_config(folder / "text_encoder/config.json", hidden_size=32)
+
+
+def tokenizer_with_nan(folder: Path, mark: Path) -> None:
+    """Which Python's JSON has, and that of tokenizers has not."""
+    change_config(folder / "tokenizer/tokenizer.json", version=float("nan"))
+
+
+def scheduler_of_wrong_types(folder: Path, mark: Path) -> None:
+    change_config(folder / "scheduler/scheduler_config.json", beta_start=[1])
+
+
+def scheduler_of_many_steps(folder: Path, mark: Path) -> None:
+    change_config(folder / "scheduler/scheduler_config.json", num_train_timesteps=10**9)
+
+
+def no_tokenizer(folder: Path, mark: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def unknown_default(folder: Path, mark: Path) -> None:
+    change_index(folder, _generation_defaults={"sampler": 3})
+
+
+def pipe_in_the_tokenizer(folder: Path, mark: Path) -> None:
+    os.mkfifo(folder / "tokenizer/added_tokens.json")
+
+
+def device_for_a_config(folder: Path, mark: Path) -> None:
+    (folder / "unet/config.json").unlink()
+    (folder / "unet/config.json").symlink_to("/dev/zero")
+
+
 HARM: list[tuple[Callable[[Path, Path], None], str]] = [
     (pickled_unet, "unet"),
     (pickled_text_encoder, "text_encoder|safetensors"),
@@ -122,6 +167,15 @@ HARM: list[tuple[Callable[[Path, Path], None], str]] = [
     (other_widths, r"model/unet: the weights do not fit config.json: \S+ should have the shape \[.*\], and has \["),
     (more_layers, r"model/unet: the weights do not fit config.json: "),
     (wrong_kind_of_value, "latent_channels"),
+    (text_encoder_of_wrong_types, r"/model.*hidden_act"),
+    (text_encoder_of_wrong_width, r"/model"),
+    (tokenizer_with_nan, r"/model"),
+    (scheduler_of_wrong_types, r"/model"),
+    (scheduler_of_many_steps, r"scheduler_config\.json: num_train_timesteps=1000000000 should be"),
+    (no_tokenizer, r"/model.*tokenizer"),
+    (unknown_default, r"/model: unknown default 'sampler'"),
+    (pipe_in_the_tokenizer, r"added_tokens\.json is a pipe or a device"),
+    (device_for_a_config, r"unet/config\.json is a pipe or a device"),
     (unknown_key, "unknown config key 'atention_head_dim'; did you mean 'attention_head_dim'"),
 ]
 
@@ -147,3 +201,32 @@ def test_code_for_other_loaders_is_not_run(folder: Path, tmp_path: Path) -> None
     change_config(folder / "text_encoder/config.json", auto_map={"AutoModel": "evil.Evil"})
     assert type(TextToImagePipeline.from_pretrained(folder)) is TextToImagePipeline
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        ("lora", {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(32, 2)}, "no down .A. matrix"),
+        ("lora", {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.full((2, 32), torch.nan)}, ""),
+        ("embedding", {"<new>": torch.ones(2, 7)}, r"has the shape \(2, 7\); this text encoder's are 16 wide"),
+        ("embedding", {"a": torch.ones(2, 16)}, "the word 'a' is known already"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_named(
+    name: str, tensors: dict[str, torch.Tensor], message: str, folder: Path, tmp_path: Path
+) -> None:
+    save_file(tensors, tmp_path / f"{name}.safetensors")
+    pipeline = TextToImagePipeline.from_pretrained(folder)
+    pipeline.tokenizer.add_tokens("a")
+    load = pipeline.load_lora_weights if name == "lora" else pipeline.load_textual_inversion
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors.*{message}"):
+        load(tmp_path / f"{name}.safetensors")
+    if name == "lora":
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors.*{message}"):
+            convert_lora(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", "kohya")
+
+
+def test_word_of_an_embedding_that_is_no_word(tmp_path: Path) -> None:
+    torch.save({"string_to_param": {"*": torch.ones(2, 16)}, "name": {"a": 1}}, tmp_path / "word.pt")
+    with pytest.raises(ValueError, match=r"word\.pt: \{'a': 1\} cannot be a word"):
+        convert_embedding(tmp_path / "word.pt", tmp_path / "out.safetensors", allow_pickle=True)

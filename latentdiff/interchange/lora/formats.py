@@ -26,6 +26,7 @@ from latentdiff.interchange.lora.layers import (
     plain_key,
     read_layers,
 )
+from latentdiff.interchange.user_files import faults_named
 
 LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"
@@ -76,10 +77,8 @@ class LoraFile:
         with safe_open(file, "pt") as stream:
             state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (safe_open is no mapping)
             header = stream.metadata() or {}
-        try:
+        with faults_named(file):
             self.format = format_of(state)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
         self.header |= header
         config = read_config(file, header, beside=self.format == "peft")
         state = with_network(state, self.format, network)
@@ -136,14 +135,12 @@ def convert_lora(
         raise ValueError(f"{target}: the name of a kohya file ends in .safetensors")
     if to == "peft" and target.suffix == ".safetensors":
         raise ValueError(f"{target}: PEFT's format is a folder; give the name of one")
-    file = LoraFile(source)
-    layers, others = read_layers(file.state, file.config, layers_per_block=layers_per_block)
-    if others:
-        raise ValueError(f"{source}: {len(others)} keys, such as {others[0]}, are no LoRA's of a known layer")
-    try:
+    with faults_named(source):
+        file = LoraFile(source)
+        layers, others = read_layers(file.state, file.config, layers_per_block=layers_per_block)
+        if others:
+            raise ValueError(f"{len(others)} keys, such as {others[0]}, are no LoRA's of a known layer")
         files = FORMATS[to](layers, {key: value for key, value in file.header.items() if key.startswith(KEPT)})
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
     written = write_files(files, target, overwrite)
     return LoraReport(
         file.format,
