@@ -70,9 +70,9 @@ class FolderPipeline(DiffusionPipeline):
         wanted = {name: value for name, value in index.items() if name not in options}
         if options.get("variant") is None:
             options["variant"] = only_variant(folder)
-        networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
-        options |= {**networks, "dtype": dtype, "use_safetensors": True}
         with faults_named(folder, foreign=True):
+            networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
+            options |= {**networks, "dtype": dtype, "use_safetensors": True}
             pipeline = super().from_pretrained(str(folder), **options)
             if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
                 check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"))

@@ -175,7 +175,7 @@ HARM: list[tuple[Callable[[Path, Path], None], str]] = [
     (no_tokenizer, r"/model.*tokenizer"),
     (unknown_default, r"/model: unknown default 'sampler'"),
     (pipe_in_the_tokenizer, r"added_tokens\.json is a pipe or a device"),
-    (device_for_a_config, r"unet/config\.json is a pipe or a device"),
+    (device_for_a_config, r"unet/config\.json is a (pipe or a device|link that leads out of)"),
     (unknown_key, "unknown config key 'atention_head_dim'; did you mean 'attention_head_dim'"),
 ]
 
