@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from latentdiff.interchange.user_files import MAX_TRAIN_TIMESTEPS
 
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -57,12 +60,15 @@ def make_betas(
     """The betas of a named schedule, (T,) float64; `beta_start` and `beta_end` replace its own ends.
 
     Raises:
-        ValueError: an unknown name, fewer than two steps, or ends that cannot be, or of a schedule that has none.
+        ValueError: an unknown name; a number of steps that is not from 2 to `MAX_TRAIN_TIMESTEPS`; or ends that cannot
+            be, or of a schedule that has none.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if num_timesteps < 2:
-        raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
+    whole = isinstance(num_timesteps, Integral) and not isinstance(num_timesteps, bool)
+    if not whole or not 2 <= num_timesteps <= MAX_TRAIN_TIMESTEPS:
+        limits = f"at least 2 and at most {MAX_TRAIN_TIMESTEPS:,}"
+        raise ValueError(f"num_timesteps must be a whole number, {limits}, not {num_timesteps!r}")
     if schedule not in ENDS and (beta_start, beta_end) != (None, None):
         raise ValueError(f"the {schedule} schedule has no beta_start and beta_end")
     betas = check_betas(SCHEDULES[schedule](num_timesteps, *schedule_ends(schedule, beta_start, beta_end)))

@@ -4,7 +4,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from latentdiff.diffusion import GaussianDiffusion, build_scheduler, make_betas, rescale_zero_terminal_snr
+from latentdiff.diffusion import (
+    GaussianDiffusion,
+    build_scheduler,
+    make_betas,
+    process_from_config,
+    rescale_zero_terminal_snr,
+)
 from latentdiff.diffusion.betas import SCHEDULES
 
 PEER_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
@@ -137,6 +143,9 @@ def test_errors_name_what_is_wrong() -> None:
         GaussianDiffusion(prediction_type="velocity")
     with pytest.raises(ValueError, match="zero terminal SNR"):
         GaussianDiffusion(prediction_type="epsilon", zero_terminal_snr=True)
+    for number in (10**9, -1, 1000.5, "1000", True):
+        with pytest.raises(ValueError, match=rf"num_timesteps must be .* at most 100,000, not {number!r}"):
+            process_from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": number})
     with pytest.raises(ValueError, match="at least 2"):
         GaussianDiffusion(num_timesteps=1)
     with pytest.raises(ValueError, match=r"timesteps must lie in \[0, 999\]"):
