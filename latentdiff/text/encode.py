@@ -114,14 +114,20 @@ def states_shape(name: str, conditioning: Conditioning) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TextConditioner:
-    """A tokenizer and a text encoder of transformers, with the options of `encode_prompts`.
+    """A tokenizer and a text encoder of transformers, which make states of prompts.
+
+    All is done as in diffusers' ``StableDiffusionPipeline``: states are padded to one length, and padding is hidden
+    from the encoder if its config says ``use_attention_mask``. A prompt that is too long is cut, with a warning that
+    shows the part.
 
     Args:
+        tokenizer, text_encoder: of transformers; CLIP, BERT and its kin, T5.
         device: where the encoder runs; by default where it is.
         max_length: L; by default as many tokens as the encoder takes.
         clip_skip: take the states this many layers before the last (CLIP only).
-        prompt_weights: read ``(red:1.3)``, ``(red)`` and ``[red]`` as weights.
-        long_prompts: what becomes of a prompt longer than L: ``"cut"``, or ``"chunk"``, encoded in parts.
+        prompt_weights: read ``(red:1.3)``, ``(red)`` and ``[red]`` as weights, see `weights.parse_weights`.
+        long_prompts: what becomes of a prompt longer than L: ``"cut"``, or ``"chunk"``, encoded in parts, one after the
+            other, each with the special tokens of a whole one.
         warn: log what is cut.
 
     Raises:
@@ -142,36 +148,65 @@ class TextConditioner:
             raise ValueError(f"long_prompts={self.long_prompts!r} is not known; choose from {', '.join(LONG_PROMPTS)}")
 
     def __call__(self, prompts: Sequence[str], chunks: int | None = None) -> Conditioning:
-        """P prompts -> states (P, chunks L, D).
+        """P prompts -> states (P, chunks L, D) in the encoder's dtype; "" stands for no prompt.
 
         chunks: in how many parts; by default as many as the longest needs.
 
         Raises:
             TypeError: a prompt is not a string.
-            ValueError: see `encode_prompts`; or there is no text encoder.
+            ValueError: there is no text encoder, L is unknown, or clip_skip is not possible with this encoder; a
+                bracket of a weight has no partner.
         """
         if self.text_encoder is None:
             raise ValueError("there is no text encoder; give prompt_embeds and negative_prompt_embeds")
-        states = encode_prompts(
-            prompts,
-            self.tokenizer,
-            self.text_encoder,
-            max_length=self.max_length,
-            clip_skip=self.clip_skip,
-            device=self.device,
-            warn=self.warn,
-            weights=self.prompt_weights,
-            chunks=self.chunks(prompts) if chunks is None else chunks,
-        )
-        return Conditioning(states=states)
+        prompts, tokenizer, length = as_prompts(prompts), self.tokenizer, self.length
+        chunks = self.chunks(prompts) if chunks is None else chunks
+        if not self.prompt_weights and chunks == 1:
+            with TOKENIZING:
+                prompts = expand_words(prompts, tokenizer)
+                tokens = tokenizer(
+                    prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                )
+                if self.warn:
+                    warn_of_cuts(prompts, tokenizer, length)
+            return Conditioning(states=self._states(tokens))
+
+        with TOKENIZING:
+            parts = tokenize(prompts, tokenizer, length, weights=self.prompt_weights, chunks=chunks)
+            nothing = tokenize([""], tokenizer, length)
+        for cut in parts.cut if self.warn else []:
+            warn_of_cut(cut, chunks * length)
+        states = self._states(parts)  # (P chunks, L, D)
+        if (parts.weights != 1).any():
+            states = weigh(states, self._states(nothing), parts.weights)
+        return Conditioning(states=states.reshape(len(prompts), chunks * length, -1))
+
+    @property
+    def length(self) -> int:
+        """L"""
+        return self.max_length or max_tokens(self.tokenizer, self.text_encoder)
+
+    def _states(self, tokens: Any) -> Tensor:
+        """``input_ids`` and ``attention_mask`` (B, L) -> states (B, L, D)."""
+        encoder, skip = self.text_encoder, self.clip_skip
+        device = self.device or encoder.device
+        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
+        output = encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=skip is not None)
+        if skip is None:
+            return output[0]
+        body, layers = getattr(encoder, "text_model", encoder), len(output.hidden_states) - 1
+        if not hasattr(body, "final_layer_norm"):
+            raise ValueError(f"clip_skip needs a CLIP text encoder, not a {type(encoder).__name__}")
+        if not 0 <= skip < layers:
+            raise ValueError(f"clip_skip must lie in [0, {layers - 1}] for this encoder, not {skip}")
+        return body.final_layer_norm(output.hidden_states[-(skip + 1)])
 
     def chunks(self, prompts: Sequence[str]) -> int:
         """In how many parts the longest of these prompts is encoded."""
         if self.long_prompts == "cut" or self.text_encoder is None or not prompts:
             return 1
-        length = self.max_length or max_tokens(self.tokenizer, self.text_encoder)
         with TOKENIZING:
-            return count_chunks(prompts, self.tokenizer, length, self.prompt_weights)
+            return count_chunks(prompts, self.tokenizer, self.length, self.prompt_weights)
 
     def of_length(self, tokens: int) -> tuple["TextConditioner", int]:
         """A conditioner, and a number of chunks, for states of `tokens` tokens: as many as given states have."""
@@ -222,77 +257,21 @@ def encode_prompts(
     tokenizer: Any,
     text_encoder: Any,
     *,
-    max_length: int | None = None,
-    clip_skip: int | None = None,
-    device: torch.device | None = None,
-    warn: bool = True,
     weights: bool = False,
     chunks: int = 1,
+    **options: Any,
 ) -> Tensor:
-    """The text encoder's states for each prompt, padded to one length: (B, L, D) in the encoder's dtype.
-
-    Padding is hidden from the encoder if its config says ``use_attention_mask``; this, and the rest, is what
-    diffusers' ``StableDiffusionPipeline`` does. A prompt that is too long is cut, with a warning that shows the part.
+    """Text states (B, chunks L, D) of B prompts, as a `TextConditioner` makes them: see there.
 
     Args:
-        prompts: B strings; "" stands for no prompt.
-        tokenizer, text_encoder: of transformers; CLIP, BERT and its kin, T5.
-        max_length: L; by default as many tokens as the encoder takes.
-        clip_skip: take the states this many layers before the last one (CLIP only).
-        device: where the encoder runs; by default where it is.
-        warn: log what is cut of prompts that are too long.
-        weights: read weights from the prompts, see `weights.parse_weights`.
-        chunks: how many parts to encode a prompt in, one after the other, each with the special tokens of a whole one;
-            then the result is (B, chunks L, D). `tokens.count_chunks` gives the number that is needed.
-
-    Raises:
-        TypeError: a prompt is not a string.
-        ValueError: L is unknown, or clip_skip is not possible with this encoder; a bracket of a weight has no partner.
+        weights: its ``prompt_weights``.
+        chunks: how many parts to encode a prompt in; `tokens.count_chunks` gives the number that is needed.
+        options: its others: ``max_length``, ``clip_skip``, ``device``, ``warn``.
     """
-    prompts = as_prompts(prompts)
-    max_length = max_length or max_tokens(tokenizer, text_encoder)
-    device = device or text_encoder.device
-    if not weights and chunks == 1:
-        with TOKENIZING:
-            prompts = expand_words(prompts, tokenizer)
-            tokens = tokenizer(
-                prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-            )
-            if warn:
-                warn_of_cuts(prompts, tokenizer, max_length)
-        return text_states(tokens.input_ids, tokens.attention_mask, text_encoder, clip_skip, device)
-
-    with TOKENIZING:
-        parts = tokenize(prompts, tokenizer, max_length, weights=weights, chunks=chunks)
-        nothing = tokenize([""], tokenizer, max_length)
-    for cut in parts.cut if warn else []:
-        warn_of_cut(cut, chunks * max_length)
-    states = text_states(parts.input_ids, parts.attention_mask, text_encoder, clip_skip, device)  # (B chunks, L, D)
-    if (parts.weights != 1).any():
-        empty = text_states(nothing.input_ids, nothing.attention_mask, text_encoder, clip_skip, device)
-        states = weigh(states, empty, parts.weights)
-    return states.reshape(len(prompts), chunks * max_length, -1)
-
-
-def text_states(
-    input_ids: Tensor, attention_mask: Tensor, text_encoder: Any, clip_skip: int | None, device: torch.device
-) -> Tensor:
-    """Tokens (B, L) -> states (B, L, D)."""
-    mask = attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    output = text_encoder(input_ids.to(device), attention_mask=mask, output_hidden_states=clip_skip is not None)
-    if clip_skip is None:
-        return output[0]  # (B, L, D)
-    return skip_layers(text_encoder, output.hidden_states, clip_skip)
-
-
-def skip_layers(text_encoder: Any, hidden_states: Sequence[Tensor], clip_skip: int) -> Tensor:
-    """CLIP's states `clip_skip` layers before the last, after the final normalisation. (B, L, D)"""
-    body = getattr(text_encoder, "text_model", text_encoder)
-    if not hasattr(body, "final_layer_norm"):
-        raise ValueError(f"clip_skip needs a CLIP text encoder, not a {type(text_encoder).__name__}")
-    if not 0 <= clip_skip < len(hidden_states) - 1:
-        raise ValueError(f"clip_skip must lie in [0, {len(hidden_states) - 2}] for this encoder, not {clip_skip}")
-    return body.final_layer_norm(hidden_states[-(clip_skip + 1)])
+    conditioner = TextConditioner(tokenizer, text_encoder, prompt_weights=weights, **options)
+    states = conditioner(prompts, chunks).states
+    assert states is not None
+    return states
 
 
 def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> None:

@@ -189,7 +189,7 @@ class Call:
         after_step: Callable[[Progress], Tensor] | None,
     ) -> Steps[Tensor]:
         """The denoising loop, with progress bar and callback; a callback that sets ``_interrupt`` ends it."""
-        self._check_callback()
+        _ = self._callback_names  # checks them
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
         colours = LatentPreview(self.pipeline.vae)
@@ -208,18 +208,16 @@ class Call:
         self.pipeline.show_state(self.view)
         return latents
 
-    @property
+    @cached_property
     def _callback_names(self) -> Sequence[str]:
-        callback = self.options.callback_on_step_end
-        return getattr(callback, "tensor_inputs", self.options.callback_on_step_end_tensor_inputs)
-
-    def _check_callback(self) -> None:
-        known = self.pipeline._callback_tensor_inputs
-        for name in self._callback_names:
-            if name not in known:
-                raise ValueError(
-                    f"callback_on_step_end_tensor_inputs: there is no {name!r}; choose from {', '.join(known)}"
-                )
+        """The tensors that the callback asks for. Raises ValueError if there is one that it cannot have."""
+        asked, known = self.options.callback_on_step_end_tensor_inputs, self.pipeline._callback_tensor_inputs
+        names = getattr(self.options.callback_on_step_end, "tensor_inputs", asked)
+        for name in set(names) - set(known):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: there is no {name!r}; choose from {', '.join(known)}"
+            )
+        return names
 
     def _call_back(self, denoiser: GuidedDenoiser, progress: Progress) -> None:
         """Show the callback the tensors it asked for, and take over what it changed."""

@@ -127,9 +127,8 @@ class Sampler:
 
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents in the scheduler's scale as the network sees them, noise and picture of variance 1 together."""
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return latents
-        return self.scheduler.scale_model_input(latents, timestep)
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, timestep)
 
     def step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
         """What of `generator` and `eta` (DDIM, Song et al. 2021, Eq. 16) the scheduler's ``step`` takes."""
