@@ -69,7 +69,7 @@ def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -
     elif report.refused:
         line = f"Training goes on without what cannot be used ({share})."
     elif report.warnings:
-        line = "All pictures that are read can be used; look at what is worth a look."
+        line = f"All {len(report.entries)} can be used; what is worth a look is named above."
     else:
         line = "Everything can be used."
     if manifest is None:
