@@ -11,7 +11,7 @@ import typer
 from latentdiff.extensions import VARIABLE, extensions_of_environment, load_extensions
 from latentdiff.terminal import printable_messages, say
 
-USER_MISTAKES = (ValueError, TypeError, OSError, NotImplementedError)
+USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplementedError)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 

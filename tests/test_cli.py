@@ -209,6 +209,7 @@ def test_our_own_faults_have_status_1(monkeypatch: pytest.MonkeyPatch, capsys: p
         (MemoryError(), 2, "there is not enough memory: MemoryError; ask for fewer"),
         (ImportError("this needs x; install with: pip install x"), 2, "Error: this needs x; install with"),
         (ImportError("No module named 'x'", name="x"), 1, "Error: ImportError: No module named 'x'\n"),
+        (FloatingPointError("the loss is nan at step 3"), 2, "Error: the loss is nan at step 3\n"),
         (KeyError("x"), 1, "Error: KeyError: 'x'\nThis may be a fault of the program"),
     ],
 )

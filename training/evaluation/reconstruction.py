@@ -15,7 +15,7 @@ from torch import Tensor
 from latentdiff.codec import Posterior
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.pictures import to_pictures
-from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.interchange.png import image_grid
 from latentdiff.metrics import frechet_distance, psnr, ssim
 from latentdiff.metrics.extractors import AUTO, Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW
@@ -112,9 +112,7 @@ class Reconstructions:
                 *(run.step, counted.not_finite, counted.pictures),
             )
             run.measured({"not_finite": float(counted.not_finite)})
-        file = run.folder / "samples" / f"step-{run.step:08d}.png"
-        save_picture(sheet(self.pixels[:SHOWN], torch.cat(drawn)), file)
-        run.show("reconstructions", file)
+        run.show("reconstructions", sheet(self.pixels[:SHOWN], torch.cat(drawn)))
 
     def write(self, run: TrainingRun, folder: Path) -> None:
         """``evaluation.json`` in `folder`: the last figures, and of what they are. Only the main process writes."""

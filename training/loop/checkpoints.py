@@ -1,31 +1,34 @@
 """Checkpoints, each whole or absent: written under a temporary name, renamed, and only then are old ones removed."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
-import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what a checkpoint holds; to be raised when names of weights or of the state change
+STATE, SUMS = "state.json", "SHA256SUMS"
+
+FORMAT = 3  # of what a checkpoint holds; to be raised when names of weights or of the state change
 
 
 class Checkpoints:
     """The checkpoints of a run: folders ``step-00001000``.
 
     Each holds the trained weights (what is frozen is not repeated), the averaged ones, Accelerate's optimizer state,
-    and ``state.json``. Those of one process and of several are alike; under FSDP and DeepSpeed Accelerate saves its
-    sharded weights itself.
+    ``state.json``, and ``SHA256SUMS`` as ``sha256sum -c`` takes it. Those of one process and of several are alike;
+    under FSDP and DeepSpeed Accelerate saves its sharded weights itself.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2) -> None:
@@ -80,14 +83,17 @@ class Checkpoints:
     def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
         """Make a checkpoint that is written the newest one, and remove those that are too old."""
         try:
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            for file in partial.rglob("*"):
-                flush(file)
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            sums = [f"{digest_of(file)}  {file.relative_to(partial).as_posix()}\n" for file in files]
+            (partial / SUMS).write_text("".join(sums), encoding="utf-8")
+            for path in partial.rglob("*"):
+                flush(path)
             os.replace(partial, final)
             flush(self.folder)
         except OSError as error:
             return OSError(f"{final} could not be written: {error}")
-        for old in self.whole()[: -self.keep]:
+        for old in whole_checkpoints(self.folder)[: -self.keep]:
             leaving = old.with_name(f".partial-{old.name}")  # so that a half-deleted one is never loaded
             with suppress(OSError):
                 os.replace(old, leaving)
@@ -100,17 +106,11 @@ class Checkpoints:
         Raises:
             ValueError: it is of another model, or a file of it is damaged.
         """
-        whole = self.whole()
+        whole = whole_checkpoints(self.folder)
         if not whole:
             return {}, []
-        latest = whole[-1]
-        self._check_files(whole)
-        state = json.loads((latest / "state.json").read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT:
-            raise ValueError(
-                f"{latest} is of another version of latentdiff, whose unfinished runs this one cannot go on with: "
-                f"finish the run with that version, or start again with another --output. Finished models still load"
-            )
+        latest, state = whole[-1], read_state(whole)
+        check_files(whole)
         try:
             self.accelerator.load_state(str(latest))
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -118,24 +118,10 @@ class Checkpoints:
                 f"{latest}: does not fit the model these settings describe; use the settings of that run, "
                 f"or another --output ({str(error).splitlines()[0]})"
             ) from error
-        rank = self.accelerator.process_index if self.sharded else 0
-        file = latest / averaged_name(rank)
+        file = latest / averaged_name(self.accelerator.process_index if self.sharded else 0)
         averaged = load_file(file) if file.is_file() else {}
         logger.info("resumed from %s", latest)
         return state, [averaged[str(i)] for i in range(len(averaged))]
-
-    def _check_files(self, whole: list[Path]) -> None:
-        """Raises ValueError for a file of the newest checkpoint that is not as it was written, by its end."""
-        for file in sorted(whole[-1].iterdir()):
-            if reason := damage(file):
-                then = f"goes on from {whole[-2].name}" if len(whole) > 1 else "starts from the beginning"
-                raise ValueError(f"{file} is damaged ({reason}); without the folder {whole[-1]} the run {then}")
-
-    def whole(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(p for p in self.folder.iterdir() if p.name.startswith("step-") and (p / "state.json").is_file())
 
     def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         """Accelerate's hook: in place of whole models, the main process writes what is trained."""
@@ -151,19 +137,60 @@ class Checkpoints:
         models.clear()
 
 
-def damage(file: Path) -> str | None:
-    """What is wrong with a file of a checkpoint as a whole, if anything is."""
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def read_state(whole: Sequence[Path]) -> dict[str, Any]:
+    """What the newest checkpoint says of itself.
+
+    whole: all of them, oldest first.
+
+    Raises:
+        ValueError: it is damaged, or of another version of latentdiff.
+    """
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                pass
-        elif file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".bin" and not zipfile.is_zipfile(file):
-            return "not what torch.save wrote"
-    except (SafetensorError, ValueError) as error:
-        return str(error).splitlines()[0]
-    return None
+        state = json.loads((whole[-1] / STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise damaged(whole, STATE, str(error).partition("\n")[0]) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(
+            f"{whole[-1]} is of another version of latentdiff, whose unfinished runs this one cannot go on with: "
+            f"finish the run with that version, or start again with another --output. Finished models still load"
+        )
+    check_files(whole, (STATE,))
+    return state
+
+
+def check_files(whole: Sequence[Path], names: Sequence[str] = ()) -> None:
+    """Raises ValueError for a file of the newest checkpoint, or one of `names`, that is not as it was written."""
+    try:
+        lines = (whole[-1] / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        missing = [name for name in (STATE, *names) if name not in sums]
+    except (OSError, ValueError) as error:
+        raise damaged(whole, SUMS, str(error).partition("\n")[0]) from error
+    if missing:
+        raise damaged(whole, SUMS, f"{missing[0]} is not in it")
+    for name in names or sums:
+        file = whole[-1] / name
+        if not file.is_file():
+            raise damaged(whole, name, "it is missing")
+        if digest_of(file) != sums[name]:
+            raise damaged(whole, name, f"its content is not that of {SUMS}")
+
+
+def damaged(whole: Sequence[Path], name: str, reason: str) -> ValueError:
+    """The error for a file of the newest checkpoint."""
+    then = f"goes on from {whole[-2].name}" if len(whole) > 1 else "starts from the beginning"
+    return ValueError(f"{whole[-1] / name} is damaged ({reason}); without the folder {whole[-1]} the run {then}")
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_trained(model: nn.Module, file: Path) -> None:

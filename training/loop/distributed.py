@@ -2,17 +2,39 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from latentdiff.pipelines.distributed import on_cpu
+from latentdiff.pipelines.distributed import on_cpu, processes
 from latentdiff.training.settings import RunSettings
+
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""What a tracker needs one of."""
+
+
+def check_surroundings(settings: RunSettings) -> None:
+    """Raises ValueError for settings that need a package or a device that is not here."""
+    for tracker in settings.report_to:
+        if not any(find_spec(package) for package in PACKAGES[tracker]):
+            raise ValueError(f"report_to={tracker} needs the package {tracker}: pip install {tracker}")
+    if settings.mixed_precision == "fp16" and processes().device.type == "cpu":
+        raise ValueError("mixed_precision=fp16 needs a GPU; processors train in float32 or with mixed_precision=bf16")
+
+
+def describe_run(accelerator: Accelerator, settings: RunSettings) -> str:
+    """How many processes train where, and how many pictures one update has."""
+    count, accumulated = accelerator.num_processes, settings.gradient_accumulation_steps
+    size = settings.batch_size * accumulated * count
+    parts = f"batch_size {settings.batch_size} x {accumulated} accumulated x {count} process{'es' * (count > 1)}"
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[settings.mixed_precision]
+    return f"training on {accelerator.device.type} in {precision}; an update has {size} pictures: {parts}"
 
 
 def accelerator_of(settings: RunSettings) -> Accelerator:
@@ -23,7 +45,8 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # Not as a number: launchers set a variable that would count more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),

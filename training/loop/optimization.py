@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from latentdiff.training.loop.checkpoints import local
 from latentdiff.training.settings import RunSettings
 
 
@@ -82,12 +83,12 @@ class MovingAverage:
             self._ema.step(self.parameters)
 
     def restore(self, weights: Sequence[Tensor], updates: int) -> None:
-        """Go on from the weights of a checkpoint, if it has any."""
-        if self._ema is None or not weights:
+        """Go on from the averages of a checkpoint; of one without averages, begin with the trained weights."""
+        if self._ema is None:
             return
         self._ema.optimization_step = updates
-        for mine, saved in zip(self.weights, weights, strict=True):
-            (mine.to_local() if isinstance(mine, DTensor) else mine).copy_(saved)
+        for mine, saved in zip(self.weights, weights or self.parameters, strict=True):
+            local(mine).copy_(local(saved).detach())
 
     def exchange(self) -> None:
         """Put the averaged weights instead of the trained ones, or back."""

@@ -1,14 +1,19 @@
 """What a run writes down while it trains: ``metrics.jsonl``, and the trackers' figures and pictures."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
-from latentdiff.interchange.atomic import failures_named, write_text_whole
+from latentdiff.interchange.atomic import atomic_file
+from latentdiff.interchange.png import save_picture
 from latentdiff.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Records:
@@ -20,7 +25,7 @@ class Records:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, settings: RunSettings, step: int) -> None:
-        self.file, self.accelerator = folder / "metrics.jsonl", accelerator
+        self.folder, self.file, self.accelerator = folder, folder / "metrics.jsonl", accelerator
         if accelerator.is_main_process and self.file.is_file():
             self._remove_after(step)
         if settings.report_to:
@@ -28,26 +33,39 @@ class Records:
             accelerator.init_trackers("latentdiff", config=config)
 
     def _remove_after(self, step: int) -> None:
-        rows = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text_whole(self.file, "".join(row for row in rows if step_of_row(row) <= step))
+        rows = self.file.read_bytes().splitlines(keepends=True)
+        with atomic_file(self.file) as partial:
+            partial.write_bytes(b"".join(row for row in rows if step_of_row(row) <= step))
 
     def add(self, step: int, figures: dict[str, Any]) -> None:
-        """One row."""
-        if self.accelerator.is_main_process:
-            with failures_named(self.file), self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-            self.accelerator.log(figures, step=step)
+        """One row. A full disk costs rows and does not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        row = json.dumps({"step": step, **figures}).encode() + b"\n"
+        try:
+            with self.file.open("ab+") as file:
+                if size := file.tell():
+                    file.seek(size - 1)
+                    row = row if file.read() == b"\n" else b"\n" + row  # after one that a full disk has cut
+                file.write(row)
+        except OSError as error:
+            logger.warning("%s: the figures of step %d could not be written (%s)", self.file, step, error.strerror)
+        self.accelerator.log(figures, step=step)
 
-    def show(self, step: int, name: str, file: Path) -> None:
-        """Give a picture that was written to the trackers that take pictures."""
+    def show(self, step: int, name: str, picture: Image.Image) -> None:
+        """Keep a picture in ``samples``, and give it to the trackers that take some. A full disk costs the picture."""
         import numpy as np
-        from PIL import Image
 
+        file = self.folder / "samples" / f"step-{step:08d}.png"
+        try:
+            save_picture(picture, file)
+        except OSError as error:
+            logger.warning("%s could not be written (%s)", file, error.strerror)
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.log_images({name: [Image.open(file)]}, step=step)
+                tracker.log_images({name: [picture]}, step=step)
             elif tracker.name == "tensorboard":
-                array = np.asarray(Image.open(file).convert("RGB"))[None]  # (1, H, W, 3)
+                array = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3)
                 tracker.log_images({name: array}, step=step, dataformats="NHWC")
 
     def close(self) -> None:
@@ -55,8 +73,8 @@ class Records:
             tracker.finish()
 
 
-def step_of_row(row: str) -> float:
-    """The step of a row of figures; infinite for one that a stop has torn."""
+def step_of_row(row: bytes) -> float:
+    """The step of a row of figures; infinite for one that a stop has torn, or that is damaged otherwise."""
     try:
         return float(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop.checkpoints import Checkpoints
-from latentdiff.training.loop.distributed import accelerator_of, spread_modules, whole_parameters
+from latentdiff.training.loop.distributed import accelerator_of, describe_run, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimization import learning_rate_at
+from latentdiff.training.loop.output_folder import hold, open_output, release, state_of
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
@@ -47,16 +49,19 @@ class TrainingRun:
     ) -> None:
         self.settings = settings
         self.folder = Path(settings.output) / "training"
+        open_output(settings)
         self.accelerator = accelerator_of(settings)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            settings.save(self.folder / "settings.yaml")
         checkpoints = self.folder / "checkpoints"
         self.learner = Learner(self.accelerator, settings, objective, adversary, adversary_rate, checkpoints)
         self.step = 0
         self.figures: dict[str, float] = {}  # of the model, the last ones measured
         self.checkpoints = Checkpoints(checkpoints, self.accelerator, settings.keep_checkpoints)
         self._resume()
+        if self.accelerator.is_main_process:  # only now, when nothing is refused any more
+            self.folder.mkdir(parents=True, exist_ok=True)
+            hold(self.folder)
+            settings.save(self.folder / "settings.yaml")
+            logger.info("%s", describe_run(self.accelerator, settings))
         self.records = Records(self.folder, self.accelerator, settings, self.step)
         self.stopping = Stopping(self.accelerator, settings.max_minutes)
         self.started, self.first_step = time.monotonic(), self.step
@@ -160,9 +165,9 @@ class TrainingRun:
             more = {"pictures_per_second": round(self.rate(), 2), "skipped": self.learner.skipped}
             self.records.add(self.step, {**figures, **more})
 
-    def show(self, name: str, file: Path) -> None:
-        """Give a picture that was written to the trackers that take pictures."""
-        self.records.show(self.step, name, file)
+    def show(self, name: str, picture: Image.Image) -> None:
+        """Keep a picture of the present step in ``samples``, and give it to the trackers that take pictures."""
+        self.records.show(self.step, name, picture)
 
     # Checkpoints
 
@@ -180,6 +185,7 @@ class TrainingRun:
             "skipped": self.learner.skipped,
             "figures": self.figures,
             "optimization_step": self.learner.average.updates,
+            "settings": state_of(self.settings),
         }
         try:
             self.checkpoints.save(self.step, state, self.learner.average.weights)
@@ -246,9 +252,10 @@ class TrainingRun:
         self.learner.optimizer.state.clear()
 
     def finish(self) -> None:
-        """Wait for the other processes and close the trackers."""
+        """Wait for the other processes, close the trackers, and let others train into the folder."""
         self.accelerator.wait_for_everyone()
         self.records.close()
+        release(self.folder)
 
 
 class Stopping:
@@ -265,13 +272,19 @@ class Stopping:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within, Ctrl-C and SIGTERM request a stop, and the time counts from here."""
+        """Within, Ctrl-C, SIGTERM and the terminal's end request a stop, and the time counts from here.
+
+        A process that was started to outlive its terminal (nohup) does.
+        """
 
         def remember(_number: int, _frame: Any) -> None:
             self.requested = True
 
         in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        numbers = [signal.SIGINT, signal.SIGTERM] if in_main_thread else []
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if in_main_thread and hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
         previous = {number: signal.signal(number, remember) for number in numbers}
         self.started = time.monotonic()
         try:

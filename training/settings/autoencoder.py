@@ -1,6 +1,6 @@
 """Settings of ``latentdiff train autoencoder``."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,12 @@ from latentdiff.training.settings.run import RunSettings
 
 class AutoencoderSettings(RunSettings):
     """Settings of ``latentdiff train autoencoder``."""
+
+    fixed: ClassVar[tuple[str, ...]] = (
+        *(*RunSettings.fixed, "kind", "block_out_channels", "attention_levels", "layers_per_block", "latent_channels"),
+        *("norm_num_groups", "num_vq_embeddings", "codebook", "fsq_levels", "discriminator_channels"),
+        *("discriminator_layers", "discriminator_norm"),
+    )
 
     kind: Literal["kl", "vq", "gumbel", "fsq"] = "kl"
     block_out_channels: tuple[int, ...] = (32, 64, 128)

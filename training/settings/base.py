@@ -4,10 +4,10 @@ import difflib
 import os
 import reprlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.user_files import parse_yaml, read_yaml
@@ -47,6 +47,13 @@ class Settings(BaseModel):
             lines = [cls._explain(item) for item in error.errors()]
             more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
             raise ValueError("\n".join(lines[:NAMED] + more)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_of_several(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where a setting takes several values, one alone is all of them: ``report_to=tensorboard``."""
+        takes_several = get_origin(cls.model_fields[str(info.field_name)].annotation) is tuple
+        return (value,) if takes_several and isinstance(value, str | int | float) else value
 
     @classmethod
     def _plain(cls) -> set[str]:

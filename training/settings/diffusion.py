@@ -1,10 +1,11 @@
 """Settings of ``latentdiff train denoiser``, ``latentdiff train classifier`` and ``latentdiff finetune``."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from latentdiff.interchange.user_files import MAX_TRAIN_TIMESTEPS
 from latentdiff.training.settings.run import Condition, RunSettings
 
 
@@ -18,7 +19,9 @@ class DiffusionSettings(RunSettings):
     caption_keep: int = Field(1, ge=0, description="this many first parts of a shuffled caption stay in place")
     cache_latents: bool = Field(True, description="encode every picture once and keep the result on disk")
     cache_text: bool = Field(True, description="encode every caption once and keep the result on disk")
-    cached_variants: int = Field(4, ge=1, description="random crops, and orders of a caption, kept in the cache")
+    cached_variants: int = Field(
+        4, ge=1, le=10_000, description="random crops, and orders of a caption, kept in the cache"
+    )
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = Field(20, ge=1)
     sample_guidance_scale: float = Field(4.0, ge=1)
@@ -33,6 +36,11 @@ UNET = (
 
 class DenoiserSettings(DiffusionSettings):
     """Settings of ``latentdiff train denoiser``."""
+
+    fixed: ClassVar[tuple[str, ...]] = (
+        *(*RunSettings.fixed, *GAUSSIAN, *UNET, "condition", "process", "process_options", "denoiser"),
+        "denoiser_options",
+    )
 
     autoencoder: str = Field(
         description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
@@ -58,7 +66,7 @@ class DenoiserSettings(DiffusionSettings):
     denoiser: str = Field("unet", description="the network; unet, or one that an extension registers")
     denoiser_options: dict[str, Any] = Field({}, description="arguments of an extension's network")
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    num_train_timesteps: int = Field(1000, ge=2)
+    num_train_timesteps: int = Field(1000, ge=2, le=MAX_TRAIN_TIMESTEPS)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     zero_terminal_snr: bool = True
     loss: Literal["simple", "l1", "hybrid", "bound"] = Field(
@@ -95,6 +103,11 @@ class DenoiserSettings(DiffusionSettings):
 class ClassifierSettings(DiffusionSettings):
     """Settings of ``latentdiff train classifier``."""
 
+    fixed: ClassVar[tuple[str, ...]] = (
+        *(*RunSettings.fixed, "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim"),
+        *("norm_num_groups", "pool", "resolution"),
+    )
+
     model: str = Field(description="pipeline folder of the class-conditional or unconditional model to be guided")
     block_out_channels: tuple[int, ...] = (64, 128, 192)
     layers_per_block: int = Field(1, ge=1)
@@ -125,6 +138,11 @@ def check_levels(attention: Sequence[bool], channels: Sequence[int]) -> None:
 class FinetuneSettings(DiffusionSettings):
     """Settings of ``latentdiff finetune``."""
 
+    fixed: ClassVar[tuple[str, ...]] = (
+        *(*RunSettings.fixed, "method", "lora_rank", "lora_alpha", "lora_targets", "train_text_encoder"),
+        *("placeholder_token", "initializer_token", "num_vectors"),
+    )
+
     model: str = Field("emoji", description="what to start from: a packaged model, a pipeline folder, a hub id")
     method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
     resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
@@ -147,7 +165,7 @@ class FinetuneSettings(DiffusionSettings):
     prior_loss_weight: float = Field(1.0, ge=0, description="dreambooth: weight of the class pictures' loss")
     placeholder_token: str | None = Field(None, description="textual inversion: the new word, such as '<my-cup>'")
     initializer_token: str | None = Field(None, description="textual inversion: a word to start from, such as 'cup'")
-    num_vectors: int = Field(1, ge=1, description="textual inversion: tokens behind the new word")
+    num_vectors: int = Field(1, ge=1, le=1000, description="textual inversion: tokens behind the new word")
 
     @model_validator(mode="before")
     @classmethod

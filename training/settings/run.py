@@ -1,6 +1,6 @@
 """Which pictures are trained on, and what every training run has."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -42,6 +42,9 @@ def yaml_no(value: Any) -> Any:
 
 class RunSettings(DataSettings):
     """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("seed", "optimizer")
+    """What an unfinished run began with and cannot go on without: anything else would be another training."""
 
     output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
     batch_size: int = Field(32, ge=1)

@@ -16,6 +16,7 @@ from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
+from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
@@ -36,6 +37,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     """
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
+    open_output(settings)
     with processes().main_process_first():
         pictures = prepare_pictures(settings, condition="none")
         held_out = validation_pictures(settings)

@@ -11,6 +11,7 @@ from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import class_conditional_kind
 from latentdiff.training.data.captions import class_names
 from latentdiff.training.evaluation.held_out import load_textless
+from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_classifier, freeze
 from latentdiff.training.objectives.diffusion import ClassifierObjective
@@ -36,6 +37,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         )
     process, codec = process_from_config(model.scheduler.config), Codec(model.vae)
     freeze(model.unet, model.vae)
+    open_output(settings)
     data = load_data(settings, "class")
     classes = class_names(data.pictures)
     known = model.id2label if isinstance(model, ClassConditionalPipeline) else None

@@ -14,6 +14,7 @@ from latentdiff.text import load_text_encoder
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
 from latentdiff.training.data.captions import class_names
+from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import (
     Conditions,
@@ -41,6 +42,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         )
     process = build_process(settings, codec)
     text: Any = load_text_encoder(settings.text_encoder) if settings.condition == "text" else None
+    open_output(settings)
     data = load_data(settings, settings.condition)
     model = build_model(settings, codec, process, text, data)
     if settings.gradient_checkpointing:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.interchange.png import image_grid
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import PictureOrder, ViewChoice
@@ -145,6 +145,4 @@ def draw_samples(
         network.to("cpu")
     if not run.accelerator.is_main_process:
         return
-    file = run.folder / "samples" / f"step-{run.step:08d}.png"
-    save_picture(image_grid(images, 8), file)
-    run.show("samples", file)
+    run.show("samples", image_grid(images, 8))

@@ -17,6 +17,7 @@ from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import text_to_image_kind
+from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import freeze, without_dropout
 from latentdiff.training.objectives.diffusion import DenoiserObjective
@@ -72,6 +73,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         pipeline.register_defaults(**UNDISTILLED)
         logger.info("%s draws in few steps without guidance; fine-tuned it takes %s", settings.model, UNDISTILLED)
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    open_output(settings)
     data = load_data(settings)
     if settings.method == "dreambooth":
         data = with_class_pictures(settings, pipeline, data)

@@ -6,54 +6,18 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from straight_line import Line, Points, go, settings
+from torch import Tensor
 
+from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.objectives.objective import Objective, Result
-from latentdiff.training.settings import RunSettings
-
-
-@dataclass(frozen=True)
-class Points:
-    """(B, 2)"""
-
-    x: Tensor
-    names: tuple[str, ...] = ()
-
-
-class Line(Objective[Points]):
-    """A straight line through the origin; the batch's sum is its target."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.zeros(2))
-        self.fixed = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def training_loss(self, batch: Points) -> Result:
-        x = batch.x
-        loss = (x @ self.slope - x.sum(1) * self.fixed).square().mean()
-        return Result(loss, loss.detach(), {})
-
-
-def settings(tmp_path: Path, **changes: Any) -> RunSettings:
-    values = {"data": "-", "output": str(tmp_path), "max_steps": 40, "batch_size": 4, "learning_rate": 0.1}
-    values |= {"warmup_steps": 0, "checkpoint_every": 10, "log_every": 5, "weight_decay": 0.0}
-    return RunSettings.load(None, {**values, **changes})
-
-
-def go(run: TrainingRun, batch: Callable[[int], Tensor] | None = None) -> TrainingRun:
-    for number in run.passes():
-        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(number)) if batch is None else batch(number)
-        run.learn(Points(x, tuple(f"{number}-{i}.png" for i in range(4))))
-    run.save(must=True)
-    return run
 
 
 def rows(tmp_path: Path) -> list[dict[str, float]]:
@@ -73,7 +37,7 @@ def test_it_learns_and_keeps_records(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == list(range(5, 41, 5))
     assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"] / 3
     assert set(run.progress()) == {"loss", "pictures/s", "memory"}
-    assert [folder.name for folder in run.checkpoints.whole()] == ["step-00000030", "step-00000040"]
+    assert [folder.name for folder in whole_checkpoints(run.checkpoints.folder)] == ["step-00000030", "step-00000040"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
@@ -82,7 +46,7 @@ def test_a_bad_update_stops_the_run_and_names_its_pictures(tmp_path: Path, bad: 
     with pytest.raises(FloatingPointError, match=r"at step 25 .*25-0.png, 25-1.png, .*on_bad_loss=skip"):
         go(run, with_a_bad_one(bad, at=25))
     assert run.objective.slope.isfinite().all()
-    assert [folder.name for folder in run.checkpoints.whole()] == ["step-00000010", "step-00000020"]
+    assert [folder.name for folder in whole_checkpoints(run.checkpoints.folder)] == ["step-00000010", "step-00000020"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, 1e6])
@@ -107,7 +71,7 @@ def test_what_is_frozen_is_neither_trained_nor_saved(tmp_path: Path) -> None:
     assert float(run.objective.fixed.detach()) == 1
     from safetensors.torch import load_file
 
-    assert load_file(run.checkpoints.whole()[-1] / "trained.safetensors").keys() == {"slope"}
+    assert load_file(whole_checkpoints(run.checkpoints.folder)[-1] / "trained.safetensors").keys() == {"slope"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.0}, {"optimizer": "sgd"}, {"optimizer": "adafactor"}])
@@ -134,7 +98,7 @@ def test_resuming_is_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     run = go(TrainingRun(settings(tmp_path), Line()))
-    file = run.checkpoints.whole()[-1] / "state.json"
+    file = whole_checkpoints(run.checkpoints.folder)[-1] / "state.json"
     state = json.loads(file.read_text(encoding="utf-8"))
     del state["format"]  # as before formats were numbered
     file.write_text(json.dumps(state), encoding="utf-8")
@@ -186,18 +150,38 @@ def test_accumulated_passes_are_one_update(tmp_path: Path) -> None:
     torch.testing.assert_close(whole.objective.slope, parts.objective.slope)
 
 
-def test_ctrl_c_saves_and_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_stops(name: str, tmp_path: Path) -> None:
+    number_of = getattr(signal, name, None)
+    if number_of is None:
+        pytest.skip(f"there is no {name} here")
+    before = signal.getsignal(number_of)
+    signal.signal(number_of, signal.SIG_DFL)  # under nohup SIGHUP is ignored
     run = TrainingRun(settings(tmp_path), Line())
 
     def batch(number: int) -> Tensor:
         if number == 17:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number_of)
         return torch.ones(4, 2)
 
     go(run, batch)
     assert run.step == 18
-    assert run.checkpoints.whole()[-1].name == "step-00000018"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert whole_checkpoints(run.checkpoints.folder)[-1].name == "step-00000018"
+    assert signal.getsignal(number_of) == signal.SIG_DFL
+    signal.signal(number_of, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    run = TrainingRun(settings(tmp_path), Line())
+
+    def batch(number: int) -> Tensor:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return torch.ones(4, 2)
+
+    assert go(run, batch).step == 40
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_time_is_up(tmp_path: Path) -> None:
@@ -208,10 +192,7 @@ def test_time_is_up(tmp_path: Path) -> None:
 def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = go(TrainingRun(settings(tmp_path, report_to=["tensorboard"]), Line()))
-    from PIL import Image
-
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "grid.png")
-    run.show("samples", tmp_path / "grid.png")
+    run.show("samples", Image.new("RGB", (8, 8), "red"))
     run.finish()
     events = reader.EventAccumulator(str(tmp_path / "training" / "logs" / "latentdiff"))
     events.Reload()
@@ -237,3 +218,28 @@ def test_logged_steps_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         go(TrainingRun(settings(tmp_path / "a"), Line()))
         TrainingRun(settings(tmp_path / "a", max_steps=50), Line())
     assert "resumed from" in caplog.text
+
+
+def test_what_cannot_be_recorded_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = TrainingRun(settings(tmp_path), Line())
+    folder = run.folder
+    (folder / "samples").write_text("no folder can be made here")
+
+    def batch(number: int) -> Tensor:
+        if number == 7:
+            (folder / "metrics.jsonl").rename(folder / "kept")
+            (folder / "metrics.jsonl").mkdir()  # so that nothing can be written
+        if number == 17:
+            run.show("samples", Image.new("RGB", (8, 8)))
+            (folder / "metrics.jsonl").rmdir()
+            (folder / "kept").rename(folder / "metrics.jsonl")
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 1')  # half a row, as a full disk leaves it
+        return torch.ones(4, 2)
+
+    go(run, batch)
+    assert run.step == 40
+    assert "metrics.jsonl: the figures of step 10 could not be written (Is a directory)" in caplog.text
+    assert "samples/step-00000017.png could not be written" in caplog.text
+    go(TrainingRun(settings(tmp_path, max_steps=50), Line()))
+    assert [row["step"] for row in rows(tmp_path)] == [5, 20, 25, 30, 35, 40, 45, 50]

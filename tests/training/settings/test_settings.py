@@ -115,3 +115,22 @@ def test_messages_stay_short(tmp_path: Path) -> None:
 def test_an_override_that_is_no_yaml_is_named() -> None:
     with pytest.raises(ValueError, match="setting 'block_out_channels', line 1: not YAML"):
         AutoencoderSettings.load(None, {**NEEDED, "block_out_channels": "[16, 32"})
+
+
+def test_one_value_is_enough_where_several_are_taken() -> None:
+    given = {
+        **NEEDED,
+        **parse_overrides(["report_to=tensorboard", "sample_prompts=a cat, a dog", "attention_levels=true"]),
+    }
+    given |= {"autoencoder": "a", "block_out_channels": "[32]"}
+    settings = DenoiserSettings.load(None, given)
+    assert settings.report_to == ("tensorboard",)
+    assert settings.sample_prompts == ("a cat, a dog",)
+    assert settings.attention_levels == (True,)
+    with pytest.raises(ValueError, match=r"setting 'report_to\.0': Input should be 'tensorboard' or 'wandb'"):
+        DenoiserSettings.load(None, {**given, "report_to": "tensorbord"})
+
+
+def test_no_more_timesteps_than_tables_can_have() -> None:
+    with pytest.raises(ValueError, match=r"setting 'num_train_timesteps': .* less than or equal to 100000"):
+        DenoiserSettings.load(None, {**NEEDED, "autoencoder": "a", "num_train_timesteps": "1000000000"})

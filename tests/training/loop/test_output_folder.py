@@ -1,0 +1,213 @@
+"""A run's output folder: held by one process, gone on with by settings that fit, and whole when it is read again."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lives import kill, start, wait
+from safetensors.torch import load_file
+from straight_line import Line, go, settings
+
+from latentdiff.training.loop.checkpoints import whole_checkpoints
+from latentdiff.training.loop.output_folder import hold, open_output
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, FinetuneSettings
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock, which says who holds it."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def other_holder(tmp_path: Path) -> Iterator[int]:
+    """A process that trains into `tmp_path`; its id."""
+    (tmp_path / "training").mkdir()
+    held = tmp_path / "held.txt"
+
+    def hold_on() -> None:
+        hold(tmp_path / "training")
+        worker = os.fork()  # as a data loader's, which lives on when its parent is killed
+        if worker:
+            held.with_suffix(".part").write_text(str(worker))
+            held.with_suffix(".part").rename(held)
+        time.sleep(100)
+
+    (child,) = start(hold_on, tmp_path / "log.txt")
+    while not held.exists():
+        time.sleep(0.001)
+    yield child
+    kill([child, int(held.read_text())])
+    with suppress(ChildProcessError):
+        os.waitpid(child, 0)
+
+
+@forks
+def test_a_second_run_is_told_who_holds_the_folder(other_holder: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"is being trained into by process {other_holder} of .*another --output"):
+        open_output(settings(tmp_path))
+    with pytest.raises(ValueError, match=f"process {other_holder}"):
+        TrainingRun(settings(tmp_path), Line())
+    assert state(tmp_path / "training") == {}
+    kill([other_holder])
+    assert wait([other_holder]) == [-signal.SIGKILL]
+    TrainingRun(settings(tmp_path), Line()).finish()  # a killed process holds nothing
+
+
+@forks
+def test_the_end_of_a_run_frees_its_folder(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    lock = tmp_path / "training" / ".lock"
+    assert lock.read_text().startswith(f"process {os.getpid()} of ")
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: hold(tmp_path / "training"), log)) == [1]
+    assert f"is being trained into by process {os.getpid()} of" in log.read_text(encoding="utf-8")
+    run.finish()
+    assert wait(start(lambda: hold(tmp_path / "training"), log)) == [0]
+
+
+@pytest.mark.parametrize("kind", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_arguments: object) -> None:
+        raise OSError(kind, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    go(TrainingRun(settings(tmp_path), Line()))
+    assert "its file system has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"optimizer": "sgd"}])
+def test_what_a_run_began_with_stays(changes: dict[str, Any], tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path), Line()))
+    before = state(tmp_path)
+    key = next(iter(changes))
+    with pytest.raises(ValueError, match=rf"step-00000040: does not fit .*another --output \({key} was .*, now"):
+        TrainingRun(settings(tmp_path, max_steps=50, **changes), Line())
+    assert state(tmp_path) == before
+
+
+def test_other_changes_are_said_and_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    go(TrainingRun(settings(tmp_path), Line()))
+    with caplog.at_level(logging.INFO, logger="latentdiff"):
+        run = TrainingRun(settings(tmp_path, max_steps=50, learning_rate=0.01), Line())
+    assert "goes on with other settings than before: learning_rate 0.01 (was 0.1)" in caplog.text
+    assert run.step == 40
+
+
+def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path), Line()))
+    other = AutoencoderSettings(data="-", output=str(tmp_path))
+    with pytest.raises(ValueError, match="it was trained by RunSettings, not AutoencoderSettings"):
+        open_output(other)
+
+
+def test_fixed_settings_exist() -> None:
+    for kind in (AutoencoderSettings, DenoiserSettings, FinetuneSettings):
+        assert set(kind.fixed) <= kind.model_fields.keys()
+        assert {"seed", "optimizer"} <= set(kind.fixed)
+    asked = {"prediction_type", "noise_schedule", "num_train_timesteps", "attention_head_dim", "norm_num_groups"}
+    assert asked <= set(DenoiserSettings.fixed)
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "averaged-0.safetensors", "optimizer.bin", "state.json"])
+def test_a_flipped_bit_is_noticed(name: str, tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    file = whole_checkpoints(run.checkpoints.folder)[-1] / name
+    content = bytearray(file.read_bytes())
+    where = content.index(b'"step": 40') + 8 if name == "state.json" else len(content) // 2
+    content[where] ^= 1  # of the state the step becomes 50, which is JSON as before
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"step-00000040/{name} is damaged .* goes on from step-00000030"):
+        TrainingRun(settings(tmp_path, max_steps=50), Line())
+    shutil.rmtree(file.parent)
+    assert TrainingRun(settings(tmp_path, max_steps=50), Line()).step == 30
+
+
+@pytest.mark.parametrize("name", ["averaged-0.safetensors", "optimizer.bin", "state.json", "SHA256SUMS"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    (whole_checkpoints(run.checkpoints.folder)[-1] / name).unlink()
+    with pytest.raises(ValueError, match=rf"step-00000040/{name} is damaged"):
+        TrainingRun(settings(tmp_path, max_steps=50), Line())
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"format": 3}'])
+def test_a_state_that_says_nothing_is_refused(content: str, tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    (whole_checkpoints(run.checkpoints.folder)[-1] / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"step-00000040.* is (damaged|of another version)"):
+        TrainingRun(settings(tmp_path, max_steps=50), Line())
+
+
+def test_an_average_can_begin_late(tmp_path: Path) -> None:
+    """It begins with the trained weights, and not with those that a new network has."""
+    before = go(TrainingRun(settings(tmp_path, ema_decay=0.0), Line()))
+    run = TrainingRun(settings(tmp_path, ema_decay=0.9, max_steps=50), Line())
+    assert torch.equal(run.learner.average.weights[0], before.objective.slope)
+    assert not run.learner.average.weights[0].requires_grad
+    go(run)
+    saved = load_file(whole_checkpoints(run.checkpoints.folder)[-1] / "averaged-0.safetensors")
+    assert torch.dist(saved["0"], run.objective.slope) < 0.1
+
+
+def test_records_that_are_no_text_are_left_out(tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path), Line()))
+    file = tmp_path / "training" / "metrics.jsonl"
+    rows = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*rows[:3], b'{"step": 17, "loss": "\xff\xfe"}\n', *rows[3:], b'{"step": 4']))
+    go(TrainingRun(settings(tmp_path, max_steps=50), Line()))
+    found = [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert found == list(range(5, 51, 5))
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = [".saving-ab_d1fgh", ".partial-0123456789abcdef.png", ".partial-0123456789abcdef"]
+    kept = [".saving-mine", ".partial-notes.txt", ".saving", "saving-abcdefgh"]
+    (tmp_path / "training" / "samples").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "training", tmp_path / "training" / "samples"):
+        (folder / names[0] / "unet").mkdir(parents=True)
+        (folder / names[0] / "unet" / "config.json").write_text("{}")
+        for name in names[1:] + kept:
+            (folder / name).write_text("x")
+    open_output(settings(tmp_path))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*kept, ".lock"}
+    assert not list(tmp_path.rglob(names[0]))
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_a_missing_tracker_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="report_to=tensorboard needs the package tensorboard: pip install"):
+        open_output(settings(tmp_path, report_to="tensorboard"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_half_precision_on_a_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mixed_precision=fp16 needs a GPU"):
+        TrainingRun(settings(tmp_path, mixed_precision="fp16"), Line())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_says_its_processes_and_the_size_of_an_update(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="latentdiff"):
+        TrainingRun(settings(tmp_path, gradient_accumulation_steps=3), Line())
+    assert "in float32; an update has 12 pictures: batch_size 4 x 3 accumulated x 1 process" in caplog.text

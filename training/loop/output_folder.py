@@ -1,0 +1,149 @@
+"""A run's output folder: one process at a time trains into it, and only with settings that fit what it holds."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from latentdiff.pipelines.distributed import processes
+from latentdiff.training.loop.checkpoints import read_state, whole_checkpoints
+from latentdiff.training.loop.distributed import check_surroundings
+from latentdiff.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+LEFTOVER = re.compile(r"\.saving-\w{8}|\.partial-[0-9a-f]{16}(\.\w+)?")
+"""What a killed process leaves of a folder or a file that it was writing aside."""
+TAKEN = (errno.EACCES, errno.EAGAIN)  # by another process
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+_held: dict[Path, BinaryIO] = {}
+"""Open lock files by folder."""
+
+
+def open_output(settings: RunSettings) -> None:
+    """What a trainer does before it writes anything: see that the settings can be trained with, here and there.
+
+    A folder that holds a run is this process's from now on, and what killed processes left there is removed.
+
+    Raises:
+        ValueError: another process trains into the folder, its run cannot go on with these settings, or this machine
+            lacks what they need.
+    """
+    check_surroundings(settings)
+    folder, is_main = Path(settings.output) / "training", processes().is_main_process
+    if is_main and folder.is_dir():
+        hold(folder)
+    check_resumable(folder, settings)
+    if is_main:
+        remove_leftovers(Path(settings.output))
+
+
+def hold(folder: Path) -> None:
+    """Lock an existing folder for this process, until `release` or its end, however it ends.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    key = folder.resolve()
+    if key in _held:
+        return
+    file = (folder / LOCK).open("a+b")
+    try:
+        lock(file)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).decode("utf-8", "replace").strip() or "another process"
+        file.close()
+        if error.errno in TAKEN:
+            raise ValueError(
+                f"{folder.parent} is being trained into by {holder}. Wait for its end, stop it (it saves what it has), "
+                f"or choose another --output"
+            ) from None
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: its file system has no locks; let no second run write there (%s)", folder, error.strerror)
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}".encode())
+    file.flush()
+    _held[key] = file
+
+
+def release(folder: Path) -> None:
+    """Let other processes train into a folder that this one holds."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.truncate(0)
+        file.close()
+
+
+def lock(file: BinaryIO) -> None:
+    """Lock a file for as long as it is open. Raises OSError if another process has done so."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where what is locked cannot be read: not the part that says who holds it
+        import msvcrt
+
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def hold_nothing() -> None:
+    """For a process that was forked from this one, such as a data loader's, which may outlive it for seconds."""
+    for file in _held.values():
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=hold_nothing)
+
+
+def check_resumable(folder: Path, settings: RunSettings) -> None:
+    """Whether the run that `folder` holds, if it does, can go on with these settings; others that changed are logged.
+
+    Raises:
+        ValueError: another network, process or order of pictures would be trained.
+    """
+    whole = whole_checkpoints(folder / "checkpoints")
+    if not whole:
+        return
+    before, now = read_state(whole)["settings"], state_of(settings)
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    wrong = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items() if key in settings.fixed]
+    if before["trainer"] != now["trainer"]:
+        wrong = [f"it was trained by {before['trainer']}, not {now['trainer']}"]
+    if wrong:
+        raise ValueError(
+            f"{whole[-1]}: does not fit the model these settings describe; use the settings of that run, or another "
+            f"--output ({'; '.join(wrong)})"
+        )
+    other = [f"{key} {new!r} (was {old!r})" for key, (old, new) in changed.items() if key != "max_steps"]
+    if other:
+        logger.info("the run goes on with other settings than before: %s", ", ".join(other))
+
+
+def state_of(settings: RunSettings) -> dict[str, object]:
+    """Settings as a checkpoint keeps them: without its place, with the name of their class."""
+    return {"trainer": type(settings).__name__, **json.loads(settings.model_dump_json(exclude={"output"}))}
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what processes that were killed left half-written in a run's folders."""
+    for folder in (output, output / "training", output / "training" / "samples"):
+        for path in folder.glob(".*"):
+            if not LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
