@@ -106,6 +106,7 @@ def defaults_of(options: type[BaseModel]) -> dict[str, Any]:
 def first_problem(error: ValidationError) -> str:
     """What pydantic objects to first: the option's name, what is wrong and what was given."""
     first = error.errors()[0]
+    wrong = first["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
     if not first["loc"]:
-        return f"settings: {first['msg']}"
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {reprlib.repr(first['input'])})"
+        return f"settings: {wrong}"
+    return f"{'.'.join(map(str, first['loc']))}: {wrong} (got {reprlib.repr(first['input'])})"

@@ -68,7 +68,8 @@ class Settings(BaseModel):
             return f"unknown setting {key}" + (f"; did you mean {near[0]!r}?" if near else "")
         if item["type"] == "missing":
             return f"setting {key} is needed"
-        return f"setting {key}: {item['msg']} (got {SHOWN.repr(item['input'])})" if item["loc"] else str(item["msg"])
+        wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
+        return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
 
     def save(self, file: Path) -> None:
         """Write the settings in force as YAML, whole or not at all."""

@@ -82,5 +82,8 @@ class RunSettings(DataSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.warmup_steps + self.decay_steps > self.max_steps:
-            raise ValueError("warmup_steps + decay_steps is more than max_steps")
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} are more than "
+                f"max_steps={self.max_steps}; lower them with it, to 0 for a trial"
+            )
         return self
