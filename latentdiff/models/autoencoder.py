@@ -28,7 +28,7 @@ from latentdiff.models.bottlenecks import (
 from latentdiff.models.layers import Checkpointed, Downsample2D, GridAttention, ResnetBlock2D, Upsample2D, norm_silu
 from latentdiff.models.network import Network, downscale_factor
 from latentdiff.models.single_file import SingleFileModel
-from latentdiff.models.tiling import Run, check_tiles, in_tiles, one_by_one
+from latentdiff.models.tiling import Run, in_tiles, one_by_one
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -280,10 +280,27 @@ class Autoencoder(SingleFileModel, Network):
         self.tile_sample_min_size = self.tile_latent_min_size * self.downscale_factor or pixels
 
     def tiles(self) -> tuple[int, int, float]:
-        """A tile's side in pixels and in latents, and the share that the next one covers too; `check_tiles` raises."""
-        tiles = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor
-        check_tiles(*tiles, factor=self.downscale_factor)
-        return tiles
+        """A tile's side in pixels and in latents, and the share that the next one covers too.
+
+        Raises:
+            ValueError: the attributes allow no tiles.
+        """
+        pixels, latents, overlap = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor
+        factor = self.downscale_factor
+        if pixels < factor:
+            raise ValueError(
+                f"tile_sample_min_size={pixels} is too small: a tile needs one latent at least, {factor} pixels of "
+                f"this model, and gives good pictures from about 32 latents on."
+            )
+        if pixels != latents * factor:
+            raise ValueError(
+                f"tile_sample_min_size={pixels} and tile_latent_min_size={latents} do not fit: this model has {factor} "
+                f"pixels to a latent. Set them to {pixels // factor * factor} and {pixels // factor}, or call "
+                f"enable_tiling(tile_sample_min_size={pixels})."
+            )
+        if not 0 <= overlap < 1:
+            raise ValueError(f"tile_overlap_factor must be from 0 to below 1 (0.25 is usual), not {overlap!r}")
+        return pixels, latents, overlap
 
     def disable_tiling(self) -> None:
         self.use_tiling = False

@@ -4,7 +4,7 @@ diffusers has no class for, ``GumbelVQModel`` and ``FSQModel``.
 Latent Diffusion (Rombach et al. 2022), Sec. 3.1; Taming Transformers (Esser et al. 2021), Sec. 3.1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +36,7 @@ class CodeAutoencoder(Autoencoder):
     A picture's codes are whole numbers: `encode_to_indices` gives them, `decode_from_indices` draws them.
     """
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"norm_type": ("group",)}
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["quantize"]
 
     @property
@@ -122,15 +122,8 @@ class CodeAutoencoder(Autoencoder):
         return AutoencoderOutput(reconstruction, loss, bottleneck, h, raw) if return_dict else (reconstruction, loss)
 
 
-class VQModel(CodeAutoencoder):
-    """Autoencoder with a codebook: every latent vector is replaced by the nearest of ``num_vq_embeddings``.
-
-    The config is diffusers' ``VQModel``'s. ``decode`` takes, besides what diffusers' takes, the ``generator`` that the
-    Stable Diffusion pipelines pass.
-
-    Raises:
-        ValueError: a key is unknown or asks for what is not supported.
-    """
+class CodebookAutoencoder(CodeAutoencoder):
+    """What the autoencoders with a codebook share: their config, whose further keys are in ``neutral``."""
 
     @register_to_config
     def __init__(
@@ -149,18 +142,36 @@ class VQModel(CodeAutoencoder):
         vq_embed_dim: int | None = None,
         scaling_factor: float = 0.18215,
         mid_block_add_attention: bool = True,
-        lookup_from_codebook: bool = False,
         force_upcast: bool = False,
         **others: Any,
     ) -> None:
         super().__init__()
         self.accept_neutral(others)
         self.per_level("num_vq_embeddings")
-        self.build_coders(encoder_channels=latent_channels)
-        code_dim = vq_embed_dim or latent_channels
-        self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
-        self.quantize = VectorQuantizer(num_vq_embeddings, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
+        self.build(latent_channels, num_vq_embeddings, vq_embed_dim or latent_channels)
+
+    def build(self, channels: int, codes: int, code_dim: int) -> None:
+        """Make encoder and decoder, which work on latents of `channels`, and a codebook between them."""
+        raise NotImplementedError
+
+
+class VQModel(CodebookAutoencoder):
+    """Autoencoder with a codebook: every latent vector is replaced by the nearest of ``num_vq_embeddings``.
+
+    The config is diffusers' ``VQModel``'s. ``decode`` takes, besides what diffusers' takes, the ``generator`` that the
+    Stable Diffusion pipelines pass.
+
+    Raises:
+        ValueError: a key is unknown or asks for what is not supported.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = CodeAutoencoder.neutral | {"lookup_from_codebook": (False, True)}
+
+    def build(self, channels: int, codes: int, code_dim: int) -> None:
+        self.build_coders(encoder_channels=channels)
+        self.quant_conv = nn.Conv2d(channels, code_dim, 1)
+        self.quantize = VectorQuantizer(codes, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, channels, 1)
 
 
 class LogitLaplace:
@@ -190,7 +201,7 @@ class LogitLaplace:
         return (squeezed.logit() - self.location).abs() / self.width + torch.log(2 * self.width * slope)
 
 
-class GumbelVQModel(CodeAutoencoder):
+class GumbelVQModel(CodebookAutoencoder):
     """Autoencoder whose encoder gives a distribution over codes, as DALL-E's discrete VAE (Ramesh et al. 2021).
 
     The config is `VQModel`'s, and ``logit_laplace``: the decoder gives a distribution of every value, as DALL-E's does,
@@ -202,35 +213,14 @@ class GumbelVQModel(CodeAutoencoder):
         ValueError: a key is unknown or asks for what is not supported.
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
-        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 3,
-        sample_size: int = 32,
-        num_vq_embeddings: int = 256,
-        norm_num_groups: int = 32,
-        vq_embed_dim: int | None = None,
-        scaling_factor: float = 0.18215,
-        mid_block_add_attention: bool = True,
-        logit_laplace: bool = False,
-        force_upcast: bool = False,
-        **others: Any,
-    ) -> None:
-        super().__init__()
-        self.accept_neutral(others)
-        self.per_level("num_vq_embeddings")
-        self.build_coders(latent_channels, decoder_channels=2 * out_channels if logit_laplace else None)
-        code_dim = vq_embed_dim or latent_channels
-        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.quantize = GumbelQuantizer(latent_channels, num_vq_embeddings, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = CodeAutoencoder.neutral | {"logit_laplace": (False, True)}
+
+    def build(self, channels: int, codes: int, code_dim: int) -> None:
+        given = self.config.out_channels * (2 if self.config.logit_laplace else 1)
+        self.build_coders(encoder_channels=channels, decoder_channels=given)
+        self.quant_conv = nn.Conv2d(channels, channels, 1)
+        self.quantize = GumbelQuantizer(channels, codes, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, channels, 1)
 
     def pixels_of(self, raw: Tensor) -> Tensor:
         return LogitLaplace(raw).pixels.to(raw.dtype) if self.config.logit_laplace else raw

@@ -30,8 +30,8 @@ WITH_SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class StrictConfig(ConfigMixin):
     """``ConfigMixin`` for a class whose ``__init__`` takes its keys by name and the rest as ``**others``.
 
-    ``neutral`` names diffusers' further keys with the values that have no effect, diffusers' default first. The checks
-    raise ValueError with class, key and value.
+    ``neutral`` names such further keys with the values that are supported, the default first: of diffusers' keys those
+    that have no effect. The checks raise ValueError with class, key and value.
     """
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

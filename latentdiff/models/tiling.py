@@ -137,26 +137,3 @@ def one_by_one(run: Run, x: Tensor) -> Tensor:
     for i in range(1, len(x)):
         out[i : i + 1] = run(x[i : i + 1])
     return out
-
-
-def check_tiles(sample: int, latent: int, overlap: float, factor: int) -> None:
-    """Raises ValueError for settings that allow no tiles.
-
-    Args:
-        sample, latent: a tile's side in pixels and in latents.
-        overlap: the share of a tile's side that the next one covers too.
-        factor: pixels of a side to one latent.
-    """
-    if sample < factor:
-        raise ValueError(
-            f"tile_sample_min_size={sample} is too small: a tile needs one latent at least, {factor} pixels of this "
-            f"model, and gives good pictures from about 32 latents on."
-        )
-    if sample != latent * factor:
-        raise ValueError(
-            f"tile_sample_min_size={sample} and tile_latent_min_size={latent} do not fit: this model has {factor} "
-            f"pixels to a latent. Set them to {sample // factor * factor} and {sample // factor}, or call "
-            f"enable_tiling(tile_sample_min_size={sample})."
-        )
-    if not 0 <= overlap < 1:
-        raise ValueError(f"tile_overlap_factor must be from 0 to below 1 (0.25 is usual), not {overlap!r}")
