@@ -1,7 +1,7 @@
 """Inpainting: part of a picture is drawn anew, the rest stays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Unpack
 
@@ -48,6 +48,9 @@ class MaskOptions(PictureOptions):
 class Canvas:
     """What is painted on: H x W pixels, maybe a part of the picture that was given."""
 
+    image: Pictures
+    """As given, but upright."""
+    mask_image: Pictures
     pixels: Tensor
     """(P, 3, H, W) in [-1, 1], or latents (P, C, h, w)."""
     mask: Tensor
@@ -135,9 +138,6 @@ class InpaintPipeline(TextPipeline):
             TypeError, ValueError: as there; a picture or a mask is none, sizes or numbers do not go together.
         """
         options = MaskOptions.of(locals())
-        if image is not None and mask_image is not None:
-            image, mask_image = upright_pair(image, mask_image)
-            options = replace(options, image=image, mask_image=mask_image)
         plain = self.unet.config.in_channels == self.vae.config.latent_channels
         self.check_channels(
             0 if plain else 1 + self.vae.config.latent_channels,
@@ -147,33 +147,16 @@ class InpaintPipeline(TextPipeline):
         canvas = self._canvas(options, height, width)
         call = PaintingCall(self, options)
         schedule = call.timesteps(options.strength)
-        shape = call.latents_shape(height, width)
-        start = call.start_latents(canvas.pixels) if plain or options.strength < 1 else None
-        if start is not None:
-            check_latents(start, shape)
-        noise = call.first_noise(shape).to(call.device, self.unet.dtype)
-        if start is None or options.strength == 1 or latents is not None:
-            first = call.sampler.from_noise(noise)
-        else:
-            first = call.sampler.noised(start, noise, schedule[0])
-        call.mask = call.latent_mask(canvas.mask, shape)
-        call.masked = call.masked_latents(canvas, plain)
-
-        def keep(progress: Progress) -> Tensor:
-            """What is not to be painted is put back, with the noise that the next step expects; (B, C, h, w)."""
-            assert start is not None
-            unpainted = start
-            if progress.step + 1 < len(schedule):
-                unpainted = call.sampler.noised(start, noise, schedule[progress.step + 1])
-            return (1 - call.mask) * unpainted + call.mask * progress.latents
-
-        denoiser = call.denoiser(call.painted_conditioning())
-        output = yield from call.draw(denoiser, first, schedule, keep if plain else None)
-        return output if canvas.crop is None else self._put_back(output, image, mask_image, canvas.crop)
+        first = call.first_painting(canvas, call.latents_shape(height, width), schedule, plain)
+        keep = None if call.start is None or not plain else call.keep
+        output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keep)
+        return output if canvas.crop is None else self._put_back(output, canvas)
 
     def _canvas(self, options: MaskOptions, height: int, width: int) -> Canvas:
         """What to paint on, at the size to paint at; a part of the picture with ``padding_mask_crop``."""
         image, mask, padding = options.image, options.mask_image, options.padding_mask_crop
+        if image is not None and mask is not None:
+            image, mask = upright_pair(image, mask)
         sizes: dict[str, Any] = {"height": height, "width": width}
         crop = None
         if padding is not None:
@@ -186,12 +169,12 @@ class InpaintPipeline(TextPipeline):
             crop = self.mask_processor.get_crop_region(mask, width, height, pad=padding)
             sizes |= {"crops_coords": crop, "resize_mode": "fill"}
         pixels = to_pixels(self.image_processor, image, **sizes)
-        return Canvas(pixels.float(), to_mask(self.mask_processor, mask, **sizes), crop)
+        return Canvas(image, mask, pixels.float(), to_mask(self.mask_processor, mask, **sizes), crop)
 
-    def _put_back(self, output: Any, image: Any, mask: Any, crop: tuple[int, int, int, int]) -> Any:
+    def _put_back(self, output: Any, canvas: Canvas) -> Any:
         """The painted parts in their places in the picture."""
         overlay = self.image_processor.apply_overlay
-        whole_ones = [overlay(mask, image, part, crop) for part in output[0]]
+        whole_ones = [overlay(canvas.mask_image, canvas.image, part, canvas.crop) for part in output[0]]
         if isinstance(output, tuple):
             return whole_ones, *output[1:]
         output.images = whole_ones
@@ -202,13 +185,42 @@ class PaintingCall(TextCall):
     """A call that paints within a mask.
 
     Attributes:
+        start: (B, C, h, w), latents of the picture; None if nothing of it is needed.
         mask: (B, 1, h, w), 1 where to paint.
         masked: (B, C, h, w), latents of the picture without that, or None with a plain UNet.
     """
 
     options: MaskOptions
+    start: Tensor | None
     mask: Tensor
     masked: Tensor | None
+
+    def first_painting(self, canvas: Canvas, shape: tuple[int, ...], schedule: Tensor, plain: bool) -> Tensor:
+        """Where sampling starts, (B, C, h, w): noise, or below strength 1 the picture with noise.
+
+        Args:
+            shape: of the result.
+            plain: whether the UNet takes latents alone.
+        """
+        strength = self.options.strength
+        self.schedule = schedule
+        self.start = self.start_latents(canvas.pixels) if plain or strength < 1 else None
+        if self.start is not None:
+            check_latents(self.start, shape)
+        self.own_noise = self.first_noise(shape).to(self.device, self.pipeline.unet.dtype)
+        self.mask = self.latent_mask(canvas.mask, shape)
+        self.masked = self.masked_latents(canvas, plain)
+        if self.start is None or strength == 1 or self.options.latents is not None:
+            return self.sampler.from_noise(self.own_noise)
+        return self.sampler.noised(self.start, self.own_noise, schedule[0])
+
+    def keep(self, progress: Progress) -> Tensor:
+        """What is not to be painted is put back, with the noise that the next step expects; (B, C, h, w)."""
+        unpainted = self.start
+        assert unpainted is not None
+        if progress.step + 1 < len(self.schedule):
+            unpainted = self.sampler.noised(unpainted, self.own_noise, self.schedule[progress.step + 1])
+        return (1 - self.mask) * unpainted + self.mask * progress.latents
 
     def latent_mask(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(P, 1, H, W) -> (B, 1, h, w), the nearest pixel's value."""
