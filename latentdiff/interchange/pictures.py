@@ -71,8 +71,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the mode cannot be converted, or pixels are not numbers.
     """
-    if is_deep(image):
-        return shallow(image).convert("RGB")
+    image = shallow(image)
     if image.mode == "CMYK":
         return _from_cmyk(image)
     if image.has_transparency_data:
@@ -81,17 +80,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether this is grey of more than eight bits."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
-
-
 def shallow(image: Image.Image) -> Image.Image:
-    """Grey of more than eight bits as grey of eight; Pillow's own conversion clips it.
+    """Grey of more than eight bits as grey of eight, which Pillow's own conversion clips; others as they are.
 
     Raises:
         ValueError: pixels are not numbers.
     """
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        return image
     import numpy as np
 
     grey = np.asarray(image, dtype=np.float32)

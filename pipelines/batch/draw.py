@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import file_digest
-from latentdiff.interchange.pictures import is_deep, read_picture, shallow
+from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.batch.options import GenerateOptions, defaults_of, first_problem
 from latentdiff.pipelines.batch.record import (
@@ -61,7 +61,7 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, 
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
             picture, digest = read_picture(file)
-            found[name] = shallow(picture) if name == "mask" and is_deep(picture) else picture
+            found[name] = picture
             used[name] = UsedFile(file=str(file), sha256=digest)
     found["image"], mask_image = upright_pair(found.get("image"), found.get("mask"))
     if mask_image is not None:

@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from latentdiff.interchange.pictures import is_deep, shallow, to_rgb, upright
+from latentdiff.interchange.pictures import shallow, to_rgb, upright
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def upright_rgb(image: Any) -> Any:
 
 
 def upright_pair(image: Pictures, mask: Pictures) -> tuple[Pictures, Pictures]:
-    """A picture as `upright_rgb` gives it, and its mask turned to fit.
+    """A picture as `upright_rgb` gives it, and its mask turned to fit, grey of at most eight bits.
 
     A mask with an orientation of its own (EXIF) is turned as that says. Others are turned as their picture is, as if
     drawn on the pixels in its file, if their shape is that of these pixels, or if shapes do not tell (the picture is
@@ -46,6 +46,10 @@ def upright_pair(image: Pictures, mask: Pictures) -> tuple[Pictures, Pictures]:
         TypeError, ValueError: an array cannot be a mask.
     """
     pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    if isinstance(mask, (list, tuple)) and are_images(mask):
+        mask = [shallow(one) for one in mask]
+    elif isinstance(mask, Image.Image):
+        mask = shallow(mask)
     masks: list[Any] = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if isinstance(masks[0] if masks else None, (np.ndarray, Tensor)):
         masks = list(mask_values(mask))
@@ -124,8 +128,7 @@ def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Ten
     if mask is None:
         raise ValueError("mask_image is missing; give one that is white where to paint and black elsewhere")
     if are_images(mask):
-        masks = mask if isinstance(mask, (list, tuple)) else [mask]
-        masks = [shallow(one) if is_deep(one) else one for one in masks]
+        masks = [shallow(one) for one in (mask if isinstance(mask, (list, tuple)) else [mask])]
         return preprocessed("mask_image", processor, masks, **options)
     return (resized(processor, mask_values(mask), **options) >= 0.5).float()
 

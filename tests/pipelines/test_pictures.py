@@ -129,6 +129,21 @@ def test_deep_grey_is_read_whole(pipeline: Any, mode: str) -> None:
     assert mask.flatten().tolist() == (RAMP.flatten() > 32767).astype(float).tolist()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_masks_are_cut_out_and_put_back(pipeline: Any, mode: str) -> None:
+    painter = InpaintPipeline.from_pipe(pipeline)
+    painter.set_progress_bar_config(disable=True)
+    call = {
+        "prompt": "sun",
+        "image": photograph(None, 16, 16),
+        "num_inference_steps": 2,
+        "padding_mask_crop": 1,
+        "seed": 0,
+    }
+    grey = Image.fromarray((RAMP / 257).round().astype(np.uint8))
+    assert painter(mask_image=deep(mode), **call).images == painter(mask_image=grey, **call).images
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_training_and_commands_read_deep_grey_alike(mode: str, tmp_path: Path) -> None:
     deep(mode).save(tmp_path / "deep.tiff")
