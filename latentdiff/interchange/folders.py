@@ -1,6 +1,7 @@
 """Finding a model's folder, packaged or not, and checking it with clear errors before a library reads it."""
 
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable
@@ -180,7 +181,7 @@ def check_links(part: Path, root: Path) -> None:
     base = root.resolve()
     cache = next(((parent.parent / "blobs").resolve() for parent in base.parents if parent.name == "snapshots"), None)
     for path in (part, *part.glob("*")):
-        place = path.resolve()
+        place = Path(os.path.realpath(path))  # resolve() raises RuntimeError for a link to itself
         if not place.is_relative_to(base) and not (cache is not None and place.parent == cache):
             raise ValueError(
                 f"{path} is a link that leads out of {root}, to {place}; only links within a folder are followed: "

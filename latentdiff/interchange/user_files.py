@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MAX_TEXT = 64 * 2**20
 """Bytes of a file of JSON, a table or prompts."""
 
+MAX_TABLE = 2**30
+"""Bytes of a table that is read whole, such as CSV."""
+
 MAX_HEADER = 100_000_000
 """Bytes of the header of a safetensors file, as the library has it."""
 
@@ -66,8 +69,8 @@ def read_bytes(file: Path, limit: int = MAX_TEXT) -> bytes:
     """
     check_regular(file)
     with file.open("rb") as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
+        content = stream.read(limit + 1) if file.stat().st_size <= limit else None  # some of /proc have no size
+    if content is None or len(content) > limit:
         raise ValueError(f"{file} is larger than {limit / 2**20:g} MiB, the limit for a file of this kind")
     return content
 

@@ -146,6 +146,11 @@ def pipe_in_the_tokenizer(folder: Path, mark: Path) -> None:
     os.mkfifo(folder / "tokenizer/added_tokens.json")
 
 
+def weights_that_link_to_themselves(folder: Path, mark: Path) -> None:
+    (folder / "text_encoder/model.safetensors").unlink()
+    (folder / "text_encoder/model.safetensors").symlink_to("model.safetensors")
+
+
 def device_for_a_config(folder: Path, mark: Path) -> None:
     (folder / "unet/config.json").unlink()
     (folder / "unet/config.json").symlink_to("/dev/zero")
@@ -175,6 +180,7 @@ HARM: list[tuple[Callable[[Path, Path], None], str]] = [
     (no_tokenizer, r"/model.*tokenizer"),
     (unknown_default, r"/model: unknown default 'sampler'"),
     (pipe_in_the_tokenizer, r"added_tokens\.json is a pipe or a device"),
+    (weights_that_link_to_themselves, r"text_encoder.*model\.safetensors|/model/text_encoder"),
     (device_for_a_config, r"unet/config\.json is a (pipe or a device|link that leads out of)"),
     (unknown_key, "unknown config key 'atention_head_dim'; did you mean 'attention_head_dim'"),
 ]

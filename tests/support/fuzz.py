@@ -17,6 +17,7 @@ import logging
 import os
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -261,8 +262,14 @@ class Run:
         print(f"FAULT {key}\n    {self.faults[key]}", flush=True)
         if self.keep is not None:
             kept = self.keep / f"{len(self.faults)}"
-            shutil.copytree(self.seeds.place, kept, symlinks=True)
+            shutil.copytree(self.seeds.place, kept, symlinks=True, ignore=odd_files)
             (kept / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+
+
+def odd_files(folder: str, names: list[str]) -> list[str]:
+    """What cannot be kept: pipes, and files of holes."""
+    found = {name: os.lstat(os.path.join(folder, name)) for name in names}
+    return [name for name, info in found.items() if stat.S_ISFIFO(info.st_mode) or info.st_size > 2**30]
 
 
 def limit_memory() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -143,8 +144,19 @@ CHANGES |= dict.fromkeys((".ckpt", ".pt"), changed_pickle) | dict.fromkeys((".js
 
 
 def change(draw: Any, source: Path, target: Path) -> Path:
-    """Write a changed copy of one file."""
+    """Put a changed copy of a file at `target`, or something that is no file."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
-    target.write_bytes(CHANGES.get(source.suffix, changed_bytes)(draw, source.read_bytes()))
+    how = draw(st.sampled_from(["change"] * 20 + ["pipe", "device", "loop", "folder", "sparse", "empty", "nothing"]))
+    if how == "pipe":
+        os.mkfifo(target)
+    elif how in ("device", "loop"):
+        target.symlink_to("/dev/zero" if how == "device" else target)
+    elif how == "folder":
+        target.mkdir()
+    elif how in ("sparse", "empty"):
+        with target.open("wb") as stream:
+            stream.truncate(2**40 if how == "sparse" else 0)
+    elif how == "change":
+        target.write_bytes(CHANGES.get(source.suffix, changed_bytes)(draw, source.read_bytes()))
     return target

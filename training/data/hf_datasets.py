@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
 
     for path in folder.rglob("*"):
         links = path.is_symlink() and (path.is_dir() or path.suffix) and not is_picture(path.name)
-        if links and not any(path.resolve().is_relative_to(one) for one in allowed):
+        if links and not any(Path(os.path.realpath(path)).is_relative_to(one) for one in allowed):
             raise ValueError(f"{path} is a link out of the dataset's folder; picture_folder=FOLDER allows another one")
         if path.name == "state.json":
             _check_names(read_json(path).get("_data_files"), path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latentdiff.interchange.user_files import MAX_TABLE, MAX_TEXT, faults_named, read_bytes
 from latentdiff.training.data.captions import check_weight, decode_text, shorten
 from latentdiff.training.data.decode import why_unreadable
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
@@ -127,7 +128,7 @@ def read_rows(file: Path, columns: list[str]) -> Iterator[Row]:
 
 def _jsonl(file: Path, columns: list[str]) -> Iterator[Row]:
     with file.open("rb") as binary:
-        lines: Iterable[bytes] = binary
+        lines: Iterable[bytes] = iter(lambda: binary.readline(MAX_TEXT + 1), b"")
         start = binary.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip()
         wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         if wide or start.startswith(b"["):
@@ -141,6 +142,8 @@ def _jsonl(file: Path, columns: list[str]) -> Iterator[Row]:
                 return
             lines = text.encode("utf-8", "surrogateescape").split(b"\n")
         for number, line in enumerate(lines, start=1):
+            if len(line) > MAX_TEXT:
+                raise ValueError(f"{file}, line {number}: it is longer than {MAX_TEXT >> 20} MiB")
             if line.strip():
                 yield Row(f"line {number}", json_object(line))
 
@@ -167,10 +170,8 @@ def checked_object(value: Any) -> dict[str, Any] | str:
 
 
 def _whole_text(file: Path) -> str:
-    try:
-        return decode_text(file.read_bytes(), "surrogateescape")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    with faults_named(file):
+        return decode_text(read_bytes(file, MAX_TABLE), "surrogateescape")
 
 
 def _csv(file: Path, columns: list[str]) -> Iterator[Row]:

@@ -33,16 +33,9 @@ AUTOENCODERS = {
     "VQModel": "a codebook (VQModel)",
     "GumbelVQModel": "a codebook and a distribution over it (GumbelVQModel)",
 }
-CLIP_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "projection_dim"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-)
-BERT_KEYS = (
-    *("vocab_size", "max_position_embeddings", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads"),
-    *("head_dim", "d_model", "activation_function", "pad_token_id"),
-)
-"""The keys of a config in a file's header that are used; transformers' configs can also name code to download."""
+FURTHER_KEYS = ("layer_norm_eps", "activation_function", "pad_token_id")
+"""Of a text encoder's config in a header, besides those that shapes tell; transformers' can also name code to download.
+"""
 
 
 def check_checkpoint(weights: Checkpoint) -> None:
@@ -212,8 +205,9 @@ def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:
     kind = text_kind(weights)
     if kind is None:
         raise ValueError(f"{weights.file} has no text encoder that is known here; give text_encoder= and tokenizer=")
-    config = weights.header.get("text_encoder") or text_config(weights, kind)
-    config = {key: config[key] for key in (BERT_KEYS if kind == "bert" else CLIP_KEYS) if key in config}
+    config = text_config(weights, kind)
+    said = weights.header.get("text_encoder", {})
+    config |= {key: said[key] for key in (*config, *FURTHER_KEYS) if key in said}
     network = build(weights, LAYOUTS[kind], lambda: random_text_encoder(kind, config), dtype)
     for module in network.modules():  # CLIP has its positions in a buffer
         if "position_ids" in module._buffers:
