@@ -36,7 +36,8 @@ from .grammar import article
 from .held_out import family
 from .synonym_pairs import Pair, Pairs, Swap, Synonyms, is_form, is_validation, read_synonyms
 
-QUERIES = 32  # of each cross-attention, that read the states
+QUERIES = 16  # of each cross-attention, that read the states
+READING = 4  # cross-attentions that read them in one update
 PADDING = 2  # padding tokens of the captions in training; all of them have nearly the same state
 WHOLE = 0.04  # of the captions: as long as prompts are when they are drawn
 STATES_VARIANCE = 0.1  # of text states, about
@@ -53,13 +54,13 @@ class Settings:
     """
 
     learning: int = 3
-    pairs: int = 36_000
-    batch: int = 64
-    rate: float = 3e-4
-    words: float = 0.42
-    vocabulary: float = 0.18
-    colours: float = 0.08
-    praise: float = 0.07
+    pairs: int = 24_000
+    batch: int = 48
+    rate: float = 5e-4
+    words: float = 0.34
+    vocabulary: float = 0.32
+    colours: float = 0.06
+    praise: float = 0.05
     nearest: float = 0.5
     states_weight: float = 0.1
     warmup: int = 100
@@ -133,34 +134,38 @@ class Readers:
         named = pipeline.unet.named_modules()
         self.attentions = [module for name, module in named if name.endswith("attn2")]
         self.queries = collect_queries(pipeline, self.attentions, prompts, seed)
-        reads = self.read(pipeline.encode_prompt(list(prompts))[0], slice(QUERIES))
+        states = pipeline.encode_prompt(list(prompts))[0]
+        reads = [self.read(states, slice(QUERIES), number) for number in range(len(self.attentions))]
         self.scales = [1 / float(read.var(0).mean().clamp(min=1e-8)) for read in reads]
 
-    def read(self, states: Tensor, chosen: slice | Tensor) -> list[Tensor]:
-        """(B, L, D) -> what each attention reads with the `chosen` of its queries, (B, N, D')."""
+    def read(self, states: Tensor, chosen: slice | Tensor, number: int) -> Tensor:
+        """(B, L, D) -> what attention `number` reads with the `chosen` of its queries, (B, N, D')."""
         weight = torch.zeros(states.shape[1])
         weight[-1] = math.log(self.longest - len(weight) + 1)
-        found = []
-        for attention, queries in zip(self.attentions, self.queries, strict=True):
-            query = split_heads(queries[chosen][None].expand(len(states), -1, -1), attention.heads)
-            keys, values = attention.keys_values(states)
-            found.append(
-                merge_heads(F.scaled_dot_product_attention(query.to(keys), keys, values, weight.to(keys)[None]))
-            )
-        return found
+        attention, queries = self.attentions[number], self.queries[number][chosen]
+        query = split_heads(queries[None].expand(len(states), -1, -1), attention.heads)
+        keys, values = attention.keys_values(states)
+        return merge_heads(F.scaled_dot_product_attention(query.to(keys), keys, values, weight.to(keys)[None]))
 
     def distance(self, states: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, L, D) each -> (B,): mean squared difference of what is read; 1 if captions have nothing in common."""
+        """(B, L, D) each -> (B,): mean squared difference of what is read; 1 if captions have nothing in common.
+
+        It is of some of the attentions and queries, chosen by `generator`.
+        """
         chosen = torch.randint(len(self.queries[0]), (QUERIES,), generator=generator)
+        found = []
         with fast():
-            pairs = zip(self.read(states, chosen), self.read(wanted, chosen), self.scales, strict=True)
-            return torch.stack([s * (one - two).float().square().mean((1, 2)) / 2 for one, two, s in pairs]).mean(0)
+            for number in torch.randperm(len(self.attentions), generator=generator)[:READING].tolist():
+                one, two = (self.read(x, chosen, number) for x in (states, wanted))
+                found.append(self.scales[number] * (one - two).float().square().mean((1, 2)) / 2)
+        return torch.stack(found).mean(0)
 
     @torch.no_grad()
     def summary(self, states: Tensor, queries: int = 8) -> Tensor:
-        """(B, L, D) -> (B, S), whose squared distances are as `distance` with so many queries."""
-        parts = zip(self.read(states, slice(queries)), self.scales, strict=True)
-        return torch.cat([(scale / read[0].numel()) ** 0.5 * read.flatten(1) for read, scale in parts], dim=1)
+        """(B, L, D) -> (B, S), whose squared distances are as `distance` with all attentions and so many queries."""
+        parts = [self.read(states, slice(queries), number) for number in range(len(self.attentions))]
+        scaled = [(s / part[0].numel()) ** 0.5 * part.flatten(1) for s, part in zip(self.scales, parts, strict=True)]
+        return torch.cat(scaled, dim=1)
 
 
 @torch.no_grad()
