@@ -1,5 +1,7 @@
 """The processes of one training, as Accelerate sees them, and weights that FSDP has spread over them."""
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,8 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from latentdiff.pipelines.distributed import on_cpu, processes
 from latentdiff.training.settings import RunSettings
 
+logger = logging.getLogger(__name__)
+
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """What a tracker needs one of."""
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_surroundings(settings: RunSettings) -> None:
@@ -28,13 +33,17 @@ def check_surroundings(settings: RunSettings) -> None:
         raise ValueError("mixed_precision=fp16 needs a GPU; processors train in float32 or with mixed_precision=bf16")
 
 
-def describe_run(accelerator: Accelerator, settings: RunSettings) -> str:
-    """How many processes train where, and how many pictures one update has."""
+def log_start(accelerator: Accelerator, settings: RunSettings) -> None:
+    """Say how many processes train where, and how many pictures one update has."""
     count, accumulated = accelerator.num_processes, settings.gradient_accumulation_steps
-    size = settings.batch_size * accumulated * count
-    parts = f"batch_size {settings.batch_size} x {accumulated} accumulated x {count} process{'es' * (count > 1)}"
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[settings.mixed_precision]
-    return f"training on {accelerator.device.type} in {precision}; an update has {size} pictures: {parts}"
+    logger.info(
+        "training on %s in %s; an update has %d pictures: batch_size %d x %d accumulated x %d process%s",
+        *(accelerator.device.type, PRECISIONS[settings.mixed_precision], settings.batch_size * accumulated * count),
+        *(settings.batch_size, accumulated, count, "es" * (count > 1)),
+    )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", settings.mixed_precision):
+        logger.warning("Accelerate's configuration asks for %s; settings alone count: mixed_precision=%s", asked, asked)
 
 
 def accelerator_of(settings: RunSettings) -> Accelerator:

@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop.checkpoints import Checkpoints
-from latentdiff.training.loop.distributed import accelerator_of, describe_run, spread_modules, whole_parameters
+from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.output_folder import hold, open_output, release, state_of
@@ -61,7 +61,7 @@ class TrainingRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             hold(self.folder)
             settings.save(self.folder / "settings.yaml")
-            logger.info("%s", describe_run(self.accelerator, settings))
+            log_start(self.accelerator, settings)
         self.records = Records(self.folder, self.accelerator, settings, self.step)
         self.stopping = Stopping(self.accelerator, settings.max_minutes)
         self.started, self.first_step = time.monotonic(), self.step

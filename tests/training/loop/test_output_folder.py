@@ -207,7 +207,11 @@ def test_half_precision_on_a_processor_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_says_its_processes_and_the_size_of_an_update(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_says_its_processes_and_the_size_of_an_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with caplog.at_level(logging.INFO, logger="latentdiff"):
         TrainingRun(settings(tmp_path, gradient_accumulation_steps=3), Line())
+    assert "asks for bf16; settings alone count: mixed_precision=bf16" in caplog.text
     assert "in float32; an update has 12 pictures: batch_size 4 x 3 accumulated x 1 process" in caplog.text

@@ -179,6 +179,28 @@ def test_settings_of_another_model_do_not_resume(pictures: Path, tmp_path: Path)
         train_autoencoder(autoencoder_settings(pictures, tmp_path / "a", max_steps=2, block_out_channels=(8, 12)))
 
 
+def test_a_denoiser_goes_on_with_what_it_began_with(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+    """None of these shows in the shapes of the weights."""
+    out = tmp_path / "a"
+    values = {**denoiser_settings, "output": str(out), "max_steps": 1}
+    train_denoiser(DenoiserSettings.load(None, values))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    others = {"prediction_type": "sample", "noise_schedule": "linear", "num_train_timesteps": 500, "loss": "l1"}
+    others |= {
+        "attention_head_dim": 16,
+        "norm_num_groups": 2,
+        "zero_terminal_snr": False,
+        "seed": 1,
+        "optimizer": "sgd",
+    }
+    for key, value in others.items():
+        with pytest.raises(ValueError, match=rf"does not fit the model .* use the settings of that run, .*\({key} was"):
+            train_denoiser(DenoiserSettings.load(None, {**values, "max_steps": 2, key: value}))
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"} == {
+        file: content for file, content in before.items() if file.name != ".lock"
+    }
+
+
 def test_a_model_of_another_class_is_no_autoencoder(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}', encoding="utf-8")
     values = {**denoiser_settings, "autoencoder": str(tmp_path), "output": str(tmp_path / "a"), "max_steps": 1}
