@@ -1,13 +1,13 @@
 """Encoded pictures to RGB: upright, on white, of any mode, and safe against files made to do harm."""
 
 import io
+import os
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import PurePath
 
 from PIL import Image
 
@@ -48,12 +48,12 @@ class Decoded:
 
 def is_picture(name: str) -> bool:
     """Whether a name is that of a picture, of whatever kind; see `why_unreadable`."""
-    return PurePath(name).suffix.lower() in PICTURE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def why_unreadable(name: str) -> str | None:
     """Why a picture of this name is not read, and what to do; None if it is, or is no picture's name."""
-    suffix = PurePath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix in PLUGINS and find_spec(PLUGINS[suffix][1]) is None:
         return f"{suffix} pictures are read with a further package: install {PLUGINS[suffix][2]}, or save it as PNG"
     return f"{suffix} pictures are not read; save it as PNG or JPEG" if suffix in OTHERS else None
@@ -84,7 +84,7 @@ def decode(content: bytes, name: str = "") -> Decoded:
     if not content:
         raise ValueError("the file is empty")
     try:
-        return _decode(content, formats_of(PurePath(name).suffix.lower()))
+        return _decode(content, formats_of(os.path.splitext(name)[1].lower()))
     except MemoryError:
         raise ValueError("there is not enough memory to decode it") from None
     except Exception as error:  # decoders raise nearly everything when a file was made to

@@ -81,7 +81,10 @@ class _FolderReader:
         self.listing = Listing(self.source, root, wanted, self.split_of)
 
     def split_of(self, place: Path) -> str:
-        """By the folder that a path is in."""
+        """By the folder that a path is in, which a table on Windows wrote with backslashes."""
+        if not self.splits:
+            return TRAIN
+        place = Path(os.path.normpath(str(place).replace("\\", "/")))
         return next((split for folder, split in self.splits.items() if place.is_relative_to(folder)), TRAIN)
 
     def visit(self, folder: Path, listed: bool) -> None:
@@ -100,7 +103,7 @@ class _FolderReader:
         listed = listed or table is not None
         alike: dict[str, list[str]] = defaultdict(list)  # files that differ in their suffix only
         for entry in entries if not listed else ():
-            alike[normal(Path(entry.name).stem)].append(entry.name)
+            alike[_stem(entry.name)].append(entry.name)
         for entry in entries:
             if self.source.is_full(self.wanted):
                 return None
@@ -111,7 +114,7 @@ class _FolderReader:
                     self.source.refuse(entry.path, "is a folder, not a picture")
                 self._descend(Path(entry.path), entry.is_symlink(), listed)
             elif not listed and is_picture(entry.name):
-                self._add(Path(entry.path), alike[normal(Path(entry.name).stem)])
+                self._add(Path(entry.path), alike[_stem(entry.name)])
 
     def _descend(self, folder: Path, is_link: bool, listed: bool) -> None:
         if is_link:
@@ -134,7 +137,7 @@ class _FolderReader:
         if not self.wanted.has_split(split):
             self.source.know_split(split)
             return
-        by_suffix = {Path(name).suffix.lower(): name for name in alike}
+        by_suffix = {os.path.splitext(name)[1].lower(): name for name in alike}
         beside = next((by_suffix[suffix] for suffix in CAPTION_SUFFIXES if suffix in by_suffix), None)
         if why := why_unreadable(picture.name):
             if any(is_picture(name) and not why_unreadable(name) for name in alike):
@@ -145,7 +148,7 @@ class _FolderReader:
                 self.source.refuse(str(picture), why)
             return
         try:
-            path = inside(self.root, str(picture.relative_to(self.root)), self.listing.allowed)
+            path = inside(picture.parent, picture.name, self.listing.allowed)
             caption = self._caption(path, beside)
             self.source.pictures.append(CaptionedPicture(str(path), FileReader(str(path)), caption))
         except ValueError as error:
@@ -165,7 +168,7 @@ class _FolderReader:
 
     def _read_caption(self, file: Path) -> tuple[str, ...]:
         name = shorten(file.name)
-        path = inside(self.root, str(file.relative_to(self.root)), self.listing.allowed)
+        path = inside(file.parent, file.name, self.listing.allowed)
         try:
             if path.stat().st_size > 4 * LONGEST + 4:  # a character takes at most four bytes
                 size = f"{path.stat().st_size:,} bytes"
@@ -175,6 +178,10 @@ class _FolderReader:
             raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def _stem(name: str) -> str:
+    return normal(os.path.splitext(name)[0])
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

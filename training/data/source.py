@@ -1,5 +1,6 @@
 """What all sources of pictures have in common."""
 
+import errno
 import os
 import stat
 import unicodedata
@@ -153,28 +154,31 @@ def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names |
         ValueError: it leaves these folders, is no file, or cannot be a path.
     """
     shown = shorten(repr(file_name), 200)
-    leaves = f"{shown} leaves the folder {allowed[0]}" if allowed else shown
-    path = Path(os.path.normpath(folder / file_name))
+    path = os.path.normpath(os.path.join(folder, file_name))
     try:
         if not os.path.lexists(path):
-            path = _written_otherwise(folder, file_name, {} if names is None else names) or path
-        real = path.resolve(strict=True)
-        if not any(real.is_relative_to(one) for one in allowed):
-            raise ValueError(f"{leaves}; picture_folder=FOLDER allows another one")
-        mode = real.stat().st_mode
-    except RuntimeError:
-        raise ValueError(f"{shown}: links that lead in a circle") from None
+            path = str(_written_otherwise(folder, file_name, {} if names is None else names) or path)
+        real = os.path.realpath(path, strict=True)
+        if not _is_below(real, allowed):
+            raise ValueError(f"{shown} leaves the folder {allowed[0]}; picture_folder=FOLDER allows another one")
+        mode = os.stat(real).st_mode
     except (OSError, UnicodeError) as error:
-        if not any(path.is_relative_to(one) for one in allowed):
-            raise ValueError(leaves) from None
+        if not _is_below(path, allowed):
+            raise ValueError(f"{shown} leaves the folder {allowed[0]}") from None
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise ValueError(f"{shown}: links that lead in a circle") from None
+        parent, name = os.path.split(path)
+        there = (names or {}).get(Path(parent), {}).values()
+        alike = [f"; there is {shorten(one)}" for one in there if one.casefold() == name.casefold()]
         reason = getattr(error, "strerror", None) or "not a path"
-        there = (names or {}).get(path.parent, {}).values()
-        alike = [name for name in there if name.casefold() == path.name.casefold()]
-        hint = f"; there is {shorten(alike[0])}" if alike else ""
-        raise ValueError(f"no such file: {shorten(str(path), 200)} ({reason}){hint}") from None
+        raise ValueError(f"no such file: {shorten(path, 200)} ({reason}){''.join(alike[:1])}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
-    return path
+    return Path(path)
+
+
+def _is_below(path: str, folders: Sequence[Path]) -> bool:
+    return any(path == str(folder) or path.startswith(os.path.join(folder, "")) for folder in folders)
 
 
 def _written_otherwise(folder: Path, file_name: str, names: Names) -> Path | None:

@@ -5,7 +5,6 @@ import csv
 import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +69,7 @@ class Listing:
             return
         file_name = row.values.get("file_name")
         named = str(file_name) if isinstance(file_name, str) and file_name else None
-        split = str(row.values.get("split") or self.split_of(_place_of(file, named)))
+        split = str(row.values.get("split") or self.split_of(file if named is None else file.parent / named))
         if not self.wanted.has_split(split):
             self.source.know_split(split)
         elif named is not None:
@@ -101,11 +100,6 @@ class Listing:
             captions = tuple(dict.fromkeys(pictures[place].captions + picture.captions))
             pictures[place] = replace(pictures[place], captions=captions)
             self.source.warn(picture.name, f"is listed more than once in {file.name}; its captions go together")
-
-
-def _place_of(file: Path, file_name: str | None) -> Path:
-    """Where the picture lies that a row of `file` names."""
-    return file if file_name is None else Path(os.path.normpath(file.parent / file_name.replace("\\", "/")))
 
 
 @dataclass(frozen=True, slots=True)
