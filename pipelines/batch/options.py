@@ -44,7 +44,7 @@ class Option:
 class RowOptions(Plain):
     """What a row of a table of prompts can set for its picture. None: as for all, or as the model has it."""
 
-    negative_prompt: Annotated[str | None, Option("What to keep away from.")] = None
+    negative_prompt: str | None = Field(None, description="What to keep away from.")
     guidance_scale: Annotated[
         float | None,
         Option("How strongly to follow the prompt, 1 and up; by default the model's.", "--guidance"),
@@ -53,16 +53,16 @@ class RowOptions(Plain):
     num_inference_steps: Annotated[
         int | None, Option("Denoising steps; by default the model's.", "--steps"), Field(ge=1)
     ] = None
-    height: Annotated[int | None, Option("In pixels; by default as the model was trained."), Field(gt=0)] = None
-    width: Annotated[int | None, Option("In pixels; by default as the model was trained."), Field(gt=0)] = None
+    height: int | None = Field(None, gt=0, description="In pixels; by default as the model was trained.")
+    width: int | None = Field(None, gt=0, description="In pixels; by default as the model was trained.")
 
 
 class DrawingOptions(RowOptions):
     """What is the same for all pictures that are drawn together."""
 
-    guidance_rescale: Annotated[
-        float, Option("Bring guided predictions back to the contrast of unguided ones."), Field(ge=0, le=1)
-    ] = 0.0
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="Bring guided predictions back to the contrast of unguided ones."
+    )
     guidance_interval: Annotated[
         tuple[float, float] | None,
         Option("Noise levels between which guidance acts.", metavar="LOW HIGH"),
@@ -72,26 +72,26 @@ class DrawingOptions(RowOptions):
         bool,
         Option("Read weights of words: (red:1.3), (red) for more, square brackets for less.", "--prompt-weights"),
     ] = False
-    long_prompts: Annotated[
-        Literal["cut", "chunk"],
-        Option("A prompt longer than the text encoder takes: cut it, or read it in chunks."),
-    ] = "cut"
+    long_prompts: Literal["cut", "chunk"] = Field(
+        "cut", description="A prompt longer than the text encoder takes: cut it, or read it in chunks."
+    )
 
 
 class GenerateOptions(DrawingOptions):
     """What drawing a few pictures from one command can ask for besides."""
 
-    variation_strength: Annotated[
-        float, Option("How much of the noise of VARIATION_SEED is mixed in."), Field(ge=0, le=1)
-    ] = 0.1
-    strength: Annotated[
-        float | None,
-        Option("How much of the picture is drawn anew: 0.8 by default, and all (1) of what a mask covers."),
-        Field(ge=0, le=1),
-    ] = None
-    candidates: Annotated[
-        int | None, Option("Draw this many of each prompt and keep those that fit it best; see --clip."), Field(ge=1)
-    ] = None
+    variation_strength: float = Field(
+        0.1, ge=0, le=1, description="How much of the noise of VARIATION_SEED is mixed in."
+    )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much of the picture is drawn anew: 0.8 by default, and all (1) of what a mask covers.",
+    )
+    candidates: int | None = Field(
+        None, ge=1, description="Draw this many of each prompt and keep those that fit it best; see --clip."
+    )
     reranker: Annotated[
         str | None,
         Option("What compares candidates: folder of a CLIP, owner/name, or open_clip:MODEL/WEIGHTS.", "--clip"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
+from pydantic import Field
 
 from latentdiff.pipelines.batch.options import Plain
 from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
@@ -48,18 +49,12 @@ USEFUL = {  # of these to read a component alone
 class ReadingOptions(Plain):
     """How a single file is read."""
 
-    prediction_type: Annotated[
-        str | None, typer.Option(help="What a single file's model predicts: epsilon or v_prediction.")
-    ] = None
-    original_config: Annotated[
-        Path | None, typer.Option(help="YAML file that was released with a single file's model.")
-    ] = None
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a tokenizer, for a single file without CLIP's.")
-    ] = None
-    scaling_factor: Annotated[
-        float | None, typer.Option(help="Of a single file's autoencoder, which its weights do not show.")
-    ] = None
+    prediction_type: str | None = Field(None, description="Of a single file: it predicts epsilon or v_prediction.")
+    original_config: Path | None = Field(None, description="Of a single file: the YAML file released with its model.")
+    tokenizer: str | None = Field(None, description="Of a single file without CLIP's: folder or hub id of a tokenizer.")
+    scaling_factor: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Of a single file's autoencoder, which its weights do not show."
+    )
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
     ] = False

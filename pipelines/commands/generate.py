@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
 from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, GenerateOptions, Plain
 from latentdiff.pipelines.commands.options import (
@@ -30,21 +31,12 @@ FRAMES = 8  # of a filmstrip
 class SourceOptions(Plain):
     """What pictures are made of besides words and the model."""
 
-    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            help="White where to paint in the picture of --image, and as large. If that one is turned by its EXIF, so "
-            "is the mask, unless its shape or EXIF of its own say otherwise."
-        ),
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Picture i is drawn with SEED + i; by default a random one, shown.")
-    ] = None
-    variation_seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Draw variations of the picture of SEED: picture i mixes in VARIATION_SEED + i."),
-    ] = None
+    image: Path | None = Field(None, description="Picture to start from.")
+    mask: Path | None = Field(None, description="White where to paint in the picture of --image, and as large.")
+    seed: int | None = Field(None, ge=0, description="Picture i is drawn with SEED + i; by default random, and shown.")
+    variation_seed: int | None = Field(
+        None, ge=0, description="Draw variations of the picture of SEED: picture i mixes in VARIATION_SEED + i."
+    )
 
 
 class TargetOptions(Plain):
@@ -54,9 +46,7 @@ class TargetOptions(Plain):
         Path | None, typer.Option("--output", "-o", help="PNG file to write; by default named after the prompt.")
     ] = None
     separate: Annotated[bool, typer.Option("--separate", help="One file for each picture instead of a grid.")] = False
-    filmstrip: Annotated[
-        Path | None, typer.Option(help="Show how the pictures came to be, step by step, in this PNG file.")
-    ] = None
+    filmstrip: Path | None = Field(None, description="PNG file that shows how the pictures came to be, step by step.")
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file even if this program did not write it.")
     ] = False

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -98,24 +98,22 @@ class Watch:
     """A progress bar; after an interruption it reports how far this process came."""
 
     def __init__(self, output: Path) -> None:
-        self.output, self.done, self.total = output, 0, 0
-        self.bar: Any = None
+        from tqdm import tqdm
 
-    def __enter__(self) -> "Watch":
+        self.output, self.done, self.total = output, 0, 0
+        hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+        self.bar = tqdm(unit="picture", disable=hidden)
+
+    def __enter__(self) -> Self:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
-            self.bar = tqdm(total=total, unit="picture", disable=hidden)
+        self.bar.total = total
         self.bar.update(done - self.done)
         self.done, self.total = done, total
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         if kind is KeyboardInterrupt:
             of = f" of {self.total}" if self.total else ""
             say(f"Stopped; {self.done}{of} pictures were drawn in {self.output}. Repeat the command to go on", err=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from annotated_types import Ge, Le
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
@@ -57,9 +57,7 @@ class LoadingOptions(Plain):
             "--model", "-m", help="A packaged model, a pipeline folder, a .safetensors file, or owner/name on the hub."
         ),
     ] = "emoji"
-    variant: Annotated[
-        str | None, typer.Option(help="Weight files to take where the model's folder has them, such as fp16.")
-    ] = None
+    variant: str | None = Field(None, description="Weight files to take where the folder has them, such as fp16.")
     lora: Annotated[
         list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="LoRA to load; may be repeated.")
     ] = None
@@ -69,9 +67,7 @@ class LoadingOptions(Plain):
             "--embedding", metavar="FILE[:WORD]", help="New word to load (textual inversion); may be repeated."
         ),
     ] = None
-    scheduler: Annotated[
-        str | None, typer.Option(help="Sampler, such as ddim, dpm++, euler or unipc; by default the model's.")
-    ] = None
+    scheduler: str | None = Field(None, description="Sampler: ddim, dpm++, euler, unipc ...; by default the model's.")
     device: DeviceOption = Device.auto
     precision: PrecisionOption = Precision.float32
 
