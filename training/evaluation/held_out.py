@@ -68,6 +68,7 @@ def held_out_pictures(
         image_column=settings.image_column,
         caption_column=settings.caption_column,
         condition=condition,
+        picture_folder=settings.picture_folder,
     )
     try:
         source = read_source(settings.data, wanted)

@@ -20,6 +20,7 @@ class HeldOutSettings(Settings):
     output: str | None = Field(None, description="Folder for the figures; by default MODEL/evaluation.")
     image_column: str = Field("image", description="Of a dataset.")
     caption_column: str = Field("text", description="Of a dataset or table.")
+    picture_folder: str | None = Field(None, description="A folder outside DATA that paths in its tables may lead to.")
 
     def folder(self) -> Path:
         """Where the figures go.

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures."""
+"""Held-out pictures, and the loss on them."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,9 +17,10 @@ from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch
-from latentdiff.training.evaluation.held_out import HeldOutLoss
+from latentdiff.training.evaluation.held_out import HeldOutLoss, held_out_pictures
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
+from latentdiff.training.settings import HeldOutSettings
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -132,3 +134,18 @@ def test_two_processes_measure_what_one_does(count: int, tmp_path: Path) -> None
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one-0", "two-0", "two-1"))
     assert first == second
     assert first == pytest.approx(one, rel=1e-6)
+
+
+def test_pictures_that_a_table_names_elsewhere(tmp_path: Path) -> None:
+    elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
+    for folder in (elsewhere, data):
+        folder.mkdir()
+    (elsewhere / "a.png").write_bytes(hostile.encode(hostile.noise(0)))
+    row = {"file_name": "../elsewhere/a.png", "text": "x", "split": "val"}
+    (data / "metadata.jsonl").write_text(json.dumps(row))
+    settings = HeldOutSettings(model="emoji", data=str(data))
+    with pytest.raises(ValueError, match="leaves the folder"):
+        held_out_pictures(settings, tmp_path / "out")
+    allowed = HeldOutSettings(model="emoji", data=str(data), picture_folder=str(elsewhere))
+    (picture,) = held_out_pictures(allowed, tmp_path / "out")[0]
+    assert picture.size == (48, 40)
