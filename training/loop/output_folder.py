@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,27 +110,35 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_resumable(folder: Path, settings: RunSettings) -> None:
-    """Whether the run that `folder` holds, if it does, can go on with these settings; others that changed are logged.
+    """Raises ValueError if `folder` holds a run that cannot go on with these settings.
 
-    Raises:
-        ValueError: another network, process or order of pictures would be trained.
+    Another network, process or order of pictures would be trained.
     """
     whole = whole_checkpoints(folder / "checkpoints")
     if not whole:
         return
-    before, now = read_state(whole)["settings"], state_of(settings)
-    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
-    wrong = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items() if key in settings.fixed]
-    if before["trainer"] != now["trainer"]:
-        wrong = [f"it was trained by {before['trainer']}, not {now['trainer']}"]
+    before = read_state(whole)["settings"]
+    wrong = [f"{key} was {old!r}, now {new!r}" for key, old, new in changes(before, settings) if key in settings.fixed]
+    if before["trainer"] != type(settings).__name__:
+        wrong = [f"it was trained by {before['trainer']}, not {type(settings).__name__}"]
     if wrong:
         raise ValueError(
             f"{whole[-1]}: does not fit the model these settings describe; use the settings of that run, or another "
             f"--output ({'; '.join(wrong)})"
         )
-    other = [f"{key} {new!r} (was {old!r})" for key, (old, new) in changed.items() if key != "max_steps"]
-    if other:
-        logger.info("the run goes on with other settings than before: %s", ", ".join(other))
+
+
+def log_changes(before: Mapping[str, object], settings: RunSettings) -> None:
+    """Say in what the settings differ from those of a checkpoint."""
+    found = [f"{key} {new!r} (was {old!r})" for key, old, new in changes(before, settings) if key != "max_steps"]
+    if found:
+        logger.info("the run goes on with other settings than before: %s", ", ".join(found))
+
+
+def changes(before: Mapping[str, object], settings: RunSettings) -> list[tuple[str, object, object]]:
+    """Key, old and new value of what differs from the settings of a checkpoint."""
+    now = state_of(settings)
+    return [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
 
 
 def state_of(settings: RunSettings) -> dict[str, object]:

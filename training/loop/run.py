@@ -21,7 +21,7 @@ from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimization import learning_rate_at
-from latentdiff.training.loop.output_folder import hold, open_output, release, state_of
+from latentdiff.training.loop.output_folder import hold, log_changes, open_output, release, state_of
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
@@ -198,6 +198,7 @@ class TrainingRun:
         """Go on from the newest checkpoint, if there is one."""
         state, averaged = self.checkpoints.load_latest()
         if state:
+            log_changes(state["settings"], self.settings)
             self.step, self.learner.skipped = int(state["step"]), int(state["skipped"])
             self.learner.watch.restore(state["watch"])
             self.figures = state["figures"]
