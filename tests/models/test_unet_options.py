@@ -97,6 +97,16 @@ def test_a_t2i_adapter_adds_what_it_adds_to_diffusers_unet(blocks: tuple[str, st
         assert min(float((a - b).abs().max()) for a, b in zip([plain, *found], found, strict=False)) > 1e-3
 
 
+def test_a_t2i_adapter_of_diffusers_fits(pair: Callable) -> None:
+    ours, theirs = pair("UNet2DConditionModel", **TINY)
+    adapter = diffusers.T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2)
+    inputs = batch(TINY)
+    with torch.no_grad():
+        features = adapter(torch.rand(2, 3, 16, 16))
+        wanted = theirs(**inputs, down_intrablock_additional_residuals=[x.clone() for x in features]).sample
+        close(ours(**inputs, down_intrablock_additional_residuals=features).sample, wanted)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
