@@ -126,6 +126,22 @@ def test_a_call_within_a_callback_changes_nothing(pipeline: Any) -> None:
     assert len(within) == 2
 
 
+def test_a_call_within_a_callback_with_its_own_size_and_lora_scale(own: Any, tmp_path: Path) -> None:
+    own.load_lora_weights(diffusers_lora(own, tmp_path))
+    outer = {**CALLS[0], "cross_attention_kwargs": {"scale": 2.0}}
+    inner = {**CALLS[4], "cross_attention_kwargs": {"scale": 0.5}}
+    alone, other = draw(own, outer), draw(own, inner)
+    within: list[Tensor] = []
+
+    def callback(view: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        within.append(draw(view if step else own, inner))
+        return tensors
+
+    assert torch.equal(draw(own, {**outer, "callback_on_step_end": callback}), alone)
+    assert all(torch.equal(one, other) for one in within)
+    assert len(within) == 3
+
+
 def test_an_interruption_is_of_one_call(pipeline: Any) -> None:
     first, second = (pipeline.stream(**call, output_type="pt") for call in (CALLS[1], CALLS[3]))
     next(first), next(second)
