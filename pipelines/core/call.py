@@ -60,6 +60,7 @@ class Call:
         self.seeds = image_seeds(options.seed, self.count)
         self.generator = image_generators(self.seeds, options.generator, self.count)
         self.variation = self._variation()
+        self.planned = self._plan()
         self.faults: dict[int, str] = {}
 
     @property
@@ -118,8 +119,8 @@ class Call:
 
     # From options to where sampling starts
 
-    @cached_property
     def _plan(self) -> tuple[Tensor, int]:
+        """All timesteps, and how many were asked for; the scheduler's scale depends on it."""
         options, steps = self.options, self.options.num_inference_steps
         steps = self.pipeline.defaults["num_inference_steps"] if steps is None else steps
         timesteps = self.sampler.plan(steps, self.device, options.timesteps, options.sigmas)
@@ -130,9 +131,9 @@ class Call:
         """The steps to run, (S,): all of them, or the last ones for a picture to start from.
 
         Raises:
-            TypeError, ValueError: see `Sampler.plan` and `Sampler.last`.
+            ValueError: see `Sampler.last`.
         """
-        timesteps, planned = self._plan
+        timesteps, planned = self.planned
         return timesteps if strength is None else self.sampler.last(timesteps, planned, strength)
 
     def latents_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -141,7 +142,6 @@ class Call:
 
     def first_latents(self, shape: tuple[int, ...]) -> Tensor:
         """Where sampling from nothing starts: `first_noise` in the scheduler's scale."""
-        _ = self._plan  # on which the scheduler's scale depends
         return self.sampler.from_noise(self.first_noise(shape).to(self.device)).to(self.pipeline.unet.dtype)
 
     def denoiser(self, conditioning: GuidedConditioning, **options: Any) -> GuidedDenoiser:
@@ -166,7 +166,7 @@ class Call:
         timesteps: Tensor,
         after_step: Callable[[Progress], Tensor] | None = None,
     ) -> Steps[ImagesOutput | tuple[Any, Any]]:
-        """Denoise, decode, and give what the caller asked for.
+        """Denoise, decode, and give what the caller asked for; a callback that sets ``_interrupt`` ends the denoising.
 
         Args:
             latents: (B, C, h, w), where to start.
@@ -177,18 +177,6 @@ class Call:
         for part in (denoiser.conditioning.positive, denoiser.conditioning.negative):
             self.note_faults(encoder, None if part is None else part.states)
         self.note_faults("vae", latents)  # of a picture to start from
-        result = yield from self._run(denoiser, latents, timesteps, after_step)
-        self.note_faults("unet", result)
-        return self.finish(result)
-
-    def _run(
-        self,
-        denoiser: GuidedDenoiser,
-        latents: Tensor,
-        timesteps: Tensor,
-        after_step: Callable[[Progress], Tensor] | None,
-    ) -> Steps[Tensor]:
-        """The denoising loop, with progress bar and callback; a callback that sets ``_interrupt`` ends it."""
         _ = self._callback_names  # checks them
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
@@ -206,7 +194,8 @@ class Call:
                 if self.view._interrupt:
                     break
         self.pipeline.show_state(self.view)
-        return latents
+        self.note_faults("unet", latents)
+        return self.finish(latents)
 
     @cached_property
     def _callback_names(self) -> Sequence[str]:
