@@ -18,6 +18,7 @@ from latentdiff.pipelines.batch.draw import SourcePictures, draw_batch, settings
 from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
+from latentdiff.pipelines.core.options import whole_number
 from latentdiff.pipelines.distributed import drawing_processes
 
 PASSING = ("batches", "pictures", "machine", "version", "withheld", "model")
@@ -107,10 +108,12 @@ def draw_many(
             the files only ``loras``, ``embeddings`` and ``variant``.
 
     Raises:
+        TypeError: ``seed`` or ``batch_size`` is no whole number.
         ValueError: a prompt or a setting cannot be used, or a file name leaves the folder.
         FileExistsError: a file in the way is not a picture of ours, or the table is not ours; nothing is drawn.
         OSError: the folder cannot be written.
     """
+    seed, batch_size = whole_number(seed, "seed"), whole_number(batch_size, "batch_size")
     if not 1 <= batch_size <= MOST:
         raise ValueError(f"batch_size must lie in [1, {MOST}], not {batch_size}")
     folder = Path(folder)

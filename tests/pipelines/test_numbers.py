@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.models import UNet2DModel
+from latentdiff.pipelines import draw_many
 from latentdiff.pipelines.core.options import finite_number, positive_whole, real_number, whole_number
 
 WHOLE: list[Callable[[Any], Any]] = [np.int64, np.uint8, torch.tensor, lambda value: np.array(value)]
@@ -120,6 +121,18 @@ def test_defaults_of_any_library_are_saved(pipeline: Any, tmp_path: Path) -> Non
     assert TextToImagePipeline.from_pretrained(tmp_path).defaults == saved
     with pytest.raises(TypeError, match="guidance_scale must be a number, not 'high'"):
         pipeline.register_defaults(guidance_scale="high")
+
+
+def test_many_pictures(pipeline: Any, tmp_path: Path) -> None:
+    numbers = {"seed": np.int64(3), "batch_size": np.uint8(1), "height": np.int32(16), "guidance_scale": np.float32(2)}
+    drawn = []
+    for name, given in (("numpy", numbers), ("python", {key: value.item() for key, value in numbers.items()})):
+        report = draw_many(pipeline, ["sun", "cat"], tmp_path / name, num_inference_steps=2, **given)
+        assert report.drawn == ["000001.png", "000002.png"]
+        drawn.append([np.asarray(Image.open(tmp_path / name / file)) for file in report.drawn])
+    np.testing.assert_array_equal(*drawn)
+    with pytest.raises(TypeError, match="batch_size must be a whole number"):
+        draw_many(pipeline, ["sun"], tmp_path, batch_size=1.5)  # type: ignore[arg-type]
 
 
 BAD_WHOLE = [2.0, np.float64(2), torch.tensor(2.0), "2", True, np.True_, torch.tensor(True), None, [2], torch.ones(2)]
