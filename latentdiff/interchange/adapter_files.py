@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.interchange.atomic import atomic_file
-from latentdiff.interchange.folders import check_safetensors, read_json
+from latentdiff.interchange.folders import check_links, check_safetensors, read_json
 
 LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 EMBEDDING_NAMES = ("learned_embeds.safetensors",)
@@ -42,8 +42,8 @@ def find_adapter(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no safetensors file or ambiguous, or `weight_name` or ``subfolder`` leads out of the
-            folder.
+        ValueError: it is damaged, no safetensors file or ambiguous, or `weight_name`, ``subfolder`` or a link leads out
+            of the folder.
         OSError: the hub cannot be reached.
     """
     place = Path(source).expanduser()
@@ -59,6 +59,7 @@ def find_adapter(
         file = folder / (weight_name or choose(have, names, str(folder)))
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; the folder has {', '.join(have) or 'no safetensors files'}")
+        check_links(place, [file, folder / "adapter_config.json"])
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not place.parent.exists():
         file = download(str(source), names, weight_name, suffixes, hub)
     else:

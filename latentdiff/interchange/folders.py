@@ -1,5 +1,6 @@
 """Finding a model's folder, packaged or not, and checking it with clear errors before a library reads it."""
 
+import json
 import math
 import os
 import re
@@ -104,7 +105,7 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
             f"{folder} is not a pipeline folder: it has no model_index.json (what save_pretrained writes, with the "
             f"folders vae, text_encoder, tokenizer, unet and scheduler beside it)"
         )
-    check_links(folder, folder)
+    check_links(folder, [folder / "model_index.json"])
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name", "")
     if isinstance(kind, list) and kind:
@@ -135,8 +136,8 @@ def is_component(folder: Path, name: str, value: Any) -> bool:
     elif name not in COMPONENTS and not (name.isidentifier() and (folder / name).is_dir()):
         return False  # a setting of the pipeline
     raise ValueError(
-        f"{folder / 'model_index.json'}: its {name} is {str(value)[:200]!r}; a component is named by its library and "
-        f'its class, such as ["diffusers", "AutoencoderKL"], or by [null, null] if there is none'
+        f"{folder / 'model_index.json'}: its {name} is {json.dumps(value)[:200]}; a component is named by its library "
+        f'and its class, such as ["diffusers", "AutoencoderKL"], or by [null, null] if there is none'
     )
 
 
@@ -157,7 +158,7 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
         raise FileNotFoundError(
             f"{folder}: the folder {name} is missing; model_index.json says it holds a {class_name}"
         )
-    check_links(part, folder)
+    check_links(folder, (part, *part.glob("*")))
     check_regular_files(part)
     check_adapters(part)
     for file in sorted(part.glob("*.json")):
@@ -170,17 +171,17 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
         check_safetensors(file)
 
 
-def check_links(part: Path, root: Path) -> None:
-    """Refuse links of a folder, or in it, that lead out of `root`, but for those of the hub's cache to its files.
+def check_links(root: Path, paths: Iterable[Path]) -> None:
+    """Refuse links that lead out of the folder `root`, but for those of the hub's cache to its files.
 
-    root: what the user named; where itself is a link is no matter.
+    root: what the user named; it may be a link itself.
 
     Raises:
         ValueError: there is one, and where it leads.
     """
     base = root.resolve()
     cache = next(((parent.parent / "blobs").resolve() for parent in base.parents if parent.name == "snapshots"), None)
-    for path in (part, *part.glob("*")):
+    for path in paths:
         place = Path(os.path.realpath(path))  # resolve() raises RuntimeError for a link to itself
         if not place.is_relative_to(base) and not (cache is not None and place.parent == cache):
             raise ValueError(
@@ -269,15 +270,16 @@ def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
     Raises:
         ValueError: weights are missing or of another shape; or there is an adapter in the folder.
     """
-    check_adapters(Path(place, options.get("subfolder") or ""))
+    folder = Path(place, options.get("subfolder") or "")
+    check_adapters(folder)
     try:
         model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
     except RuntimeError as error:
-        raise ValueError(f"{place}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(
-            f"{place}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy the "
-            f"folder again"
+            f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy "
+            f"the folder again"
         )
     return model

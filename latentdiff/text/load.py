@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.interchange.folders import check_safetensors, find_model, load_whole
+from latentdiff.interchange.folders import check_links, check_safetensors, find_model, load_whole
 from latentdiff.text.encode import UNLIMITED, max_tokens
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
     place = str(source) if folder is None else str(folder)
     in_pipeline = on_hub_in_pipeline(place) if folder is None else (folder / "text_encoder").is_dir()
     if folder is not None:
-        for file in sorted((folder / "text_encoder" if in_pipeline else folder).glob("*.safetensors")):
+        parts = [folder / "text_encoder", folder / "tokenizer"] if in_pipeline else [folder]
+        check_links(folder, [*parts, *(path for part in parts for path in part.glob("*"))])
+        for file in sorted(parts[0].glob("*.safetensors")):
             check_safetensors(file)
 
     from transformers import AutoTokenizer

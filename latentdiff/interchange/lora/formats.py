@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
 from latentdiff.interchange.atomic import failures_named
+from latentdiff.interchange.folders import check_links
 from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
@@ -64,6 +65,7 @@ class LoraFile:
 
     def __init__(self, source: str | Path, weight_name: str | None = None, **hub: Any) -> None:
         parts = [part for part in (Path(source) / UNET, Path(source) / TEXT) if (part / CONFIG_NAME).is_file()]
+        check_links(Path(source), parts)
         self.state: dict[str, Tensor] = {}
         self.config: dict[str, Any] | None = None
         self.header: dict[str, str] = {}
