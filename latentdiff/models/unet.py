@@ -85,8 +85,8 @@ class UNet(TimeConditioned):
             skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, time, prepared)
-        if len(within) > len(self.down_blocks) and within[len(self.down_blocks)].shape == x.shape:
-            x = x + within[len(self.down_blocks)]
+        if len(within) > len(self.down_blocks):
+            x = x + within[-1]
         if mid_residual is not None:
             x = x + mid_residual
         for up in self.up_blocks:
@@ -246,11 +246,16 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
                 "UNet2DConditionModel: down_block_additional_residuals and mid_block_additional_residual, a "
                 "ControlNet's, must be given both or none; a T2I-Adapter's are down_intrablock_additional_residuals."
             )
+        within = down_intrablock_additional_residuals or ()
+        if len(within) > len(self.down_blocks) + 1:
+            raise ValueError(
+                f"UNet2DConditionModel: {len(within)} down_intrablock_additional_residuals are more than its "
+                f"{len(self.down_blocks)} blocks of the way down and the middle; the adapter is for another UNet."
+            )
         time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
         # Not `encode_text`: every cross-attention makes its keys and values when it runs, so that weights which are
         # offloaded or sharded block by block are there.
         text = self._text_states(encoder_hidden_states, encoder_attention_mask)
-        within = down_intrablock_additional_residuals or ()
         sample = self.denoise(sample, time, text, residuals or (), mid_residual, within)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 

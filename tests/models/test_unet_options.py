@@ -95,6 +95,8 @@ def test_a_t2i_adapter_adds_what_it_adds_to_diffusers_unet(blocks: tuple[str, st
             close(found[-1], wanted)
             assert len(given) == count  # diffusers takes them out of the list
         assert min(float((a - b).abs().max()) for a, b in zip([plain, *found], found, strict=False)) > 1e-3
+        with pytest.raises(ValueError, match="4 down_intrablock_additional_residuals are more than its 2 blocks"):
+            ours(**inputs, down_intrablock_additional_residuals=[*residuals, residuals[-1]])
 
 
 def test_a_t2i_adapter_of_diffusers_fits(pair: Callable) -> None:
