@@ -141,8 +141,7 @@ def plan_batches(prompts: Sequence[str], count: int, seed: int, variation_seed: 
     """
     pictures = [prompt for prompt in prompts for _ in range(count)]
     for first in (seed, variation_seed or 0):
-        if first + len(pictures) > 2**63:
-            raise ValueError(f"the seed {first} is too large: the last picture's must be below 2**63")
+        check_seeds(first, len(pictures))
     batches = []
     for i in range(0, len(pictures), size):
         part = pictures[i : i + size]
@@ -153,6 +152,14 @@ def plan_batches(prompts: Sequence[str], count: int, seed: int, variation_seed: 
             varied = [variation_seed + n for n in numbers]
             batches.append(Batch(prompts=part, seeds=[seed] * len(part), variation_seeds=varied))
     return batches
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raises ValueError unless the seeds of `count` pictures, from `first` on, can all be seeds."""
+    if first < 0:
+        raise ValueError(f"a seed is a whole number from 0, not {first}")
+    if first + count > 2**63:
+        raise ValueError(f"the seed {first} is too large: the last picture's must be below 2**63")
 
 
 def call_arguments(settings: Settings, batch: Batch, inputs: SourcePictures) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.interchange.user_files import check_regular
-from latentdiff.pipelines.batch.draw import SourcePictures, draw_batch, settings_of, this_machine
+from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, draw_batch, settings_of, this_machine
 from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
@@ -150,6 +150,7 @@ def plan_pictures(
     rows = [as_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
     if not rows:
         raise ValueError("there are no prompts")
+    check_seeds(seed, len(rows))
     pictures = []
     for i, (row, name) in enumerate(zip(rows, name_files(rows), strict=True)):
         own = row.model_dump(exclude={"prompt", "seed", "file_name"}, exclude_none=True)

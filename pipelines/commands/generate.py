@@ -180,6 +180,10 @@ def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | N
     from latentdiff.interchange.png import check_output
 
     slug = re.sub(r"[^\w]+", "-", prompt.strip().lower()).strip("-")[:60] or "picture"
+    if max(total, candidates or 0) > 2**20:
+        raise ValueError(
+            f"{max(total, candidates or 0)} pictures are too many for one command; draw fewer, or use many"
+        )
     output, filmstrip = target.output or Path(f"{slug}.png"), target.filmstrip
     files = [output]
     if target.separate and total > 1:

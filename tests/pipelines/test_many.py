@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lives import kill, start, wait
 from PIL import Image
@@ -69,6 +70,13 @@ def test_a_prompt_with_a_line_separator_can_be_continued(pipeline: Any, tmp_path
         assert len(draw_many(pipeline, ["a\u2028cup"], tmp_path, **CALL).drawn) == drawn
 
 
+def test_numbers_of_other_libraries(pipeline: Any, tmp_path: Path) -> None:
+    others = {"seed": np.int64(3), "batch_size": np.int64(2), "height": np.int64(16), "guidance_scale": np.float32(2)}
+    draw_many(pipeline, ["a cup"], tmp_path, **{**CALL, **others})
+    plain = {"seed": 3, "batch_size": 2, "height": 16, "guidance_scale": 2.0}
+    assert draw_many(pipeline, ["a cup"], tmp_path, **{**CALL, **plain}).drawn == []
+
+
 def test_another_model_draws_all_again(pipeline: Any, tmp_path: Path) -> None:
     other = tiny_pipeline("clip")
     assert draw_many(other, PROMPTS, tmp_path, **CALL).kept == []
@@ -78,8 +86,6 @@ def test_another_model_draws_all_again(pipeline: Any, tmp_path: Path) -> None:
 
 
 def test_the_batch_changes_next_to_nothing(pipeline: Any, tmp_path: Path) -> None:
-    import numpy as np
-
     for name, size in (("a", 1), ("b", 8)):
         draw_many(pipeline, PROMPTS, tmp_path / name, **{**CALL, "batch_size": size})
     for i in range(1, 6):
@@ -229,6 +235,11 @@ def test_names_stay_in_the_folder(pipeline: Any, tmp_path: Path) -> None:
         ([{"prompt": "a", "guidance_scale": float("inf")}], {}, r"prompt 1: guidance_scale: .* finite number"),
         (["a"], {"guidance_interval": (float("nan"), 1.0)}, "guidance_interval: two noise levels are expected"),
         (["a"], {"loras": [{"file": "a", "sha256": "0" * 64, "scale": float("nan")}]}, r"loras\.0\.scale: .*finite"),
+        (["a"], {"seed": -1}, "a seed is a whole number from 0, not -1"),
+        (["a", "b"], {"seed": 2**63 - 1}, "the seed 9223372036854775807 is too large"),
+        (["a"], {"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        (["a"], {"seed": True}, "seed must be a whole number, not True"),
+        (["a"], {"batch_size": "x"}, "batch_size must be a whole number, not 'x'"),
         (["a"], {"height": 15}, "height=15 is not a multiple of 2"),
     ],
 )

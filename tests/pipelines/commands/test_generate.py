@@ -281,6 +281,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--lora", "style.safetensors:nan"], "--lora style.safetensors:nan: the scale must be a finite number, not nan"),
     (["--lora", "style.safetensors:-1e999"], "the scale must be a finite number, not -1e999"),
     (["--seed", str(2**63 - 1), "-n", "2"], "the seed 9223372036854775807 is too large"),
+    (["-n", "1000000000", "--separate"], "1000000000 pictures are too many for one command"),
+    (["--candidates", "1000000000", "--clip", "x"], "1000000000 pictures are too many for one command"),
     (["-n", "5000"], "5000 pictures are too many for one grid"),
     (["\udcff"], "is not text in this terminal's encoding"),
 ]
