@@ -159,6 +159,16 @@ def check_component(folder: Path, name: str, class_name: str) -> None:
             f"{folder}: the folder {name} is missing; model_index.json says it holds a {class_name}"
         )
     check_links(folder, (part, *part.glob("*")))
+    check_model_files(part)
+
+
+def check_model_files(part: Path) -> None:
+    """Check the files of one network or tokenizer, before a library reads them; those below it are left to that.
+
+    Raises:
+        FileNotFoundError: a file is missing that an index of weights names.
+        ValueError: a file is damaged, no regular file, or would make the library do what nobody asked for.
+    """
     check_regular_files(part)
     check_adapters(part)
     for file in sorted(part.glob("*.json")):

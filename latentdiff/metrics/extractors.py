@@ -247,14 +247,13 @@ def transformers_model(source: str, others: str, optional: str = "") -> tuple[st
     """
     from transformers import AutoModel
 
-    from latentdiff.interchange.folders import HUB_ID, check_safetensors
+    from latentdiff.interchange.folders import HUB_ID, check_model_files
 
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
-        for file in sorted(folder.glob("*.safetensors")):
-            check_safetensors(file)
+        check_model_files(folder)
     elif not HUB_ID.fullmatch(source) or folder.parent.exists():
         raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
     place = str(folder) if folder.is_dir() else source
@@ -278,7 +277,7 @@ def loading(source: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own, which is not run"

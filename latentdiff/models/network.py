@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import diffusers
@@ -19,6 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
+from latentdiff.interchange.folders import check_model_files
+from latentdiff.interchange.user_files import check_regular_files, faults_named
 from latentdiff.models.layers import Attention
 from latentdiff.models.loras import refuse_loras
 
@@ -153,13 +156,21 @@ class Network(ModelMixin, StrictConfig):
         """As in diffusers.
 
         Raises:
-            ValueError: weights are not finite.
+            ValueError: a file is damaged or no regular file, weights do not fit its config, or are not finite.
         """
-        found = super().from_pretrained(pretrained_model_name_or_path, **options)
+        where = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
+        if where.is_dir():
+            check_regular_files(where)
+        with faults_named(where, foreign=True):
+            try:
+                found = super().from_pretrained(pretrained_model_name_or_path, **options)
+            except Exception:
+                if where.is_dir():
+                    check_model_files(where)  # which says what is wrong with a file
+                raise
         network = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         wrong = not_finite(network.state_dict())
         if wrong:
-            where = os.path.join(str(pretrained_model_name_or_path), options.get("subfolder") or "")
             raise ValueError(
                 f"{where}: {len(wrong)} weights of the {cls.__name__} have values that are not finite (NaN or "
                 f"infinite), such as {wrong[0]}; the file is damaged, training diverged, or the precision is too narrow"

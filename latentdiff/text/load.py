@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.interchange.folders import check_links, check_safetensors, find_model, load_whole
+from latentdiff.interchange.folders import check_links, check_model_files, find_model, load_whole
+from latentdiff.interchange.user_files import faults_named
 from latentdiff.text.encode import UNLIMITED, max_tokens
 
 logger = logging.getLogger(__name__)
@@ -53,27 +54,32 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
     if folder is not None:
         parts = [folder / "text_encoder", folder / "tokenizer"] if in_pipeline else [folder]
         check_links(folder, [*parts, *(path for part in parts for path in part.glob("*"))])
-        for file in sorted(parts[0].glob("*.safetensors")):
-            check_safetensors(file)
+        for part in parts:
+            check_model_files(part)
 
     from transformers import AutoTokenizer
 
     subfolder = "tokenizer" if in_pipeline else ""
-    tokenizer = AutoTokenizer.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
-    check_vocabulary(tokenizer, f"{place}/{subfolder}" if subfolder else place)
-    text_encoder = load_encoder(place, "text_encoder" if in_pipeline else "", dtype)
-    if not in_pipeline and text_encoder.config.model_type not in ("clip", "clip_text_model"):
-        text_encoder.config.use_attention_mask = True
-    if tokenizer.model_max_length >= UNLIMITED:
-        tokenizer.model_max_length = max_tokens(tokenizer, text_encoder)
+    with faults_named(place, foreign=True):
+        tokenizer = AutoTokenizer.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
+        check_vocabulary(tokenizer, f"{place}/{subfolder}" if subfolder else place)
+        text_encoder = load_encoder(place, "text_encoder" if in_pipeline else "", dtype)
+        if not in_pipeline and text_encoder.config.model_type not in ("clip", "clip_text_model"):
+            text_encoder.config.use_attention_mask = True
+        if tokenizer.model_max_length >= UNLIMITED:
+            tokenizer.model_max_length = max_tokens(tokenizer, text_encoder)
     return tokenizer, text_encoder.eval()
 
 
 def check_vocabulary(tokenizer: Any, place: str) -> None:
     """Raises ValueError for a tokenizer without words, as transformers makes one of a folder without its files.
 
-    Words that were added to it, such as those of textual inversion, are in its config and do not count.
+    Words that were added to it, such as those of textual inversion, are in its config and do not count. Nor may the
+    number of tokens that it takes be something else.
     """
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        raise ValueError(f"{place}: its model_max_length is {str(length)[:100]!r}; it should be a number of tokens")
     added = {*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_encoder", {})}
     if len(tokenizer) - len(added) <= len(added) and set(tokenizer.get_vocab()) - added <= {"▁"}:
         raise ValueError(

@@ -150,7 +150,7 @@ def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: 
             **variant_of(folder, variant),
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {shortened(error)}") from error
+        raise ValueError(f"{folder}: {shortened(error).removeprefix(f'{folder}: ')}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # diffusers would leave them at random values
         raise ValueError(

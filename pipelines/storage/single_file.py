@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from latentdiff.interchange.folders import check_model_files
 from latentdiff.interchange.single_file import (
     HUB_OPTIONS,
     Checkpoint,
@@ -29,7 +30,7 @@ from latentdiff.interchange.single_file import (
     unet_config,
     write_checkpoint,
 )
-from latentdiff.interchange.user_files import check_timesteps
+from latentdiff.interchange.user_files import check_timesteps, faults_named
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.models.network import downscale_factor
@@ -309,7 +310,10 @@ def load_tokenizer(tokenizer: Any, text_encoder: Any) -> Any:
     from transformers import AutoTokenizer, BertTokenizer
 
     kind: Any = BertTokenizer if type(text_encoder).__name__ == "LDMBertModel" else AutoTokenizer
-    loaded = kind.from_pretrained(str(tokenizer))
+    if Path(tokenizer).is_dir():
+        check_model_files(Path(tokenizer))
+    with faults_named(tokenizer, foreign=True):
+        loaded = kind.from_pretrained(str(tokenizer))
     longest = getattr(text_encoder.config, "max_position_embeddings", None)
     if longest is not None and loaded.model_max_length > longest:
         loaded.model_max_length = longest

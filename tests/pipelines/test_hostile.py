@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentdiff import TextToImagePipeline
+from latentdiff import TextToImagePipeline, UNet2DConditionModel
 from latentdiff.interchange.embeddings import convert_embedding
 from latentdiff.interchange.lora.formats import convert_lora
+from latentdiff.text.load import load_text_encoder
 
 
 class Mine:
@@ -236,3 +237,28 @@ def test_word_of_an_embedding_that_is_no_word(tmp_path: Path) -> None:
     torch.save({"string_to_param": {"*": torch.ones(2, 16)}, "name": {"a": 1}}, tmp_path / "word.pt")
     with pytest.raises(ValueError, match=r"word\.pt: \{'a': 1\} cannot be a word"):
         convert_embedding(tmp_path / "word.pt", tmp_path / "out.safetensors", allow_pickle=True)
+
+
+@pytest.mark.parametrize("harm", [text_encoder_of_wrong_types, tokenizer_with_nan, pipe_in_the_tokenizer])
+def test_text_encoder_alone(folder: Path, tmp_path: Path, harm: Callable[[Path, Path], None]) -> None:
+    harm(folder, tmp_path / "mark")
+    with pytest.raises(ValueError, match=r"/model"):
+        load_text_encoder(folder)
+
+
+def test_length_of_prompts_that_is_no_number(folder: Path) -> None:
+    change_config(folder / "tokenizer/tokenizer_config.json", model_max_length=[])
+    for load in (load_text_encoder, TextToImagePipeline.from_pretrained):
+        with pytest.raises(ValueError, match=r"model.*: its model_max_length is '\[\]'; it should be a number"):
+            load(folder)
+
+
+@pytest.mark.parametrize("content", ["[[]]", "{", '{"sample_size": {"a": 1}}', "pipe"])
+def test_network_alone(content: str, folder: Path) -> None:
+    (folder / "unet/config.json").unlink()
+    if content == "pipe":
+        os.mkfifo(folder / "unet/config.json")
+    else:
+        (folder / "unet/config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"/model/unet"):
+        UNet2DConditionModel.from_pretrained(folder / "unet")

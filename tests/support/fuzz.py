@@ -40,7 +40,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import clip_parts, tiny_pipeline
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DModel
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, UNet2DModel
 from latentdiff.cli import application
 from latentdiff.interchange.embeddings import convert_embedding
 from latentdiff.interchange.lora.formats import convert_lora
@@ -48,6 +48,7 @@ from latentdiff.interchange.png import KEY, read_settings
 from latentdiff.interchange.single_file import OriginalSettings
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.batch.record import read_record
+from latentdiff.text.load import load_text_encoder
 from latentdiff.training.data.load import load_pictures
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 
@@ -124,6 +125,16 @@ class Seeds:
             file = draw(st.sampled_from(files))
             change(draw, self.folder / "model" / file.relative_to(model), file)
         return lambda: TextToImagePipeline.from_pretrained(model)
+
+    def networks(self, draw: Any) -> Read:
+        """One network or tokenizer, without the checks of a pipeline's folder."""
+        name, read = draw(st.sampled_from([("unet", UNet2DConditionModel.from_pretrained), ("text_encoder", None)]))
+        name = draw(st.sampled_from(["text_encoder", "tokenizer"])) if read is None else name
+        model = self.place / "model"
+        shutil.copytree(self.folder / "model", model, copy_function=os.link)
+        file = draw(st.sampled_from(sorted(path for path in (model / name).iterdir() if path.is_file())))
+        change(draw, self.folder / "model" / name / file.name, file)
+        return lambda: load_text_encoder(model) if read is None else read(model / name)
 
     def single_files(self, draw: Any) -> Read:
         name = draw(st.sampled_from(["model.safetensors", "bare.safetensors"]))
