@@ -28,10 +28,13 @@ _held: dict[Path, BinaryIO] = {}
 """Open lock files by folder."""
 
 
-def open_output(settings: RunSettings) -> None:
+def open_output(settings: RunSettings, given: Mapping[str, str] | None = None) -> None:
     """What a trainer does before it writes anything: see that the settings can be trained with, here and there.
 
     A folder that holds a run is this process's from now on, and what killed processes left there is removed.
+
+    Args:
+        given: see `TrainingRun`, as far as it is known yet.
 
     Raises:
         ValueError: another process trains into the folder, its run cannot go on with these settings, or this machine
@@ -41,7 +44,7 @@ def open_output(settings: RunSettings) -> None:
     folder, is_main = Path(settings.output) / "training", processes().is_main_process
     if is_main and folder.is_dir():
         hold(folder)
-    check_resumable(folder, settings)
+    check_resumable(folder, settings, given or {})
     if is_main:
         remove_leftovers(Path(settings.output))
 
@@ -109,16 +112,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=hold_nothing)
 
 
-def check_resumable(folder: Path, settings: RunSettings) -> None:
-    """Raises ValueError if `folder` holds a run that cannot go on with these settings.
+def check_resumable(folder: Path, settings: RunSettings, given: Mapping[str, str]) -> None:
+    """Raises ValueError if `folder` holds a run that cannot go on with these settings, and with what is given.
 
     Another network, process or order of pictures would be trained.
     """
     whole = whole_checkpoints(folder / "checkpoints")
     if not whole:
         return
-    before = read_state(whole)["settings"]
+    state = read_state(whole)
+    before = state["settings"]
     wrong = [f"{key} was {old!r}, now {new!r}" for key, old, new in changes(before, settings) if key in settings.fixed]
+    wrong += [f"another {name} than before" for name, digest in given.items() if state["given"].get(name) != digest]
     if before["trainer"] != type(settings).__name__:
         wrong = [f"it was trained by {before['trainer']}, not {type(settings).__name__}"]
     if wrong:

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class TrainingRun:
     Args:
         settings: the run's settings.
         objective, adversary, adversary_rate: see `Learner`.
+        given: digests, by name, of what is not trained and not in the settings; an unfinished run goes on with the same
+            only.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class TrainingRun:
         objective: Objective[Any],
         adversary: Objective[RealAndFake] | None = None,
         adversary_rate: float | None = None,
+        given: Mapping[str, str] | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.given = settings, dict(given or {})
         self.folder = Path(settings.output) / "training"
-        open_output(settings)
+        open_output(settings, given)
         self.accelerator = accelerator_of(settings)
         checkpoints = self.folder / "checkpoints"
         self.learner = Learner(self.accelerator, settings, objective, adversary, adversary_rate, checkpoints)
@@ -186,6 +189,7 @@ class TrainingRun:
             "figures": self.figures,
             "optimization_step": self.learner.average.updates,
             "settings": state_of(self.settings),
+            "given": self.given,
         }
         try:
             self.checkpoints.save(self.step, state, self.learner.average.weights)

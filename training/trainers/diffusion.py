@@ -70,7 +70,7 @@ def train_diffusion(
     """
     factor = model.codec.factor
     step = factor * model.network.downscale_factor if settings.buckets else factor
-    run = TrainingRun(settings, objective)
+    run = TrainingRun(settings, objective, given=model.given())
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)

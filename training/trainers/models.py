@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from latentdiff.codec import Codec
 from latentdiff.conditioning import NoConditioner
 from latentdiff.diffusion.process import Process
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
+from latentdiff.training.batch.cache import digest
 from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
+from latentdiff.training.batch.latents import encoder_digest
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
@@ -39,6 +43,11 @@ class DiffusionModel(ABC):
     def saved_autoencoder(self) -> Any:
         """What pipelines without text keep; None: they draw pixels."""
         return None if self.codec.is_identity else self.codec.autoencoder
+
+    def given(self) -> dict[str, str]:
+        """Digests of what is not trained, by name."""
+        encoder = digest(encoder_digest(self.codec.autoencoder), self.codec.scale, self.codec.shift)
+        return {"autoencoder": encoder, **digest_of_frozen("denoiser", self.network)}
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -76,6 +85,9 @@ class TextModel(DiffusionModel):
     prepare_caption: Callable[[str], str] | None = None
     pipeline_class: type[TextToImagePipeline] = TextToImagePipeline
 
+    def given(self) -> dict[str, str]:
+        return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder)}
+
     def pipeline(self) -> TextToImagePipeline:
         return self.pipeline_class(
             self.codec.autoencoder, self.text_encoder, self.tokenizer, self.network, self.scheduler
@@ -94,6 +106,9 @@ class ClassModel(DiffusionModel):
     """A denoiser that is conditioned on classes, which are numbered in the order of their names."""
 
     classes: Sequence[str] = field(default_factory=list)
+
+    def given(self) -> dict[str, str]:
+        return {**super().given(), "list of classes": digest(*self.classes)}
 
     def pipeline(self) -> ClassConditionalPipeline:
         return ClassConditionalPipeline(
@@ -143,3 +158,9 @@ class GuidedModel(ClassModel):
             guidance_scale=settings.sample_guidance_scale,
             classifier_scale=settings.sample_classifier_scale,
         )
+
+
+def digest_of_frozen(name: str, network: nn.Module) -> dict[str, str]:
+    """A digest of a network's parameters that are not trained, by the network's name, if there are any."""
+    frozen = {key: parameter for key, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: weights_digest(frozen)} if frozen else {}

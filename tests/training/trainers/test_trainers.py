@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import autoencoder_settings
 
 from latentdiff import TextToImagePipeline, VQModel
@@ -199,6 +200,29 @@ def test_a_denoiser_goes_on_with_what_it_began_with(denoiser_settings: dict[str,
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"} == {
         file: content for file, content in before.items() if file.name != ".lock"
     }
+
+
+def test_a_denoiser_goes_on_with_the_networks_it_began_with(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+    """They may lie elsewhere; in their old places others may lie."""
+    values = {**denoiser_settings, "output": str(tmp_path / "a"), "max_steps": 1}
+    train_denoiser(DenoiserSettings.load(None, values))
+    (tmp_path / "autoencoder").rename(tmp_path / "moved")
+    moved = {**values, "autoencoder": str(tmp_path / "moved"), "max_steps": 2}
+    other = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps({**other, "scaling_factor": 2.0}))
+    with pytest.raises(ValueError, match=r"does not fit .* another --output .another autoencoder than before"):
+        train_denoiser(DenoiserSettings.load(None, moved))
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(other))
+    file = tmp_path / "text" / "text_encoder" / "model.safetensors"
+    texts = load_file(file)
+    name = next(name for name in texts if name.endswith("word_embeddings.weight"))
+    save_file(
+        {**texts, name: texts[name] + 1}, tmp_path / "text" / "text_encoder" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="another text encoder than before"):
+        train_denoiser(DenoiserSettings.load(None, moved))
+    save_file(texts, file, {"format": "pt"})
+    assert (train_denoiser(DenoiserSettings.load(None, moved)) / "training/checkpoints/step-00000002").is_dir()
 
 
 def test_a_model_of_another_class_is_no_autoencoder(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
