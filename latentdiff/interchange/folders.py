@@ -278,8 +278,10 @@ def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
     reads.
 
     Raises:
-        ValueError: weights are missing or of another shape; or there is an adapter in the folder.
+        ValueError: weights are missing, of another shape or not finite; or there is an adapter in the folder.
     """
+    from latentdiff.models.network import check_finite
+
     folder = Path(place, options.get("subfolder") or "")
     check_adapters(folder)
     try:
@@ -292,4 +294,5 @@ def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
             f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy "
             f"the folder again"
         )
+    check_finite(model, folder)
     return model

@@ -169,12 +169,7 @@ class Network(ModelMixin, StrictConfig):
                     check_model_files(where)  # which says what is wrong with a file
                 raise
         network = found[0] if isinstance(found, tuple) else found  # with output_loading_info
-        wrong = not_finite(network.state_dict())
-        if wrong:
-            raise ValueError(
-                f"{where}: {len(wrong)} weights of the {cls.__name__} have values that are not finite (NaN or "
-                f"infinite), such as {wrong[0]}; the file is damaged, training diverged, or the precision is too narrow"
-            )
+        check_finite(network, where)
         return found
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look up which arguments it takes
@@ -223,6 +218,16 @@ class Network(ModelMixin, StrictConfig):
             logger.warning(
                 "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
             )
+
+
+def check_finite(network: nn.Module, where: object) -> None:
+    """Raises ValueError, naming the place `where` a network was loaded from, if it has weights that are not finite."""
+    wrong = not_finite(network.state_dict())
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} weights of the {type(network).__name__} have values that are not finite (NaN or "
+            f"infinite), such as {wrong[0]}; the file is damaged, training diverged, or the precision is too narrow"
+        )
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:

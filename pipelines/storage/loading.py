@@ -13,6 +13,7 @@ from torch import nn
 
 from latentdiff.extensions import registered_network
 from latentdiff.interchange.folders import load_whole
+from latentdiff.models.network import Network, check_finite
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
@@ -106,7 +107,6 @@ def load_networks(
         if model_class is not None:
             own = dtype_of(name, dtype)
             networks[name] = load_whole(model_class, folder / name, dtype=own, **variant_of(folder / name, variant))
-            check_finite(networks[name], folder / name)
     return networks
 
 
@@ -130,15 +130,6 @@ def variant_of(folder: Path, variant: str | None) -> dict[str, str]:
     return {"variant": variant} if variant and any(folder.glob(f"*.{variant}*.safetensors")) else {}
 
 
-def check_finite(network: nn.Module, place: Path) -> None:
-    """Raises ValueError if there are weights that are not finite. Costs about a reading of them."""
-    for name, tensor in network.state_dict().items():
-        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
-            continue
-        if not tensor.isfinite().all():  # not only a sum that is too large
-            raise ValueError(f"{place}: {name} has values that are not finite (nan or inf); the weights are damaged")
-
-
 def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
     """The network in a component's folder, of one of our classes or a registered one; see `load_networks`."""
     try:
@@ -157,7 +148,8 @@ def load_network(folder: Path, network_class: Any, dtype: torch.dtype, variant: 
             f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}"
         )
     align(network)
-    check_finite(network, folder)
+    if not isinstance(network, Network):  # which looks itself
+        check_finite(network, folder)
     return network
 
 
