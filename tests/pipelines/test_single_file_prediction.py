@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, torch.Tensor], tuple[str, 
     "sd1, marks": ("sd1", {}, {"v_pred": MARK, "ztsnr": MARK}, ("v_prediction", 64, True)),
     "sd1, zero SNR without v": ("sd1", {}, {"ztsnr": MARK}, ("epsilon", 64, False)),
     "sd1, resolution": ("sd1", {"modelspec.resolution": "768x768"}, {}, ("epsilon", 96, False)),
+    "sd1, odd resolution": ("sd1", {"modelspec.resolution": "999x999"}, {}, ("epsilon", 64, False)),
     "sd1, not square": ("sd1", {"modelspec.resolution": "768x512"}, {}, ("epsilon", 64, False)),
     "sd2, header epsilon": ("sd2", {"modelspec.prediction_type": "epsilon"}, {}, ("epsilon", 64, False)),
     "sd2, header v": ("sd2", {"modelspec.prediction_type": "v-prediction"}, {}, ("v_prediction", 96, False)),
@@ -71,6 +72,21 @@ def test_the_caller_and_the_yaml_file_come_first(files: dict[str, Any], tmp_path
             tmp_path / "model.safetensors", tokenizer=pipeline.tokenizer, **more
         )
         assert (read.scheduler.config.prediction_type, read.unet.config.sample_size) == ("epsilon", 64)
+
+
+def test_zero_terminal_snr_goes_with_what_is_predicted(files: dict[str, Any], tmp_path: Path) -> None:
+    pipeline, weights = files["sd1"]
+    for marks, prediction, wanted in (
+        ({"v_pred": MARK, "ztsnr": MARK}, "epsilon", False),
+        ({"ztsnr": MARK}, "v_prediction", True),
+        ({"v_pred": MARK}, "v_prediction", False),
+    ):
+        save_file(weights | marks, tmp_path / "model.safetensors")
+        read = TextToImagePipeline.from_single_file(
+            tmp_path / "model.safetensors", tokenizer=pipeline.tokenizer, prediction_type=prediction
+        )
+        config = read.scheduler.config
+        assert (config.prediction_type, config.rescale_betas_zero_snr) == (prediction, wanted)
 
 
 def test_what_is_predicted_must_be_known(files: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ of itself, or by default."""
 
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,24 +138,28 @@ def assumed_settings(weights: Checkpoint, stated: OriginalSettings | None = None
             usual["prediction_type"] = "v_prediction"
         if (known.prediction_type or usual["prediction_type"]) == "v_prediction":
             usual["sample_size"] = LARGE_V
-    return OriginalSettings(**usual) | known
+    found = OriginalSettings(**usual) | known
+    if found.prediction_type == "epsilon":  # from noise alone nothing of the picture can be told
+        found = replace(found, zero_terminal_snr=None)
+    return found
 
 
 def stated_by_file(weights: Checkpoint) -> OriginalSettings:
-    """What a file says of its model, in its header or by tensors that are marks.
+    """What a file says of its model, by tensors that are marks or else in its header.
 
-    Only a square resolution counts, as side of the latents, and zero terminal SNR only where v is predicted.
+    Of the resolution it is the side of the latents, if it is square and a multiple of 64 pixels.
     """
     architecture = weights.metadata.get(f"{SPEC}architecture", "")
     prediction = SPEC_PREDICTIONS.get(spec_prediction(weights), SPEC_ARCHITECTURES.get(architecture))
     if V_MARK in weights:
         prediction = "v_prediction"
-    side = re.fullmatch(r"(\d{2,4})x\1", weights.metadata.get(f"{SPEC}resolution", ""))
-    has_usual_size = f"{UNET}label_emb.weight" not in weights and text_kind(weights) != "bert"
+    square = re.fullmatch(r"(\d{2,4})x\1", weights.metadata.get(f"{SPEC}resolution", ""))
+    side = int(square[1]) if square else 0
+    is_usual = f"{UNET}label_emb.weight" not in weights and text_kind(weights) != "bert"  # 8 pixels to a latent
     return OriginalSettings(
         prediction_type=prediction,
-        sample_size=int(side[1]) // 8 if side and has_usual_size else None,
-        zero_terminal_snr=True if prediction == "v_prediction" and ZERO_SNR_MARK in weights else None,
+        sample_size=side // 8 if side and side % 64 == 0 and is_usual else None,
+        zero_terminal_snr=True if ZERO_SNR_MARK in weights else None,
     )
 
 
