@@ -189,10 +189,10 @@ def check_links(root: Path, paths: Iterable[Path]) -> None:
     Raises:
         ValueError: there is one, and where it leads.
     """
-    base = root.resolve()
+    base = Path(os.path.realpath(root))  # resolve() raises RuntimeError for a link to itself
     cache = next(((parent.parent / "blobs").resolve() for parent in base.parents if parent.name == "snapshots"), None)
     for path in paths:
-        place = Path(os.path.realpath(path))  # resolve() raises RuntimeError for a link to itself
+        place = Path(os.path.realpath(path))
         if not place.is_relative_to(base) and not (cache is not None and place.parent == cache):
             raise ValueError(
                 f"{path} is a link that leads out of {root}, to {place}; only links within a folder are followed: "

@@ -262,3 +262,11 @@ def test_network_alone(content: str, folder: Path) -> None:
         (folder / "unet/config.json").write_text(content)
     with pytest.raises(ValueError, match=r"/model/unet"):
         UNet2DConditionModel.from_pretrained(folder / "unet")
+
+
+def test_adapter_that_links_to_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    pipeline = TextToImagePipeline.from_pretrained(folder)
+    for load in (pipeline.load_lora_weights, pipeline.load_textual_inversion):
+        with pytest.raises((ValueError, OSError), match=r"a\.safetensors"):
+            load(tmp_path / "a.safetensors")

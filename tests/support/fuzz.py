@@ -272,8 +272,9 @@ class Run:
         self.faults[key] = f"{error!s}"[:600]
         print(f"FAULT {key}\n    {self.faults[key]}", flush=True)
         if self.keep is not None:
-            kept = self.keep / f"{len(self.faults)}"
-            shutil.copytree(self.seeds.place, kept, symlinks=True, ignore=odd_files)
+            self.keep.mkdir(parents=True, exist_ok=True)
+            kept = Path(tempfile.mkdtemp(prefix=f"{reader}-", dir=self.keep))
+            shutil.copytree(self.seeds.place, kept, symlinks=True, ignore=odd_files, dirs_exist_ok=True)
             (kept / "traceback.txt").write_text("".join(traceback.format_exception(error)))
 
 
