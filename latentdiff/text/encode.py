@@ -32,7 +32,7 @@ class Prompts:
 
     Raises:
         TypeError: a prompt is not a string nor a list of strings.
-        ValueError: a prompt and its embeddings are both given, or neither; embeddings that are not finite.
+        ValueError: a prompt and its embeddings are both given, or neither.
     """
 
     prompt: str | list[str] | None
@@ -42,11 +42,8 @@ class Prompts:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            states = getattr(self, f"{name}_embeds")
-            if getattr(self, name) is not None and states is not None:
+            if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
                 raise ValueError(f"give either {name} or {name}_embeds, not both")
-            if states is not None and not states.isfinite().all():
-                raise ValueError(f"{name}_embeds has values that are not finite (NaN or infinite)")
         if self.prompt_embeds is None:
             if self.prompt is None:
                 raise ValueError("give a prompt, or prompt_embeds")

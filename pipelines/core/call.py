@@ -105,12 +105,10 @@ class Call:
         """The noise that decides what the pictures look like, with the variation in it; or the latents given for it.
 
         Raises:
-            ValueError: those given have another shape, or values that are not finite.
+            ValueError: those given have another shape.
         """
         given = self.options.latents
         if given is not None:
-            if not given.isfinite().all():
-                raise ValueError("latents has values that are not finite (NaN or infinite)")
             return check_latents(given, shape)
         noise = self.noise(shape)
         if self.variation is None:
@@ -277,10 +275,10 @@ class Call:
         return pixels
 
 
-def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+def check_latents(latents: Tensor, shape: tuple[int, ...], name: str = "latents") -> Tensor:
     """Raises ValueError if `latents` have another shape."""
     if tuple(latents.shape) != shape:
-        raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
+        raise ValueError(f"{name} must have the shape {shape}, not {tuple(latents.shape)}")
     return latents
 
 

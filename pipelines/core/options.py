@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypedDict, get_args, get_origin
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from latentdiff.codec import Generators
 from latentdiff.pipelines.core.pictures import Pictures
@@ -97,6 +97,26 @@ def noise_levels(value: Any, name: str) -> tuple[float, float]:
     return levels
 
 
+# Tensors and generators
+
+
+def finite_tensor(value: Any, name: str) -> Tensor:
+    """Raises TypeError for what is no tensor, ValueError for values that are not finite."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite (NaN or infinite)")
+    return value
+
+
+def generators(value: Any, name: str) -> Generators:
+    """One, or a list of them. Raises TypeError for anything else."""
+    several = isinstance(value, (list, tuple))
+    if not all(isinstance(one, Generator) for one in (value if several else [value])):
+        raise TypeError(f"{name} must be a torch.Generator or a list of them, not {value!r}; a number is a seed=")
+    return list(value) if several else value
+
+
 # Options
 
 
@@ -133,7 +153,7 @@ class TextExtras(Extras, total=False):
 class CallOptions:
     """What every call can be asked for, documented at ``TextToImagePipeline``; each kind of pipeline adds its own.
 
-    Numbers may be of any library; here they are Python's, as made by the function in the field's annotation.
+    Numbers may be of any library; here they are Python's. A field is read by the function in its annotation.
     """
 
     num_inference_steps: Annotated[int | None, whole_number] = None
@@ -142,8 +162,8 @@ class CallOptions:
     eta: Annotated[float, finite_number] = 0.0
     height: int | None = None  # these two are read by `LatentPipeline.picture_size`, which knows what fits
     width: int | None = None
-    latents: Tensor | None = None
-    generator: Generators = None
+    latents: Annotated[Tensor | None, finite_tensor] = None
+    generator: Annotated[Generators, generators] = None
     seed: Annotated[Seeds, one_or_more(whole_number)] = None
     variation_seed: Annotated[Seeds, one_or_more(whole_number)] = None
     variation_strength: Annotated[float, real_number] = 0.0
@@ -193,8 +213,8 @@ class TextOptions(GuidedOptions):
 
     prompt: str | list[str] | None = None
     negative_prompt: str | list[str] | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
+    prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
+    negative_prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
     num_images_per_prompt: Annotated[int | None, positive_whole] = 1
     clip_skip: Annotated[int | None, whole_number] = None
     cross_attention_kwargs: Mapping[str, Any] | None = None

@@ -18,6 +18,7 @@ from latentdiff.pipelines.core.options import (
     PictureOptions,
     StepCallback,
     TextExtras,
+    finite_tensor,
     real_number,
     whole_number,
 )
@@ -39,7 +40,7 @@ class MaskOptions(PictureOptions):
     """Of a call with a picture and a mask."""
 
     mask_image: Pictures = None
-    masked_image_latents: Tensor | None = None
+    masked_image_latents: Annotated[Tensor | None, finite_tensor] = None
     padding_mask_crop: Annotated[int | None, whole_number] = None
     strength: Annotated[float, real_number] = 1.0
 
@@ -209,7 +210,7 @@ class PaintingCall(TextCall):
             check_latents(self.start, shape)
         self.own_noise = self.first_noise(shape).to(self.device, self.pipeline.unet.dtype)
         self.mask = self.latent_mask(canvas.mask, shape)
-        self.masked = self.masked_latents(canvas, plain)
+        self.masked = self.masked_latents(canvas, shape, plain)
         if self.start is None or strength == 1 or self.options.latents is not None:
             return self.sampler.from_noise(self.own_noise)
         return self.sampler.noised(self.start, self.own_noise, schedule[0])
@@ -228,20 +229,21 @@ class PaintingCall(TextCall):
         small = F.interpolate(mask, size=shape[-2:]).to(self.device, self.pipeline.unet.dtype)
         return small.repeat_interleave(self.count // len(mask), dim=0)
 
-    def masked_latents(self, canvas: Canvas, plain: bool) -> Tensor | None:
+    def masked_latents(self, canvas: Canvas, shape: tuple[int, ...], plain: bool) -> Tensor | None:
         """(B, C, h, w) of the picture without what the mask covers; None if the UNet does not take it."""
         if plain:
             if not isinstance(self.generator, list):
                 # diffusers encodes it all the same; its draw is repeated, so that a generator goes on as it does there
-                height, width = canvas.mask.shape[-2:]
-                self.noise((len(canvas.pixels), *self.latents_shape(height, width)[1:]))
+                self.noise((len(canvas.pixels), *shape[1:]))
             return None
         given = self.options.masked_image_latents
-        if given is None:
-            if are_latents(canvas.pixels, self.codec.channels):
-                raise ValueError("with latents for a picture, masked_image_latents must be given too")
-            given = canvas.pixels * (canvas.mask < 0.5)
-        return self.start_latents(given, "masked_image_latents")
+        if given is not None:
+            check_latents(given, (len(given), *shape[1:]), "masked_image_latents")
+            check_pictures("masked_image_latents", len(given), self.items, self.count)
+            return given.repeat_interleave(self.count // len(given), dim=0).to(self.device, self.pipeline.unet.dtype)
+        if are_latents(canvas.pixels, self.codec.channels):
+            raise ValueError("with latents for a picture, masked_image_latents must be given too")
+        return self.start_latents(canvas.pixels * (canvas.mask < 0.5))
 
     def painted_conditioning(self, of: GuidedConditioning | None = None) -> GuidedConditioning:
         """With mask and masked latents, if the UNet takes more than latents."""

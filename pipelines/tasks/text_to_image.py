@@ -169,13 +169,13 @@ class TextCall(Call):
         """The UNet with this call's prompts and guidance; `conditioning`: with more than that."""
         return super().denoiser(conditioning or self.conditioning, lora_scale=self.lora_scale, **options)
 
-    def start_latents(self, pixels: Tensor, name: str = "image") -> Tensor:
+    def start_latents(self, pixels: Tensor) -> Tensor:
         """Given pictures (P, 3, H, W), or latents, as the scaled latents (B, C, h, w) of the images.
 
         Raises:
             ValueError: neither one, nor one for each prompt.
         """
-        check_pictures(name, len(pixels), self.items, self.count)
+        check_pictures("image", len(pixels), self.items, self.count)
         if are_latents(pixels, self.codec.channels):
             latents = pixels.repeat_interleave(self.count // len(pixels), dim=0)
         else:

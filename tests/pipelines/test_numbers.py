@@ -39,7 +39,7 @@ REAL_ONES = {
 
 
 def draw(pipeline: Any, **call: Any) -> Any:
-    return pipeline("a red car", **call, output_type="np")
+    return pipeline(**{"prompt": "a red car", **call, "output_type": "np"})
 
 
 @pytest.mark.parametrize("kind", range(len(WHOLE)))
@@ -172,9 +172,24 @@ def test_infinity_is_for_noise_levels_alone(pipeline: Any) -> None:
         ({"variation_seed": 1, "variation_strength": np.nan}, "variation_strength must be a number, not nan"),
         ({"cross_attention_kwargs": {"scale": np.inf}}, "cross_attention_kwargs: scale must be finite"),
         ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents has values that are not finite"),
+        ({"prompt": None, "prompt_embeds": torch.full((1, 12, 16), torch.nan)}, "prompt_embeds has values that are"),
         ({"negative_prompt_embeds": torch.full((1, 12, 16), torch.inf)}, "negative_prompt_embeds has values that are"),
     ],
 )
 def test_what_is_not_finite_is_refused(pipeline: Any, call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        draw(pipeline, num_inference_steps=2, **call)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor, not ndarray"),
+        ({"negative_prompt_embeds": [[0.0]]}, "negative_prompt_embeds must be a tensor, not list"),
+        ({"generator": 3}, "generator must be a torch.Generator or a list of them, not 3; a number is a seed="),
+        ({"generator": [torch.Generator(), 1]}, "generator must be a torch.Generator or a list"),
+    ],
+)
+def test_what_is_no_tensor_or_generator_is_refused(pipeline: Any, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         draw(pipeline, num_inference_steps=2, **call)

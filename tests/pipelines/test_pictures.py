@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -281,3 +282,24 @@ def test_modes_are_read_as_training_reads_them() -> None:
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "1"):
         image = Image.new(mode, (8, 8))
         assert upright_rgb(image) == to_rgb(image)
+
+
+@pytest.mark.parametrize("channels", [4, 3])
+def test_given_latents_of_the_masked_picture_are_taken_as_they_are(twins: Any, channels: int) -> None:
+    unet = {"in_channels": 2 * channels + 1, "out_channels": channels}
+    theirs = diffusers.StableDiffusionInpaintPipeline
+    painter, _ = twins(InpaintPipeline, theirs, unet=unet, vae={"latent_channels": channels})
+    seen: list[torch.Tensor] = []
+
+    def look(view: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["masked_image_latents"])
+        return tensors
+
+    call = {"prompt": "sun", "image": photograph(None, 16, 16), "mask_image": mask_of(16, 16), "output_type": "pt"}
+    call |= {"num_inference_steps": 2, "seed": 0, "callback_on_step_end": look}
+    call["callback_on_step_end_tensor_inputs"] = ["masked_image_latents"]
+    wanted = painter(**call).images
+    assert torch.equal(painter(**call, masked_image_latents=seen[0]).images, wanted)
+    assert torch.equal(seen[-1], seen[0])
+    with pytest.raises(ValueError, match=rf"masked_image_latents must have the shape \(1, {channels}, 8, 8\)"):
+        painter(**call, masked_image_latents=torch.zeros(1, channels, 4, 4))
