@@ -57,7 +57,8 @@ def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any] | N
     """Write a PNG, with `settings` in it if given, whole or not at all. Missing folders are made."""
     info = PngInfo()
     if settings is not None:
-        info.add_text("parameters", parameters_text(settings))
+        if "prompts" in settings:  # it was drawn
+            info.add_text("parameters", parameters_text(settings))
         info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
     with atomic_file(file) as partial:
         image.save(partial, format="PNG", pnginfo=info)

@@ -12,6 +12,8 @@ from latentdiff.training.commands.options import Config, Overrides, parse_overri
 if TYPE_CHECKING:
     from latentdiff.training.data.doctor import DataReport
 
+SHEET = {"made_by": "latentdiff doctor"}  # kept in the PNG, which may then be written again
+
 
 def doctor(
     data: Annotated[
@@ -22,8 +24,12 @@ def doctor(
         Path | None, typer.Option(help="File to write about each picture; training reads it with manifest=FILE.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Count tokens as this model's text encoder does, and take its resolution.")
+        str | None,
+        typer.Option(help="See whether this model suits: by its autoencoder, text encoder and resolution."),
     ] = None,
+    sheet: Annotated[
+        Path, typer.Option(help="PNG of some pictures as --model's autoencoder gives them back, below the originals.")
+    ] = Path("reconstructions.png"),
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Say in the manifest to leave out exact duplicates.")
     ] = False,
@@ -33,14 +39,19 @@ def doctor(
 
     latentdiff doctor pictures --manifest pictures.jsonl resolution=512
 
+    latentdiff doctor pictures --model emoji
+
     No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
     max_bad_share cannot be used.
     """
+    from latentdiff.interchange.png import read_settings
     from latentdiff.training.settings import DoctorSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
     if drop_duplicates and manifest is None:
         raise ValueError("--drop-duplicates says something in the manifest; name one with --manifest FILE")
+    if model is not None and sheet.exists() and (read_settings(sheet) or {}).get("made_by") != SHEET["made_by"]:
+        raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
     resolution, step = model_shape(model) if model is not None else (None, None)
     if resolution is not None and "resolution" not in given and config is None:
         given["resolution"] = resolution
@@ -55,8 +66,28 @@ def doctor(
     say("")
     for line in verdict(report, settings.max_bad_share, manifest):
         say(line)
+    for line in reconstructions(model, report, sheet) if model is not None and report.pictures else ():
+        say(line)
     if not report.entries or report.bad_share > settings.max_bad_share:
         raise typer.Exit(1)
+
+
+def reconstructions(model: str, report: "DataReport", sheet: Path) -> list[str]:
+    """How well the model's autoencoder holds the pictures, and what to take if it does not; a PNG shows it."""
+    from latentdiff.codec import Codec
+    from latentdiff.interchange.folders import find_model
+    from latentdiff.interchange.png import save_picture
+    from latentdiff.models import AutoencoderKL
+    from latentdiff.training.evaluation.suitability import examine_autoencoder
+    from latentdiff.training.networks import load_autoencoder
+
+    folder = find_model(model)
+    on_hub = folder is None
+    autoencoder = AutoencoderKL.from_pretrained(model, subfolder="vae") if on_hub else load_autoencoder(str(folder))
+    found = examine_autoencoder(Codec(autoencoder), report.pictures, report.resolution)
+    save_picture(found.sheet, sheet, SHEET)
+    advice = [found.advice(model)] if not found.suits else []
+    return [found.figures(model), f"Originals, reconstructions and their differences: {sheet}", *advice]
 
 
 def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -> list[str]:

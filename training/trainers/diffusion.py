@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from latentdiff.interchange.png import image_grid
+from latentdiff.codec import Codec
+from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import PictureOrder, ViewChoice
@@ -16,6 +17,7 @@ from latentdiff.training.batch.latents import latent_source
 from latentdiff.training.batch.samples import Reader, batches
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
 from latentdiff.training.evaluation.held_out import HeldOutLoss
+from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective
@@ -73,6 +75,8 @@ def train_diffusion(
     run = TrainingRun(settings, objective, given=model.given())
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
+    if run.step == 0 and run.accelerator.is_main_process and not model.codec.is_identity:
+        show_suitability(run, settings, model.codec, data.pictures)
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
     wanted = [(picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i)]
@@ -106,6 +110,21 @@ def train_diffusion(
             save(run)
     run.finish()
     return Path(settings.output)
+
+
+def show_suitability(
+    run: TrainingRun, settings: DiffusionSettings, codec: Codec, pictures: Sequence[CaptionedPicture]
+) -> None:
+    """Say how well the autoencoder holds some of the user's own pictures; a sheet of them is kept in the run."""
+    drawn = (getattr(settings, "class_prompt", None),)  # DreamBooth's pictures of the class are the model's own
+    own = [picture for picture in pictures if picture.captions != drawn]
+    codec.autoencoder.to(run.device)
+    found = examine_autoencoder(codec, own or pictures, settings.resolution)
+    file, name = run.folder / "reconstructions.png", getattr(settings, "autoencoder", getattr(settings, "model", ""))
+    save_picture(found.sheet, file)
+    logger.info("%s Originals and reconstructions: %s", found.figures(name), file)
+    if not found.suits:
+        logger.warning("%s", found.advice(name))
 
 
 def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import hostile
 import pytest
 import typer
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from latentdiff.training.commands.doctor import doctor
@@ -111,12 +112,33 @@ def test_both_splits_and_what_no_table_lists(pictures: Path) -> None:
     assert "2 pictures: 2 can be used" in run(pictures, "split=validation").output
 
 
-def test_tokens_are_counted_as_a_model_does(album: Path) -> None:
+def test_tokens_are_counted_as_a_model_does(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     result = run(album, "--model", "emoji")
     assert result.exit_code == 0, result.output
     assert "1 caption will be cut:\n    30.png (" in result.output
     assert "Shapes, with buckets=true at resolution=128" in result.output
     assert isinstance(run(album, "--model", "no-such-model").exception, FileNotFoundError)
+
+
+def test_a_model_that_cannot_hold_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "noise").mkdir()
+    for i in range(3):
+        (tmp_path / "noise" / f"{i}.png").write_bytes(hostile.encode(hostile.noise(i, 128, 128)))
+    options = ("noise", "--model", "emoji", "caption=noise")
+    for _ in range(2):  # its own sheet may be written again
+        result = run(*options)
+        assert result.exit_code == 0, result.output
+    assert "gives 3 of these pictures back, at 128x128, with" in result.output
+    assert "emoji cannot hold these pictures" in result.output
+    assert "a Stable Diffusion 1 or 2 folder or hub id (--model)" in result.output
+    sheet = Image.open("reconstructions.png")
+    assert sheet.height > 3 * 128
+    sheet.save("reconstructions.png")  # without what latentdiff wrote in it
+    assert "reconstructions.png exists and was not written by latentdiff doctor" in str(run(*options).exception)
+    assert run(*options, "--sheet", "other.png").exit_code == 0
+    assert run(*options, "--sheet", tmp_path / "noise" / "0.png").exit_code == 1
 
 
 def test_mistakes_are_explained(album: Path, tmp_path: Path) -> None:

@@ -360,5 +360,7 @@ def test_command(pictures: Path, model: Path, tmp_path: Path, caplog: pytest.Log
     assert result.exit_code == 0
     assert "The pipeline is in" in result.output
     assert (tmp_path / "out" / "model_index.json").is_file()
+    assert (tmp_path / "out" / "training" / "reconstructions.png").is_file()
+    assert f"{model} cannot hold these pictures" in caplog.text
     with pytest.raises(ValueError, match="'method' is given twice"):
         CliRunner().invoke(app, [*common, "--method", "lora", "method=full"], catch_exceptions=False)
