@@ -188,12 +188,15 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file of weights")
+    from latentdiff.interchange.single_file.checkpoint import check_inflated
+
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             weights: Any = load_file(file)
         else:
+            check_inflated(file)
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of torch, pickle, zipfile or safetensors
         reason = str(error).partition("\n")[0]

@@ -15,6 +15,7 @@ from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import check_output, read_settings
 from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
 from latentdiff.interchange.user_files import MAX_YAML, parse_json, parse_yaml, read_bytes, read_text, read_yaml
+from latentdiff.metrics.extractors import read_weights
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
@@ -156,6 +157,8 @@ def test_pickle_that_inflates(tmp_path: Path) -> None:
             evil.writestr(part.filename, good.read(part) + more, compress_type=how)
     with pytest.raises(ValueError, match=r"a\.ckpt: its 'good/data.pkl' has 57 MiB, more than the limit of 32"):
         Checkpoint(tmp_path / "a.ckpt", allow_pickle=True)
+    with pytest.raises(ValueError, match=r"a\.ckpt cannot be read as weights .*has 57 MiB, more than the limit"):
+        read_weights(tmp_path / "a.ckpt")
     assert len(Checkpoint(tmp_path / "good.ckpt", allow_pickle=True)) == 1
 
 

@@ -243,11 +243,7 @@ def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
             f"{file} is a pickle, which is only read if asked for: allow_pickle=True (--ckpt). Nothing in it is run "
             f"then, but better get the model as .safetensors"
         )
-    check_regular(file)
-    with file.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"
-    if is_zip:
-        check_inflated(file)
+    is_zip = check_inflated(file)
     own = {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
     stand_ins: list[Any] = [(type(name, (Ignored,), {}), name) for name in IGNORED if name not in own]
     try:
@@ -262,8 +258,18 @@ def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
         raise ValueError(f"{file} is damaged, or no checkpoint ({reason(error)})") from None
 
 
-def check_inflated(file: Path) -> None:
-    """Raises ValueError for a zip file whose parts are compressed, which torch never writes, or large without cause."""
+def check_inflated(file: Path) -> bool:
+    """Whether a file of ``torch.save`` is a zip archive, as all but the oldest are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file; or a part of it is large without being a tensor, or is a compressed tensor,
+            which torch never writes.
+    """
+    check_regular(file)
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return False
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
@@ -276,6 +282,7 @@ def check_inflated(file: Path) -> None:
                 f"{file}: its {part.filename!r} has {part.file_size / 2**20:.0f} MiB, more than the limit of "
                 f"{MAX_PICKLE / 2**20:.0f}; no checkpoint needs that much beside its tensors"
             )
+    return True
 
 
 def reason(error: Exception) -> str:
