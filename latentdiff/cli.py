@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.extensions import VARIABLE, extensions_of_environment, load_extensions
-from latentdiff.terminal import printable_messages, say
+from latentdiff.terminal import printable_messages, say, show_traceback
 
 USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplementedError)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
@@ -77,6 +77,7 @@ def run(program: typer.Typer) -> None:
             program()
     except Exception as error:
         if os.environ.get("LATENTDIFF_DEBUG", "0") not in ("", "0"):
+            sys.excepthook = show_traceback
             raise
         what, mistake = explain(error)
         say(f"Error: {what}", err=True)

@@ -6,9 +6,12 @@ every warning are treated alike, those of other libraries too.
 
 import logging
 import re
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -32,6 +35,12 @@ def say(text: str, err: bool = False) -> None:
     import typer
 
     typer.echo(printable_lines(text), err=err)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's ``sys.excepthook``, escaped."""
+    text = "".join(traceback.format_exception(kind, error, trace)).expandtabs()
+    print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr)
 
 
 class PrintableRecord(logging.LogRecord):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentdiff import cli
 from latentdiff.interchange.png import read_settings, save_picture
-from latentdiff.terminal import printable, printable_lines, printable_messages, say
+from latentdiff.terminal import printable, printable_lines, printable_messages, say, show_traceback
 
 HARM = "a\x1b]0;title\x07b\x1b[2Jc\r\x9bd\u202ee\udcff\x00"
 SAFE = "a\\x1b]0;title\\x07b\\x1b[2Jc\\r\\x9bd\\u202ee\\udcff\\x00"
@@ -64,6 +64,17 @@ def test_errors(mistake: type[Exception], monkeypatch: pytest.MonkeyPatch, capfd
     error = capfd.readouterr().err
     assert is_safe(error)
     assert f"{SAFE}\n  All is well." in error
+
+
+def test_tracebacks(capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise KeyError(HARM) from ValueError(HARM)
+    except KeyError as error:
+        show_traceback(KeyError, error, error.__traceback__)
+    said = capfd.readouterr().err
+    assert is_safe(said)
+    assert f"ValueError: {SAFE}" in said
+    assert "\n    raise KeyError(HARM) from ValueError(HARM)\n" in said
 
 
 def test_a_pictures_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
