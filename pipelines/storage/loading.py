@@ -107,6 +107,7 @@ def load_networks(
         if model_class is not None:
             own = dtype_of(name, dtype)
             networks[name] = load_whole(model_class, folder / name, dtype=own, **variant_of(folder / name, variant))
+            loader_log.info(f"Loaded {name} as {value[1]} from `{name}` subfolder of {folder}.")
     return networks
 
 

@@ -1,6 +1,7 @@
 """Pipelines as folders: to plain diffusers and back, and what is wrong with a folder."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -231,3 +232,24 @@ def test_pickles_are_not_written(pipeline: Any, tmp_path: Path, caplog: pytest.L
 
 def test_diffusers_class_is_the_one_we_name(folder: Path) -> None:
     assert isinstance(diffusers.DiffusionPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline)
+
+
+def test_every_component_is_reported_when_it_is_loaded(folder: Path) -> None:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    log, keep = logging.getLogger("diffusers.pipelines.pipeline_utils"), Keep()
+    before = log.level
+    log.addHandler(keep)
+    log.setLevel(logging.INFO)
+    try:
+        loaded = TextToImagePipeline.from_pretrained(folder)
+    finally:
+        log.removeHandler(keep)
+        log.setLevel(before)
+    for name, component in loaded.components.items():
+        if component is not None:
+            assert any(line.startswith(f"Loaded {name} as {type(component).__name__}") for line in lines), name
