@@ -71,6 +71,12 @@ def find_adapter(
     return file
 
 
+def name_of(source: Any) -> str:
+    """What messages call the source of an adapter: its file, or that there is none."""
+    names = [str(one) for one in (source if isinstance(source, list) else [source]) if isinstance(one, str | Path)]
+    return ", ".join(names) or "these tensors"
+
+
 def check_inside(name: str, value: str | None) -> None:
     """Raises ValueError if the relative path `value` leads out of the folder it is relative to."""
     if value and (PurePath(value).is_absolute() or ".." in re.split(r"[/\\]", value)):

@@ -17,12 +17,13 @@ from latentdiff.pipelines.core.pictures import are_latents, check_pictures
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.core.schedulers import modern_scheduler
-from latentdiff.pipelines.storage.adapters import AdapterPipeline
+from latentdiff.pipelines.storage.loras import LoraPipeline
 from latentdiff.pipelines.storage.single_file import SingleFilePipeline
+from latentdiff.pipelines.storage.textual_inversion import TextualInversionPipeline
 from latentdiff.text.encode import Prompts, TextConditioner
 
 
-class TextPipeline(SingleFilePipeline, AdapterPipeline, LatentPipeline):
+class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, LatentPipeline):
     """What the pipelines with a text encoder share: their components, and how they read prompts.
 
     Args:

@@ -188,7 +188,7 @@ def test_failing_in_the_second_network_undoes_the_first(fresh: Any, tmp_path: Pa
     def no_memory(*_: Any, **__: Any) -> None:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(type(ours.text_encoder), "requires_grad_", no_memory)
+    monkeypatch.setattr(type(ours.text_encoder), "eval", no_memory)
     with pytest.raises(MemoryError):
         ours.load_lora_weights(file, adapter_name="a")
     assert ours.get_list_adapters() == {}

@@ -1,4 +1,4 @@
-"""LoRA and textual inversion for our pipelines: diffusers' mix-ins, with checks before anything is changed."""
+"""LoRAs in pipelines: diffusers' mix-in, with checks before anything is changed."""
 
 import json
 import logging
@@ -9,11 +9,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 
-from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, save_whole
-from latentdiff.interchange.embeddings import find_embeddings
+from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, name_of, save_whole
 from latentdiff.interchange.lora.formats import LoraFile, with_network
 from latentdiff.interchange.lora.kohya_names import TEXT, flat_names, short
 from latentdiff.interchange.lora.layers import (
@@ -27,7 +26,6 @@ from latentdiff.interchange.lora.layers import (
 )
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
-from latentdiff.text.words import long_words
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +34,6 @@ class LoadedLora(NamedTuple):
     """What `load_lora_weights` did: the adapter's name, and the keys that have a place in the networks, or none."""
 
     adapter_name: str
-    matched: list[str]
-    unmatched: list[str]
-
-
-class FittedLora(NamedTuple):
-    """A LoRA's layers, under the names that they have in the networks, and which of its keys belong to them."""
-
-    layers: Layers
     matched: list[str]
     unmatched: list[str]
 
@@ -61,19 +51,18 @@ def of_diffusers(name: str) -> Any:
         compiled = {part: network for part, network in parts.items() if whole_network(network) is not network}
         vars(self).update({part: whole_network(network) for part, network in compiled.items()})
         try:
-            return getattr(super(AdapterPipeline, self), name)(*args, **options)
+            return getattr(super(LoraPipeline, self), name)(*args, **options)
         finally:
             vars(self).update(compiled)
 
     return call
 
 
-class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class LoraPipeline(StableDiffusionLoraLoaderMixin):
     """``set_adapters``, ``fuse_lora``, ``unload_lora_weights`` and the rest are diffusers' own, see `of_diffusers`."""
 
     unet: Any
     text_encoder: Any
-    tokenizer: Any
 
     set_adapters = of_diffusers("set_adapters")
     get_active_adapters = of_diffusers("get_active_adapters")
@@ -121,29 +110,27 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         networks = {name: whole_network(network) for name, network in parts.items() if network is not None}
         hub = {key: value for key, value in hub.items() if key not in ("use_safetensors", "return_lora_metadata")}
         with faults_named(name_of(pretrained_model_name_or_path_or_dict)):
-            lora = fit_lora(pretrained_model_name_or_path_or_dict, networks, weight_name, hub)
+            layers, matched, unmatched = fit_lora(pretrained_model_name_or_path_or_dict, networks, weight_name, hub)
         adapter_name = adapter_name or free_name(networks)
         if not hotswap and adapter_name in names_in_use(networks):
             raise ValueError(f"there is an adapter {adapter_name!r} already; choose another adapter_name")
         if hotswap:
-            check_swappable(lora)
+            check_swappable(layers)
         with all_or_none(networks, adapter_name):
-            self._add_lora(lora, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+            self._add_lora(layers, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
             if scale != 1.0:
                 self.set_adapters(adapter_name, scale)
-        total = len(lora.matched) + len(lora.unmatched)
-        logger.info("LoRA %s: %d of %d keys matched", adapter_name, len(lora.matched), total)
-        if lora.unmatched:
-            logger.warning(
-                "LoRA %s: %d of its keys are not of this model and are left out, such as %s",
-                *(adapter_name, len(lora.unmatched), lora.unmatched[0]),
-            )
-        return LoadedLora(adapter_name, lora.matched, lora.unmatched)
+        total = len(matched) + len(unmatched)
+        logger.info("LoRA %s: %d of %d keys matched", adapter_name, len(matched), total)
+        if unmatched:
+            message = "LoRA %s: %d of its keys are not of this model and are left out, such as %s"
+            logger.warning(message, adapter_name, len(unmatched), unmatched[0])
+        return LoadedLora(adapter_name, matched, unmatched)
 
-    def _add_lora(self, lora: FittedLora, adapter_name: str, **options: Any) -> None:
+    def _add_lora(self, layers: Layers, adapter_name: str, **options: Any) -> None:
         """Into the networks that it has layers of."""
         for name in self._lora_loadable_modules:
-            if not (own := of_network(lora.layers, name)):
+            if not (own := of_network(layers, name)):
                 continue
             network = whole_network(getattr(self, name))
             if name == "unet":
@@ -179,86 +166,6 @@ class AdapterPipeline(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             header[METADATA_KEY] = json.dumps(lora_adapter_metadata, default=sorted, indent=2, sort_keys=True)
         save_whole(state_dict, Path(save_directory) / (weight_name or LORA_NAMES[0]), header)
 
-    def load_textual_inversion(
-        self,
-        pretrained_model_name_or_path: Any,
-        token: str | list[str] | None = None,
-        tokenizer: Any = None,
-        text_encoder: Any = None,
-        *,
-        weight_name: str | None = None,
-        allow_pickle: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Teach the pipeline new words from embeddings, such as `latentdiff finetune` makes.
-
-        Args:
-            pretrained_model_name_or_path: a file in diffusers' or A1111's format, a folder, an ``owner/name`` on the
-                hub, a tensor or tensors {word: (n, D) or (D,)}; or a list of these.
-            token: the word, or one for each; by default what the file says, or else its name.
-            tokenizer, text_encoder: by default the pipeline's.
-            weight_name: of the file in the folder or on the hub.
-            allow_pickle: read ``.pt`` and ``.bin`` files as well, tensors only; nothing in them is run.
-            hub: as for `load_lora_weights`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is of another kind, is damaged or of another width; the word is known already.
-        """
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
-        hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
-        words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
-        width, source = text_encoder.get_input_embeddings().weight.shape[1], name_of(pretrained_model_name_or_path)
-        for word, vectors in words:
-            ids = tokenizer(word, add_special_tokens=False).input_ids
-            token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
-            if token is not None and not token.special:
-                known = f"{source}: the word {word!r} is known already, as {token.content!r}"
-                raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
-            if vectors.shape[-1] != width:
-                raise ValueError(
-                    f"{source}: the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are "
-                    f"{width} wide, so it is for another model"
-                )
-        sources = [{word: vectors} for word, vectors in words]
-        super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
-
-    def unload_textual_inversion(self, tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
-        """Forget words that were loaded, each with all of its vectors; all words by default.
-
-        Args:
-            tokens: a word or several.
-            tokenizer, text_encoder: by default the pipeline's.
-
-        Raises:
-            ValueError: a word was not loaded; or some of several, with a tokenizer in which diffusers would then number
-                the rest wrongly.
-        """
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
-        decoder = tokenizer.added_tokens_decoder
-        ordinary = [token.content for token in decoder.values() if not token.special]
-        wanted = [tokens] if isinstance(tokens, str) else list(tokens or ordinary)
-        for word in wanted:
-            if word not in ordinary:
-                raise ValueError(f"there is no word {word!r} to forget; loaded are {', '.join(ordinary) or 'none'}")
-        further = long_words(tokenizer)
-        wanted = list(dict.fromkeys(token for word in wanted for token in further.get(word, [word])))
-        special = [number for number, token in decoder.items() if token.special]
-        if not wanted:
-            return
-        if set(wanted) != set(ordinary) and max(special, default=-1) + 1 != len(tokenizer) - len(ordinary):
-            raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
-        super().unload_textual_inversion(wanted, tokenizer, text_encoder)
-        text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
-
-
-def name_of(source: Any) -> str:
-    """What messages call the source of an adapter: its file, or that there is none."""
-    names = [str(one) for one in (source if isinstance(source, list) else [source]) if isinstance(one, str | Path)]
-    return ", ".join(names) or "these tensors"
-
 
 def check_factors(method: str, values: Iterable[Any]) -> None:
     """Raises ValueError for a factor that is not finite, also in lists and dictionaries of them."""
@@ -276,14 +183,22 @@ def fit_lora(
     networks: Mapping[str, nn.Module],
     weight_name: str | None = None,
     hub: Mapping[str, Any] | None = None,
-) -> FittedLora:
+) -> tuple[Layers, list[str], list[str]]:
     """Read a LoRA and find its layers in `networks`, such as {"unet": ..., "text_encoder": ...}.
+
+    Returns:
+        The layers, under the names that they have in the networks; the keys that belong to them, and the others.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or no LoRA, none of its keys has a place, or a matrix does not fit its layer.
     """
-    state, config = read_source(source, weight_name, hub or {})
+    config = None
+    if isinstance(source, dict):
+        state = with_network(source, format_of(source))
+    else:
+        file = LoraFile(source, weight_name, **(hub or {}))
+        state, config = file.state, file.config
     places = {f"{name}.{place}": layer for name, network in networks.items() for place, layer in layers_of(network)}
     names = {short(name): name for name in places}
     unet_config = getattr(networks.get("unet"), "config", None)
@@ -298,24 +213,11 @@ def fit_lora(
         )
     for name, layer in found.items():
         check_fit(name, layer, places[names[name]])
-    others = set(unmatched)
-    fitted = FittedLora(
-        {names[name]: layer for name, layer in found.items()}, [key for key in state if key not in others], unmatched
-    )
+    layers, others = {names[name]: layer for name, layer in found.items()}, set(unmatched)
     for network in networks:
-        if own := of_network(fitted.layers, network):
+        if own := of_network(layers, network):
             peft_config(own)  # raises if PEFT cannot have it
-    return fitted
-
-
-def read_source(
-    source: str | Path | dict[str, Tensor], weight_name: str | None, hub: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors under the names of their format, and the config."""
-    if isinstance(source, dict):
-        return with_network(source, format_of(source)), None
-    file = LoraFile(source, weight_name, **hub)
-    return file.state, file.config
+    return layers, [key for key in state if key not in others], unmatched
 
 
 def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -345,11 +247,11 @@ def check_fit(name: str, layer: LoraLayer, module: nn.Module) -> None:
         )
 
 
-def check_swappable(lora: FittedLora) -> None:
+def check_swappable(layers: Layers) -> None:
     """Raises ValueError if PEFT's hotswap, which knows one strength for all layers, would load a LoRA wrongly."""
-    if any(name.startswith(f"{TEXT}.") for name in lora.layers):
+    if any(name.startswith(f"{TEXT}.") for name in layers):
         raise ValueError("hotswap: a LoRA with layers of the text encoder cannot be swapped in; load it as an adapter")
-    if len({round(layer.scale, 6) for layer in lora.layers.values()}) > 1:
+    if len({round(layer.scale, 6) for layer in layers.values()}) > 1:
         raise ValueError(
             "hotswap: the layers of this LoRA have different strengths (alpha / rank), which PEFT cannot swap in; load "
             "it as an adapter of its own"
@@ -372,7 +274,7 @@ def add_to_encoder(text_encoder: Any, layers: Layers, name: str) -> None:
     result = set_peft_model_state_dict(text_encoder, tensors, name)
     if result.unexpected_keys:
         raise ValueError(f"PEFT has no place for {result.unexpected_keys[0]} of this LoRA")
-    text_encoder.requires_grad_(False).eval().to(text_encoder.device, text_encoder.dtype)
+    text_encoder.eval().to(text_encoder.device, text_encoder.dtype)
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Textual inversion in pipelines: diffusers' mix-in, with checks before anything is changed."""
+
+from typing import Any
+
+from diffusers.loaders import TextualInversionLoaderMixin
+
+from latentdiff.interchange.adapter_files import name_of
+from latentdiff.interchange.embeddings import find_embeddings
+from latentdiff.models.loras import whole_network
+from latentdiff.text.words import long_words
+
+
+class TextualInversionPipeline(TextualInversionLoaderMixin):
+    """Words that are loaded into the tokenizer and the text encoder, and forgotten again."""
+
+    text_encoder: Any
+    tokenizer: Any
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        *,
+        weight_name: str | None = None,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Teach the pipeline new words from embeddings, such as `latentdiff finetune` makes.
+
+        Args:
+            pretrained_model_name_or_path: a file in diffusers' or A1111's format, a folder, an ``owner/name`` on the
+                hub, a tensor or tensors {word: (n, D) or (D,)}; or a list of these.
+            token: the word, or one for each; by default what the file says, or else its name.
+            tokenizer, text_encoder: by default the pipeline's.
+            weight_name: of the file in the folder or on the hub.
+            allow_pickle: read ``.pt`` and ``.bin`` files as well, tensors only; nothing in them is run.
+            hub: as for `load_lora_weights`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another kind, is damaged or of another width; the word is known already.
+        """
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
+        hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
+        words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
+        width, source = text_encoder.get_input_embeddings().weight.shape[1], name_of(pretrained_model_name_or_path)
+        for word, vectors in words:
+            ids = tokenizer(word, add_special_tokens=False).input_ids
+            token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
+            if token is not None and not token.special:
+                known = f"{source}: the word {word!r} is known already, as {token.content!r}"
+                raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
+            if vectors.shape[-1] != width:
+                raise ValueError(
+                    f"{source}: the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are "
+                    f"{width} wide, so it is for another model"
+                )
+        sources = [{word: vectors} for word, vectors in words]
+        super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
+
+    def unload_textual_inversion(self, tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
+        """Forget words that were loaded, each with all of its vectors; all words by default.
+
+        Args:
+            tokens: a word or several.
+            tokenizer, text_encoder: by default the pipeline's.
+
+        Raises:
+            ValueError: a word was not loaded; or some of several, with a tokenizer in which diffusers would then number
+                the rest wrongly.
+        """
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
+        decoder = tokenizer.added_tokens_decoder
+        ordinary = [token.content for token in decoder.values() if not token.special]
+        wanted = [tokens] if isinstance(tokens, str) else list(tokens or ordinary)
+        for word in wanted:
+            if word not in ordinary:
+                raise ValueError(f"there is no word {word!r} to forget; loaded are {', '.join(ordinary) or 'none'}")
+        further = long_words(tokenizer)
+        wanted = list(dict.fromkeys(token for word in wanted for token in further.get(word, [word])))
+        special = [number for number, token in decoder.items() if token.special]
+        if not wanted:
+            return
+        if set(wanted) != set(ordinary) and max(special, default=-1) + 1 != len(tokenizer) - len(ordinary):
+            raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
+        super().unload_textual_inversion(wanted, tokenizer, text_encoder)
+        text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
