@@ -45,20 +45,21 @@ def upright_pair(image: Pictures, mask: Pictures) -> tuple[Pictures, Pictures]:
     Raises:
         TypeError, ValueError: an array cannot be a mask.
     """
-    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
-    if isinstance(mask, (list, tuple)) and are_images(mask):
-        mask = [shallow(one) for one in mask]
-    elif isinstance(mask, Image.Image):
-        mask = shallow(mask)
-    masks: list[Any] = list(mask) if isinstance(mask, (list, tuple)) else [mask]
-    if isinstance(masks[0] if masks else None, (np.ndarray, Tensor)):
+    pictures, masks = as_list(image), as_list(mask)
+    if are_images(mask):
+        masks = [shallow(one) for one in masks]
+    elif masks and isinstance(masks[0], (np.ndarray, Tensor)):
         masks = list(mask_values(mask))
-    if not any(orientation_of(one) for one in [*pictures, *masks]):
-        return upright_rgb(image), mask
-    if len(masks) == 1 and len({orientation_of(picture) for picture in pictures}) > 1:
-        masks = masks * len(pictures)
-    turned = [upright_mask(one, pictures[min(i, len(pictures) - 1)]) for i, one in enumerate(masks)]
-    return upright_rgb(image), turned[0] if len(turned) == 1 else turned
+    if pictures and any(orientation_of(one) for one in [*pictures, *masks]):
+        if len(masks) == 1 and len({orientation_of(picture) for picture in pictures}) > 1:
+            masks = masks * len(pictures)
+        masks = [upright_mask(one, pictures[min(i, len(pictures) - 1)]) for i, one in enumerate(masks)]
+    return upright_rgb(image), masks[0] if len(masks) == 1 else masks
+
+
+def as_list(value: Any) -> list[Any]:
+    """Of one picture or of several."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def orientation_of(picture: Any) -> int | None:
@@ -75,14 +76,14 @@ def upright_mask(mask: Any, picture: Any) -> Any:
     if orientation == 1 or not isinstance(mask, Image.Image | Tensor):
         return mask
     width, height = mask.size if isinstance(mask, Image.Image) else (mask.shape[-1], mask.shape[-2])
-    lying = abs(math.log(width / height) - math.log(picture.width / picture.height))
-    across = picture.height / picture.width if orientation > 4 else picture.width / picture.height
-    standing = abs(math.log(width / height) - math.log(across))
-    if standing < lying:
+    shape, stored = math.log(width / height), math.log(picture.width / picture.height)
+    away, away_upright = abs(shape - stored), abs(shape - (-stored if orientation > 4 else stored))
+    unclear = math.isclose(away, away_upright, abs_tol=1e-9)
+    if away_upright < away and not unclear:
         return mask
     logger.warning(
         "The picture's EXIF turns it (orientation %d), and the mask is turned with it: %s",
-        *(orientation, "their shapes do not tell what it was drawn on" if standing == lying else "by its shape"),
+        *(orientation, "their shapes do not tell what it was drawn on" if unclear else "by its shape"),
     )
     if isinstance(mask, Tensor):
         return turned_tensor(mask, orientation)
@@ -128,20 +129,19 @@ def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Ten
     if mask is None:
         raise ValueError("mask_image is missing; give one that is white where to paint and black elsewhere")
     if are_images(mask):
-        masks = [shallow(one) for one in (mask if isinstance(mask, (list, tuple)) else [mask])]
-        return preprocessed("mask_image", processor, masks, **options)
+        return preprocessed("mask_image", processor, [shallow(one) for one in as_list(mask)], **options)
     return (resized(processor, mask_values(mask), **options) >= 0.5).float()
 
 
 def are_images(value: Any) -> bool:
     """Whether this is a PIL image or a list of them."""
-    several = isinstance(value, (list, tuple)) and len(value) > 0
-    return all(isinstance(one, Image.Image) for one in (value if several else [value]))
+    images = as_list(value)
+    return bool(images) and all(isinstance(one, Image.Image) for one in images)
 
 
 def preprocessed(name: str, processor: VaeImageProcessor, images: Any, **options: Any) -> Tensor:
     """PIL images as the processor makes tensors of them. Raises ValueError if they differ in size."""
-    sizes = sorted({one.size for one in images}) if isinstance(images, list) else []
+    sizes = sorted({one.size for one in as_list(images)})
     if len(sizes) > 1 and "height" not in options:
         raise ValueError(f"the pictures given as {name} differ in size, {sizes[0]} and {sizes[1]}; give one at a time")
     return processor.preprocess(images, **options)
@@ -221,7 +221,7 @@ def stacked(name: str, value: Any) -> tuple[Tensor, bool]:
         TypeError: they are something else, or of other dimensions.
         ValueError: they differ in size.
     """
-    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    items = as_list(value)
     arrays = bool(items) and all(isinstance(one, np.ndarray) for one in items)
     if not items or not (arrays or all(isinstance(one, Tensor) for one in items)):
         found = next((one for one in items if not isinstance(one, (np.ndarray, Tensor))), value)
