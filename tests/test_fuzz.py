@@ -1,7 +1,7 @@
 """Changed copies of good files, for a minute; see `fuzz` for what is a fault.
 
 ``LATENTDIFF_FUZZ_SECONDS`` sets the time, ``LATENTDIFF_FUZZ_SEED`` where it begins. On its own, keeping the files that
-showed a fault: ``PYTHONPATH=tests/support python tests/support/fuzz.py --seconds 300 --keep FOLDER``.
+showed a fault: ``python tests/support/fuzz.py --seconds 300 --keep FOLDER``.
 """
 
 import os

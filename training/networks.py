@@ -1,7 +1,6 @@
 """The networks that training starts from: new ones of the size that settings describe, or those of a folder."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.process import Process
+from latentdiff.interchange.folders import read_json
 from latentdiff.models import (
     AutoencoderKL,
     FSQModel,
@@ -184,7 +184,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
         return IdentityAutoencoder()
     for candidate in (Path(folder), Path(folder) / "vae", Path(folder) / "vqvae"):
         if (candidate / "config.json").is_file():
-            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            kind = read_json(candidate / "config.json").get("_class_name")
             if kind not in AUTOENCODERS:
                 raise ValueError(f"{candidate}: its config.json is of a {kind}, not of {' or '.join(AUTOENCODERS)}")
             autoencoder = getattr(models, kind).from_pretrained(candidate)

@@ -1,7 +1,7 @@
 """Damaged and hostile files for everything that reads a user's file, made by hypothesis from good ones.
 
-    PYTHONPATH=tests/support python tests/support/fuzz.py --seconds 300 --keep /tmp/found
-    PYTHONPATH=tests/support python tests/support/fuzz.py --only tables prompts --seed 7
+    python tests/support/fuzz.py --seconds 300 --keep /tmp/found
+    python tests/support/fuzz.py --only tables prompts --seed 7
 
 Each reader may succeed, or raise ValueError, OSError or TypeError with a message that names the file. Anything else,
 more than 2 GB of memory or more than 30 seconds is a fault: it is printed, and the exit status is 1.

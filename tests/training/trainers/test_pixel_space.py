@@ -67,3 +67,10 @@ def test_the_objective_gets_pixels_as_they_are(
     levels = ((pixels.double() + 1) * 127.5).round()
     assert torch.equal(pixels, levels.float() / 127.5 - 1)
     assert len(levels.unique()) > 2
+
+
+def test_broken_config_of_an_autoencoder_is_named(tmp_path: Path) -> None:
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            load_autoencoder(str(tmp_path))
