@@ -4,6 +4,7 @@ import typer
 
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.commands.evaluate import evaluate, likelihood
+from latentdiff.training.commands.settings import settings
 from latentdiff.training.commands.train import autoencoder, classifier, denoiser, finetune
 
 AGAIN = "Repeat a command to go on where it stopped."
@@ -19,7 +20,7 @@ for command in (autoencoder, denoiser, classifier, finetune):
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add ``train``, ``finetune``, ``doctor``, ``evaluate`` and ``likelihood`` to the program's own commands."""
+    """Add the commands of training and measuring to the program's own."""
     app.add_typer(train, name="train")
-    for command in (finetune, doctor, evaluate, likelihood):
+    for command in (finetune, settings, doctor, evaluate, likelihood):
         app.command()(command)

@@ -17,8 +17,9 @@ SHEET = {"made_by": "latentdiff doctor"}  # kept in the PNG, which may then be w
 
 def doctor(
     data: Annotated[
-        str, typer.Argument(metavar="DIR", help="Folder of pictures, *.tar shards, or a dataset's folder or name.")
-    ],
+        str | None,
+        typer.Argument(metavar="DIR", help="Folder of pictures, *.tar shards, or a dataset's folder or name."),
+    ] = None,
     overrides: Overrides = None,
     manifest: Annotated[
         Path | None, typer.Option(help="File to write about each picture; training reads it with manifest=FILE.")

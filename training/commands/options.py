@@ -14,12 +14,17 @@ from latentdiff.training.settings import Settings
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(help="Folder with metadata.jsonl/.csv/.parquet or .txt captions, *.tar shards, or a dataset's name."),
 ]
-Output = Annotated[Path, typer.Option(help="Folder for the model; its training/ keeps checkpoints and samples.")]
-Config = Annotated[Path | None, typer.Option(help="YAML file of settings.", exists=True, dir_okay=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for the model; its training/ keeps checkpoints and samples.")]
+Config = Annotated[
+    Path | None, typer.Option(help="YAML file of settings; data and output may be in it.", exists=True, dir_okay=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's; 'latentdiff settings' shows them."),
+]
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -40,7 +45,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def load_settings(
-    kind: type[SettingsT], file: str | Path | None, overrides: list[str] | None, **options: str | None
+    kind: type[SettingsT], file: str | Path | None, overrides: list[str] | None, **options: str | Path | None
 ) -> SettingsT:
     """Settings from a YAML file, ``key=value`` arguments, and those that have options of their own (None: not given).
 
@@ -51,7 +56,7 @@ def load_settings(
     for key, value in options.items():
         if value is not None and key in given:
             raise ValueError(f"setting {key!r} is given twice")
-        given.setdefault(key, value)
+        given.setdefault(key, str(value) if isinstance(value, Path) else value)
     return kind.load(file, given)
 
 

@@ -19,8 +19,8 @@ class Method(StrEnum):
 
 
 def autoencoder(
-    data: Data,
-    output: Output,
+    data: Data = None,
+    output: Output = None,
     config: Annotated[
         str | None, typer.Option(help="YAML file of settings, or one of ours: kl-f4, kl-f8, kl-f16, vq-f4, vq-f8, ...")
     ] = None,
@@ -34,7 +34,7 @@ def autoencoder(
     if config is not None and config not in ours and not Path(config).is_file():
         raise FileNotFoundError(f"--config {config}: no such file, and ours are {', '.join(ours)}")
     file = ours.get(config, config) if config else None
-    settings = load_settings(AutoencoderSettings, file, overrides, data=data, output=str(output))
+    settings = load_settings(AutoencoderSettings, file, overrides, data=data, output=output)
     show_progress()
     from latentdiff.training.trainers.autoencoder import train_autoencoder
 
@@ -42,17 +42,18 @@ def autoencoder(
 
 
 def denoiser(
-    data: Data,
-    output: Output,
-    autoencoder: Annotated[str, typer.Option(help="Folder of the autoencoder, or of a pipeline; pixels: none.")],
+    data: Data = None,
+    output: Output = None,
+    autoencoder: Annotated[
+        str | None, typer.Option(help="Folder of the autoencoder, or of a pipeline; pixels: none.")
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a denoiser (condition=text, class or none); OUTPUT becomes a pipeline folder that draws."""
     from latentdiff.training.settings import DenoiserSettings
 
-    given = {"data": data, "output": str(output), "autoencoder": autoencoder}
-    settings = load_settings(DenoiserSettings, config, overrides, **given)
+    settings = load_settings(DenoiserSettings, config, overrides, data=data, output=output, autoencoder=autoencoder)
     show_progress()
     from latentdiff.training.trainers.denoiser import train_denoiser
 
@@ -60,16 +61,18 @@ def denoiser(
 
 
 def classifier(
-    data: Data,
-    output: Output,
-    model: Annotated[str, typer.Option(help="Pipeline folder of the class-conditional or unconditional model.")],
+    data: Data = None,
+    output: Output = None,
+    model: Annotated[
+        str | None, typer.Option(help="Pipeline folder of the class-conditional or unconditional model.")
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a classifier of noisy pictures that guides a model; OUTPUT becomes a pipeline folder with both."""
     from latentdiff.training.settings import ClassifierSettings
 
-    settings = load_settings(ClassifierSettings, config, overrides, data=data, output=str(output), model=model)
+    settings = load_settings(ClassifierSettings, config, overrides, data=data, output=output, model=model)
     show_progress()
     from latentdiff.training.trainers.classifier import train_classifier
 
@@ -77,8 +80,8 @@ def classifier(
 
 
 def finetune(
-    data: Data,
-    output: Output,
+    data: Data = None,
+    output: Output = None,
     model: Annotated[
         str | None, typer.Option(help="A packaged model (emoji is the default), a pipeline folder, or owner/name.")
     ] = None,
@@ -92,12 +95,12 @@ def finetune(
 
     latentdiff finetune --data pictures --output runs/mine max_steps=400
 
-    Repeat the command to go on where it stopped.
+    Repeat the command to go on where it stopped. 'latentdiff settings finetune' shows every setting.
     """
     from latentdiff.training.settings import FinetuneSettings
 
-    given = {"data": data, "output": str(output), "model": model, "method": method.value if method else None}
-    settings = load_settings(FinetuneSettings, config, overrides, **given)
+    chosen = method.value if method else None
+    settings = load_settings(FinetuneSettings, config, overrides, data=data, output=output, model=model, method=chosen)
     show_progress()
     from latentdiff.training.trainers.finetune import finetune as train
 

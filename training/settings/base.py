@@ -15,6 +15,11 @@ from latentdiff.interchange.user_files import parse_yaml, read_yaml
 NAMED = 10  # mistakes that a message names; the rest are counted
 SHOWN = reprlib.Repr()  # of values in messages
 SHOWN.maxstring = SHOWN.maxother = 100
+ALIASES = {
+    **{"lr": "learning_rate", "steps": "max_steps", "rank": "lora_rank", "alpha": "lora_alpha"},
+    **{"batch": "batch_size", "size": "resolution", "workers": "num_workers", "precision": "mixed_precision"},
+}
+"""What settings are called elsewhere, where a class has no setting of that name."""
 
 
 class Settings(BaseModel):
@@ -36,7 +41,8 @@ class Settings(BaseModel):
             values = read_yaml(Path(file)) or {}
             if not isinstance(values, dict):
                 raise ValueError(f"{file}: expected 'key: value' lines, found a {type(values).__name__}")
-        for key, value in (overrides or {}).items():
+            values = cls._by_name(values)
+        for key, value in cls._by_name(overrides or {}).items():
             if isinstance(value, str) and key not in cls._plain():
                 values[key] = parse_yaml(value, f"setting {key!r}")
             elif value is not None:
@@ -56,6 +62,16 @@ class Settings(BaseModel):
         return (value,) if takes_several and isinstance(value, str | int | float) else value
 
     @classmethod
+    def _by_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`values` with the settings' own names. Raises ValueError for one that is given under two of them."""
+        for alias, name in ALIASES.items():
+            if alias in values and alias not in cls.model_fields and name in cls.model_fields:
+                if values.get(name) is not None:
+                    raise ValueError(f"setting {name!r} is given twice, as {alias!r} too")
+                values = {key: value for key, value in values.items() if key != alias} | {name: values[alias]}
+        return values
+
+    @classmethod
     def _plain(cls) -> set[str]:
         """Keys whose values are taken as they are typed: names and paths, which YAML could turn into something else."""
         return {name for name, field in cls.model_fields.items() if field.annotation in (str, str | None)}
@@ -65,9 +81,11 @@ class Settings(BaseModel):
         key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][0])[:100], cls.model_fields, n=1)
-            return f"unknown setting {key}" + (f"; did you mean {near[0]!r}?" if near else "")
+            hint = f"did you mean {near[0]!r}?" if near else "'latentdiff settings' shows them all"
+            return f"unknown setting {key}; {hint}"
         if item["type"] == "missing":
-            return f"setting {key} is needed"
+            option = str(item["loc"][0]).replace("_", "-")
+            return f"setting {key} is needed: --{option}, or {item['loc'][0]}: in the file of --config"
         wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
 

@@ -12,7 +12,9 @@ from latentdiff.training.settings.run import Condition, RunSettings
 class DiffusionSettings(RunSettings):
     """What training a new denoiser and fine-tuning one share."""
 
-    min_snr_gamma: float | None = Field(5.0, gt=0)
+    min_snr_gamma: float | None = Field(
+        5.0, gt=0, description="limit on the weight of little noise (min-SNR); null: none"
+    )
     noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value for a whole channel")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
     caption_shuffle: bool = Field(False, description="put the parts between a caption's commas in a random order")
@@ -22,9 +24,13 @@ class DiffusionSettings(RunSettings):
     cached_variants: int = Field(
         4, ge=1, le=10_000, description="random crops, and orders of a caption, kept in the cache"
     )
-    sample_prompts: tuple[str, ...] = ()
-    sample_steps: int = Field(20, ge=1)
-    sample_guidance_scale: float = Field(4.0, ge=1)
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="what samples are drawn of; default: captions of the pictures"
+    )
+    sample_steps: int = Field(20, ge=1, description="denoising steps of samples, and of the finished model by default")
+    sample_guidance_scale: float = Field(
+        4.0, ge=1, description="guidance of samples, and of the finished model by default"
+    )
 
 
 GAUSSIAN = ("noise_schedule", "num_train_timesteps", "prediction_type", "zero_terminal_snr", "loss", "timestep_sampler")
@@ -49,12 +55,16 @@ class DenoiserSettings(DiffusionSettings):
         "text", description="what the denoiser is conditioned on: the caption; the caption as a class; nothing"
     )
     text_encoder: str = Field("emoji", description="folder with text_encoder/ and tokenizer/, or a packaged model")
-    block_out_channels: tuple[int, ...] = (128, 256, 256)
-    layers_per_block: int = Field(1, ge=1)
-    attention_levels: tuple[bool, ...] = (True, True, True)
+    block_out_channels: tuple[int, ...] = Field(
+        (128, 256, 256), description="channels of each level; each is half as large as the one before"
+    )
+    layers_per_block: int = Field(1, ge=1, description="residual blocks in a level")
+    attention_levels: tuple[bool, ...] = Field((True, True, True), description="which levels have attention")
     attention_head_dim: int = Field(64, ge=8, description="width of one attention head")
-    transformer_layers_per_block: int = Field(1, ge=1)
-    norm_num_groups: int = Field(32, ge=1)
+    transformer_layers_per_block: int = Field(1, ge=1, description="transformer layers in each attention")
+    norm_num_groups: int = Field(
+        32, ge=1, description="groups of the group normalisation; divides every number of channels"
+    )
     resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
         "default", description="scale_shift: ADM's adaptive group normalisation"
     )
@@ -65,10 +75,16 @@ class DenoiserSettings(DiffusionSettings):
     process_options: dict[str, Any] = Field({}, description="arguments of an extension's process")
     denoiser: str = Field("unet", description="the network; unet, or one that an extension registers")
     denoiser_options: dict[str, Any] = Field({}, description="arguments of an extension's network")
-    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    num_train_timesteps: int = Field(1000, ge=2, le=MAX_TRAIN_TIMESTEPS)
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
-    zero_terminal_snr: bool = True
+    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        "scaled_linear", description="how the noise grows with the timestep"
+    )
+    num_train_timesteps: int = Field(1000, ge=2, le=MAX_TRAIN_TIMESTEPS, description="timesteps of the diffusion")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        "v_prediction", description="what the network predicts: the noise, v or the clean latents"
+    )
+    zero_terminal_snr: bool = Field(
+        True, description="let the last timestep be noise alone, so that pictures may be all dark or bright"
+    )
     loss: Literal["simple", "l1", "hybrid", "bound"] = Field(
         "simple", description="hybrid, bound: learn the variances too (DDPM sampler)"
     )
@@ -109,18 +125,24 @@ class ClassifierSettings(DiffusionSettings):
     )
 
     model: str = Field(description="pipeline folder of the class-conditional or unconditional model to be guided")
-    block_out_channels: tuple[int, ...] = (64, 128, 192)
-    layers_per_block: int = Field(1, ge=1)
-    attention_levels: tuple[bool, ...] = (False, True, True)
+    block_out_channels: tuple[int, ...] = Field(
+        (64, 128, 192), description="channels of each level; each is half as large as the one before"
+    )
+    layers_per_block: int = Field(1, ge=1, description="residual blocks in a level")
+    attention_levels: tuple[bool, ...] = Field((False, True, True), description="which levels have attention")
     attention_head_dim: int = Field(32, ge=8, description="width of one attention head")
-    norm_num_groups: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    pool: Literal["attention", "adaptive"] = "attention"
+    norm_num_groups: int = Field(
+        32, ge=1, description="groups of the group normalisation; divides every number of channels"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations left out")
+    pool: Literal["attention", "adaptive"] = Field(
+        "attention", description="how the classifier's features become one vector"
+    )
     resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
     weight_decay: float = Field(0.05, ge=0)
     caption_dropout: float = Field(0.0, ge=0, le=0, description="a classifier always sees the class")
-    sample_classifier_scale: float = Field(2.0, ge=0)
-    condition: Literal["class"] = "class"
+    sample_classifier_scale: float = Field(2.0, ge=0, description="how strongly the classifier guides samples")
+    condition: Literal["class"] = Field("class", description="what the classifier tells apart")
     sample_guidance_scale: float = Field(1.0, ge=1)
 
     @model_validator(mode="after")
@@ -144,11 +166,17 @@ class FinetuneSettings(DiffusionSettings):
     )
 
     model: str = Field("emoji", description="what to start from: a packaged model, a pipeline folder, a hub id")
-    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
+    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field(
+        "lora", description="what is trained: all of the UNet, a LoRA, one subject, or a new word"
+    )
     resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
     batch_size: int = Field(4, ge=1)
     max_steps: int = Field(400, ge=1)
-    learning_rate: float = Field(1e-4, gt=0, description="by default one that suits the method")
+    learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        description="default by method: full 1e-5, dreambooth 5e-6, textual-inversion 5e-3, a LoRA 1e-3",
+    )
     warmup_steps: int = Field(0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
     sample_every: int = Field(100, ge=1)

@@ -15,8 +15,8 @@ class DataSettings(Settings):
 
     data: str = Field(description="folder of pictures, WebDataset shards (*.tar), or a datasets folder or name")
     split: str = Field("train", description="split of a datasets dataset, and value of an optional 'split' column")
-    image_column: str = "image"
-    caption_column: str = "text"
+    image_column: str = Field("image", description="column of a dataset with the pictures")
+    caption_column: str = Field("text", description="column of a dataset or table with the captions")
     caption: str | None = Field(None, description="caption of every picture that has none of its own")
     picture_folder: str | None = Field(None, description="a folder outside data that paths in its tables may lead to")
     streaming: bool = Field(False, description="read a datasets dataset as a stream, once, keeping a local copy")
@@ -25,8 +25,13 @@ class DataSettings(Settings):
     max_bad_share: float = Field(0.1, ge=0, le=1, description="stop if a larger share of the pictures is unusable")
     resolution: int = Field(64, ge=8, le=16_384, description="side of a square picture, root of the area of any other")
     buckets: bool = Field(False, description="keep aspect ratios: several sizes of about the same area")
-    crop: Literal["center", "random"] = "center"
-    random_flip: bool = True
+    crop: Literal["center", "random"] = Field(
+        "center", description="which part of a picture is kept where it is of another shape"
+    )
+    random_flip: bool = Field(
+        True,
+        description="mirror pictures at random, left to right; false for letters, or captions that say left or right",
+    )
 
 
 class DoctorSettings(DataSettings):
@@ -47,32 +52,42 @@ class RunSettings(DataSettings):
     """What an unfinished run began with and cannot go on without: anything else would be another training."""
 
     output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
-    batch_size: int = Field(32, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_steps: int = Field(10_000, ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
-    learning_rate: float = Field(2e-4, gt=0)
-    warmup_steps: int = Field(100, ge=0)
+    batch_size: int = Field(32, ge=1, description="pictures in one pass of one process; more takes more memory")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="passes in one step, for a larger batch in the same memory"
+    )
+    max_steps: int = Field(10_000, ge=1, description="steps in all, each one update of the weights")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = Field(
+        "adamw", description="adamw8bit and adafactor take less memory"
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0, description="how far a step goes; lower it if the loss explodes or pictures fall apart"
+    )
+    warmup_steps: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
     decay_steps: int = Field(0, ge=0, description="the learning rate falls to zero over this many last steps")
-    decay_shape: Literal["linear", "cosine"] = "linear"
-    weight_decay: float = Field(0.01, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.99, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    decay_shape: Literal["linear", "cosine"] = Field(
+        "linear", description="how the learning rate falls over decay_steps"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="how strongly weights are pulled to 0")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of Adam's mean of gradients")
+    adam_beta2: float = Field(0.99, gt=0, lt=1, description="memory of Adam's mean of squared gradients")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights that are saved; 0: no average")
     ema_warmup: bool = Field(True, description="let the average follow faster at first: (1 + step) / (10 + step)")
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(yaml_no)] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(yaml_no)] = Field(
+        "no", description="bf16 or fp16: faster and less memory on a GPU that has it"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     compile: bool = Field(False, description="torch.compile the network that is trained")
-    seed: int = Field(0, ge=0)
-    num_workers: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of everything random")
+    num_workers: int = Field(0, ge=0, description="processes that read pictures ahead; 0: none")
     on_bad_loss: Literal["stop", "skip"] = Field("stop", description="when a loss is not finite, or explodes")
     explosion: float = Field(1000.0, gt=1, description="a loss this many times the recent mean is a bad one")
-    checkpoint_every: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints, from which a stopped run goes on")
+    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints are kept, the newest ones")
     sample_every: int = Field(500, ge=1, description="draw samples and measure on held-out pictures this often")
-    log_every: int = Field(10, ge=1)
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    log_every: int = Field(10, ge=1, description="steps between records of the loss")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="trackers that are told too")
     push_to_hub: str | None = Field(None, description="'owner/name' on the hub that gets the finished model")
     cache_dir: str | None = Field(
         None, description="where encoded pictures and captions and copies of streams are kept; default: output"

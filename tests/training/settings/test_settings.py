@@ -1,10 +1,23 @@
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from latentdiff.training.commands.options import parse_overrides
+from latentdiff.cli import application
+from latentdiff.training.commands.options import load_settings, parse_overrides
 from latentdiff.training.loop.optimization import learning_rate_at
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.settings import (
+    AutoencoderSettings,
+    ClassifierSettings,
+    DenoiserSettings,
+    DoctorSettings,
+    EvaluationSettings,
+    FinetuneSettings,
+    Settings,
+)
+from latentdiff.training.settings.describe import as_yaml, description
 
 NEEDED = {"data": "pictures", "output": "model"}
 
@@ -134,3 +147,63 @@ def test_one_value_is_enough_where_several_are_taken() -> None:
 def test_no_more_timesteps_than_tables_can_have() -> None:
     with pytest.raises(ValueError, match=r"setting 'num_train_timesteps': .* less than or equal to 100000"):
         DenoiserSettings.load(None, {**NEEDED, "autoencoder": "a", "num_train_timesteps": "1000000000"})
+
+
+KINDS = [AutoencoderSettings, DenoiserSettings, ClassifierSettings, FinetuneSettings, DoctorSettings]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_is_described(kind: type[Settings]) -> None:
+    text = as_yaml(kind, "title")
+    assert yaml.safe_load(text) is None
+    for name, field in kind.model_fields.items():
+        assert description(kind, name), f"{name} needs a description"
+        assert f"\n#{name}:" in text, name
+        assert field.is_required() or name in yaml.safe_load(re.search(rf"^#({name}: .*)$", text, re.M)[1])  # type: ignore[index]
+    values = yaml.safe_load(re.sub(r"^#(?=\w)", "", text, flags=re.M))
+    needed = {name: "x" for name, field in kind.model_fields.items() if field.is_required()}
+    assert kind.load(None, {**values, **needed}) == kind.load(None, needed)
+
+
+def test_descriptions_say_type_default_and_other_names() -> None:
+    text = as_yaml(FinetuneSettings, "title")
+    assert "(whole number, at least 1; also batch)\n#batch_size: 4\n" in text
+    assert "(*.tar), or a datasets folder or name (text; needed)\n#data:\n" in text
+    assert "(list of: tensorboard or wandb)\n#report_to: []\n" in text
+    assert "(number, above 0, or null)\n#max_minutes: null\n" in text
+
+
+def test_settings_have_other_names(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 0.1\nsteps: 7\nwarmup_steps: 0\nrank: 3\n", encoding="utf-8")
+    settings = FinetuneSettings.load(file, {**NEEDED, **parse_overrides(["learning_rate=0.2", "batch=2", "alpha=5"])})
+    assert (settings.learning_rate, settings.max_steps, settings.batch_size) == (0.2, 7, 2)
+    assert (settings.lora_rank, settings.lora_alpha) == (3, 5)
+    with pytest.raises(ValueError, match="setting 'learning_rate' is given twice, as 'lr' too"):
+        FinetuneSettings.load(None, {**NEEDED, "lr": "1", "learning_rate": "2"})
+    assert EvaluationSettings.load(None, {"model": "m", "data": "d", "steps": 4}).steps == 4  # has one of that name
+    with pytest.raises(ValueError, match="unknown setting 'rank'; 'latentdiff settings' shows them all"):
+        AutoencoderSettings.load(None, {**NEEDED, "rank": 4})
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    given = {**NEEDED, "sample_prompts": "a cat", "lora_targets": "to_q", "report_to": "wandb"}
+    settings = FinetuneSettings.load(None, given)
+    assert (settings.sample_prompts, settings.lora_targets, settings.report_to) == (("a cat",), ("to_q",), ("wandb",))
+    values = {**NEEDED, "block_out_channels": "32", "attention_levels": "true"}
+    settings_of_one = AutoencoderSettings.load(None, values)
+    assert (settings_of_one.block_out_channels, settings_of_one.attention_levels) == ((32,), (True,))
+
+
+def test_data_and_output_may_be_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: a\noutput: b\n", encoding="utf-8")
+    settings = load_settings(FinetuneSettings, file, [], data=None, output=Path("c"))
+    assert (settings.data, settings.output) == ("a", "c")
+    with pytest.raises(ValueError, match="setting 'output' is needed: --output, or output: in the file of --config"):
+        load_settings(FinetuneSettings, None, [], data="a", output=None)
+    for program in (["finetune"], ["train", "denoiser"], ["train", "autoencoder"], ["train", "classifier"], ["doctor"]):
+        result = CliRunner().invoke(application(), program)
+        assert "setting 'data' is needed" in str(result.exception)
+    text = CliRunner().invoke(application(), ["settings", "denoiser"]).output
+    assert text == as_yaml(DenoiserSettings, "Settings of 'latentdiff train denoiser', with their defaults.")
