@@ -104,7 +104,8 @@ def convert(
     if place.exists() and target.exists() and target.samefile(place):
         raise ValueError(f"{target} is the source itself; choose another name")
     be_quiet()
-    from latentdiff.pipelines.storage.converting import kind_of_source
+    from latentdiff.interchange.single_file import check_target
+    from latentdiff.pipelines.storage.converting import is_free, kind_of_source
 
     kind = kind_of_source(source, reading.ckpt)
     given = {"--" + name.replace("_", "-"): None if value is False else value for name, value in vars(reading).items()}
@@ -118,7 +119,7 @@ def convert(
     form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
     component = component_of(source, kind, component, form, reading.ckpt)
     check_options(kind, form, component, given)
-    check_place(form, target, overwrite)
+    (check_target if form is Form.file else is_free)(target, overwrite)  # what cannot be written is refused first
     import torch
 
     precision = None if dtype is None else getattr(torch, dtype.value)
@@ -178,14 +179,6 @@ def refuse(what: str, given: dict[str, Any], options: Collection[str]) -> None:
     for name, value in given.items():
         if name in options and value is not None:
             raise ValueError(f"{name} does nothing for {what}; leave it out")
-
-
-def check_place(form: Form, target: Path, overwrite: bool) -> None:
-    """Raises ValueError or FileExistsError for what cannot or must not be written, before anything is read."""
-    from latentdiff.interchange.single_file import check_target
-    from latentdiff.pipelines.storage.converting import is_free
-
-    (check_target if form is Form.file else is_free)(target, overwrite)
 
 
 def one_part(**part: Any) -> Any:
