@@ -40,15 +40,12 @@ def build_autoencoder(settings: AutoencoderSettings) -> Any:
         "norm_num_groups": settings.norm_num_groups,
         "sample_size": settings.resolution,
     }
+    codes = {"num_vq_embeddings": settings.num_vq_embeddings}
     match settings.kind:
         case "vq":
-            return VQModel(**shape, num_vq_embeddings=settings.num_vq_embeddings)
+            return VQModel(**shape, **codes)
         case "gumbel":
-            return GumbelVQModel(
-                **shape,
-                num_vq_embeddings=settings.num_vq_embeddings,
-                logit_laplace=settings.logit_laplace_weight > 0,
-            )
+            return GumbelVQModel(**shape, **codes, logit_laplace=settings.logit_laplace_weight > 0)
         case "fsq":
             return FSQModel(**shape, levels=settings.fsq_levels)
     return AutoencoderKL(**shape)

@@ -69,8 +69,10 @@ def places(run: TrainingRun, order: PictureOrder) -> Iterator[list[Place]]:
 
 
 def leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C reaches the workers too; the main process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and the terminal's end reach the workers too; the main process decides when they end."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,27 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_workers_too_saves_and_stops(how: signal.Signals, pictures: Path, tmp_path: Path) -> None:
+    """As a terminal sends it that is closed, or in which somebody types Ctrl-C."""
+
+    def train() -> None:
+        os.setsid()
+        values = {"resolution": 16, "batch_size": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
+        values |= {"warmup_steps": 1, "max_steps": 10**6, "checkpoint_every": 2, "sample_every": 10**6}
+        values |= {"data": str(pictures), "output": str(tmp_path / "out"), "num_workers": 2}
+        train_autoencoder(AutoencoderSettings.load(None, values))
+
+    log, checkpoints = tmp_path / "log.txt", tmp_path / "out" / "training" / "checkpoints"
+    (child,) = start(train, log)
+    while not list(checkpoints.glob("step-*")):
+        time.sleep(0.01)
+    os.killpg(child, how)
+    assert wait([child]) == [0], log.read_text()[-3000:]
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "training" / ".lock").read_bytes()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_costs_checkpoints_and_no_more(pictures: Path, tmp_path: Path) -> None:
     def train(output: Path) -> None:
@@ -94,7 +117,6 @@ def test_a_full_disk_costs_checkpoints_and_no_more(pictures: Path, tmp_path: Pat
 
     def train_on_a_full_disk() -> None:
         import resource
-        import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is too long then fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
