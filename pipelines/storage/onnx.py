@@ -249,7 +249,7 @@ def plain(network: Any) -> Any:
     as_needed = all(tensor.dtype == torch.float32 for tensor in floating)
     if as_needed and not network.training and all(tensor.device.type == "cpu" for tensor in tensors):
         return network
-    return copy.deepcopy(network).to("cpu", torch.float32).eval()
+    return copy.deepcopy(network).cpu().float().eval()  # to() would warn of nothing
 
 
 def own_config(network: Any) -> dict[str, Any]:
