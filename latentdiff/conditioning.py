@@ -6,7 +6,7 @@ repeating and joining batches is written once, here, and callers pass it on with
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -144,17 +144,6 @@ class GuidedConditioning:
 
     def _map(self, change: Callable[[Conditioning], Conditioning]) -> "GuidedConditioning":
         return GuidedConditioning(change(self.positive), None if self.negative is None else change(self.negative))
-
-
-class Conditioner(Protocol):
-    """Makes conditions of prompts: texts, captions, class names. "" stands for no condition."""
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """P prompts -> the conditions of P images.
-
-        Raises:
-            ValueError: a prompt cannot be used.
-        """
 
 
 class NoConditioner:

@@ -18,14 +18,6 @@ from latentdiff.text.weights import without_weights
 BATCH = 16
 
 
-def check_candidates(candidates: int, wanted: int) -> None:
-    """Raises ValueError if `wanted` pictures cannot be chosen from `candidates`."""
-    if candidates < wanted:
-        raise ValueError(
-            f"candidates must be a whole number, at least the {wanted} to keep of each prompt, not {candidates!r}"
-        )
-
-
 def reranker_of_call(options: TextOptions, pipeline: Any) -> ClipScore | None:
     """What compares the candidates of a call; None if it asks for none.
 
@@ -36,7 +28,9 @@ def reranker_of_call(options: TextOptions, pipeline: Any) -> ClipScore | None:
         if options.reranker is not None:
             raise ValueError("a reranker needs candidates=, how many pictures of each prompt to choose from")
         return None
-    check_candidates(options.candidates, options.num_images_per_prompt or 1)
+    kept = options.num_images_per_prompt or 1
+    if options.candidates < kept:
+        raise ValueError(f"candidates must be at least the {kept} to keep of each prompt, not {options.candidates}")
     if options.output_type == "latent":
         raise ValueError("candidates are compared as pictures; output_type='latent' does not go with them")
     source = options.reranker or pipeline.reranker
@@ -95,9 +89,10 @@ def best_of(
     Raises:
         ValueError: the numbers do not go together.
     """
-    check_candidates(candidates, keep)
-    if len(images) != len(prompts) * candidates:
-        raise ValueError(f"{len(images)} pictures are not {candidates} for each of {len(prompts)} prompts")
+    if len(images) != len(prompts) * candidates or keep > candidates:
+        raise ValueError(
+            f"{len(images)} pictures are not {candidates} for each of {len(prompts)} prompts, to keep {keep}"
+        )
     captions = [without_weights(one) if prompt_weights else one for one in prompts for _ in range(candidates)]
     cosines = torch.cat(  # not the scores: those of all that fit badly are 0
         [reranker.cosines(images[i : i + BATCH], captions[i : i + BATCH]) for i in range(0, len(images), BATCH)]

@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypedDict, get_args, get_origin
 
@@ -37,31 +38,15 @@ def whole_number(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be a whole number, not {value!r}") from None
 
 
-def real_number(value: Any, name: str) -> float:
-    """What measures, as Python's float. Raises TypeError for no number, ValueError for NaN."""
+def real_number(value: Any, name: str, infinite: bool = False) -> float:
+    """What measures, as Python's float. Raises TypeError for no number, ValueError for NaN, and mostly for infinity."""
     try:
         number = float(() if is_truth(value) or isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # torch raises the last for several numbers
         raise TypeError(f"{name} must be a number, not {value!r}") from None
-    if math.isnan(number):
-        raise ValueError(f"{name} must be a number, not {value!r}")
+    if math.isnan(number) or (math.isinf(number) and not infinite):
+        raise ValueError(f"{name} must be a {'number' if infinite else 'finite number'}, not {value!r}")
     return number
-
-
-def finite_number(value: Any, name: str) -> float:
-    """As `real_number`; raises ValueError for infinity too."""
-    number = real_number(value, name)
-    if math.isinf(number):
-        raise ValueError(f"{name} must be finite, not {number}")
-    return number
-
-
-def whole_or_finite(value: Any, name: str) -> float:
-    """A timestep: a whole number as int, as most schedulers have them, others as float."""
-    try:
-        return whole_number(value, name)
-    except TypeError:
-        return finite_number(value, name)
 
 
 def positive_whole(value: Any, name: str) -> int:
@@ -91,7 +76,7 @@ def are_several(value: Any) -> bool:
 
 def noise_levels(value: Any, name: str) -> tuple[float, float]:
     """Raises ValueError for what is not two numbers."""
-    levels = one_or_more(real_number)(value, name)
+    levels = one_or_more(partial(real_number, infinite=True))(value, name)
     if not isinstance(levels, tuple) or len(levels) != 2:
         raise ValueError(f"{name} must be two noise levels, not {value!r}")
     return levels
@@ -157,9 +142,9 @@ class CallOptions:
     """
 
     num_inference_steps: Annotated[int | None, whole_number] = None
-    timesteps: Annotated[Sequence[float] | None, one_or_more(whole_or_finite)] = None
-    sigmas: Annotated[Sequence[float] | None, one_or_more(finite_number)] = None
-    eta: Annotated[float, finite_number] = 0.0
+    timesteps: Annotated[Sequence[float] | None, one_or_more(real_number)] = None
+    sigmas: Annotated[Sequence[float] | None, one_or_more(real_number)] = None
+    eta: Annotated[float, real_number] = 0.0
     height: int | None = None  # these two are read by `LatentPipeline.picture_size`, which knows what fits
     width: int | None = None
     latents: Annotated[Tensor | None, finite_tensor] = None
@@ -202,7 +187,7 @@ class CallOptions:
 class GuidedOptions(CallOptions):
     """Of a call under classifier-free guidance."""
 
-    guidance_scale: Annotated[float | tuple[float, ...] | None, one_or_more(finite_number)] = None
+    guidance_scale: Annotated[float | tuple[float, ...] | None, one_or_more(real_number)] = None
     guidance_rescale: Annotated[float, real_number] = 0.0
     guidance_interval: Annotated[tuple[float, float] | None, noise_levels] = None
 
@@ -235,7 +220,7 @@ class TextOptions(GuidedOptions):
         if others:
             raise ValueError(f"cross_attention_kwargs: {', '.join(others)} is not supported, only 'scale'")
         scale = given.get("scale")
-        return None if scale is None else finite_number(scale, "cross_attention_kwargs: scale")
+        return None if scale is None else real_number(scale, "cross_attention_kwargs: scale")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
-from latentdiff.pipelines.core.options import whole_number, whole_or_finite
+from latentdiff.pipelines.core.options import real_number, whole_number
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 from latentdiff.text.load import check_vocabulary
 
@@ -161,7 +161,7 @@ class FolderPipeline(DiffusionPipeline):
         for name, value in defaults.items():
             if name not in DEFAULTS:
                 raise ValueError(f"unknown default {name!r}; a model can have {', '.join(DEFAULTS)}")
-            read = whole_number if name == "num_inference_steps" else whole_or_finite
+            read = whole_number if name == "num_inference_steps" else real_number
             defaults[name] = read(value, name)
         if defaults:
             self.register_to_config(**{DEFAULTS_KEY: {**self.registered_defaults, **defaults}})

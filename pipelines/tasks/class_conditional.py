@@ -17,8 +17,8 @@ from latentdiff.pipelines.core.options import (
     GuidedOptions,
     StepCallback,
     are_several,
-    finite_number,
     positive_whole,
+    real_number,
     whole_number,
 )
 from latentdiff.pipelines.core.output import ImagesOutput
@@ -37,7 +37,7 @@ class ClassOptions(GuidedOptions):
     """Of a call with classes."""
 
     class_labels: Label | Sequence[Label]
-    classifier_scale: Annotated[float, finite_number] = 1.0
+    classifier_scale: Annotated[float, real_number] = 1.0
     num_images_per_class: Annotated[int | None, positive_whole] = 1
 
 
