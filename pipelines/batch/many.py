@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentdiff.interchange.atomic import write_text_whole
@@ -16,7 +16,7 @@ from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.interchange.user_files import check_regular
 from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, draw_batch, settings_of, this_machine
 from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
-from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files
+from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files, same_file
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
 from latentdiff.pipelines.core.options import whole_number
 from latentdiff.pipelines.distributed import drawing_processes
@@ -181,11 +181,12 @@ def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> tuple[dict[
             raise FileExistsError(f"{folder / name}: this folder has a table of its own; choose another folder")
     read_table(folder)
     root = folder.resolve()
-    names = {picture.name.casefold(): picture.name for picture in pictures}
+    names = {same_file(picture.name): picture.name for picture in pictures}
     there, failed = {}, {}
     for picture in pictures:
         file = folder / picture.name
-        within = [names[str(one).casefold()] for one in PurePath(picture.name).parents if str(one).casefold() in names]
+        above = [same_file(str(one)) for one in PurePosixPath(picture.name).parents]
+        within = [names[one] for one in above if one in names]
         try:
             if within:
                 raise NotADirectoryError(f"{within[0]} is a picture of this table, and cannot be a folder too")

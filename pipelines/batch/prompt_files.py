@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,11 +98,16 @@ def name_files(prompts: Iterable[Prompt]) -> list[str]:
     taken: dict[str, int] = {}
     for number, prompt in enumerate(prompts, 1):
         name = f"{number:06d}.png" if prompt.file_name is None else check_name(prompt.file_name)
-        same = taken.setdefault(name.casefold(), number)  # for some file systems A and a are the same
+        same = taken.setdefault(same_file(name), number)
         if same != number:
             raise ValueError(f"prompts {same} and {number} have the same file_name, {name!r}")
         names.append(name)
     return names
+
+
+def same_file(name: str) -> str:
+    """Equal for names that some file systems take for the same: A and a, an accent composed and decomposed."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def check_name(name: str) -> str:

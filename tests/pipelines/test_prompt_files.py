@@ -84,6 +84,12 @@ def test_names() -> None:
     ]
 
 
+def test_an_accent_is_the_same_however_it_is_written() -> None:
+    names = ["caf\u00e9.png", "Cafe\u0301.png"]
+    with pytest.raises(ValueError, match="prompts 1 and 2 have the same file_name"):
+        name_files([Prompt(prompt="a", file_name=name) for name in names])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
