@@ -11,7 +11,6 @@ from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.text.tokens import count_chunks, tokenize, weigh
-from latentdiff.text.weights import without_weights
 from latentdiff.text.words import expand_words
 
 logger = logging.getLogger(__name__)
@@ -57,10 +56,6 @@ class Prompts:
     def __len__(self) -> int:
         """P"""
         return len(self.prompt if self.prompt_embeds is None else self.prompt_embeds)  # type: ignore[arg-type]
-
-    def captions(self, prompt_weights: bool) -> list[str]:
-        """The texts without the weights that they may have, for those that do not read weights."""
-        return [without_weights(text) if prompt_weights else text for text in self.texts or []]
 
     def encode(self, conditioner: "TextConditioner", guided: bool) -> GuidedConditioning:
         """The conditions of P images; with both sides if `guided`.
@@ -122,7 +117,7 @@ class TextConditioner:
         device: where the encoder runs; by default where it is.
         max_length: L; by default as many tokens as the encoder takes.
         clip_skip: take the states this many layers before the last (CLIP only).
-        prompt_weights: read ``(red:1.3)``, ``(red)`` and ``[red]`` as weights, see `weights.parse_weights`.
+        prompt_weights: read ``(red:1.3)``, ``(red)`` and ``[red]`` as weights, see `tokens.parse_weights`.
         long_prompts: what becomes of a prompt longer than L: ``"cut"``, or ``"chunk"``, encoded in parts, one after the
             other, each with the special tokens of a whole one.
         warn: log what is cut.

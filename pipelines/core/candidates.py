@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentdiff.metrics.clip import ClipScore, load_clip
 from latentdiff.pipelines.core.options import TextOptions
-from latentdiff.text.weights import without_weights
+from latentdiff.text.tokens import without_weights
 
 BATCH = 16
 

@@ -16,8 +16,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from latentdiff.text.encode import encode_prompts
 from latentdiff.text.open_clip import convert_tokenizer
-from latentdiff.text.tokens import count_chunks, tokenize
-from latentdiff.text.weights import Piece, parse_weights
+from latentdiff.text.tokens import Piece, count_chunks, parse_weights, tokenize
 
 PARSED = {
     "a red car": [("a red car", 1.0)],
