@@ -3,6 +3,7 @@
 Like an optimizer, a `CodebookLearner` is separate from the model, which saves only its codes.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -111,8 +112,9 @@ class CodebookLearner(nn.Module):
         else:
             self._average(new_counts, new_sums)
             self.idle = torch.where(new_counts > 0, 0, self.idle + 1)
-            if self.restart_after:
-                self._restart(vectors)
+            dead = self.idle >= (self.restart_after or math.inf)
+            if dead.any() and len(vectors):
+                self._place(dead, vectors[draw(len(vectors), int(dead.sum())).to(vectors.device)])
         if self._quantizer[0].distance == "cosine":
             self.codes.copy_(F.normalize(self.codes, dim=1))
         self.updates += 1
@@ -137,18 +139,14 @@ class CodebookLearner(nn.Module):
             codes = kmeans(vectors, codes)
         self._place(torch.ones(len(codes), dtype=torch.bool, device=codes.device), codes)
 
-    def _restart(self, vectors: Tensor) -> None:
-        dead = self.idle >= self.restart_after
-        number = int(dead.sum())
-        if number and len(vectors):
-            self._place(dead, vectors[draw(len(vectors), number).to(vectors.device)])
-
     def _place(self, which: Tensor, codes: Tensor) -> None:
         """Set the codes selected by `which` (K,) to `codes`, with the count of an average code, in all processes.
 
         With that count a new code follows its vectors about as fast as the others do.
         """
-        codes = from_main_process(codes)
+        if torch.distributed.is_initialized():
+            codes = codes.contiguous()
+            torch.distributed.broadcast(codes, 0)
         weight = (self.counts.mean() if self.updates > 0 else torch.ones(())).to(codes).clamp(min=1e-3)
         self.codes[which] = codes.to(self.codes.dtype)
         self.counts[which], self.sums[which] = weight, codes * weight
@@ -194,11 +192,4 @@ def all_sum(x: Tensor) -> Tensor:
     """Sum over all processes, in place."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
-    return x
-
-
-def from_main_process(x: Tensor) -> Tensor:
-    if torch.distributed.is_initialized():
-        x = x.contiguous()
-        torch.distributed.broadcast(x, 0)
     return x

@@ -139,16 +139,18 @@ class UNetBuilder:
         self.last = len(levels.channels) - 1
 
     def down_blocks(self) -> nn.ModuleList:
-        return nn.ModuleList(self.down_block(level) for level in range(self.last + 1))
-
-    def down_block(self, level: int) -> DownBlock:
-        channels = self.levels.channels
-        widths = [channels[max(level - 1, 0)]] + [channels[level]] * (self.levels.layers[level] - 1)
-        return DownBlock(
-            [self.resnet(width, channels[level]) for width in widths],
-            [self.attention(level, depth) for depth in self.levels.down[level]],
-            None if level == self.last else self.downsampler(level),
-        )
+        blocks, width = nn.ModuleList(), self.levels.channels[0]
+        for level, depths in enumerate(self.levels.down):
+            out = self.levels.channels[level]
+            widths = [width] + [out] * (self.levels.layers[level] - 1)
+            block = DownBlock(
+                [self.resnet(before, out) for before in widths],
+                [self.attention(level, depth) for depth in depths],
+                None if level == self.last else self.downsampler(level),
+            )
+            blocks.append(block)
+            width = out
+        return blocks
 
     def mid_block(self) -> MidBlock:
         width = self.levels.channels[-1]
