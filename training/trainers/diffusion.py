@@ -45,7 +45,7 @@ def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Dat
         try:
             held_out = prepare_pictures(settings, "validation", condition)
         except NoPicturesError as error:
-            logger.warning("no held-out pictures, so nothing is measured on any: %s", error)
+            logger.warning("nothing is measured on held-out pictures, for there are none: %s", error)
             held_out = []
     return Data(pictures, [picture for picture in held_out if picture.digest not in seen])
 

@@ -71,7 +71,8 @@ def finetune(settings: FinetuneSettings) -> Path:
     settings = complete(settings, pipeline)
     if is_distilled(settings, pipeline):
         pipeline.register_defaults(**UNDISTILLED)
-        logger.info("%s draws in few steps without guidance; fine-tuned it takes %s", settings.model, UNDISTILLED)
+        own = "%s draws in few steps without guidance; fine-tuned it takes %d steps with a guidance of %g"
+        logger.info(own, settings.model, *UNDISTILLED.values())
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
     open_output(settings)
     data = load_data(settings)
