@@ -89,15 +89,18 @@ def faults_named(source: object, foreign: bool = False) -> Iterator[None]:
     """Let a ValueError within the context, about something in `source`, begin with it, unless its message names it.
 
     Args:
-        foreign: another library reads the source; its errors, of whatever type, become ValueErrors. OSErrors stay.
+        foreign: another library reads the source; its errors, of whatever type, become ValueErrors, or stay OSErrors.
     """
     try:
         yield
     except Exception as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) or not (foreign or isinstance(error, ValueError)) or str(source) in what:
+        is_named = str(source) in what or getattr(error, "filename", None) is not None
+        if is_named or not (foreign or isinstance(error, ValueError)):
             raise
-        raise ValueError(f"{source}: {what[:1000]}") from error
+        kinds = (FileNotFoundError, OSError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        raise kind(f"{source}: {what[:1000]}") from error
 
 
 def check_timesteps(config: Mapping[str, Any], where: object) -> None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import diffusers
 import torch
 import transformers
@@ -48,6 +49,7 @@ from latentdiff.interchange.png import KEY, read_settings
 from latentdiff.interchange.single_file import OriginalSettings
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.batch.record import read_record
+from latentdiff.pipelines.storage.converting import kind_of_source
 from latentdiff.text.load import load_text_encoder
 from latentdiff.training.data.load import load_pictures
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
@@ -74,6 +76,7 @@ class Seeds:
         save_file(weights, folder / "bare.safetensors", {"modelspec.prediction_type": "v"})
         diffusers_lora(self.pipeline, folder / "lora", use_dora=True)
         sd_scripts_lora(self.pipeline, folder / "kohya.safetensors")
+        convert_lora(folder / "lora", folder / "peft", "peft")
         save_file({"<new>": torch.ones(2, 16)}, folder / "word.safetensors")
         torch.save({"string_to_param": {"*": torch.ones(2, 16)}, "name": "word"}, folder / "word.pt")
         self.make_tables()
@@ -97,6 +100,8 @@ class Seeds:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "metadata.parquet")
+        pictures = [{"image": {"bytes": (data / f"{i}.png").read_bytes(), "path": None}, "text": "a"} for i in range(3)]
+        datasets.Dataset.from_list(pictures).save_to_disk(self.folder / "saved")
         import tarfile
 
         with tarfile.open(data / "a.tar", "w") as archive:
@@ -118,13 +123,8 @@ class Seeds:
     # Each method below changes files and returns the reader.
 
     def folders(self, draw: Any) -> Read:
-        model = self.place / "model"
-        shutil.copytree(self.folder / "model", model, copy_function=os.link)
-        files = sorted(path for path in model.rglob("*") if path.is_file())
-        for _ in range(draw(st.integers(1, 2))):
-            file = draw(st.sampled_from(files))
-            change(draw, self.folder / "model" / file.relative_to(model), file)
-        return lambda: TextToImagePipeline.from_pretrained(model)
+        folder = self.changed_folder(draw, "model")
+        return lambda: TextToImagePipeline.from_pretrained(folder)
 
     def networks(self, draw: Any) -> Read:
         """One network or tokenizer, without the checks of a pipeline's folder."""
@@ -147,9 +147,21 @@ class Seeds:
         kind: Any = draw(st.sampled_from([AutoencoderKL, UNet2DModel]))
         return lambda: kind.from_single_file(file, allow_pickle=True)
 
+    def changed_folder(self, draw: Any, name: str) -> Path:
+        """A copy of a folder with one changed file."""
+        copy = self.place / name
+        shutil.copytree(self.folder / name, copy, copy_function=os.link)
+        file = draw(st.sampled_from(sorted(path for path in copy.rglob("*") if path.is_file())))
+        change(draw, self.folder / name / file.relative_to(copy), file)
+        return copy
+
     def loras(self, draw: Any) -> Read:
-        name = draw(st.sampled_from(["lora/pytorch_lora_weights.safetensors", "kohya.safetensors"]))
-        file = change(draw, self.folder / name, self.place / Path(name).name)
+        name = draw(st.sampled_from(["lora", "peft", "kohya.safetensors"]))
+        file = self.place / name
+        if name in ("lora", "peft"):
+            self.changed_folder(draw, name)
+        else:
+            change(draw, self.folder / name, file)
 
         def read() -> None:
             convert_lora(file, self.place / "out.safetensors", "kohya", overwrite=True)
@@ -199,6 +211,19 @@ class Seeds:
         file = change(draw, source, self.place / "data" / name)
         return lambda: load_pictures(str(file if name == "a.tar" else file.parent))
 
+    def saved_datasets(self, draw: Any) -> Read:
+        folder = self.changed_folder(draw, "saved")
+        return lambda: load_pictures(str(folder))
+
+    def sources(self, draw: Any) -> Read:
+        """What `latentdiff convert` takes a file or folder for."""
+        name = draw(st.sampled_from(["model", "lora", "peft", "vae.safetensors", "vae.ckpt", "word.pt", "a.png"]))
+        if (self.folder / name).is_dir():
+            self.changed_folder(draw, name)
+        else:
+            change(draw, self.folder / name, self.place / name)
+        return lambda: kind_of_source(str(self.place / name), allow_pickle=True)
+
     def prompts(self, draw: Any) -> Read:
         name = draw(st.sampled_from(["prompts.jsonl", "prompts.csv", "prompts.txt"]))
         file = change(draw, self.folder / name, self.place / name)
@@ -213,7 +238,7 @@ class Seeds:
         return lambda: kind.load(file)
 
 
-READERS = [name for name, value in vars(Seeds).items() if not name.startswith(("_", "make"))]
+READERS = [name for name in vars(Seeds) if not name.startswith(("_", "make", "changed"))]
 
 
 @dataclass
@@ -301,6 +326,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    datasets.disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:

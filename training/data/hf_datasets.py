@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.interchange.folders import read_json
-from latentdiff.interchange.user_files import parse_yaml, read_text
+from latentdiff.interchange.user_files import check_regular, faults_named, parse_yaml, read_text
 from latentdiff.training.data.captions import check_weight, shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
@@ -69,17 +69,19 @@ def read_dataset(source: str, wanted: Wanted) -> Source:
     else:
         caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
         folders = wanted.allowed(*map(Path, caches))
-    if wanted.streaming:
-        loaded = _copy_of_stream(source, wanted, folders)
-    else:
-        loaded = _load(source, wanted.split, streaming=False)
-    found = from_rows(loaded, name, wanted, folders)
+    with faults_named(source, foreign=True):
+        if wanted.streaming:
+            loaded = _copy_of_stream(source, wanted, folders)
+        else:
+            loaded = _load(source, wanted.split, streaming=False)
+        found = from_rows(loaded, name, wanted, folders)
     found.prefix = f"{source} "
     return found
 
 
 def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
-    """Raises ValueError if files of a dataset are links that lead elsewhere, or its settings name files elsewhere.
+    """Raises ValueError if files of a dataset are pipes, devices or links that lead elsewhere, or settings name files
+    elsewhere.
 
     Pictures are looked at when they are read.
 
@@ -92,6 +94,8 @@ def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
         links = path.is_symlink() and (path.is_dir() or path.suffix) and not is_picture(path.name)
         if links and not any(Path(os.path.realpath(path)).is_relative_to(one) for one in allowed):
             raise ValueError(f"{path} is a link out of the dataset's folder; picture_folder=FOLDER allows another one")
+        if path.exists() and not path.is_dir() and not is_picture(path.name):
+            check_regular(path)
         if path.name == "state.json":
             _check_names(read_json(path).get("_data_files"), path)
     for name in ("README.md", ".huggingface.yaml"):
