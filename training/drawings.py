@@ -41,19 +41,28 @@ def missing(drawings: Sequence[Drawing]) -> list[Drawing]:
 
 def draw(
     drawings: Sequence[Drawing],
-    pictures_of: Callable[[Sequence[Drawing]], Sequence[Any]],
+    output_of: Callable[[Sequence[Drawing]], Any],
     batch_size: int,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
     """Draw and keep `drawings`.
 
     Args:
-        pictures_of: draws some of them at once, as PIL images.
+        output_of: draws some of them at once: what a pipeline's call gives, with PIL images.
         kept: further settings for the files, which are not compared.
+
+    Raises:
+        ValueError: a network gave values that are not finite; nothing is written of the pictures that it was drawing.
     """
     with tqdm(total=len(drawings), desc="drawing", unit="", disable=None, leave=False, dynamic_ncols=True) as bar:
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
-            for drawing, picture in zip(batch, pictures_of(batch), strict=True):
+            output = output_of(batch)
+            if any(getattr(output, "nan_detected", None) or ()):
+                raise ValueError(
+                    f"{batch[0].file}, or one drawn with it, would be spoilt: a network gave values that are "
+                    f"not finite; the warning says which, and what helps"
+                )
+            for drawing, picture in zip(batch, output.images, strict=True):
                 save_picture(picture, drawing.file, {**drawing.settings, **(kept or {})})
             bar.update(len(batch))

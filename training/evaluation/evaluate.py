@@ -164,7 +164,7 @@ def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) ->
     """Draw what is not there yet, or was drawn otherwise. Returns how many."""
     absent = missing(drawings)
 
-    def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
+    def output_of(batch: Sequence[Drawing]) -> Any:
         common = batch[0].settings
         given: dict[str, Any] = {"batch_size": len(batch)}
         conditioned_by = find_kind(type(pipeline).__name__).conditioned_by
@@ -175,10 +175,9 @@ def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) ->
             **given,
             num_inference_steps=common["num_inference_steps"],
             seed=[drawing.settings["seed"] for drawing in batch],
-            return_dict=False,
-        )[0]
+        )
 
-    draw(absent, pictures_of, batch_size)
+    draw(absent, output_of, batch_size)
     return len(absent)
 
 

@@ -57,8 +57,8 @@ def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
     if absent and state.is_main_process:
         logger.info("drawing %d pictures of %r into %s", len(absent), settings.class_prompt, folder)
 
-    def pictures_of(batch: Sequence[Drawing]) -> Sequence[Any]:
-        images: Any = pipeline(
+    def output_of(batch: Sequence[Drawing]) -> Any:
+        return pipeline(
             [str(settings.class_prompt)] * len(batch),
             height=settings.resolution,
             width=settings.resolution,
@@ -66,10 +66,9 @@ def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
             guidance_scale=settings.sample_guidance_scale,
             seed=[drawing.settings["seed"] for drawing in batch],
         )
-        return images.images
 
     kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
-    draw(absent[state.process_index :: state.num_processes], pictures_of, BATCH, kept)
+    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept)
     state.wait_for_everyone()
     return [class_picture(drawing.file, settings) for drawing in drawings]
 

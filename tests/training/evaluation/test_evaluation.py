@@ -122,6 +122,16 @@ def test_other_weights_are_drawn_anew(pictures: Path, tmp_path: Path) -> None:
     assert not set(drawn_at(tmp_path / "out" / "samples").values()) & set(before.values())
 
 
+def test_spoilt_pictures_are_not_measured(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.unet.conv_out.bias.data.fill_(math.nan)
+    options = {"model": "emoji", "data": str(pictures), "split": "train", "count": 2, "output": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"000000\.png, or one drawn with it, would be spoilt: a network gave values"):
+        evaluate_pipeline(pipeline, EvaluationSettings(**options))
+    assert "The unet gave values that are not finite" in caplog.text
+    assert drawn_at(tmp_path / "out" / "samples") == {}
+
+
 def test_plan(pictures: Path, tmp_path: Path) -> None:
     found = load_pictures(str(pictures))
     drawings = plan(found, 25, 7, tmp_path, {"steps": 2})
