@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = re.compile(r"[^.]+?(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
 CONFIGS = (".json", ".txt", ".model")  # tokenizers have lists of words and merges, and sentencepiece models
-PASSING = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a config that name its writer or its place, and do not count."""
+IGNORED_KEYS = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
+"""Keys of a config that name its writer or its path, and do not count."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -62,7 +62,7 @@ def component_files(part: Path, variant: str | None) -> Iterator[Path]:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's content; of a config without the keys of `PASSING`."""
+    """SHA-256 of a file's content; of a config without `IGNORED_KEYS`."""
     stored = file.resolve()
     if stored.parent.name == "blobs" and SHA256.fullmatch(stored.name):
         return stored.name
@@ -73,14 +73,14 @@ def file_digest(file: Path) -> str:
 
 
 def plain_json(content: bytes) -> bytes:
-    """JSON without the keys of `PASSING` and in one order; what is no JSON object, as it is."""
+    """JSON without `IGNORED_KEYS`, with sorted keys; anything but a JSON object is unchanged."""
     try:
         values = json.loads(content)
     except ValueError:
         return content
     if not isinstance(values, dict):
         return content
-    return json.dumps({key: value for key, value in values.items() if key not in PASSING}, sort_keys=True).encode()
+    return json.dumps({key: value for key, value in values.items() if key not in IGNORED_KEYS}, sort_keys=True).encode()
 
 
 def weights_digest(tensors: Mapping[str, "Tensor"]) -> str:
@@ -98,7 +98,7 @@ def weights_digest(tensors: Mapping[str, "Tensor"]) -> str:
 
 
 def digest_in_background(folder: Path, variant: str | None = None) -> "Future[str]":
-    """`model_digest`, computed while other things happen; ending the program does not wait for it."""
+    """`model_digest` in a background thread, which does not keep the program from ending."""
     future: Future[str] = Future()
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Models from one form of file into another: what a source is, reading it, and writing it whole."""
+"""Converting models between kinds of files: recognising a source, reading it, writing it whole."""
 
 import os
 import tempfile
@@ -11,7 +11,8 @@ import torch
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.atomic import atomic_folder, failures_named
 from latentdiff.interchange.folders import (
-    check_component,
+    check_links,
+    check_model_files,
     check_pipeline_folder,
     check_safetensors,
     find_model,
@@ -28,7 +29,7 @@ FEW = 8  # an embedding file holds at most this many tensors; with more it is ta
 
 
 def kind_of_source(source: str, allow_pickle: bool = False) -> str:
-    """What is to be converted: "folder" (a pipeline, also on the hub), "network", "checkpoint", "lora" or "embedding".
+    """What a source holds: "folder" (a pipeline, also on the hub), "network", "checkpoint", "lora" or "embedding".
 
     A network is the folder of a UNet or an autoencoder alone.
 
@@ -76,12 +77,13 @@ def network_class(folder: Path) -> str | None:
 
 def network_alone(source: str, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """The network of a folder that holds nothing else; see `folder_pipeline`."""
-    folder = Path(source).expanduser().absolute()
     from latentdiff import models
 
+    folder = Path(source).expanduser()
+    check_links(folder, folder.glob("*"))
+    check_model_files(folder)
     class_name = read_json(folder / "config.json")["_class_name"]
-    check_component(folder.parent, folder.name, class_name)
-    variant = variant or only_variant(folder.parent, folder.name)
+    variant = variant or only_variant(folder, "")
     dtype = dtype or stored_dtype(folder, variant) or torch.float32
     return load_network(folder, getattr(models, class_name), dtype, variant)
 
@@ -135,7 +137,7 @@ def folder_pipeline(source: str, dtype: torch.dtype | None = None, variant: str 
 def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> Any:
     """Latent Diffusion's text-to-image model in a folder of diffusers' own pipeline for it, as one of ours.
 
-    There the parts have other names, and prompts are always cut at as many tokens as the text encoder takes.
+    The components have other names there, and prompts are always cut at the text encoder's limit.
 
     Raises:
         FileNotFoundError, ValueError, OSError: see ``from_pretrained``.
@@ -196,7 +198,7 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
 
 
 def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bool) -> None:
-    """Write a pipeline folder, whole or not at all; into a folder that is there, file by file.
+    """Write a pipeline folder, whole or not at all; into an existing folder, file by file.
 
     Raises:
         FileExistsError: there is something, and `overwrite` is False.
@@ -226,7 +228,7 @@ def write_part(pipeline: Any, component: str, target: Path, variant: str | None,
 def part_weights(pipeline: Any, component: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """One component's weights under their original names, and the header of their file.
 
-    As in the autoencoders that are passed around alone, an autoencoder's names lack their beginning.
+    An autoencoder's names lack their prefix, as in published files of autoencoders alone.
     """
     from latentdiff.interchange import single_file
 

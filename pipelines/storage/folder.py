@@ -27,7 +27,7 @@ DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
 AS_IT_IS = object()  # a dtype that changes nothing
 
-DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers passes over keys that begin with _
+DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers ignores keys that begin with _
 
 
 class FolderPipeline(DiffusionPipeline):
@@ -81,11 +81,11 @@ class FolderPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
-        """A pipeline of this class with the networks of another, of ours or diffusers'; they are shared, not copied.
+        """A pipeline of this class that shares the networks of another, ours or diffusers'; nothing is copied.
 
         Args:
-            options: components that replace those of `pipeline`, and ``dtype``, which changes the shared networks; by
-                default they stay in the precision that they have. (diffusers' pipelines make them float32.)
+            options: components that replace those of `pipeline`, and ``dtype``, to which the shared networks are cast;
+                by default they keep their precision (diffusers' pipelines cast them to float32).
 
         Raises:
             ValueError: `pipeline` lacks a component.
@@ -107,13 +107,13 @@ class FolderPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Write a folder that this class and plain diffusers load; what it holds otherwise stays.
+        """Write a folder that this class and plain diffusers load; other files in it are kept.
 
-        Files are written aside first and then moved into place, ``model_index.json`` last.
+        Files are written to a temporary folder and then moved into place, ``model_index.json`` last.
 
         Args:
             save_directory: made if need be.
-            safe_serialization: weights go into safetensors files, also when this is False.
+            safe_serialization: has no effect, weights are always written as safetensors; False logs a warning.
             variant: such as "fp16", a part of the weight files' names.
             max_shard_size: of one weight file, such as "15MB".
             push_to_hub: upload too; ``options`` are then ``repo_id``, ``token``, ``private`` and so on.
@@ -125,7 +125,7 @@ class FolderPipeline(DiffusionPipeline):
         refuse_loras(self.components, "saved")
         if not safe_serialization:
             logger.warning(
-                "safe_serialization=False: no pickles are written here; the weights go into safetensors files"
+                "safe_serialization=False has no effect: weights are always written as safetensors, never as pickles"
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class FolderPipeline(DiffusionPipeline):
             self.push_to_hub(options.pop("repo_id", folder.name), variant=variant, **options)
 
     def register_to_config(self, **values: Any) -> None:
-        """As in diffusers; our networks are entered as the classes of diffusers that they are made to be read as."""
+        """As in diffusers; our networks are registered as the diffusers classes that read the same files."""
         for name, value in values.items():
             ours = isinstance(value, tuple) and str(value[0]).startswith("latentdiff.")
             if ours and value[1] in OUR_CLASSES.get(name, ()):
@@ -146,7 +146,7 @@ class FolderPipeline(DiffusionPipeline):
         super().register_to_config(**values)
 
     def to_json_string(self) -> str:
-        """The content of ``model_index.json``, without the place where this pipeline was loaded from."""
+        """The content of ``model_index.json``, without the path this pipeline was loaded from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
         return json_text({**index, "_class_name": self.saved_class_name})
@@ -180,9 +180,9 @@ class FolderPipeline(DiffusionPipeline):
 def tidy_configs(folder: Path) -> None:
     """Make the saved components' configs independent of this machine.
 
-    The place where a component was loaded from is removed. The text encoder's config gets float32 as its precision:
-    without another request diffusers loads its networks in float32, but transformers uses the precision in the config,
-    and a folder in half precision would be loaded in two precisions and could not draw.
+    The path a component was loaded from is removed. The text encoder's dtype becomes float32: by default diffusers
+    loads its networks in float32, but transformers uses the dtype in the config, so a folder in half precision would be
+    loaded in two precisions, which cannot draw together.
     """
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))

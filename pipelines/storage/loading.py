@@ -177,7 +177,7 @@ def shortened(error: Exception) -> str:
 
 
 def only_variant(folder: Path, part: str = "unet") -> str | None:
-    """The variant of a folder's weights, if `part`, its UNet, has one and no plain weights."""
+    """The variant of a folder's weights, if one of its parts, the UNet, has one and no plain weights."""
     found = {match[1] for file in (folder / part).glob("*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
     return found.pop() if len(found) == 1 else None
 

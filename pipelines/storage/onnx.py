@@ -1,6 +1,6 @@
 """A pipeline's networks as ONNX, in the layout of diffusers' ``OnnxStableDiffusionPipeline`` and of optimum.
 
-Those read the folder and run it with onnxruntime; nothing of ours or of torch's is needed for that but the loop.
+They run the folder with onnxruntime and a sampling loop of their own; neither this package nor its networks are needed.
 """
 
 import copy
@@ -30,10 +30,10 @@ OPSET = 18
 """The oldest that torch's exporter writes without converting down."""
 
 MAX_BYTES = 1_800_000_000
-"""Of weights inside ``model.onnx``, which as a protobuf cannot have 2 GiB; larger ones lie beside it."""
+"""Of weights inside ``model.onnx``; as a protobuf it is limited to 2 GiB, so larger weights get a file beside it."""
 
 LATENTS_SCALE = 0.18215
-"""What diffusers' pipelines for ONNX take for every model's ``scaling_factor``."""
+"""The ``scaling_factor`` that diffusers' ONNX pipelines assume for every model."""
 
 SMALLEST_STD = 1e-7
 """In the logarithm, of a posterior without spread."""
@@ -120,11 +120,11 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
     The folder holds ``text_encoder``, ``unet``, ``vae_encoder`` and ``vae_decoder`` with a ``model.onnx`` each,
     ``tokenizer``, ``scheduler`` and ``model_index.json``; it is written whole or not at all. Batch, height, width and
     the number of tokens may be any. ``diffusers.OnnxStableDiffusionPipeline.from_pretrained`` and optimum's
-    ``ORTStableDiffusionPipeline`` draw from it. diffusers' takes every autoencoder for one of factor 8: where that of
-    the model is f, ask it for 8 / f times the size.
+    ``ORTStableDiffusionPipeline`` draw from it. diffusers' assumes a downscale factor of 8: for an autoencoder of
+    factor f, ask it for 8 / f times the size.
 
-    The latents' scale is `LATENTS_SCALE` for all models; the graphs bring it to the model's. Padding is hidden from a
-    text encoder that wants it so. The pipeline itself is not changed.
+    The graphs convert between `LATENTS_SCALE` and the model's scale. Padding is masked for a text encoder whose config
+    says ``use_attention_mask``. The pipeline itself is not changed.
 
     Args:
         pipeline: text to image, image to image or inpainting.

@@ -1,4 +1,4 @@
-"""Pipelines from and to single files, as Stable Diffusion's models are passed around."""
+"""Pipelines from and to single files, the form in which Stable Diffusion's models are shared."""
 
 import inspect
 from dataclasses import replace
@@ -196,7 +196,7 @@ class CheckpointParts:
         return build_unet(self.weights, self.dtype, changes, UNet2DConditionModel)
 
     def heads(self) -> dict[str, Any]:
-        """How many attention heads there are, if that was stated. In the original code their width counts first."""
+        """The number of attention heads, if it was stated. In the original code their width takes precedence."""
         if self.stated.head_channels:
             config = self.weights.header.get("unet") or unet_config(self.weights)
             widths = [max(1, width // self.stated.head_channels) for width in config["block_out_channels"]]
@@ -240,7 +240,7 @@ class CheckpointParts:
         return self.built({**scheduler_settings(self.settings), "_class_name": "DDIMScheduler"})
 
     def low_res_scheduler(self) -> Any:
-        """What puts noise on the small picture of the upscaler."""
+        """The one that adds noise to the small picture of the upscaler."""
         usual = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
         return self.built(self.weights.header.get("low_res_scheduler") or {**usual, "_class_name": "DDPMScheduler"})
 

@@ -176,3 +176,16 @@ def test_the_hubs_cache_has_links(tmp_path: Path) -> None:
         shutil.move(file, repository / "blobs" / f"{i:064}")
         file.symlink_to(os.path.relpath(repository / "blobs" / f"{i:064}", file.parent))
     TextToImagePipeline.from_pretrained(folder)
+
+
+def test_a_network_alone_is_read_through_a_link_that_is_named(tmp_path: Path) -> None:
+    from latentdiff.pipelines.storage.converting import network_alone
+
+    pipeline = tiny_pipeline("bert")
+    pipeline.vae.save_pretrained(tmp_path / "inner/real")
+    (tmp_path / "vae").symlink_to("inner/real")
+    assert torch.equal(network_alone(str(tmp_path / "vae")).encoder.conv_in.weight, pipeline.vae.encoder.conv_in.weight)
+    shutil.move(tmp_path / "inner/real/config.json", tmp_path / "config.json")
+    (tmp_path / "inner/real/config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        network_alone(str(tmp_path / "vae"))

@@ -293,6 +293,6 @@ def peft_tensors(layers: Layers) -> dict[str, Tensor]:
 
 
 def of_network(layers: Layers, network: str) -> Layers:
-    """The layers of one network, without its name."""
+    """The layers of one network, under names without it."""
     start = f"{network}."
     return {name.removeprefix(start): layer for name, layer in layers.items() if name.startswith(start)}
