@@ -1,5 +1,6 @@
 """``latentdiff generate``."""
 
+import math
 import os
 import re
 import time
@@ -95,7 +96,7 @@ def generate(
         settings,
         plan_batches(prompts, drawing.candidates or count, seed, source.variation_seed, BATCH),
         files,
-        columns=count if len(prompts) > 1 and count > 1 else round_up_root(total),
+        columns=count if len(prompts) > 1 and count > 1 else math.isqrt(total - 1) + 1,
         digest=digest.result,
     )
     draw(writer, prompts, count, inputs, target.filmstrip)
@@ -202,10 +203,6 @@ def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | N
 def pipeline_kind(place: Path, image: object, mask: object) -> str:
     """The class that draws with the model in `place` from what is given of the two."""
     return kind_in(place, [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]).name
-
-
-def round_up_root(total: int) -> int:
-    return next(n for n in range(1, total + 1) if n * n >= total)
 
 
 def files_text(files: list[Path]) -> str:
