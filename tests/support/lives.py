@@ -54,6 +54,10 @@ def _live(work: Callable[[], object], log: Path, rank: int, processes: int, port
         GradientState._reset_state()
         work()
         code = 0
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:

@@ -68,10 +68,12 @@ def show_progress() -> None:
         logging.getLogger("latentdiff").setLevel(logging.INFO)
 
 
-def announce(result: str) -> None:
-    """Print the result, on one process."""
-    if is_first_process():
-        say(result)
+def announce(what: str, output: Path, max_steps: int) -> None:
+    """Print where the result is, on one process, unless the run has stopped before its end, which it has said."""
+    from latentdiff.training.loop.checkpoints import step_reached
+
+    if is_first_process() and step_reached(output) >= max_steps:
+        say(f"The {what} is in {output}")
 
 
 def is_first_process() -> bool:

@@ -38,7 +38,7 @@ def autoencoder(
     show_progress()
     from latentdiff.training.trainers.autoencoder import train_autoencoder
 
-    announce(f"The autoencoder is in {train_autoencoder(settings)}")
+    announce("autoencoder", train_autoencoder(settings), settings.max_steps)
 
 
 def denoiser(
@@ -57,7 +57,7 @@ def denoiser(
     show_progress()
     from latentdiff.training.trainers.denoiser import train_denoiser
 
-    announce(f"The pipeline is in {train_denoiser(settings)}")
+    announce("pipeline", train_denoiser(settings), settings.max_steps)
 
 
 def classifier(
@@ -76,7 +76,7 @@ def classifier(
     show_progress()
     from latentdiff.training.trainers.classifier import train_classifier
 
-    announce(f"The pipeline with its classifier is in {train_classifier(settings)}")
+    announce("pipeline with its classifier", train_classifier(settings), settings.max_steps)
 
 
 def finetune(
@@ -104,4 +104,4 @@ def finetune(
     show_progress()
     from latentdiff.training.trainers.finetune import finetune as train
 
-    announce(f"The pipeline is in {train(settings)}")
+    announce("pipeline", train(settings), settings.max_steps)

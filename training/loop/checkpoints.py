@@ -142,6 +142,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def step_reached(output: Path) -> int:
+    """The step of the newest checkpoint of the run in a trainer's output folder; 0: there is none."""
+    whole = whole_checkpoints(output / "training" / "checkpoints")
+    return int(whole[-1].name.removeprefix("step-")) if whole else 0
+
+
 def read_state(whole: Sequence[Path]) -> dict[str, Any]:
     """What the newest checkpoint says of itself.
 

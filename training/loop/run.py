@@ -1,8 +1,6 @@
 """One run of a trainer: its steps, its checkpoints, and what it records."""
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -23,6 +20,7 @@ from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.output_folder import hold, log_changes, open_output, release, state_of
 from latentdiff.training.loop.records import Records, memory_in_use
+from latentdiff.training.loop.stopping import Stopping
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
@@ -257,52 +255,21 @@ class TrainingRun:
         self.learner.optimizer.state.clear()
 
     def finish(self) -> None:
-        """Wait for the other processes, close the trackers, and let others train into the folder."""
+        """Wait for the other processes, close the trackers, let others train into the folder, and say if it stopped.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C has stopped the run; all is saved.
+            SystemExit: so has another signal; its code is 128 and the signal's number, as shells have it.
+        """
         self.accelerator.wait_for_everyone()
         self.records.close()
         release(self.folder)
-
-
-class Stopping:
-    """Whether a run should save and stop.
-
-    Args:
-        max_minutes: None is any time.
-    """
-
-    def __init__(self, accelerator: Accelerator, max_minutes: float | None) -> None:
-        self.accelerator, self.max_minutes = accelerator, max_minutes
-        self.started = time.monotonic()
-        self.requested = False  # by a signal to this process
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within, Ctrl-C, SIGTERM and the terminal's end request a stop, and the time counts from here.
-
-        A process that was started to outlive its terminal (nohup) does.
-        """
-
-        def remember(_number: int, _frame: Any) -> None:
-            self.requested = True
-
-        in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-        numbers = [signal.SIGINT, signal.SIGTERM] if in_main_thread else []
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if in_main_thread and hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-            numbers.append(hangup)
-        previous = {number: signal.signal(number, remember) for number in numbers}
-        self.started = time.monotonic()
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def must_stop(self) -> bool:
-        """Whether any process should stop. All processes must call it, and agree."""
-        late = self.max_minutes is not None and time.monotonic() - self.started > self.max_minutes * 60
-        stop = self.requested or late
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(stop), device=self.accelerator.device)
-            stop = bool(self.accelerator.reduce(flag, "sum") > 0)
-        return stop
+        if self.step >= self.settings.max_steps:
+            return
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "Stopped by %s at step %d of %d. Repeat the command to go on from there; until then %s holds the model "
+                "as it is now, unfinished.",
+                *(self.stopping.reason, self.step, self.settings.max_steps, self.settings.output),
+            )
+        self.stopping.leave()

@@ -66,7 +66,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
             alarms.add(figures)
         if run.due(settings.sample_every):
             with run.averaged():
-                reconstructions.report(run, autoencoder)
+                run.stopping.at_leisure(lambda: reconstructions.report(run, autoencoder))
             alarms.add_validation(run.figures, adversary is not None and run.step > settings.discriminator_start)
     run.end_training()
 

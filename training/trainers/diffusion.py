@@ -100,7 +100,7 @@ def train_diffusion(
             with run.averaged():
                 figures = loss(run.objective, held_out, run.accelerator)
                 if run.takes_part:
-                    draw_samples(run, settings, model, prompts, reader.idle)
+                    run.stopping.at_leisure(lambda: draw_samples(run, settings, model, prompts, reader.idle))
             run.measured(figures)
             run.accelerator.wait_for_everyone()
     run.end_training()

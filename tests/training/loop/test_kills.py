@@ -103,7 +103,7 @@ def test_a_signal_to_the_workers_too_saves_and_stops(how: signal.Signals, pictur
     while not list(checkpoints.glob("step-*")):
         time.sleep(0.01)
     os.killpg(child, how)
-    assert wait([child]) == [0], log.read_text()[-3000:]
+    assert wait([child]) == [128 + how], log.read_text()[-3000:]
     assert (tmp_path / "out" / "config.json").is_file()
     assert not (tmp_path / "out" / "training" / ".lock").read_bytes()
 

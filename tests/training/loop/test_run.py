@@ -151,7 +151,9 @@ def test_accumulated_passes_are_one_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_saves_and_stops(name: str, tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     number_of = getattr(signal, name, None)
     if number_of is None:
         pytest.skip(f"there is no {name} here")
@@ -169,6 +171,43 @@ def test_a_signal_saves_and_stops(name: str, tmp_path: Path) -> None:
     assert whole_checkpoints(run.checkpoints.folder)[-1].name == "step-00000018"
     assert signal.getsignal(number_of) == signal.SIG_DFL
     signal.signal(number_of, before)
+    assert "Ctrl-C again" in capfd.readouterr().err
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as stop:
+        run.finish()
+    by = "Ctrl-C" if name == "SIGINT" else name
+    assert f"Stopped by {by} at step 18 of 40. Repeat the command to go on" in caplog.text
+    assert stop.type is KeyboardInterrupt if name == "SIGINT" else stop.value.args == (128 + number_of,)
+
+
+def test_a_signal_ends_samples_at_once_and_a_late_ctrl_c_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TrainingRun(settings(tmp_path), Line())
+    done = []
+
+    def draw() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("all pictures")
+
+    with run.stopping.signals():
+        run.stopping.at_leisure(draw)
+        run.stopping.at_leisure(draw)  # and no more are begun
+        assert run.stopping.must_stop()
+        os.kill(os.getpid(), signal.SIGINT)  # as from a launcher, for the same key
+        monkeypatch.setattr("latentdiff.training.loop.stopping.SAME", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert not done
+
+
+def test_a_signal_after_the_last_step_is_no_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def batch(number: int) -> Tensor:
+        if number == 39:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.ones(4, 2)
+
+    go(TrainingRun(settings(tmp_path), Line()), batch).finish()
+    assert "Stopped" not in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
@@ -184,9 +223,11 @@ def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, before)
 
 
-def test_time_is_up(tmp_path: Path) -> None:
+def test_time_is_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = go(TrainingRun(settings(tmp_path, max_steps=10**7, max_minutes=0.01), Line()))
     assert 0 < run.step < 10**7
+    run.finish()
+    assert f"Stopped by max_minutes=0.01 at step {run.step} of 10000000. Repeat the command" in caplog.text
 
 
 def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:

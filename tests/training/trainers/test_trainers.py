@@ -261,7 +261,7 @@ def test_a_diverging_run_stops_and_says_so(pictures: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_goes_on_to_the_same_weights(pictures: Path, tmp_path: Path, how: signal.Signals) -> None:
     def command(output: Path) -> list[str]:
         settings = ["max_steps=60", "resolution=16", "batch_size=2", "block_out_channels=[8, 16]", "norm_num_groups=4"]
@@ -271,13 +271,14 @@ def test_a_stopped_process_goes_on_to_the_same_weights(pictures: Path, tmp_path:
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(tmp_path / "a"), check=True, env=environment, cwd=tmp_path)
-    process = subprocess.Popen(command(tmp_path / "b"), env=environment, cwd=tmp_path)
+    process = subprocess.Popen(command(tmp_path / "b"), env=environment, cwd=tmp_path, stdout=subprocess.PIPE)
     checkpoints = tmp_path / "b" / "training" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(how)
-    process.wait(60)
+    assert process.communicate(timeout=60)[0] == b""  # nothing that claims success
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
     assert sorted(checkpoints.glob("step-*"))[-1].name < "step-00000060"
     subprocess.run(command(tmp_path / "b"), check=True, env=environment, cwd=tmp_path)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))

@@ -1,0 +1,107 @@
+"""When a run should save and stop: at a signal, or out of time."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+SAME = 1.0  # seconds within which a second Ctrl-C is the first, which a terminal and a launcher both send
+ANSWER = b"\nStopping: the step under way is finished, and all is saved. Ctrl-C again leaves without that.\n"
+
+
+class Interrupted(BaseException):
+    """A signal came during what can be left undone, such as samples."""
+
+
+class Stopping:
+    """Whether a run should save and stop.
+
+    Args:
+        max_minutes: None is any time.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_minutes: float | None) -> None:
+        self.accelerator, self.max_minutes = accelerator, max_minutes
+        self.started = time.monotonic()
+        self.signal = 0  # that this process got; by `must_stop` one that any process got
+        self._asked = 0.0
+        self._interruptible = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asks for a stop."""
+        return self.signal != 0
+
+    @property
+    def reason(self) -> str:
+        """What has stopped the run."""
+        if self.signal == signal.SIGINT:
+            return "Ctrl-C"
+        return signal.Signals(self.signal).name if self.signal else f"max_minutes={self.max_minutes}"
+
+    def leave(self) -> None:
+        """End the program as the signal would have done, if it was one; see `TrainingRun.finish`."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal:
+            raise SystemExit(128 + self.signal)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within, Ctrl-C, SIGTERM and the terminal's end request a stop, and the time counts from here.
+
+        The request is answered at once; a second Ctrl-C is an ordinary one. A process that was started to outlive its
+        terminal (nohup) does.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+        numbers = [signal.SIGINT, signal.SIGTERM] if in_main_thread else []
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if in_main_thread and hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        previous = {number: signal.signal(number, self._remember) for number in numbers}
+        self.started = time.monotonic()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: Any) -> None:
+        if self.signal == number == signal.SIGINT and time.monotonic() - self._asked > SAME:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.signal, self._asked = number, time.monotonic()
+            if self.accelerator.is_main_process and sys.stderr is not None:
+                with suppress(OSError):  # a terminal that has gone; not print, which a signal may have interrupted
+                    os.write(2, ANSWER)
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+
+    def at_leisure(self, work: Callable[[], object]) -> None:
+        """Do what nothing depends on; a signal ends it at once, and with several processes it does not."""
+        try:
+            self._interruptible = self.accelerator.num_processes == 1
+            if not (self._interruptible and self.requested):
+                work()
+            self._interruptible = False
+        except Interrupted:
+            pass
+        finally:
+            self._interruptible = False
+
+    def must_stop(self) -> bool:
+        """Whether any process should stop. All processes must call it, and agree."""
+        late = self.max_minutes is not None and time.monotonic() - self.started > self.max_minutes * 60
+        if self.accelerator.num_processes > 1:
+            found = torch.tensor([[self.signal, late]], device=self.accelerator.device)  # (1, 2)
+            most = self.accelerator.gather(found).amax(0)
+            self.signal, late = int(most[0]), bool(most[1])
+        return self.requested or late
