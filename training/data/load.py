@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from latentdiff.training.data.survey import leave_out, log_findings, read_manife
 from latentdiff.training.settings import Condition, RunSettings
 
 logger = logging.getLogger(__name__)
+
+FEWEST, MOST_HELD_OUT = 40, 512  # pictures, for some to be held out, and of these
 
 
 def load_pictures(source: str, split: str = "train", **options: Any) -> list[CaptionedPicture]:
@@ -113,6 +116,47 @@ def _read_folder(folder: Path, wanted: Wanted) -> Source:
 def _holds_dataset(folder: Path) -> bool:
     """Whether there are files with pictures in them that the `datasets` library reads."""
     return any(True for suffix in ("parquet", "arrow") for _ in folder.rglob(f"*.{suffix}"))
+
+
+def prepare_splits(
+    settings: RunSettings, condition: Condition = "text"
+) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+    """Pictures to train on, and others to measure on: those of the split "validation" that are not trained on, or, if
+    there are none, a share that `hold_out` takes. See `prepare_pictures`.
+    """
+    pictures = prepare_pictures(settings, condition=condition)
+    seen = {picture.digest for picture in pictures}  # folders that know no splits give the same pictures again
+    try:
+        found = prepare_pictures(settings, "validation", condition)
+    except NoPicturesError:
+        found = []
+    held_out = [picture for picture in found if picture.digest not in seen]
+    if not held_out:
+        pictures, held_out = hold_out(pictures, settings.held_out_share, condition)
+        if held_out:
+            logger.info("no split 'validation', so some are held out by their content (held_out_share=0 uses them too)")
+    logger.info("%d pictures to train on, %d held out to measure on", len(pictures), len(held_out))
+    return pictures, held_out
+
+
+def hold_out(
+    pictures: Sequence[CaptionedPicture], share: float, condition: Condition = "text"
+) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+    """Those to train on, and about the `share` of them to measure on, at most about `MOST_HELD_OUT`, in their order.
+
+    A picture's bytes alone decide, so it stays where it is as others come, and copies go together. Of fewer than
+    `FEWEST` pictures none is held out, and none whose class would be left without pictures.
+
+    Args:
+        pictures: with digest.
+        condition: "class" if captions are classes.
+    """
+    below = min(share, MOST_HELD_OUT / max(1, len(pictures))) if len(pictures) >= FEWEST else 0.0
+    wanted = [int(picture.digest[:8], 16) < below * 2**32 for picture in pictures]
+    rest = {picture.captions for picture, out in zip(pictures, wanted, strict=True) if not out}
+    wanted = [out and (condition != "class" or p.captions in rest) for p, out in zip(pictures, wanted, strict=True)]
+    both = list(zip(pictures, wanted, strict=True))
+    return [picture for picture, out in both if not out], [picture for picture, out in both if out]
 
 
 def prepare_pictures(

@@ -30,6 +30,7 @@ from latentdiff.training.settings import Condition, EvaluationSettings
 logger = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
+FEW = 200  # pictures of each kind, below which precision and recall are not shown
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
 NAMES = {
     "fid": "FID",
@@ -232,6 +233,8 @@ def set_metrics(measured: Measured, extractor: Extractor, batch_size: int, notes
     if fewest > NEAREST:
         both = precision_recall(drawn, real)
         found |= {"precision": both.precision, "recall": both.recall}
+        if fewest < FEW:
+            notes.append(f"precision and recall of {fewest} pictures are chance; they are shown of {FEW} and more")
     else:
         notes.append(f"no precision and recall: they need more than {NEAREST} pictures of each kind")
     return found
@@ -282,13 +285,19 @@ def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
 
 def short_table(report: Mapping[str, Any]) -> list[str]:
     """What was compared, and one line for each figure."""
-    rows = [(NAMES[name], f"{value:.4g}") for name, value in report["metrics"].items()]
+    rows = [(NAMES[name], f"{value:.4g}") for name, value in worth_showing(report).items()]
     width = max(len(name) for name, _ in rows)
     return [
         f"{compared(report)}, features: {report['extractor']['name']}",
         *(f"  {name.ljust(width)}  {value:>10}" for name, value in rows),
         *(f"note: {note}" for note in report["notes"]),
     ]
+
+
+def worth_showing(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that say something; those of few pictures that do not are in ``evaluation.json`` only."""
+    few = min(report["drawn"]["pictures"], report["data"]["pictures"]) < FEW
+    return {name: value for name, value in report["metrics"].items() if not (few and name in ("precision", "recall"))}
 
 
 def compared(report: Mapping[str, Any]) -> str:
@@ -299,7 +308,7 @@ def compared(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """A section of a card."""
     data, drawn, extractor = report["data"], report["drawn"], report["extractor"]
-    rows = "\n".join(f"| {NAMES[name]} | {value:.6g} |" for name, value in report["metrics"].items())
+    rows = "\n".join(f"| {NAMES[name]} | {value:.6g} |" for name, value in worth_showing(report).items())
     lines = [
         f"Pictures drawn: {drawn['pictures']:,}, {drawn['width']}x{drawn['height']}, seeds from {drawn['seed']}, "
         f"{drawn['num_inference_steps']} steps of {drawn['scheduler']}, guidance {drawn['guidance_scale']:g}, "

@@ -1,7 +1,9 @@
 """Held-out pictures, the loss on them and reports of it; and models without text, which are measured on them."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,19 @@ from latentdiff import __version__
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.folders import find_model, read_json
+from latentdiff.interchange.user_files import read_yaml
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.pipelines.registry import Kind, kind_saved_as
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.card.card import last_part
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, Wanted, read_source
+from latentdiff.training.data.load import hold_out
+from latentdiff.training.data.source import TRAIN, same_split
 from latentdiff.training.data.survey import sound_pictures
 from latentdiff.training.settings import Condition, DataSettings, HeldOutSettings
+from latentdiff.training.settings.run import HELD_OUT_SHARE
+
+logger = logging.getLogger(__name__)
 
 
 def check_report(file: Path) -> None:
@@ -73,15 +81,40 @@ def held_out_pictures(
     try:
         source = read_source(settings.data, wanted)
     except NoPicturesError as error:
-        raise NoPicturesError(
-            f"{error}; give held-out pictures a split of that name, or choose one with --split: figures of "
-            f"--split train, which a model has seen, flatter it"
-        ) from error
+        share = trained_without(settings.model) if same_split(settings.split) == "validation" else 0.0
+        explained = NoPicturesError(
+            f"{error}; give held-out pictures a split of that name (a folder 'validation' beside 'train', or a column "
+            f"'split'), or choose one with --split: figures of --split train, which a model has seen, flatter it"
+        )
+        if not share:
+            raise explained from error
+        source = read_source(settings.data, replace(wanted, split=TRAIN))
+    else:
+        share = 0.0
     folder.mkdir(parents=True, exist_ok=True)
     about = {"data": settings.data, "split": settings.split}
     most = DataSettings.model_fields["max_bad_share"].default
     good, refused = sound_pictures(source, folder / "pictures.jsonl", about, most)
+    if share:
+        total, good = len(good), hold_out(good, share, condition)[1]
+        if not good:
+            raise explained
+        logger.info("no split 'validation': the %d of %d pictures that training holds out by itself", len(good), total)
     return good, len(refused)
+
+
+def trained_without(model: str) -> float:
+    """The share of its pictures that a model's training held out by itself, as its settings say; see `hold_out`.
+
+    A model without settings of ours, such as a packaged one, was trained on others: the share is the usual one.
+    """
+    folder = find_model(model)
+    file = None if folder is None else folder / "training" / "settings.yaml"
+    if file is None or not file.is_file():
+        return HELD_OUT_SHARE
+    found = read_yaml(file)
+    share = found.get("held_out_share", 0.0) if isinstance(found, dict) else 0.0  # 0.0: from before there was one
+    return float(share) if isinstance(share, int | float) else 0.0
 
 
 def textless_kind(model: str) -> Kind | None:
@@ -107,7 +140,8 @@ def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassCondit
     kind = textless_kind(model)
     if kind is None:
         raise ValueError(
-            f"{model} is no model without text, such as condition=class or none trains, and this needs one"
+            f"{model} is no model without text, such as 'latentdiff train denoiser' makes with condition=class or "
+            f"none, and this needs one; 'latentdiff evaluate' measures any model"
         )
     return kind.load().from_pretrained(find_model(model), dtype=dtype)
 

@@ -1,6 +1,7 @@
 """The variational bound of held-out pictures, in bits per dimension."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from latentdiff.training.settings import LikelihoodSettings
 logger = logging.getLogger(__name__)
 
 REPORT = "likelihood.json"
+GUESSED = 0.5 * math.log2(2 * math.pi * math.e)
+"""Bits per dimension of latents for who knows but their mean and variance, which are 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,21 @@ def evaluate_likelihood(
         "of": "pixels" if bound.in_pixels else "latents",
         "seed": settings.seed,
     }
-    report = write_report(folder / REPORT, settings, pictures, left_out, {**about, **figures})
+    guessing = 8.0 if bound.in_pixels else GUESSED
+    report = write_report(folder / REPORT, settings, pictures, left_out, {**about, "guessing": guessing, **figures})
     logger.info(
         "%d %s of %s (%s), %d steps, variance %s",
         *(len(pictures), "pictures" if bound.in_pixels else "pictures' latents", report["data"]["name"]),
         *(settings.split, about["steps"], about["variance"]),
     )
-    for name in ("bits_per_dimension", "standard_error", "prior", "between", "decoder"):
-        logger.info("  %-18s  %10.4f", name.replace("_", " "), figures[name])
+    for name in ("bits_per_dimension", "guessing", "standard_error", "prior", "between", "decoder"):
+        logger.info("  %-18s  %10.4f", name.replace("_", " "), report[name])
+    if figures["bits_per_dimension"] >= guessing:
+        logger.warning(
+            "this is worse than guessing at random, which needs %.4g: train for longer; and without learned variances "
+            "(loss=hybrid) few --steps say little of a model",
+            guessing,
+        )
     return report
 
 

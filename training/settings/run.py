@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from latentdiff.training.settings.base import Settings
 
+HELD_OUT_SHARE = 0.05
 Condition = Literal["text", "class", "none"]
 """What a model is conditioned on: the caption, the caption as the name of a class, or nothing."""
 
@@ -51,6 +52,12 @@ class RunSettings(DataSettings):
     fixed: ClassVar[tuple[str, ...]] = ("seed", "optimizer")
     """What an unfinished run began with and cannot go on without: anything else would be another training."""
 
+    held_out_share: float = Field(
+        HELD_OUT_SHARE,
+        ge=0,
+        lt=1,
+        description="share of pictures to measure on and not to train on, where none is of a split 'validation'",
+    )
     output: str = Field(description="folder that receives the model; its training/ holds checkpoints and samples")
     batch_size: int = Field(32, ge=1, description="pictures in one pass of one process; more takes more memory")
     gradient_accumulation_steps: int = Field(

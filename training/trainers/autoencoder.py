@@ -13,7 +13,7 @@ from latentdiff.training.batch.choices import PictureOrder, ViewChoice
 from latentdiff.training.batch.samples import PixelSamples, batches
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
+from latentdiff.training.data import prepare_splits
 from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.output_folder import open_output
@@ -39,8 +39,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
     open_output(settings)
     with processes().main_process_first():
-        pictures = prepare_pictures(settings, condition="none")
-        held_out = validation_pictures(settings)
+        pictures, held_out = prepare_splits(settings, condition="none")
     set_seed(settings.seed)  # the first weights
     autoencoder = build_autoencoder(settings)
     if settings.gradient_checkpointing:
@@ -80,14 +79,6 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
             describe(run, settings, autoencoder_kind(settings.kind), len(pictures))
     run.finish()
     return output
-
-
-def validation_pictures(settings: AutoencoderSettings) -> list[CaptionedPicture]:
-    """Those of the split "validation", if there is one."""
-    try:
-        return prepare_pictures(settings, "validation", condition="none")
-    except NoPicturesError:
-        return []
 
 
 class Alarms:

@@ -15,7 +15,7 @@ from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.choices import PictureOrder, ViewChoice
 from latentdiff.training.batch.latents import latent_source
 from latentdiff.training.batch.samples import Reader, batches
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, prepare_pictures
+from latentdiff.training.data import CaptionedPicture, prepare_splits
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
@@ -40,14 +40,12 @@ class Data:
 def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
     """The usable pictures of both splits; one process examines them first, the others read what it found."""
     with processes().main_process_first():
-        pictures = prepare_pictures(settings, condition=condition)
-        seen = {picture.digest for picture in pictures}
-        try:
-            held_out = prepare_pictures(settings, "validation", condition)
-        except NoPicturesError as error:
-            logger.warning("nothing is measured on held-out pictures, for there are none: %s", error)
-            held_out = []
-    return Data(pictures, [picture for picture in held_out if picture.digest not in seen])
+        data = Data(*prepare_splits(settings, condition))
+    if not data.held_out:
+        logger.warning(
+            "nothing is measured on held-out pictures, for there are none; give some the split 'validation'"
+        )
+    return data
 
 
 def train_diffusion(

@@ -74,6 +74,11 @@ def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixtur
     assert any("no CLIP score" in note for note in report["notes"])
     assert str(model.parent) not in (output / "evaluation.json").read_text(encoding="utf-8")
     assert "Fréchet distance (not FID)" in caplog.text
+    assert "  precision" not in caplog.text
+    assert "| recall |" not in markdown(report)
+    assert "note: precision and recall of 10 pictures are chance" in caplog.text
+    many = {**report, "data": {**report["data"], "pictures": 200}, "drawn": {**report["drawn"], "pictures": 200}}
+    assert "| recall |" in markdown(many)
 
     # The figure is that of the very files.
     extractor = load_extractor("autoencoder")

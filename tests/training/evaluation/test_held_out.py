@@ -17,10 +17,12 @@ from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch
+from latentdiff.training.data import NoPicturesError
+from latentdiff.training.data.load import hold_out, prepare_splits
 from latentdiff.training.evaluation.held_out import HeldOutLoss, held_out_pictures
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
-from latentdiff.training.settings import HeldOutSettings
+from latentdiff.training.settings import AutoencoderSettings, HeldOutSettings
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -149,3 +151,64 @@ def test_pictures_that_a_table_names_elsewhere(tmp_path: Path) -> None:
     allowed = HeldOutSettings(model="emoji", data=str(data), picture_folder=str(elsewhere))
     (picture,) = held_out_pictures(allowed, tmp_path / "out")[0]
     assert picture.size == (48, 40)
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Sixty pictures that name no split, in two classes."""
+    for i in range(60):
+        file = tmp_path / "album" / ("cat" if i % 2 else "dog") / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(hostile.encode(hostile.noise(i)))
+    return tmp_path / "album"
+
+
+def splits(data: Path, **changes: Any) -> tuple[list[str], list[str]]:
+    """Names in both splits."""
+    settings = AutoencoderSettings(data=str(data), output=str(data.parent / "out"), **changes)
+    kept, held_out = prepare_splits(settings, "class")
+    return [Path(p.name).name for p in kept], [Path(p.name).name for p in held_out]
+
+
+def test_some_are_held_out_by_their_content(album: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "latentdiff")
+    kept, held_out = splits(album, held_out_share=0.2)
+    assert f"{len(kept)} pictures to train on, {len(held_out)} held out to measure on" in caplog.text
+    assert "held out by their content" in caplog.text
+    assert 4 <= len(held_out) <= 20
+    assert sorted(kept + held_out) == [f"{i:02}.png" for i in range(60)]
+    for i in range(60, 90):  # others come, and a copy of one that is held out
+        (album / "cat" / f"{i}.png").write_bytes(hostile.encode(hostile.noise(i)))
+    one = next(album.rglob(held_out[0]))
+    (one.parent / "copy.png").write_bytes(one.read_bytes())
+    more = splits(album, held_out_share=0.2)[1]
+    assert {*held_out, "copy.png"} <= set(more)
+    assert not set(kept) & set(more)
+    assert set(splits(album, held_out_share=0.1)[1]) < set(more)
+    assert splits(album, held_out_share=0)[1] == []
+
+
+def test_few_pictures_and_classes_are_not_torn_apart(album: Path) -> None:
+    for file in sorted(album.rglob("*.png"))[:21]:
+        file.unlink()
+    assert splits(album, held_out_share=0.9)[1] == []  # 39
+    pictures = prepare_splits(AutoencoderSettings(data=str(album), output=str(album.parent / "out")), "class")[0]
+    many = [replace(picture, digest=f"{i:08x}") for i, picture in enumerate(pictures * 2)]  # all of them low
+    assert hold_out(many, 0.5, "class")[1] == []
+    assert len(hold_out(many, 0.5, "text")[1]) == len(many)
+
+
+def test_what_training_held_out_is_evaluated_on(album: Path, tmp_path: Path) -> None:
+    expected = splits(album)[1]
+    model = tmp_path / "model"
+    (model / "training").mkdir(parents=True)
+    given = {"model": str(model), "data": str(album), "output": str(tmp_path / "figures")}
+    settings = HeldOutSettings(**given)
+    found = held_out_pictures(settings, tmp_path / "figures", "class")[0]
+    assert [Path(picture.name).name for picture in found] == expected
+    (model / "training" / "settings.yaml").write_text("held_out_share: 0.3\n")
+    found = held_out_pictures(settings, tmp_path / "figures", "class")[0]
+    assert [Path(picture.name).name for picture in found] == splits(album, held_out_share=0.3)[1]
+    (model / "training" / "settings.yaml").write_text("seed: 1\n")  # an older run's, which held none out
+    with pytest.raises(NoPicturesError, match="a folder 'validation' beside 'train', or a column 'split'"):
+        held_out_pictures(settings, tmp_path / "figures", "class")

@@ -60,6 +60,17 @@ def test_the_report(pictures: Path, tmp_path: Path) -> None:
     assert found["bits_per_dimension"] == pytest.approx(found["prior"] + found["between"] + found["decoder"], rel=1e-5)
 
 
+def test_worse_than_guessing(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = likelihood(unconditional(), pictures, tmp_path / "pixels", steps="4")  # random weights
+    assert found["bits_per_dimension"] > found["guessing"] == 8
+    assert "worse than guessing at random, which needs 8:" in caplog.text
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {**types, "num_vq_embeddings": 16}
+    vqvae = VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, **blocks).eval()
+    in_latents = likelihood(unconditional(vqvae=vqvae), pictures, tmp_path / "latents", steps="4")
+    assert in_latents["guessing"] == pytest.approx(2.0471, abs=1e-4)  # a standard normal distribution's entropy
+
+
 def test_batches_change_nothing(pictures: Path, tmp_path: Path) -> None:
     one, many = (likelihood(unconditional(), pictures, tmp_path / str(n), steps="4", batch_size=n) for n in (3, 10))
     assert one["terms"] == pytest.approx(many["terms"], rel=1e-4)
