@@ -105,9 +105,9 @@ def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -
     else:
         line = "Everything can be used."
     if manifest is None:
-        return [line, "--manifest FILE writes what was found of each picture, for training to honour."]
+        return [line, *report.advice, "--manifest FILE writes what was found of each picture, for training to honour."]
     how = f'Set "use" to false for what to leave out, and train with manifest={manifest}'
-    return [line, f"{manifest} describes each picture. {how}"]
+    return [line, *report.advice, f"{manifest} describes each picture. {how}"]
 
 
 def model_shape(model: str) -> tuple[int | None, int | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.data.advice import advice
 from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
 from latentdiff.training.data.captions import MANY_WORDS, shorten
 from latentdiff.training.data.decode import is_picture
@@ -40,6 +41,7 @@ class DataReport:
     Args:
         refused: named within the source.
         tokens: length of a caption in tokens, and the most that the text encoder reads.
+        advice: what to do about those that cannot be used.
     """
 
     pictures: list[CaptionedPicture]
@@ -49,6 +51,7 @@ class DataReport:
     resolution: int = 64
     step: int = 8
     tokens: Tokens | None = None
+    advice: list[str] = field(default_factory=list)
     exact: list[list[int]] = field(init=False)
     near: list[list[int]] = field(init=False)
 
@@ -206,6 +209,7 @@ def examine_source(
     warnings += [Finding(entry.name, text) for entry in usable for text in entry.warnings]
     warnings += _unlisted(source)
     report = DataReport(good, usable, refused, warnings, settings.resolution, step, tokens)
+    report.advice = advice(source.refused)
     if manifest is not None:
         rows = _choices(entries, known, report, drop_duplicates)
         rows += [Entry(source.key(f.name), reason=f.reason, use=False) for f in source.refused]

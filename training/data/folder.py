@@ -11,6 +11,7 @@ from latentdiff.training.data.decode import is_picture, why_unreadable
 from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.source import (
     CAPTION_SUFFIXES,
+    NO_CAPTION,
     SPLITS,
     TRAIN,
     Source,
@@ -162,7 +163,7 @@ class _FolderReader:
             return wanted.captions(folder.name)
         if not wanted.may_lack_captions:
             file = shorten(picture.with_suffix(".txt").name)
-            lacks = "no class; lay it into a folder named like it," if wanted.condition == "class" else "no caption;"
+            lacks = "no class; lay it into a folder named like it," if wanted.condition == "class" else f"{NO_CAPTION};"
             raise ValueError(f"{lacks} write one into {file} beside it, or a metadata.jsonl for the folder")
         return wanted.captions(None)
 

@@ -61,10 +61,10 @@ def from_dataset(dataset: Any, name: str = "dataset", **options: Any) -> list[Ca
 
 
 def _usable(found: Source, name: str) -> list[CaptionedPicture]:
-    log_findings(found.refused, "left out")
     if not found.pictures:
         faults = [f"; the first fault: {shorten(f.name, 300)}: {f.reason}" for f in found.refused[:1]]
         raise NoPicturesError(f"{name}: not one usable picture{''.join(faults)}")
+    log_findings(found.refused, "left out")
     return found.pictures
 
 

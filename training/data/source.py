@@ -15,6 +15,7 @@ from latentdiff.training.settings import Condition, DataSettings
 
 Names = dict[Path, dict[str, str]]  # of folders: what files are called there, by what `normal` makes of it
 CAPTION_SUFFIXES = (".txt", ".caption")
+NO_CAPTION = "no caption"  # what the reason begins with where one is missing
 TRAIN = "train"  # the split of whatever names none
 SPLITS = {
     **dict.fromkeys((TRAIN, "training"), TRAIN),

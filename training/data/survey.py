@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.user_files import check_regular
+from latentdiff.training.data.advice import advice
 from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
@@ -214,7 +215,6 @@ def sound_pictures(
         write_manifest(file, everything, about)
     good, bad = sort_out(source, entries)
     refused = source.refused + bad
-    log_findings(refused, "left out")
     total = len(good) + len(refused)
     if refused and len(refused) > max_bad_share * total:
         named = "\n".join(f"  {shorten(f.name, 300)}: {shorten(f.reason, 500)}" for f in refused[:NAMED])
@@ -222,8 +222,9 @@ def sound_pictures(
         raise ValueError(
             f"{about['data']}: {len(refused)} of {total} pictures cannot be used, more than "
             f"max_bad_share={max_bad_share:g} allows. 'latentdiff doctor' says more; repair or remove them, or allow "
-            f"more.\n{named}{more}"
+            f"more.\n{named}{more}" + "".join(f"\n{line}" for line in advice(refused))
         )
+    log_findings(refused, "left out")
     if not good:
         raise NoPicturesError(f"{about['data']}: nothing is left to train on")
     return good, refused

@@ -42,9 +42,7 @@ def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Dat
     with processes().main_process_first():
         data = Data(*prepare_splits(settings, condition))
     if not data.held_out:
-        logger.warning(
-            "nothing is measured on held-out pictures, for there are none; give some the split 'validation'"
-        )
+        logger.warning("nothing is measured on held-out pictures, for there are none; give some the split 'validation'")
     return data
 
 
