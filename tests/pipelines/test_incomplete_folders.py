@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import draw, tiny_pipeline
 
@@ -189,3 +190,17 @@ def test_a_network_alone_is_read_through_a_link_that_is_named(tmp_path: Path) ->
     (tmp_path / "inner/real/config.json").symlink_to(tmp_path / "config.json")
     with pytest.raises(ValueError, match="is a link that leads out of"):
         network_alone(str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize("beginning", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
+def test_single_files_have_finite_weights(tmp_path: Path, beginning: str) -> None:
+    pipeline = tiny_pipeline("clip")
+    pipeline.save_single_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as stream:
+        header = stream.metadata()
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.startswith(beginning) and name.endswith("weight"))
+    state[name].view(-1)[0] = math.nan
+    save_file(state, tmp_path / "model.safetensors", header)
+    with pytest.raises(ValueError, match=r"model.safetensors: 1 weights of the \w+ have values that are not finite"):
+        TextToImagePipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=pipeline.tokenizer)

@@ -140,3 +140,14 @@ def test_all_parts_of_a_layer_are_finite(tmp_path: Path, part: str) -> None:
     with pytest.raises(ValueError, match=r"not finite \(nan or inf\)"):
         pipeline.load_lora_weights(layers)
     assert pipeline.get_list_adapters() == {}
+
+
+def test_a_lora_in_networks_that_are_offloaded(tmp_path: Path) -> None:
+    plain, offloaded = tiny_pipeline("clip"), tiny_pipeline("clip")
+    file = diffusers_lora(tiny_pipeline("clip"), tmp_path)
+    cpu = torch.device("cpu")
+    offloaded.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    for pipeline in (plain, offloaded):
+        draw(pipeline)
+        pipeline.load_lora_weights(file)
+    torch.testing.assert_close(draw(offloaded), draw(plain), atol=1e-5, rtol=0)

@@ -68,6 +68,8 @@ def build(weights: Checkpoint, layout: Layout, make: Callable[[], Any], dtype: t
         ValueError: the config is not supported; a weight is missing, has another shape or is not of floating point; or
             one is unused.
     """
+    from latentdiff.models.network import check_finite  # which imports diffusers
+
     with torch.device("meta"):
         try:
             network = make()
@@ -91,6 +93,7 @@ def build(weights: Checkpoint, layout: Layout, make: Callable[[], Any], dtype: t
     dtype = dtype or weights.main_dtype(layout.beginning)
     state = {key: take(weights, *place, own[key].shape).to(dtype) for key, place in places.items()}
     network.load_state_dict(state, assign=True)
+    check_finite(network, weights.file)
     return network.eval()
 
 
