@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from latentdiff.training.recipes.emoji import phrases
 from latentdiff.training.recipes.emoji.burst.clock import Log
 from latentdiff.training.recipes.emoji.captions import Concept, read_concepts
 from latentdiff.training.recipes.emoji.held_out import colour_held_out
@@ -75,6 +76,9 @@ def test_pairs_differ_in_the_word_alone_and_say_nothing_held_out() -> None:
     same = [pairs.same(rng) for _ in range(50)]
     assert all(read == meant for read, meant in same)
     assert len(set(same)) > 45
+    said = " ".join(pairs.same(rng)[0] for _ in range(600))
+    for style in phrases.STYLES.values():  # what is never said is forgotten
+        assert all(word in said for word in (*style.before, *style.after))
 
 
 def test_an_encoder_learns_a_word_and_keeps_what_it_knows(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ class Settings:
     pairs: int = 24_000
     batch: int = 48
     rate: float = 5e-4
-    words: float = 0.34
-    vocabulary: float = 0.32
+    words: float = 0.28
+    vocabulary: float = 0.22
     colours: float = 0.06
-    praise: float = 0.05
+    praise: float = 0.04
     nearest: float = 0.5
     states_weight: float = 0.1
     warmup: int = 100
@@ -303,8 +303,18 @@ class Exam:
         return sum(right) / max(len(right), 1)
 
 
-def teach(pipeline: TextToImagePipeline, lesson: Lesson, log: Log, minutes: float, updates: int | None = None) -> None:
-    """Train the pipeline's text encoder in place, for so many updates at most; at the end it has averaged weights."""
+def teach(
+    pipeline: TextToImagePipeline,
+    lesson: Lesson,
+    log: Log,
+    minutes: float,
+    updates: int | None = None,
+    begin: dict[str, Tensor] | None = None,
+) -> None:
+    """Train the pipeline's text encoder in place, for so many updates at most; at the end it has averaged weights.
+
+    begin: weights of the encoder to go on from; what captions mean is told by the pipeline's own.
+    """
     settings, bert = lesson.settings, pipeline.text_encoder.requires_grad_(False)
     encoder = Encoder(pipeline.tokenizer, bert, settings.learning)
     rng, generator = random.Random(settings.seed), torch.Generator().manual_seed(settings.seed)
@@ -313,6 +323,8 @@ def teach(pipeline: TextToImagePipeline, lesson: Lesson, log: Log, minutes: floa
     groups = read_pairs(encoder, lesson.draw(rng, settings.pairs), rng)
     exam = Exam(encoder, readers, lesson)
     log(pairs=settings.pairs, kept=exam(encoder))
+    if begin is not None:
+        bert.load_state_dict(begin)
     layers = encoder.layers.requires_grad_(True)
     adam, average = optimizer(layers, settings.rate, 0.01), EMAModel(layers.parameters(), 0.998, foreach=True)
     clock, errors, told = Clock(minutes * 60, settings.rate, settings.warmup, fall=0.7), dict[str, float](), 0.0
@@ -350,7 +362,11 @@ def run(options: argparse.Namespace) -> None:
     encoder = Encoder(pipeline.tokenizer, pipeline.text_encoder, settings.learning)
     lesson = Lesson(synonyms, concepts, unseen, encoder, settings)
     log(words=len(lesson.swaps), kept_apart=len(lesson.kept), vocabulary=len(lesson.far))
-    teach(pipeline, lesson, log, options.minutes)
+    begin = None
+    if options.go_on is not None:
+        taught = TextToImagePipeline.from_pretrained(options.go_on, torch_dtype=torch.float32)
+        begin = taught.text_encoder.state_dict()
+    teach(pipeline, lesson, log, options.minutes, begin=begin)
     pipeline.save_pretrained(options.output)
 
 
@@ -364,6 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, default=Settings.learning, help="of the encoder, that learn, from the top"
     )
+    parser.add_argument("--go-on", type=Path, help="a folder that this wrote, to go on from its text encoder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
