@@ -1,5 +1,6 @@
 """Settings of ``latentdiff train autoencoder``."""
 
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -27,7 +28,9 @@ class AutoencoderSettings(RunSettings):
     layers_per_block: int = Field(1, ge=1, description="residual blocks in a level")
     latent_channels: int = Field(4, ge=1, description="numbers per latent pixel")
     norm_num_groups: int = Field(
-        16, ge=1, description="groups of the group normalisation; divides every number of channels"
+        16,
+        ge=1,
+        description="groups of the group normalisation; divides every number of channels",
     )
 
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term, summed over a picture's latents (kl)")
@@ -72,6 +75,7 @@ class AutoencoderSettings(RunSettings):
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
+        self.follow(norm_num_groups=math.gcd(self.norm_num_groups, *self.block_out_channels))
         if self.attention_levels and len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")
         if self.logit_laplace_weight and self.kind != "gumbel":

@@ -89,6 +89,12 @@ class Settings(BaseModel):
         wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
 
+    def follow(self, **defaults: Any) -> None:
+        """Take these in place of the usual defaults, where nothing else was given: for a validator to call."""
+        for name, value in defaults.items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)  # settings are frozen, once they are made
+
     def save(self, file: Path) -> None:
         """Write the settings in force as YAML, whole or not at all."""
         write_text_whole(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))

@@ -1,5 +1,6 @@
 """Settings of ``latentdiff train denoiser``, ``latentdiff train classifier`` and ``latentdiff finetune``."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -63,7 +64,9 @@ class DenoiserSettings(DiffusionSettings):
     attention_head_dim: int = Field(64, ge=8, description="width of one attention head")
     transformer_layers_per_block: int = Field(1, ge=1, description="transformer layers in each attention")
     norm_num_groups: int = Field(
-        32, ge=1, description="groups of the group normalisation; divides every number of channels"
+        32,
+        ge=1,
+        description="groups of the group normalisation; divides every number of channels",
     )
     resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
         "default", description="scale_shift: ADM's adaptive group normalisation"
@@ -95,7 +98,7 @@ class DenoiserSettings(DiffusionSettings):
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
-        check_levels(self.attention_levels, self.block_out_channels)
+        follow_channels(self)
         self._check_extension("process", "gaussian", GAUSSIAN)
         self._check_extension("denoiser", "unet", UNET)
         if self.condition == "text" and self.resample_type != "conv":
@@ -132,7 +135,9 @@ class ClassifierSettings(DiffusionSettings):
     attention_levels: tuple[bool, ...] = Field((False, True, True), description="which levels have attention")
     attention_head_dim: int = Field(32, ge=8, description="width of one attention head")
     norm_num_groups: int = Field(
-        32, ge=1, description="groups of the group normalisation; divides every number of channels"
+        32,
+        ge=1,
+        description="groups of the group normalisation; divides every number of channels",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of activations left out")
     pool: Literal["attention", "adaptive"] = Field(
@@ -147,13 +152,17 @@ class ClassifierSettings(DiffusionSettings):
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
-        check_levels(self.attention_levels, self.block_out_channels)
+        follow_channels(self)
         return self
 
 
-def check_levels(attention: Sequence[bool], channels: Sequence[int]) -> None:
-    """Raises ValueError if these are not of equally many levels."""
-    if len(attention) != len(channels):
+def follow_channels(settings: DenoiserSettings | ClassifierSettings) -> None:
+    """Let the defaults follow other levels. Raises ValueError if attention was given of another number of levels."""
+    levels, first = len(settings.block_out_channels), type(settings).model_fields["attention_levels"].default[0]
+    if len(settings.attention_levels) != levels:
+        settings.follow(attention_levels=(first, *[True] * (levels - 1)))
+    settings.follow(norm_num_groups=math.gcd(settings.norm_num_groups, *settings.block_out_channels))
+    if len(settings.attention_levels) != levels:
         raise ValueError("attention_levels and block_out_channels must have the same length")
 
 

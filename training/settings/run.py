@@ -70,7 +70,11 @@ class RunSettings(DataSettings):
     learning_rate: float = Field(
         2e-4, gt=0, description="how far a step goes; lower it if the loss explodes or pictures fall apart"
     )
-    warmup_steps: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
+    warmup_steps: int = Field(
+        100,
+        ge=0,
+        description="steps over which the learning rate rises from 0; by default fewer where max_steps has no room",
+    )
     decay_steps: int = Field(0, ge=0, description="the learning rate falls to zero over this many last steps")
     decay_shape: Literal["linear", "cosine"] = Field(
         "linear", description="how the learning rate falls over decay_steps"
@@ -103,6 +107,9 @@ class RunSettings(DataSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        left = self.max_steps - self.decay_steps
+        if self.warmup_steps > left >= 0:
+            self.follow(warmup_steps=left // 10)
         if self.warmup_steps + self.decay_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} are more than "

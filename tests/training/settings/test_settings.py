@@ -50,7 +50,7 @@ def test_names_are_taken_as_typed() -> None:
         ("batch_size=0", "setting 'batch_size'"),
         ("learning_rate=-1", "setting 'learning_rate'"),
         ("kind=gan", "setting 'kind'"),
-        ("max_steps=10", "warmup_steps"),
+        ("warmup_steps=20000", "warmup_steps"),
     ],
 )
 def test_mistakes_are_explained(override: str, message: str) -> None:
@@ -78,6 +78,26 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert learning_rate_at(settings, 9) == learning_rate_at(settings, 50) == learning_rate_at(settings, 80) == 1.0
     assert learning_rate_at(settings, 90) == pytest.approx(0.5)
     assert learning_rate_at(settings, 99) == pytest.approx(0.05)
+
+
+def test_defaults_follow_what_they_depend_on() -> None:
+    def warmup(**given: int) -> int:
+        return AutoencoderSettings.load(None, {**NEEDED, **given}).warmup_steps
+
+    assert [warmup(max_steps=50), warmup(max_steps=50, decay_steps=50), warmup(max_steps=5)] == [5, 0, 0]
+    assert [warmup(), warmup(max_steps=100), warmup(max_steps=120, decay_steps=20)] == [100, 100, 100]  # as ever
+    with pytest.raises(ValueError, match="warmup_steps=60 and decay_steps=0 are more than max_steps=50"):
+        warmup(max_steps=50, warmup_steps=60)
+    with pytest.raises(ValueError, match="decay_steps=60 are more than max_steps=50"):
+        warmup(max_steps=50, decay_steps=60)
+    denoiser = {**NEEDED, "autoencoder": "pixels"}
+    two = DenoiserSettings.load(None, {**denoiser, "block_out_channels": "[24, 48]"})
+    assert (two.attention_levels, two.norm_num_groups) == ((True, True), 8)
+    four = ClassifierSettings.load(None, {**NEEDED, "model": "m", "block_out_channels": "[32, 64, 64, 64]"})
+    assert (four.attention_levels, four.norm_num_groups) == ((False, True, True, True), 32)
+    assert AutoencoderSettings.load(None, {**NEEDED, "block_out_channels": "[8, 16]"}).norm_num_groups == 8
+    with pytest.raises(ValueError, match="must have the same length"):
+        DenoiserSettings.load(None, {**denoiser, "block_out_channels": "8", "attention_levels": "[true, false]"})
 
 
 def test_a_bare_no_is_the_choice_no(tmp_path: Path) -> None:
