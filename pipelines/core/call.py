@@ -176,6 +176,7 @@ class Call:
             self.note_faults(encoder, None if part is None else part.states)
         self.note_faults("vae", latents)  # of a picture to start from
         _ = self._callback_names  # checks them
+        self.pipeline.warn_of_size(*(side * self.codec.factor for side in latents.shape[-2:]))
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
         colours = LatentPreview(self.pipeline.vae)

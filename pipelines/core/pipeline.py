@@ -1,6 +1,7 @@
 """What all latent pipelines share: their components, and what can be asked of them apart from a call."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Lock
@@ -29,6 +30,10 @@ AnyAutoencoder: TypeAlias = (
     | diffusers.VQModel
 )
 
+logger = logging.getLogger(__name__)
+
+FAR = 1.5
+"""How many times larger or smaller than in training a side or the area of a picture is far from it."""
 
 _STARTING = Lock()
 """Held while the set of running calls is read or changed."""
@@ -51,6 +56,8 @@ class LatentPipeline(FolderPipeline):
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    draws_any_size: ClassVar[bool] = False
+    """Whether pictures of other sizes than in training are as good."""
 
     _guidance_scale: float | tuple[float, ...] = 1.0
     _guidance_rescale: float = 0.0
@@ -74,6 +81,7 @@ class LatentPipeline(FolderPipeline):
         )
         self._running: WeakSet[LatentPipeline] | None = WeakSet()
         self._stopped = False
+        self._sizes_warned_of: set[tuple[int, int]] = set()
 
     # Calls
 
@@ -179,13 +187,34 @@ class LatentPipeline(FolderPipeline):
             ValueError: a side is no whole number, or no multiple of the autoencoder's factor, or there is no default.
         """
         if height is None or width is None:
-            sample_size = self.unet.config.sample_size
-            if sample_size is None:
+            own = self.trained_size
+            if own is None:
                 raise ValueError("this model's config has no sample_size; give height and width")
-            own = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-            height = own[0] * self.vae_scale_factor if height is None else height
-            width = own[1] * self.vae_scale_factor if width is None else width
+            height, width = (own[0] if height is None else height), (own[1] if width is None else width)
         return check_side("height", height, self.vae_scale_factor), check_side("width", width, self.vae_scale_factor)
+
+    @property
+    def trained_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the UNet was trained on; None if its config does not say."""
+        size = self.unet.config.sample_size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def warn_of_size(self, height: int, width: int) -> None:
+        """Log a warning, once for each size in pixels, if it is far from what the UNet was trained on."""
+        own = self.trained_size
+        if own is None or self.draws_any_size or (height, width) in self._sizes_warned_of:
+            return
+        ratios = (height / own[0], width / own[1], height * width / (own[0] * own[1]))
+        if any(max(ratio, 1 / ratio) > FAR for ratio in ratios):
+            self._sizes_warned_of.add((height, width))
+            logger.warning(
+                "Drawing %d x %d pixels (width x height) with a model that was trained on %d x %d: far from that size "
+                "things come out doubled, joined or cut; draw at the default size and enlarge the picture",
+                *(width, height, own[1], own[0]),
+            )
 
     def check_channels(self, condition: int, lacking: str) -> None:
         """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.

@@ -42,6 +42,7 @@ class SuperResolutionPipeline(TextPipeline):
     """
 
     saved_class_name = "StableDiffusionUpscalePipeline"
+    draws_any_size = True  # the small picture decides what is where
     usual_defaults: ClassVar[dict[str, Any]] = {"num_inference_steps": 75, "guidance_scale": 9.0}
     _optional_components: ClassVar[list[str]] = ["watermarker", "safety_checker", "feature_extractor"]
 

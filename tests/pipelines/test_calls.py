@@ -9,7 +9,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
-from latentdiff import TextToImagePipeline, UNet2DConditionModel
+from latentdiff import ImageToImagePipeline, TextToImagePipeline, UNet2DConditionModel
 
 FEW = {"num_inference_steps": 3}
 
@@ -187,3 +187,24 @@ def test_the_safety_checker_is_asked(pipeline: Any) -> None:
     output = TextToImagePipeline(**parts)("a red car", seed=0, output_type="np", **FEW)
     assert output.nsfw_content_detected == [True]
     assert not output.images.any()
+
+
+@pytest.mark.parametrize(
+    ("size", "warned"),
+    [({}, False), ({"height": 24}, False), ({"height": 8, "width": 24}, True), ({"height": 24, "width": 24}, True)],
+)
+def test_a_size_far_from_the_trained_one_is_warned_of_once(
+    pipeline: Any, size: dict[str, int], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = pipeline("sun", num_inference_steps=1, **size).images[0]
+    pipeline("sun", num_inference_steps=1, **size)
+    said = [one for one in caplog.messages if "trained on 16 x 16" in one]
+    assert len(said) == warned
+    assert all(said_of.startswith(f"Drawing {first.width} x {first.height} pixels") for said_of in said)
+
+
+def test_a_picture_to_start_from_may_be_far_from_the_trained_size_too(
+    pipeline: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ImageToImagePipeline.from_pipe(pipeline)("sun", image=Image.new("RGB", (64, 32)), num_inference_steps=1, strength=1)
+    assert "Drawing 64 x 32 pixels (width x height) with a model that was trained on 16 x 16" in caplog.text
