@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from latentdiff.training.data.captions import shorten
+from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.source import CAPTION_SUFFIXES, NO_CAPTION, Finding
 from latentdiff.training.data.tables import METADATA
 
@@ -17,7 +18,7 @@ def advice(refused: Iterable[Finding]) -> list[str]:
 
     refused: with the whole paths of pictures as names.
     """
-    lacking = [Path(finding.name) for finding in refused if finding.reason.startswith(NO_CAPTION)]
+    lacking = lacking_captions(refused)
     if not lacking:
         return []
     folders = list(dict.fromkeys(picture.parent for picture in lacking))
@@ -31,6 +32,12 @@ def advice(refused: Iterable[Finding]) -> list[str]:
         "One caption for all pictures that have none: caption='a photo of sks dog', say. 'latentdiff caption' writes "
         "one for each.",
     ]
+
+
+def lacking_captions(refused: Iterable[Finding]) -> list[Path]:
+    """The pictures among `refused` that lack a caption and are not of a table."""
+    found = (Path(finding.name) for finding in refused if finding.reason.startswith(NO_CAPTION))
+    return [picture for picture in found if is_picture(picture.name)]
 
 
 def _texts(pictures: Sequence[Path]) -> list[str]:

@@ -1,0 +1,36 @@
+"""``latentdiff caption``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.pipelines.commands.options import Device, DeviceOption, pick_device
+from latentdiff.terminal import say
+from latentdiff.training.commands.options import show_progress
+
+
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.")],
+    model: Annotated[
+        str, typer.Option(help="An image-to-text model of transformers, such as BLIP or GIT: a folder, or owner/name.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What captions begin with, as 'a drawing of', or what a chat model is asked."),
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Write captions for pictures that have none, each into a new .txt beside its picture; look them over.
+
+    latentdiff caption pictures --model Salesforce/blip-image-captioning-base
+
+    No file that exists is changed.
+    """
+    show_progress()
+    from latentdiff.training.data.captioner import Captioner, caption_folder
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    written = caption_folder(folder, Captioner.load(model, pick_device(device)), prompt)
+    say(f"{written} captions are in .txt files beside their pictures in {folder}; look them over")
