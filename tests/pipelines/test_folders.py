@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, UNet2DModel
 
 DRAW = {"num_inference_steps": 4, "output_type": "np"}
 
@@ -253,3 +253,21 @@ def test_every_component_is_reported_when_it_is_loaded(folder: Path) -> None:
     for name, component in loaded.components.items():
         if component is not None:
             assert any(line.startswith(f"Loaded {name} as {type(component).__name__}") for line in lines), name
+
+
+def test_our_networks_in_pipelines_of_diffusers(pipeline: Any, tmp_path: Path) -> None:
+    theirs = diffusers.StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+    theirs.save_pretrained(tmp_path / "text")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "text")
+    assert type(again.unet) is UNet2DConditionModel
+    assert type(again.vae) is AutoencoderKL
+    for name, weight in pipeline.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], weight)
+    plain = UNet2DModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    diffusers.DDPMPipeline(plain, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "plain")
+    assert type(diffusers.DDPMPipeline.from_pretrained(tmp_path / "plain").unet) is UNet2DModel
