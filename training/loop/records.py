@@ -1,7 +1,8 @@
-"""What a run writes down while it trains: ``metrics.jsonl``, and the trackers' figures and pictures."""
+"""What a run writes down while it trains: ``metrics.jsonl``, its curves, and the trackers' figures and pictures."""
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.png import save_picture
+from latentdiff.training.loop.figures import curves
 from latentdiff.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,20 @@ class Records:
                 array = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3)
                 tracker.log_images({name: array}, step=step, dataformats="NHWC")
 
+    def draw_curves(self) -> None:
+        """Draw what was recorded so far, as ``curves.png``. A full disk costs the picture."""
+        if not (self.accelerator.is_main_process and self.file.is_file()):
+            return
+        rows = [json.loads(row) for row in self.file.read_bytes().splitlines() if math.isfinite(step_of_row(row))]
+        sheet = curves(rows)
+        try:
+            if sheet is not None:
+                save_picture(sheet, self.folder / "curves.png")
+        except OSError as error:
+            logger.warning("%s could not be written (%s)", self.folder / "curves.png", error.strerror)
+
     def close(self) -> None:
+        self.draw_curves()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -159,6 +159,7 @@ class TrainingRun:
         """Record figures of the model, and keep them for its card."""
         self.figures = figures
         self.record(**figures)
+        self.records.draw_curves()
 
     def record(self, **figures: float) -> None:
         """Write `figures` down, with the speed and the number of updates that were left out."""

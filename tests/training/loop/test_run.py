@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from straight_line import Line, Points, go, settings
 from torch import Tensor
 
 from latentdiff.training.loop.checkpoints import whole_checkpoints
+from latentdiff.training.loop.figures import MARGINS, curves, panel
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
 
@@ -239,6 +241,31 @@ def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(5, 41, 5))
     assert events.Images("samples")[0].step == 40
+
+
+def test_every_run_draws_its_curves(tmp_path: Path) -> None:
+    file = tmp_path / "training" / "curves.png"
+    run = TrainingRun(settings(tmp_path, decay_steps=20), Line())
+    go(run)
+    assert not file.exists()
+    run.measured({"val_loss": 0.5})
+    early = Image.open(file).copy()
+    run.measured({"val_loss": math.nan})
+    with (tmp_path / "training" / "metrics.jsonl").open("a") as rest:
+        rest.write('{"step": 1')  # half a row
+    run.finish()
+    assert Image.open(file).size == early.size == (882, 562)  # training loss, held-out loss, learning rate
+    assert curves([{"step": 1, "pictures_per_second": 3.0}, {"step": 2, "loss": math.inf}]) is None
+
+
+def test_a_curve_goes_where_its_values_are() -> None:
+    falling = np.asarray(panel("loss", [(0, 4.0), (100, 0.0)])).astype(int)  # (H, W, 3)
+    blue = np.argwhere(falling[..., 2] - falling[..., 0] > 60)  # rows and columns
+    first, last = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
+    left, top, right, bottom = (edge // 2 for edge in MARGINS)
+    assert np.abs(first - (top, left)).max() <= 4
+    assert np.abs(last - (bottom, right)).max() <= 4
+    assert panel("one point", [(7, 2.0)]).size == panel("constant", [(1, 0.0), (2, 0.0)]).size
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What a run shows to people: the curves of its figures, and samples with their captions below."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from latentdiff.interchange.png import image_grid
+
+CURVES = {
+    "loss": "training loss",
+    "val_loss": "held-out loss",
+    "psnr": "PSNR of reconstructions, dB",
+    "learning_rate": "learning rate",
+}
+"""The figures that are drawn, where a run has them."""
+WIDTH, HEIGHT, MARGINS = 880, 560, (130, 60, 850, 500)  # of a panel before it is halved: left, top, right, bottom
+TICKS = 5
+CELL, LINES, LINE = 128, 3, 13  # the least width of a labelled picture; lines of a label, and the height of one
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    """A panel for each of `CURVES` that the rows of figures by ``step`` have; None: they have none."""
+    panels = []
+    for name, title in CURVES.items():
+        found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        points = [(step, value) for step, value in found if math.isfinite(value)]
+        if points:
+            panels.append(panel(title, points))
+    return image_grid(panels, 2) if panels else None
+
+
+def panel(title: str, points: Sequence[tuple[float, float]]) -> Image.Image:
+    """One curve through (step, value), in the order of their steps."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=22)
+    left, top, right, bottom = MARGINS
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+    values = [value for _, value in points]
+    low = min(values)
+    high = max(values) if max(values) > low else low + (abs(low) or 1.0)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (right - left) * (step - first) / (last - first)
+        return x, bottom - (bottom - top) * (value - low) / (high - low)
+
+    for share in (i / (TICKS - 1) for i in range(TICKS)):
+        step, value = round(first + (last - first) * share), low + (high - low) * share
+        x, y = place(step, value)
+        pen.line([(left, y), (right, y)], "#dddddd", 2)
+        pen.text((left - 12, y), f"{value:.3g}", "black", font, "rm")
+        pen.text((x, bottom + 12), str(step), "black", font, "mt")
+    pen.text(((left + right) / 2, top / 2), f"{title} by step", "black", font, "mm")
+    places = [place(*point) for point in points]
+    pen.line(places, "#1f77b4", 4, "curve")
+    for x, y in places if len(places) < 40 else places[-1:]:
+        pen.ellipse((x - 5, y - 5, x + 5, y + 5), "#1f77b4")
+    return image.reduce(2)
+
+
+def labelled(image: Image.Image, caption: str) -> Image.Image:
+    """`image` on white with its caption below, cut off after `LINES` lines."""
+    width = max(CELL, image.width)
+    cell = Image.new("RGB", (width, image.height + LINES * LINE + 4), "white")
+    cell.paste(image, ((width - image.width) // 2, 0))
+    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(size=11)
+    lines = textwrap.wrap(caption, width // 6, max_lines=LINES, placeholder=" ...")
+    for i, line in enumerate(lines):
+        pen.text((width / 2, image.height + 2 + i * LINE), line, "black", font, "ma")
+    return cell
