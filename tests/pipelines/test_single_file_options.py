@@ -221,7 +221,9 @@ def test_weights_that_do_not_fit(
         ("text_encoder", {"hidden_size": -1}, "safetensors: "),
         ("scheduler", {"_class_name": "os.systemScheduler"}, "names a os.systemScheduler, which is none of diffusers'"),
         ("scheduler", {"_class_name": "UNet2DModel"}, "which is none of diffusers' schedulers"),
-        ("scheduler", {"num_train_timesteps": "x"}, "the config of its DDIMScheduler is damaged"),
+        ("scheduler", {"num_train_timesteps": "x"}, "its DDIMScheduler: num_train_timesteps='x' should be a whole"),
+        ("scheduler", {"num_train_timesteps": 10**9}, "its DDIMScheduler: num_train_timesteps=1000000000 should be"),
+        ("scheduler", {"beta_start": "x"}, "the config of its DDIMScheduler is damaged"),
     ],
 )
 def test_a_header_that_does_not_fit(
