@@ -1,5 +1,6 @@
 """The training of denoisers, new ones or not, and of classifiers of noisy pictures."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from latentdiff.codec import Codec
+from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
@@ -19,10 +22,11 @@ from latentdiff.training.data import CaptionedPicture, prepare_splits
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
+from latentdiff.training.loop.figures import labelled
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective
 from latentdiff.training.settings import Condition, DiffusionSettings
-from latentdiff.training.trainers.models import SAMPLES, DiffusionModel
+from latentdiff.training.trainers.models import SAMPLES, DiffusionModel, UnconditionalModel
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ def train_diffusion(
     bands = min(BANDS, model.process.num_timesteps)
     held_out = reader.held_out(data.held_out, other_views, bands)
     loss = HeldOutLoss(model.process, bands)
-    prompts = settings.sample_prompts or sample_captions(data.pictures)
+    prompts = settings.sample_prompts or chosen_captions(run, data.pictures)
     order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
     for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.cat):
         run.learn(reader.batch(samples))
@@ -130,6 +134,18 @@ def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:
     return trained == own
 
 
+def chosen_captions(run: TrainingRun, pictures: Sequence[CaptionedPicture]) -> list[str]:
+    """`sample_captions`, chosen once: a run that goes on draws the same, whatever pictures have come and gone."""
+    file = run.folder / "sample_captions.json"
+    with run.accelerator.main_process_first():
+        if run.step > 0 and file.is_file():
+            return [str(caption) for caption in read_json(file).get("captions", [])]
+        captions = sample_captions(pictures)
+        if run.accelerator.is_main_process:
+            write_text_whole(file, json.dumps({"captions": captions}, indent=1, ensure_ascii=False) + "\n")
+    return captions
+
+
 def sample_captions(pictures: Sequence[CaptionedPicture], most: int = SAMPLES) -> list[str]:
     """Captions to draw samples of: different ones as long as there are any, spread over the pictures."""
     rounds: dict[str, int] = {}
@@ -154,10 +170,12 @@ def draw_samples(
     prompts: Sequence[str],
     idle: Sequence[Any],
 ) -> None:
-    """A grid of the prompts, drawn by the pipeline that will be saved; `idle` networks leave a GPU afterwards."""
+    """A grid with the prompts below, drawn by the pipeline that will be saved; `idle` networks leave a GPU then."""
     images = model.draw(prompts, settings, run.device)
     for network in idle:  # a GPU's memory is the denoiser's
         network.to("cpu")
     if not run.accelerator.is_main_process:
         return
+    if not isinstance(model, UnconditionalModel):
+        images = [labelled(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     run.show("samples", image_grid(images, 8))

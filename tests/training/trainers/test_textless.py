@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import DENOISER
 
 from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
@@ -26,6 +27,8 @@ def test_nothing_is_told(pictures: Path, tmp_path: Path, loss: str) -> None:
         file.unlink()  # a folder of pictures without captions is enough
     out = train_denoiser(settings(pictures, tmp_path / "out", condition="none", loss=loss))
     pipeline = UnconditionalPipeline.from_pretrained(out)
+    with Image.open(sorted((out / "training/samples").glob("*.png"))[-1]) as grid:
+        assert grid.size == (8 * 18 - 2, 2 * 18 - 2)  # sixteen pictures of 16 pixels, and no captions
     assert pipeline.vqvae is None
     assert pipeline.scheduler.config.clip_sample
     assert pipeline.defaults["num_inference_steps"] == 2

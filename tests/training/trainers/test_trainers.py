@@ -14,14 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from straight_line import Line
+from straight_line import settings as line_settings
 from tiny import autoencoder_settings
 
 from latentdiff import TextToImagePipeline, VQModel
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
-from latentdiff.training.trainers.diffusion import sample_captions
+from latentdiff.training.trainers.diffusion import chosen_captions, sample_captions
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,7 +91,8 @@ def test_denoiser_resumes_exactly_and_leaves_a_pipeline(denoiser_settings: dict[
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert pipeline("a red thing", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
-    assert (straight / "training" / "samples" / "step-00000005.png").is_file()
+    with Image.open(straight / "training" / "samples" / "step-00000005.png") as grid:
+        assert grid.size == (8 * 130 - 2, 2 * (16 + 43 + 2) - 2)  # ten pictures of 16 pixels with their captions
 
 
 def test_half_precision_recomputation_and_buckets(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
@@ -125,21 +129,31 @@ def test_long_captions_are_reported_once(
     assert "1 captions are longer than the text encoder's 12 tokens" in found[0]
 
 
-def test_samples_show_as_many_classes_as_there_are(tmp_path: Path) -> None:
-    def pictures(*captions: str) -> list[CaptionedPicture]:
-        return [CaptionedPicture(f"{i}.png", bytes, (caption,)) for i, caption in enumerate(captions)]
+def captioned(*captions: str) -> list[CaptionedPicture]:
+    return [CaptionedPicture(f"{i}.png", bytes, (caption,)) for i, caption in enumerate(captions)]
 
-    of_two = sample_captions(pictures(*["cat"] * 40, *["dog"] * 40))  # as folders give them
+
+def test_samples_show_as_many_classes_as_there_are(tmp_path: Path) -> None:
+    of_two = sample_captions(captioned(*["cat"] * 40, *["dog"] * 40))  # as folders give them
     assert of_two[:2] == ["cat", "dog"]
     assert of_two.count("cat") == of_two.count("dog") == 8
-    few = sample_captions(pictures(*["cat"] * 40, *["dog"] * 2))
+    few = sample_captions(captioned(*["cat"] * 40, *["dog"] * 2))
     assert (few.count("cat"), few.count("dog")) == (14, 2)
     names = [f"class {i:03d}" for i in range(100)]
-    of_many = sample_captions(pictures(*(name for name in names for _ in range(3))))
+    of_many = sample_captions(captioned(*(name for name in names for _ in range(3))))
     assert len(set(of_many)) == 16
     assert (of_many[0], of_many[-1]) == ("class 000", "class 093")
-    assert sample_captions(pictures("a", "b", "a")) == ["a", "b", "a"]
+    assert sample_captions(captioned("a", "b", "a")) == ["a", "b", "a"]
     assert sample_captions([]) == []
+
+
+def test_captions_of_samples_are_chosen_once(tmp_path: Path) -> None:
+    run = TrainingRun(line_settings(tmp_path), Line())
+    assert chosen_captions(run, captioned("a", "b")) == ["a", "b"]
+    run.step = 10
+    assert chosen_captions(run, captioned("c")) == ["a", "b"]
+    run.step = 0  # it begins anew
+    assert chosen_captions(run, captioned("c")) == ["c"]
 
 
 def test_a_denoiser_on_the_latents_of_a_codebook(
