@@ -97,7 +97,8 @@ class SingleFilePipeline:
         dtype = others.pop("torch_dtype", None) or dtype
         hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
         known = inspect.signature(cls.__init__).parameters
-        check_arguments(cls.__name__, others, known)
+        if unknown := set(others).difference(known):
+            raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {min(unknown)!r}")
         check_prediction(prediction_type)
         file = find_file(source, allow_pickle, **hub)
         stated = OriginalSettings(
@@ -145,13 +146,6 @@ class SingleFilePipeline:
         weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
         weights |= original_text_encoder(networks["text_encoder"])
         write_checkpoint(weights, header_of(self), file, dtype, overwrite)
-
-
-def check_arguments(pipeline: str, others: Any, known: Any) -> None:
-    """Raises TypeError for what a pipeline does not take."""
-    for name in others:
-        if name not in known:
-            raise TypeError(f"{pipeline}.from_single_file: unknown argument {name!r}")
 
 
 def check_prediction(prediction_type: str | None) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
-from latentdiff.interchange.atomic import failures_named
+from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_links
 from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
@@ -230,7 +230,7 @@ def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> 
         partial = {name: Path(temporary) / str(i) for i, name in enumerate(files)}
         for name, content in files.items():
             if isinstance(content, dict):
-                partial[name].write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                partial[name].write_text(json_text(content), encoding="utf-8")
             else:
                 tensors, header = content
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial[name], header)
