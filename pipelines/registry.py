@@ -157,14 +157,22 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
     return next((kind for kind in fitting if kind.interchangeable), fitting[0])
 
 
-def kind_in(place: Path, pictures: Iterable[str] = ()) -> Kind:
+def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -> Kind:
     """The kind that draws with a prompt and these pictures from a folder, or from a single file.
+
+    Args:
+        textless: take a folder's kind without a prompt too, if there are no pictures.
 
     Raises:
         ValueError: see `kind_taking`; the message names the folder.
     """
     index = place / "model_index.json"
     saved_as = read_json(index).get("_class_name") if index.is_file() else None
+    own = kind_saved_as(saved_as) if textless and isinstance(saved_as, str) else None
+    if own is not None and own.conditioned_by in ("class", "none"):
+        if pictures:
+            raise ValueError(f"{place}: a {own.name} draws without text, and starts from no picture")
+        return own
     try:
         return kind_taking(pictures, saved_as if isinstance(saved_as, str) else None)
     except ValueError as error:

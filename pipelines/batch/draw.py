@@ -116,6 +116,7 @@ def settings_of(
     height, width = pipeline.picture_size(given.get("height"), given.get("width"))
     values = {
         "negative_prompt": None,
+        "guidance_scale": None,
         **pipeline.defaults,
         **given,
         "model": model,
@@ -162,13 +163,19 @@ def check_seeds(first: int, count: int) -> None:
         raise ValueError(f"the seed {first} is too large: the last picture's must be below 2**63")
 
 
-def call_arguments(settings: Settings, batch: Batch, inputs: SourcePictures) -> dict[str, Any]:
-    """What a pipeline is called with to draw `batch`."""
+def call_arguments(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures) -> dict[str, Any]:
+    """What a pipeline is called with to draw `batch`, whose prompts are classes, or nothing, where it has no text."""
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    items: dict[str, Any] = {"batch_size": len(batch.prompts)}
+    if "class_labels" in takes:
+        items = {"class_labels": batch.prompts}
+    elif "batch_size" not in takes:
+        items = {"prompt": batch.prompts}
     usual = defaults_of(GenerateOptions)
     elsewhere = ("candidates", "reranker", "variation_strength", "height", "width")
     given = {name: getattr(settings, name) for name in usual if name not in elsewhere}
     arguments: dict[str, Any] = {
-        "prompt": batch.prompts,
+        **items,
         "seed": batch.seeds,
         **{name: value for name, value in given.items() if value != usual[name]},
         **inputs.at(settings.width, settings.height),
@@ -182,14 +189,14 @@ def call_arguments(settings: Settings, batch: Batch, inputs: SourcePictures) -> 
 
 def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, number: int = 0) -> list[Drawn]:
     """The pictures of `batch`, which is the batch with this `number`."""
-    return drawn_of(pipeline(**call_arguments(settings, batch, inputs)), number)
+    return drawn_of(pipeline(**call_arguments(pipeline, settings, batch, inputs)), number)
 
 
 def draw_filmstrip(
     pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, frames: int
 ) -> tuple[Image.Image, list[Drawn]]:
     """The drawing of `batch` as one picture, a row for each of its pictures; and the pictures."""
-    strip, output = filmstrip(pipeline.stream(**call_arguments(settings, batch, inputs)), frames)
+    strip, output = filmstrip(pipeline.stream(**call_arguments(pipeline, settings, batch, inputs)), frames)
     return strip, drawn_of(output, 0)
 
 

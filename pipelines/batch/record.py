@@ -39,6 +39,7 @@ class Batch(Plain):
     """What was drawn in one call. The last bits of a picture depend on the batch around it."""
 
     prompts: list[str] = Field(min_length=1, max_length=MOST)
+    """Or classes, or empty ones, of models without text."""
     seeds: list[Seed]
     variation_seeds: list[Seed] | None = None
 
@@ -64,7 +65,7 @@ class Settings(GenerateOptions):
 
     negative_prompt: str | None = Field()
     num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(allow_inf_nan=False)
+    guidance_scale: float | None = Field(allow_inf_nan=False)
     variation_strength: float = 0.0
     width: int = Field(ge=1)
     """Of one picture."""

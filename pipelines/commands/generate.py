@@ -20,7 +20,7 @@ from latentdiff.pipelines.commands.options import (
     grouped,
     load_pipeline,
 )
-from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ FRAMES = 8  # of a filmstrip
 class SourceOptions(Plain):
     """What pictures are made of besides words and the model."""
 
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Class to draw, of a model of classes; may be repeated."),
+    ] = None
     image: Path | None = Field(None, description="Picture to start from.")
     mask: Path | None = Field(None, description="White where to paint in the picture of --image, and as large.")
     seed: int | None = Field(None, ge=0, description="Picture i is drawn with SEED + i; by default random, and shown.")
@@ -55,27 +59,39 @@ class TargetOptions(Plain):
 
 @grouped
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")],
     target: TargetOptions,
     loading: LoadingOptions,
     source: SourceOptions,
     drawing: GenerateOptions,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt, in one grid.")] = 1,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw, in quotes; not for models without text.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt or class, in one grid.")
+    ] = 1,
 ) -> None:
-    """Draw pictures from words.
+    """Draw pictures from words; or of classes, or of whatever a model without text was trained on.
 
     latentdiff generate "a red car" -o car.png
 
     latentdiff generate "a red car" --image sketch.png --strength 0.7
 
+    latentdiff generate --model runs/birds --class owl --class robin -n 4
+
+    latentdiff generate --model runs/faces -n 16
+
     The file keeps prompt, seed, settings and the model's digest; `latentdiff replay` draws it again.
 
     A picture drawn earlier by this program is replaced, other files are not.
     """
+    prompts = prompts or []
     check_request(prompts, count, source, drawing)
-    total = len(prompts) * count
-    files = files_of(target, prompts[0], total, drawing.candidates)
+    items = prompts or source.classes or [""]
+    total = len(items) * count
+    files = files_of(target, items[0], total, drawing.candidates)
     place = find_place(loading.model, loading.variant)
+    kind = pipeline_kind(place, source.image, source.mask)
+    check_words(kind, prompts, loading, source, drawing)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
@@ -84,8 +100,9 @@ def generate(
     from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
 
     inputs, used = read_inputs(source.image, source.mask)
-    kind = pipeline_kind(place, source.image, source.mask)
     pipeline = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, variant=loading.variant)
+    if source.classes:
+        pipeline.label_numbers(source.classes)  # those that there are not are refused before anything is drawn
     asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
     asked["variation_strength"] = 0.0 if source.variation_seed is None else drawing.variation_strength
     settings = settings_of(pipeline, loading.model, asked, inputs)
@@ -94,12 +111,12 @@ def generate(
     writer = PictureWriter(
         pipeline,
         settings,
-        plan_batches(prompts, drawing.candidates or count, seed, source.variation_seed, BATCH),
+        plan_batches(items, drawing.candidates or count, seed, source.variation_seed, BATCH),
         files,
-        columns=count if len(prompts) > 1 and count > 1 else math.isqrt(total - 1) + 1,
+        columns=count if len(items) > 1 and count > 1 else math.isqrt(total - 1) + 1,
         digest=digest.result,
     )
-    draw(writer, prompts, count, inputs, target.filmstrip)
+    draw(writer, items, count, inputs, target.filmstrip)
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
     if source.variation_seed is not None:
         seeds = f"seed {seed}, variation {seeds}"
@@ -172,6 +189,34 @@ def check_request(prompts: list[str], count: int, source: SourceOptions, drawing
         say(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
 
 
+def check_words(
+    kind: str, prompts: list[str], loading: LoadingOptions, source: SourceOptions, drawing: GenerateOptions
+) -> None:
+    """Raises ValueError or BadParameter unless what is given, prompts, classes or neither, is what this kind takes."""
+    wanted, model = find_kind(kind).conditioned_by, loading.model
+    if wanted == "text":
+        if source.classes:
+            raise ValueError(f"--class: the model {model} draws from words and has no classes; give a PROMPT instead")
+        if not prompts:
+            raise typer.BadParameter('say what to draw, for instance "a red car"', param_hint="PROMPT")
+        return
+    if prompts:
+        instead = "say --class NAME" if wanted == "class" else "leave the prompt out, and say with -n how many to draw"
+        raise ValueError(f"the model {model} does not draw from words; {instead}")
+    if wanted == "class" and not source.classes:
+        raise ValueError(f"the model {model} draws pictures of classes; say of which: --class NAME")
+    if wanted == "none" and source.classes:
+        raise ValueError(f"--class: the model {model} was trained without classes; leave it out")
+    words: dict[str, Any] = {
+        "--lora": loading.lora,
+        "--embedding": loading.embedding,
+        "--candidates": drawing.candidates,
+    }
+    words |= {"--negative-prompt": drawing.negative_prompt, "--prompt-weights": drawing.prompt_weights or None}
+    for name in [name for name, value in words.items() if value is not None]:
+        raise ValueError(f"{name}: the model {model} draws without text; leave it out")
+
+
 def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | None) -> list[Path]:
     """The files to write: one for each picture, or one for all.
 
@@ -201,8 +246,9 @@ def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | N
 
 
 def pipeline_kind(place: Path, image: object, mask: object) -> str:
-    """The class that draws with the model in `place` from what is given of the two."""
-    return kind_in(place, [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]).name
+    """The class that draws with the model in `place` from what is given of the two; or without text and pictures."""
+    pictures = [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]
+    return kind_in(place, pictures, textless=True).name
 
 
 def files_text(files: list[Path]) -> str:

@@ -97,7 +97,9 @@ def load_networks(
         if class_name not in class_names and registered_network(*index[name]) is None:
             hint = ""
             if class_name == "UNet2DModel":
-                hint = " (without text, draw from Python with UnconditionalPipeline or ClassConditionalPipeline)"
+                hint = (
+                    " (without text, draw with latentdiff generate, UnconditionalPipeline or ClassConditionalPipeline)"
+                )
             wanted = " or ".join(class_names)
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")
         networks[name] = load_network(folder / name, network_class, dtype_of(name, dtype), variant)

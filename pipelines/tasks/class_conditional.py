@@ -220,7 +220,7 @@ def class_number(label: Any, names: Mapping[int, str], count: int) -> int:
     """Which of `count` classes a number or a name means; `names` by number, none where they are only numbered.
 
     A class can have several names, with commas between them, as ImageNet's have. A whole name comes before one of
-    several, and one that is written alike before one that is not.
+    several, and one that is written alike before one that is not. Digits that are no name are a number.
 
     Raises:
         TypeError: neither a name nor a whole number.
@@ -244,6 +244,8 @@ def class_number(label: Any, names: Mapping[int, str], count: int) -> int:
             raise ValueError(f"{label!r} is a name of several classes: {which}; give the number")
         if found:
             return found[0]
+    if wanted.isascii() and wanted.isdecimal():
+        return class_number(int(wanted), names, count)
     known = ", ".join(list(names.values())[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
 

@@ -1,0 +1,103 @@
+"""``latentdiff generate`` and ``replay`` with models that draw without text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff.interchange.png import image_grid
+from latentdiff.models import UNet2DModel
+from latentdiff.pipelines.batch.record import read_record
+
+Run = Callable[..., int]
+UNET = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders classes/ (with names), numbered/ (without) and any/, all in pixels."""
+    folder = tmp_path_factory.mktemp("textless")
+    torch.manual_seed(0)
+    scheduler = diffusers.DDIMScheduler()
+    of_classes = UNet2DModel(**UNET, num_class_embeds=4)
+    names = {0: "cat", 1: "dog, hound", 2: "bird"}
+    ClassConditionalPipeline(of_classes, scheduler, id2label=names).save_pretrained(folder / "classes")
+    ClassConditionalPipeline(of_classes, scheduler).save_pretrained(folder / "numbered")
+    UnconditionalPipeline(UNet2DModel(**UNET), scheduler).save_pretrained(folder / "any")
+    return folder
+
+
+def same(file: str, image: Image.Image) -> bool:
+    with Image.open(file) as opened:
+        return bool((np.asarray(opened) == np.asarray(image)).all())
+
+
+def test_classes(models: Path, run: Run) -> None:
+    classes, options = ["--class", "hound", "--class", "2"], ["--steps", "2", "--guidance", "2", "--seed", "3"]
+    assert run("generate", "--model", models / "classes", *classes, *options, "-n", "2", "-o", "a.png") == 0
+    pipeline = ClassConditionalPipeline.from_pretrained(models / "classes")
+    labels = ["dog, hound"] * 2 + ["bird"] * 2
+    drawn = pipeline(labels, seed=3, num_inference_steps=2, guidance_scale=2).images
+    assert same("a.png", image_grid(drawn, 2))
+    assert read_record(Path("a.png"))[1].prompts == ["hound", "2"]
+    assert run("replay", "a.png") == 0
+
+
+def test_classes_without_names(models: Path, run: Run) -> None:
+    assert run("generate", "--model", models / "numbered", "--class", "3", "--steps", "2", "--seed", "1") == 0
+    drawn = ClassConditionalPipeline.from_pretrained(models / "numbered")(3, seed=1, num_inference_steps=2).images[0]
+    assert same("3.png", drawn)
+
+
+def test_nothing_to_be_drawn_of(models: Path, run: Run) -> None:
+    options = ["--steps", "2", "--seed", "1", "-n", "3", "--variation-seed", "4", "--filmstrip", "strip.png"]
+    assert run("generate", "--model", models / "any", *options) == 0
+    pipeline = UnconditionalPipeline.from_pretrained(models / "any")
+    mixed = {"seed": [1] * 3, "variation_seed": [4, 5, 6], "variation_strength": 0.1}
+    assert same("picture.png", image_grid(pipeline(3, num_inference_steps=2, **mixed).images, 2))
+    assert run("replay", "picture.png") == run("replay", "strip.png") == 0
+
+
+MISTAKES: list[tuple[str, list[str], str]] = [
+    ("classes", [], "say of which: --class NAME"),
+    ("classes", ["a cat"], "classes does not draw from words; say --class NAME"),
+    ("classes", ["--class", "cow"], "there is no class 'cow'; there are cat, dog, hound, bird"),
+    ("classes", ["--class", "3"], "there is no class 3; they are numbered from 0 to 2"),
+    ("classes", ["--class", "cat", "--negative-prompt", "dog"], "--negative-prompt: the model"),
+    ("classes", ["--class", "cat", "--image", "in.png"], "draws without text, and starts from no picture"),
+    ("any", ["a cat"], "does not draw from words; leave the prompt out, and say with -n how many"),
+    ("any", ["--class", "cat"], "was trained without classes; leave it out"),
+    ("any", ["--guidance", "2"], "unexpected argument 'guidance_scale'"),
+    ("any", ["--lora", "x.safetensors"], "--lora: the model"),
+]
+
+
+@pytest.mark.parametrize(("model", "arguments", "message"), MISTAKES)
+def test_mistakes(
+    model: str, arguments: list[str], message: str, models: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save("in.png")
+    assert run("generate", "--model", models / model, *arguments, "--steps", "2", "-o", "out.png") == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out.png").exists()
+
+
+def test_models_with_text_have_no_classes(model: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--class", "cat"], "draws from words and has no classes"),
+        ([], "PROMPT: say what to draw"),
+    ):
+        assert run("generate", "--model", model, *arguments) == 2
+        assert message in capsys.readouterr().err
