@@ -21,7 +21,7 @@ from latentdiff.pipelines.registry import Kind, kind_saved_as
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.card.card import last_part
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, Wanted, read_source
-from latentdiff.training.data.load import hold_out
+from latentdiff.training.data.load import FEWEST, hold_out
 from latentdiff.training.data.source import TRAIN, same_split
 from latentdiff.training.data.survey import sound_pictures
 from latentdiff.training.settings import Condition, DataSettings, HeldOutSettings
@@ -84,7 +84,8 @@ def held_out_pictures(
         share = trained_without(settings.model) if same_split(settings.split) == "validation" else 0.0
         explained = NoPicturesError(
             f"{error}; give held-out pictures a split of that name (a folder 'validation' beside 'train', or a column "
-            f"'split'), or choose one with --split: figures of --split train, which a model has seen, flatter it"
+            f"'split'; training holds some out by itself where there are {FEWEST} at least), or choose one with "
+            f"--split: figures of --split train, which a model has seen, flatter it"
         )
         if not share:
             raise explained from error

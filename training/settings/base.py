@@ -80,7 +80,8 @@ class Settings(BaseModel):
     def _explain(cls, item: Any) -> str:
         key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][0])[:100], cls.model_fields, n=1)
+            names = [*cls.model_fields, *(alias for alias, name in ALIASES.items() if name in cls.model_fields)]
+            near = difflib.get_close_matches(str(item["loc"][0])[:100], names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "'latentdiff settings' shows them all"
             return f"unknown setting {key}; {hint}"
         if item["type"] == "missing":

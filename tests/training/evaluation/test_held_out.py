@@ -210,5 +210,5 @@ def test_what_training_held_out_is_evaluated_on(album: Path, tmp_path: Path) -> 
     found = held_out_pictures(settings, tmp_path / "figures", "class")[0]
     assert [Path(picture.name).name for picture in found] == splits(album, held_out_share=0.3)[1]
     (model / "training" / "settings.yaml").write_text("seed: 1\n")  # an older run's, which held none out
-    with pytest.raises(NoPicturesError, match="a folder 'validation' beside 'train', or a column 'split'"):
+    with pytest.raises(NoPicturesError, match="a folder 'validation' beside 'train', or a column 'split'; training"):
         held_out_pictures(settings, tmp_path / "figures", "class")

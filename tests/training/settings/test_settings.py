@@ -46,6 +46,7 @@ def test_names_are_taken_as_typed() -> None:
     ("override", "message"),
     [
         ("bach_size=4", "unknown setting 'bach_size'; did you mean 'batch_size'"),
+        ("lrr=4", "unknown setting 'lrr'; did you mean 'lr'"),
         ("batch_size=four", "setting 'batch_size'.*'four'"),
         ("batch_size=0", "setting 'batch_size'"),
         ("learning_rate=-1", "setting 'learning_rate'"),
