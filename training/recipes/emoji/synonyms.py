@@ -367,7 +367,9 @@ def run(options: argparse.Namespace) -> None:
         taught = TextToImagePipeline.from_pretrained(options.go_on, torch_dtype=torch.float32)
         begin = taught.text_encoder.state_dict()
     teach(pipeline, lesson, log, options.minutes, begin=begin)
-    pipeline.save_pretrained(options.output)
+    whole = TextToImagePipeline.from_pretrained(options.model, torch_dtype=torch.float32)  # tokenizers keep paddings
+    whole.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+    whole.save_pretrained(options.output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
