@@ -12,7 +12,9 @@ import pytest
 import torch
 from lives import live_and_die, start, wait
 from safetensors.torch import load_file
+from straight_line import Line, go, settings
 
+from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
@@ -133,3 +135,17 @@ def test_a_full_disk_costs_checkpoints_and_no_more(pictures: Path, tmp_path: Pat
     assert not list(folder.glob(".partial-*"))
     assert wait(start(lambda: train(tmp_path / "full"), log)) == [0]
     assert_same_end(tmp_path / "calm", tmp_path / "full")
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
+    def train() -> None:
+        run = go(TrainingRun(settings(tmp_path / "out", max_steps=10**6), Line()))
+        run.finish()
+
+    log, checkpoints = tmp_path / "log.txt", tmp_path / "out" / "training" / "checkpoints"
+    children = start(train, log, processes=2)
+    while not list(checkpoints.glob("step-*")):
+        time.sleep(0.01)
+    os.kill(children[1], signal.SIGTERM)
+    assert wait(children) == [143, 143], log.read_text()[-3000:]
+    assert log.read_text().count("Stopped by SIGTERM at step") == 1
