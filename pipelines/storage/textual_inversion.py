@@ -6,6 +6,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 
 from latentdiff.interchange.adapter_files import name_of
 from latentdiff.interchange.embeddings import find_embeddings
+from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
 from latentdiff.text.words import long_words
 
@@ -59,7 +60,8 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
                     f"{width} wide, so it is for another model"
                 )
         sources = [{word: vectors} for word, vectors in words]
-        super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
+        with faults_named(source):
+            super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
 
     def unload_textual_inversion(self, tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
         """Forget words that were loaded, each with all of its vectors; all words by default.

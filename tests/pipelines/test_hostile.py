@@ -217,6 +217,7 @@ def test_code_for_other_loaders_is_not_run(folder: Path, tmp_path: Path) -> None
         ("lora", {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.full((2, 32), torch.nan)}, ""),
         ("embedding", {"<new>": torch.ones(2, 7)}, r"has the shape \(2, 7\); this text encoder's are 16 wide"),
         ("embedding", {"a": torch.ones(2, 16)}, "the word 'a' is known already"),
+        ("embedding", {"b": torch.ones(2, 16)}, "b already in tokenizer vocabulary"),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(
