@@ -3,7 +3,7 @@
 import difflib
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import NoneType
@@ -167,10 +167,7 @@ class CallOptions:
         """
         given = {name: value for name, value in arguments.items() if name not in ("self", "extras")}
         known = [one.name for one in fields(cls)]
-        for name in arguments.get("extras", {}):
-            if name not in known:
-                near = difflib.get_close_matches(name, [*known, "prompt"], n=1)
-                raise TypeError(f"unexpected argument {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        refuse_unknown("unexpected argument", arguments.get("extras", {}), known, ["prompt"])
         refuse(**{name: given.pop(name, None) for name in UNSUPPORTED})
         return cls(**given, **arguments.get("extras", {}))
 
@@ -229,6 +226,19 @@ class PictureOptions(TextOptions):
 
     image: Pictures = None
     strength: Annotated[float, real_number] = 0.8
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raises TypeError, which begins with `what`, for a name that is not known, with the nearest that is.
+
+    Args:
+        others: names that may be meant, too.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *others], n=1)
+            raise TypeError(f"{what} {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def refuse(**arguments: Any) -> None:

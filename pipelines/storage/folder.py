@@ -56,9 +56,10 @@ class FolderPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: no such folder, or a part of it is missing.
             ValueError: a file is damaged, or an option or a component is not supported.
+            TypeError: an unknown option.
             OSError: the hub cannot be asked, or has no such model.
         """
-        refuse_options(options)
+        refuse_options(cls, options)
         device = options.pop("device_map", None)
         source = pretrained_model_name_or_path
         folder = find_model(source)

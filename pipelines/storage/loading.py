@@ -1,5 +1,6 @@
 """Pipeline folders to components: our networks where diffusers would build its own."""
 
+import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from latentdiff.extensions import registered_network
 from latentdiff.interchange.folders import load_whole
 from latentdiff.models.network import Network, check_finite
+from latentdiff.pipelines.core.options import refuse_unknown
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
@@ -43,6 +45,13 @@ ALIGNMENT = 64  # bytes
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
+DIFFUSERS_OPTIONS = (
+    *("dtype", "torch_dtype", "variant", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage"),
+    *("offload_folder", "offload_state_dict", "disable_mmap", "revision", "custom_revision", "token", "cache_dir"),
+    *("local_files_only", "force_download", "proxies", "load_connected_pipeline"),
+)
+"""Arguments of diffusers' ``from_pretrained`` that are taken here, besides components."""
+
 UNSUPPORTED_OPTIONS = {
     "custom_pipeline": "it would run code from the folder",
     "trust_remote_code": "it would run code from the folder",
@@ -52,8 +61,15 @@ UNSUPPORTED_OPTIONS = {
 }
 
 
-def refuse_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option of diffusers' ``from_pretrained`` that would do nothing, or harm, here."""
+def refuse_options(pipeline_class: type, options: Mapping[str, Any]) -> None:
+    """Refuse options of ``from_pretrained`` that would do nothing, or harm, here.
+
+    Raises:
+        TypeError: there is no such option, nor a component of that name.
+        ValueError: diffusers has it, and it is not supported.
+    """
+    known = {*DIFFUSERS_OPTIONS, *UNSUPPORTED_OPTIONS, *inspect.signature(pipeline_class).parameters}
+    refuse_unknown(f"{pipeline_class.__name__}.from_pretrained: unknown argument", options, sorted(known))
     for name, why in UNSUPPORTED_OPTIONS.items():
         if options.get(name):
             raise ValueError(f"from_pretrained: {name} is not supported: {why}")

@@ -34,6 +34,7 @@ from latentdiff.interchange.user_files import check_timesteps, faults_named
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.models.network import downscale_factor
+from latentdiff.pipelines.core.options import refuse_unknown
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 
@@ -97,8 +98,8 @@ class SingleFilePipeline:
         dtype = others.pop("torch_dtype", None) or dtype
         hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
         known = inspect.signature(cls.__init__).parameters
-        if unknown := set(others).difference(known):
-            raise TypeError(f"{cls.__name__}.from_single_file: unknown argument {min(unknown)!r}")
+        own = [*inspect.signature(cls.from_single_file).parameters, *HUB_OPTIONS]
+        refuse_unknown(f"{cls.__name__}.from_single_file: unknown argument", others, known, own)
         check_prediction(prediction_type)
         file = find_file(source, allow_pickle, **hub)
         stated = OriginalSettings(

@@ -215,6 +215,16 @@ def test_unsupported_options_raise(folder: Path, options: dict[str, Any]) -> Non
         TextToImagePipeline.from_pretrained(folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("runtime", None), ("torch_type", "torch_dtype"), ("sheduler", "scheduler"), ("fp16", None)]
+)
+def test_unknown_options_raise(folder: Path, name: str, near: str | None) -> None:
+    with pytest.raises(TypeError) as raised:
+        TextToImagePipeline.from_pretrained(folder, **{name: "openvino"})
+    hint = "" if near is None else f"; did you mean {near}?"
+    assert str(raised.value) == f"TextToImagePipeline.from_pretrained: unknown argument {name!r}{hint}"
+
+
 def test_pickled_weights_are_not_read(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
@@ -225,7 +235,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 def test_pickles_are_not_written(pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "latentdiff.pipelines.storage.folder"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)
-    assert "no pickles are written here" in caplog.text
+    assert "never as pickles" in caplog.text
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     assert not list(tmp_path.rglob("*.bin"))
 

@@ -128,6 +128,8 @@ def test_options_go_before_what_the_file_says(model: Callable[[str], Any], tmp_p
     assert read.unet is pipeline.unet
     with pytest.raises(TypeError, match="unknown argument 'half'"):
         TextToImagePipeline.from_single_file(tmp_path / "own.safetensors", half=True)
+    with pytest.raises(TypeError, match="unknown argument 'prediction_typ'; did you mean prediction_type"):
+        TextToImagePipeline.from_single_file(tmp_path / "own.safetensors", prediction_typ="epsilon")
     with pytest.raises(ValueError, match="prediction_type='noise' is not known"):
         TextToImagePipeline.from_single_file(tmp_path / "own.safetensors", prediction_type="noise")
 
