@@ -13,7 +13,7 @@ from latentdiff.training.recipes.emoji.burst.clock import Log
 from latentdiff.training.recipes.emoji.captions import Concept, read_concepts
 from latentdiff.training.recipes.emoji.held_out import colour_held_out
 from latentdiff.training.recipes.emoji.synonym_pairs import Pairs, Swap, is_form, is_validation, read_synonyms
-from latentdiff.training.recipes.emoji.synonyms import Encoder, Lesson, Settings, main, teach
+from latentdiff.training.recipes.emoji.synonyms import Encoder, Lesson, Settings, between, main, teach
 
 UNSEEN = [name for concept in read_concepts().values() for name in concept.unseen]
 SETTINGS = Settings(learning=1, pairs=100, batch=8, rate=1e-2, warmup=5, praise=0, colours=0)
@@ -99,6 +99,13 @@ def test_an_encoder_learns_a_word_and_keeps_what_it_knows(tmp_path: Path) -> Non
     for text in ("a cup", "blue"):
         assert (after[text] - before[text]).square().mean() < 0.2 * apart
     assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight, embeddings)
+
+
+def test_weights_between_old_and_new() -> None:
+    old, new = ({"w": torch.full((2,), value), "n": torch.tensor(number)} for value, number in ((1.0, 3), (2.0, 4)))
+    found = between(old, new, 0.7)
+    torch.testing.assert_close(found["w"], torch.full((2,), 1.7))
+    assert found["n"] == 4
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ The encoder learns that a caption with such a word means what the same caption w
 denoiser: what its cross-attention reads of both must be alike. The states of captions that training knows must stay.
 The words come from `synonyms.txt`; what other words of the vocabulary mean is taken from the encoder itself, whose
 mean states say which known name a word is nearest to. Only the upper layers learn; what the lower ones make of the
-captions is computed once, and the embeddings, the largest file, stay the same.
+captions is computed once, and the embeddings, the largest file, stay.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ def collect_queries(
             hook.remove()
     generator = torch.Generator().manual_seed(seed)
     whole = [torch.cat(parts) for parts in found.values()]
-    count = min(most, *(len(queries) for queries in whole))
-    return [queries[torch.randperm(len(queries), generator=generator)[:count]].clone() for queries in whole]
+    most = min(most, *map(len, whole))
+    return [queries[torch.randperm(len(queries), generator=generator)[:most]].clone() for queries in whole]
 
 
 class Lesson:
@@ -237,8 +238,8 @@ def vocabulary_swaps(encoder: Encoder, names: Sequence[str], unseen: Sequence[st
     said = {word for name in names for word in name.removeprefix("~").split()}
     words = [word for word in sorted(encoder.tokenizer.get_vocab()) if word.isalpha() and len(word) > 2]
     words = [word for word in words if word not in said and not any(is_form(word, held) for held in unseen)]
-    known = encoder.means([article(name) for name in names])
-    likeness, nearest = (encoder.means([article(word) for word in words]) @ known.T).max(1)
+    asked, known = (encoder.means([article(word) for word in some]) for some in (words, names))
+    likeness, nearest = (asked @ known.T).max(1)
     rows = zip(words, likeness.tolist(), nearest.tolist(), strict=True)
     return [Swap(word, names[number]) for word, close, number in rows if close >= least]
 
@@ -296,11 +297,9 @@ class Exam:
         return torch.cat([self.readers.summary(encoder.states(part, self.length)) for part in parts])
 
     def __call__(self, encoder: Encoder) -> float:
-        families = list(self.families.values())
-        asked = self.summaries(encoder, [swap.word for swap in self.swaps])
-        nearest = [families[number] for number in torch.cdist(asked, self.known).argmin(1).tolist()]
-        right = [self.families[swap.name] == found for swap, found in zip(self.swaps, nearest, strict=True)]
-        return sum(right) / max(len(right), 1)
+        names, asked = list(self.families), self.summaries(encoder, [swap.word for swap in self.swaps])
+        nearest = [self.families[names[number]] for number in torch.cdist(asked, self.known).argmin(1).tolist()]
+        return sum(self.families[s.name] == one for s, one in zip(self.swaps, nearest, strict=True)) / len(nearest)
 
 
 def teach(
@@ -311,15 +310,13 @@ def teach(
     updates: int | None = None,
     begin: dict[str, Tensor] | None = None,
 ) -> None:
-    """Train the pipeline's text encoder in place, for so many updates at most; at the end it has averaged weights.
-
-    begin: weights of the encoder to go on from; what captions mean is told by the pipeline's own.
-    """
+    """Train the pipeline's text encoder in place, for so many updates at most, to averaged weights; `begin` has weights
+    of the encoder to go on from, while the pipeline's own tell what captions mean."""
     settings, bert = lesson.settings, pipeline.text_encoder.requires_grad_(False)
     encoder = Encoder(pipeline.tokenizer, bert, settings.learning)
     rng, generator = random.Random(settings.seed), torch.Generator().manual_seed(settings.seed)
-    prompts = [article(name) for name in rng.sample(list(lesson.concepts), min(64, len(lesson.concepts)))]
-    readers = Readers(pipeline, prompts, encoder.longest)
+    names = rng.sample(list(lesson.concepts), min(64, len(lesson.concepts)))
+    readers = Readers(pipeline, [article(name) for name in names], encoder.longest)
     groups = read_pairs(encoder, lesson.draw(rng, settings.pairs), rng)
     exam = Exam(encoder, readers, lesson)
     log(pairs=settings.pairs, kept=exam(encoder))
@@ -328,9 +325,8 @@ def teach(
     layers = encoder.layers.requires_grad_(True)
     adam, average = optimizer(layers, settings.rate, 0.01), EMAModel(layers.parameters(), 0.998, foreach=True)
     clock, errors, told = Clock(minutes * 60, settings.rate, settings.warmup, fall=0.7), dict[str, float](), 0.0
-    sizes = [len(group.same) for group in groups]
     while not clock.over and clock.updates != updates:
-        group = rng.choices(groups, sizes)[0]
+        group = rng.choices(groups, [len(one.same) for one in groups])[0]
         part = group[torch.randint(len(group.same), (settings.batch,), generator=generator)]
         with fast():
             states = through(layers, part.below.float(), part.mask).float()
@@ -350,11 +346,20 @@ def teach(
     log(updates=clock.updates, **errors, kept=exam(encoder))
 
 
+def between(old: Mapping[str, Tensor], new: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
+    """Weights that lie `part` of the way from the old ones to the new: known words lose less than others gain.
+
+    Robust fine-tuning of zero-shot models (Wortsman et al. 2022), Eq. 1.
+    """
+    return {name: torch.lerp(old[name], w, part) if w.is_floating_point() else w for name, w in new.items()}
+
+
 def run(options: argparse.Namespace) -> None:
     settings = Settings(seed=options.seed, rate=options.rate, learning=options.layers)
     concepts = {name: job.concept for job in read_bundle(options.bundle) for name in job.concept.names}
     unseen = [name for concept in read_concepts().values() for name in concept.unseen]
-    pipeline = TextToImagePipeline.from_pretrained(options.model, torch_dtype=torch.float32)
+    load = partial(TextToImagePipeline.from_pretrained, torch_dtype=torch.float32)
+    pipeline = load(options.model)
     pipeline.set_progress_bar_config(disable=True)
     options.output.mkdir(parents=True)
     log = Log(options.output / "log.jsonl", "synonyms")
@@ -362,13 +367,11 @@ def run(options: argparse.Namespace) -> None:
     encoder = Encoder(pipeline.tokenizer, pipeline.text_encoder, settings.learning)
     lesson = Lesson(synonyms, concepts, unseen, encoder, settings)
     log(words=len(lesson.swaps), kept_apart=len(lesson.kept), vocabulary=len(lesson.far))
-    begin = None
-    if options.go_on is not None:
-        taught = TextToImagePipeline.from_pretrained(options.go_on, torch_dtype=torch.float32)
-        begin = taught.text_encoder.state_dict()
+    begin = load(options.go_on).text_encoder.state_dict() if options.go_on else None
     teach(pipeline, lesson, log, options.minutes, begin=begin)
-    whole = TextToImagePipeline.from_pretrained(options.model, torch_dtype=torch.float32)  # tokenizers keep paddings
-    whole.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+    whole = load(options.model)  # tokenizers keep paddings
+    old, new = (one.text_encoder.state_dict() for one in (whole, pipeline))
+    whole.text_encoder.load_state_dict(between(old, new, options.part))
     whole.save_pretrained(options.output)
 
 
@@ -382,6 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, default=Settings.learning, help="of the encoder, that learn, from the top"
     )
+    parser.add_argument("--part", type=float, default=0.7, help="of the way from the old weights to the taught ones")
     parser.add_argument("--go-on", type=Path, help="a folder that this wrote, to go on from its text encoder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
