@@ -1,5 +1,6 @@
 """What kinds of model training makes, as their cards say it."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,14 @@ StableDiffusionPipeline.from_pretrained("THIS_FOLDER")(PROMPT).images[0]
 TEXTLESS_USAGE = """## How to draw with it
 
 ```python
-from latentdiff import PIPELINE
+from latentdiff import {pipeline}
 
-pipeline = PIPELINE.from_pretrained("THIS_FOLDER")
-pipeline(CALL, seed=0).images[0].save("picture.png")
+pipeline = {pipeline}.from_pretrained("THIS_FOLDER")
+pipeline({call}, seed=0).images[0].save("picture.png")
+```
+
+```sh
+latentdiff generate {options} --model THIS_FOLDER -o picture.png
 ```"""
 
 
@@ -84,11 +89,17 @@ def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = 
     return ModelKind(name, "text-to-image", usage, lora)
 
 
-def class_conditional_kind(name: str = "class-conditional image pipeline") -> ModelKind:
-    usage = TEXTLESS_USAGE.replace("PIPELINE", "ClassConditionalPipeline").replace("CALL", "0")
-    return ModelKind(name, "unconditional-image-generation", usage)
+def class_conditional_kind(classes: Sequence[str], classifier: bool = False) -> ModelKind:
+    """classes: their names, of which the card shows the first. classifier: whether the pipeline has one."""
+    name = "class-conditional image pipeline" + (" with a classifier" if classifier else "")
+    return textless_kind(name, "ClassConditionalPipeline", repr(classes[0]), f"--class {shlex.quote(classes[0])}")
 
 
 def unconditional_kind() -> ModelKind:
-    usage = TEXTLESS_USAGE.replace("PIPELINE", "UnconditionalPipeline").replace("CALL", "batch_size=1")
-    return ModelKind("unconditional image pipeline", "unconditional-image-generation", usage)
+    return textless_kind("unconditional image pipeline", "UnconditionalPipeline", "batch_size=1", "-n 1")
+
+
+def textless_kind(name: str, pipeline: str, call: str, options: str) -> ModelKind:
+    """call, options: what is drawn, in Python and in a shell."""
+    usage = TEXTLESS_USAGE.format(pipeline=pipeline, call=call, options=options)
+    return ModelKind(name, "unconditional-image-generation", usage)

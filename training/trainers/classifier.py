@@ -56,7 +56,6 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         pipeline = trained.pipeline()
         pipeline.register_defaults(**model.registered_defaults)
         pipeline.save_pretrained(settings.output)
-        kind = class_conditional_kind("class-conditional image pipeline with a classifier")
-        describe(run, settings, kind, len(data.pictures))
+        describe(run, settings, class_conditional_kind(classes, classifier=True), len(data.pictures))
 
     return train_diffusion(settings, trained, data, ClassifierObjective(classifier, process), save)

@@ -55,7 +55,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
             defaults["guidance_scale"] = settings.sample_guidance_scale
         pipeline.register_defaults(**defaults)
         pipeline.save_pretrained(settings.output)
-        describe(run, settings, kind_of(settings), len(data.pictures))
+        describe(run, settings, kind_of(model, settings), len(data.pictures))
 
     by_loss = settings.timestep_sampler == "loss_second_moment"
     objective = DenoiserObjective(
@@ -113,11 +113,11 @@ def build_model(settings: DenoiserSettings, codec: Codec, process: Process, text
     return UnconditionalModel(codec, network, scheduler, process)
 
 
-def kind_of(settings: DenoiserSettings) -> ModelKind:
+def kind_of(model: DiffusionModel, settings: DenoiserSettings) -> ModelKind:
     """What is trained, for its card."""
-    match settings.condition:
-        case "class":
-            return class_conditional_kind()
-        case "none":
+    match model:
+        case ClassModel():
+            return class_conditional_kind(model.classes)
+        case UnconditionalModel():
             return unconditional_kind()
     return text_to_image_kind(settings.sample_prompts)

@@ -50,6 +50,9 @@ def test_a_class_is_told(labelled: Path, tmp_path: Path, cached: bool) -> None:
     assert (pipeline.null_label, pipeline.unet.config.num_class_embeds) == (6, 7)
     assert pipeline("red", guidance_scale=2.0, **DRAW).images.shape == (1, 3, 16, 16)
     assert list((tmp_path / "out/training/samples").glob("*.png"))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline('blue', seed=0)" in card
+    assert "latentdiff generate --class blue --model" in card
 
 
 @pytest.mark.slow
