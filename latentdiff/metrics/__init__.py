@@ -1,6 +1,6 @@
 """Metrics of generated pictures: similarity of two, of two sets, and of pictures to their captions."""
 
+from latentdiff.metrics.distribution_distances import frechet_distance, kernel_distance, precision_recall
 from latentdiff.metrics.pixels import psnr, ssim
-from latentdiff.metrics.sets import frechet_distance, kernel_distance, precision_recall
 
 __all__ = ["frechet_distance", "kernel_distance", "precision_recall", "psnr", "ssim"]

@@ -15,10 +15,10 @@ from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.interchange.user_files import check_regular
 from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, draw_batch, settings_of, this_machine
-from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
+from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files, same_file
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
-from latentdiff.pipelines.core.options import whole_number
+from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.distributed import drawing_processes
 
 PASSING = ("batches", "pictures", "machine", "version", "withheld", "model")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from latentdiff.interchange.user_files import parse_json_object, read_text
-from latentdiff.pipelines.batch.options import RowOptions, defaults_of, first_problem
+from latentdiff.pipelines.batch.drawing_options import RowOptions, defaults_of, first_problem
 
 DRIVE = re.compile(r"[A-Za-z]:")
 

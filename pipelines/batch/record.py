@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from latentdiff.interchange.pictures import read_picture
 from latentdiff.interchange.png import KEY, settings_of
-from latentdiff.pipelines.batch.options import BATCH, MOST, GenerateOptions, Plain, first_problem
+from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, GenerateOptions, Plain, first_problem
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^(weights:)?[0-9a-f]{64}$")]

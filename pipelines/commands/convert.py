@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import Field
 
-from latentdiff.pipelines.batch.options import Plain
+from latentdiff.pipelines.batch.drawing_options import Plain
 from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
 from latentdiff.terminal import say
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import Field
 
-from latentdiff.pipelines.batch.options import BATCH, MOST, NOT_FINITE, GenerateOptions, Plain
+from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, GenerateOptions, Plain
 from latentdiff.pipelines.commands.options import (
     FAILED,
     INTERRUPTED,

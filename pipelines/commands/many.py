@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from latentdiff.pipelines.batch.options import BATCH, DrawingOptions
+from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
 from latentdiff.pipelines.commands.options import (
     FAILED,
     INTERRUPTED,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
-from latentdiff.pipelines.batch.options import Option, Plain, first_problem
+from latentdiff.pipelines.batch.drawing_options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def load_pipeline(
         variant: such as "fp16", of a folder's weight files.
     """
     from latentdiff.interchange.folders import find_model
-    from latentdiff.pipelines.core.schedulers import change_scheduler, find_scheduler
+    from latentdiff.pipelines.core.scheduler_names import change_scheduler, find_scheduler
 
     is_file = Path(model).is_file()
     if not is_file:

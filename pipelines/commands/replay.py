@@ -59,7 +59,7 @@ def replay(
     import torch
 
     from latentdiff.pipelines.batch.draw import find_used, load_adapters, read_inputs, redraw, this_machine
-    from latentdiff.pipelines.core.schedulers import change_scheduler
+    from latentdiff.pipelines.core.scheduler_names import change_scheduler
 
     named = [None if used is None else find_used(used, picture.parent) for used in (record.image, record.mask)]
     inputs, _ = read_inputs(*named)

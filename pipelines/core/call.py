@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from latentdiff.codec import Codec, Generators
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.pipelines.core.call_options import CallOptions, GuidedOptions, Seeds
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, guidance_embedding
-from latentdiff.pipelines.core.options import CallOptions, GuidedOptions, Seeds
 from latentdiff.pipelines.core.output import ImagesOutput, check_safety, report_faults
 from latentdiff.pipelines.core.previews import LatentPreview
 from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, denoise

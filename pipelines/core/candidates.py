@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from latentdiff.metrics.clip import ClipScore, load_clip
-from latentdiff.pipelines.core.options import TextOptions
+from latentdiff.pipelines.core.call_options import TextOptions
 from latentdiff.text.tokens import without_weights
 
 BATCH = 16

@@ -15,7 +15,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
-from latentdiff.pipelines.core.options import whole_number
+from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline

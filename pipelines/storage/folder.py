@@ -16,7 +16,7 @@ from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
-from latentdiff.pipelines.core.options import real_number, whole_number
+from latentdiff.pipelines.core.call_options import real_number, whole_number
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
 from latentdiff.text.load import check_vocabulary
 

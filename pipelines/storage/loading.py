@@ -15,7 +15,7 @@ from torch import nn
 from latentdiff.extensions import registered_network
 from latentdiff.interchange.folders import load_whole
 from latentdiff.models.network import Network, check_finite
-from latentdiff.pipelines.core.options import refuse_unknown
+from latentdiff.pipelines.core.call_options import refuse_unknown
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {

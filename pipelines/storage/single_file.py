@@ -34,7 +34,7 @@ from latentdiff.interchange.user_files import check_timesteps, faults_named
 from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.models.network import downscale_factor
-from latentdiff.pipelines.core.options import refuse_unknown
+from latentdiff.pipelines.core.call_options import refuse_unknown
 from latentdiff.pipelines.registry import kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 

@@ -12,7 +12,7 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models import NoisyClassifier, UNet2DModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.options import (
+from latentdiff.pipelines.core.call_options import (
     Extras,
     GuidedOptions,
     StepCallback,

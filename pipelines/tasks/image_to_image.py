@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Generator, Tensor
 
-from latentdiff.pipelines.core.options import PictureOptions, StepCallback, TextExtras
+from latentdiff.pipelines.core.call_options import PictureOptions, StepCallback, TextExtras
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, to_pixels
 from latentdiff.pipelines.core.sampling import Steps, whole

@@ -13,8 +13,7 @@ from torch import Generator, Tensor
 
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.pipelines.core.call import check_latents
-from latentdiff.pipelines.core.denoiser import GuidedDenoiser
-from latentdiff.pipelines.core.options import (
+from latentdiff.pipelines.core.call_options import (
     PictureOptions,
     StepCallback,
     TextExtras,
@@ -22,6 +21,7 @@ from latentdiff.pipelines.core.options import (
     real_number,
     whole_number,
 )
+from latentdiff.pipelines.core.denoiser import GuidedDenoiser
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import (
     Pictures,

@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.pipelines.core.options import StepCallback, TextExtras, TextOptions, refuse, whole_number
+from latentdiff.pipelines.core.call_options import StepCallback, TextExtras, TextOptions, refuse, whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder

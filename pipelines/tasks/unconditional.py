@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.models import IdentityAutoencoder, UNet2DModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.options import CallOptions, StepCallback, VariationExtras, positive_whole
+from latentdiff.pipelines.core.call_options import CallOptions, StepCallback, VariationExtras, positive_whole
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole

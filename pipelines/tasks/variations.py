@@ -12,7 +12,7 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.interchange.pictures import to_pictures
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
-from latentdiff.pipelines.core.options import Extras, GuidedOptions, StepCallback, positive_whole
+from latentdiff.pipelines.core.call_options import Extras, GuidedOptions, StepCallback, positive_whole
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, are_images, picture_values, signed, upright_rgb
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline

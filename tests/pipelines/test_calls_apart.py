@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline
-from latentdiff.pipelines.core.schedulers import change_scheduler
+from latentdiff.pipelines.core.scheduler_names import change_scheduler
 
 CALLS = [  # each with its own steps, guidance and size
     {"prompt": "a red car", "seed": 1, "num_inference_steps": 3, "guidance_scale": 2.0},

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentdiff import TextToImagePipeline, UNet2DConditionModel
 from latentdiff.diffusion import GaussianDiffusion, build_scheduler
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.pipelines.core.schedulers import change_scheduler
+from latentdiff.pipelines.core.scheduler_names import change_scheduler
 from latentdiff.text import encode_prompts
 
 CALL = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False, "seed": 0}

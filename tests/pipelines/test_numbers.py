@@ -16,7 +16,7 @@ from PIL import Image
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.models import UNet2DModel
 from latentdiff.pipelines import draw_many
-from latentdiff.pipelines.core.options import positive_whole, real_number, whole_number
+from latentdiff.pipelines.core.call_options import positive_whole, real_number, whole_number
 
 WHOLE: list[Callable[[Any], Any]] = [np.int64, np.uint8, torch.tensor, lambda value: np.array(value)]
 REAL: list[Callable[[Any], Any]] = [np.float32, np.float64, torch.tensor, Fraction, lambda value: Decimal(str(value))]

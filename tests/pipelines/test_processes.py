@@ -13,7 +13,7 @@ from latentdiff import ImageToImagePipeline
 from latentdiff.diffusion import process, register_process
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.sampling import Sampler, denoise
-from latentdiff.pipelines.core.schedulers import change_scheduler
+from latentdiff.pipelines.core.scheduler_names import change_scheduler
 
 
 @pytest.fixture

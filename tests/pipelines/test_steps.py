@@ -11,7 +11,7 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
 from latentdiff.pipelines.core.sampling import Sampler, denoise
-from latentdiff.pipelines.core.schedulers import SHORT_NAMES, change_scheduler, find_scheduler
+from latentdiff.pipelines.core.scheduler_names import SHORT_NAMES, change_scheduler, find_scheduler
 
 
 def test_the_loop_can_be_watched_and_changed(networks: Any, latents: torch.Tensor) -> None:

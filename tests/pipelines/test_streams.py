@@ -13,7 +13,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion import process_of
 from latentdiff.pipelines import filmstrip
 from latentdiff.pipelines.core.previews import LatentPreview
-from latentdiff.pipelines.core.schedulers import SHORT_NAMES, change_scheduler
+from latentdiff.pipelines.core.scheduler_names import SHORT_NAMES, change_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 

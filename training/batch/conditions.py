@@ -19,8 +19,8 @@ from latentdiff.text.encode import TextConditioner
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
-from latentdiff.training.batch.choices import CaptionChoice
 from latentdiff.training.batch.latents import cache_folder
+from latentdiff.training.batch.random_choices import CaptionChoice
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.codec import Codec
 from latentdiff.training.batch.batch_types import Batch, DiffusionBatch, PixelBatch, ReadCaptions, SampleBatch
-from latentdiff.training.batch.choices import (
+from latentdiff.training.batch.conditions import ConditionSource
+from latentdiff.training.batch.latents import LatentSource, PictureView, read_view
+from latentdiff.training.batch.random_choices import (
     POSTERIOR,
     SAMPLE,
     CaptionChoice,
@@ -22,8 +24,6 @@ from latentdiff.training.batch.choices import (
     seed_of,
     time_draw,
 )
-from latentdiff.training.batch.conditions import ConditionSource
-from latentdiff.training.batch.latents import LatentSource, PictureView, read_view
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.run import TrainingRun

@@ -16,9 +16,9 @@ from latentdiff.interchange.folders import find_model, packaged_models
 from latentdiff.interchange.pictures import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
+from latentdiff.metrics.distribution_distances import NEAREST
 from latentdiff.metrics.extractors import Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW, pictures_to_pixels
-from latentdiff.metrics.sets import NEAREST
 from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import last_part, update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels

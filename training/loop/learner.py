@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.training.batch.batch_types import NamedBatch
-from latentdiff.training.batch.choices import seed_of
+from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.optimization import MovingAverage, build_optimizer, learning_rate_at
 from latentdiff.training.objectives.objective import Objective, RealAndFake

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from latentdiff.interchange.png import read_settings
 from latentdiff.metrics.clip import load_clip
+from latentdiff.metrics.distribution_distances import frechet_distance
 from latentdiff.metrics.extractors import load_extractor
-from latentdiff.metrics.sets import frechet_distance
 from latentdiff.training.card.card import write_model_card
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.data import load_pictures

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import read_settings
-from latentdiff.training.batch.choices import PictureOrder
+from latentdiff.training.batch.random_choices import PictureOrder
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix

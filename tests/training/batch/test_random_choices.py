@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from latentdiff.training.batch.choices import PictureOrder, seed_of
+from latentdiff.training.batch.random_choices import PictureOrder, seed_of
 
 
 def stream(order: PictureOrder, steps: int) -> list[int]:

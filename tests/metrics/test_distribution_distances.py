@@ -91,7 +91,7 @@ def test_precision_and_recall_tell_fault_from_lack() -> None:
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = precision_recall(DRAWN, REAL)
-    monkeypatch.setattr("latentdiff.metrics.sets.BLOCK", 7)
+    monkeypatch.setattr("latentdiff.metrics.distribution_distances.BLOCK", 7)
     assert precision_recall(DRAWN, REAL) == whole
 
 
