@@ -62,8 +62,8 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
     subfolder = "tokenizer" if in_pipeline else ""
     with faults_named(place, foreign=True):
         tokenizer = AutoTokenizer.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
-        check_vocabulary(tokenizer, f"{place}/{subfolder}" if subfolder else place)
         text_encoder = load_encoder(place, "text_encoder" if in_pipeline else "", dtype)
+        check_vocabulary(tokenizer, f"{place}/{subfolder}" if subfolder else place, text_encoder)
         if not in_pipeline and text_encoder.config.model_type not in ("clip", "clip_text_model"):
             text_encoder.config.use_attention_mask = True
         if tokenizer.model_max_length >= UNLIMITED:
@@ -71,12 +71,20 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) ->
     return tokenizer, text_encoder.eval()
 
 
-def check_vocabulary(tokenizer: Any, place: str) -> None:
+def check_vocabulary(tokenizer: Any, place: str, text_encoder: Any = None) -> None:
     """Raises ValueError for a tokenizer without words, as transformers makes one of a folder without its files.
 
     Words that were added to it, such as those of textual inversion, are in its config and do not count. Nor may the
-    number of tokens that it takes be something else.
+    number of tokens that it takes be something else. A folder without the tokenizer's config, and a tokenizer that
+    knows far fewer words than its encoder, are warned of: prompts may be read otherwise than in training.
     """
+    if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").exists():
+        logger.warning(
+            "%s has no tokenizer_config.json; how prompts become tokens is guessed. Copy the file there", place
+        )
+    rows = 0 if text_encoder is None else text_encoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) < 0.9 * rows:
+        logger.warning("%s knows %d tokens, and its text encoder %d: words may be missing", place, len(tokenizer), rows)
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
         raise ValueError(f"{place}: its model_max_length is {str(length)[:100]!r}; it should be a number of tokens")

@@ -76,7 +76,7 @@ class FolderPipeline(DiffusionPipeline):
             options |= {**networks, "dtype": dtype, "use_safetensors": True}
             pipeline = super().from_pretrained(str(folder), **options)
             if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
-                check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"))
+                check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"), pipeline.text_encoder)
             pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
 

@@ -55,6 +55,30 @@ def test_a_tokenizer_without_words(folder: Path, load: Any) -> None:
 
 
 @pytest.mark.parametrize("load", LOADERS)
+def test_a_tokenizer_that_may_read_otherwise_is_warned_of(
+    folder: Path, load: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(folder)
+    assert not caplog.messages
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    load(folder)
+    assert any("model/tokenizer has no tokenizer_config.json" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_tokenizer_that_lacks_words_is_warned_of(folder: Path, load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def grow(state: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in state if "token_embedding" in name or "word_embeddings" in name)
+        state[name] = torch.cat([state[name]] * 2)
+
+    rows = json.loads((folder / "text_encoder/config.json").read_text())["vocab_size"]
+    change_weights(folder, "text_encoder", grow)
+    change_json(folder / "text_encoder/config.json", vocab_size=2 * rows)
+    load(folder)
+    assert any(f"and its text encoder {2 * rows}: words may be missing" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_text_encoder_that_lacks_weights(folder: Path, load: Any, count: int) -> None:
     def drop(state: dict[str, torch.Tensor]) -> None:
