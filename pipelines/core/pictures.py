@@ -23,6 +23,7 @@ the model's latents is taken for scaled latents."""
 
 KINDS = "a PIL image, an array (B, H, W, C), a tensor (B, C, H, W) or a list of them"
 MOST = 2.0  # decoded pictures that were not clipped are a little outside [-1, 1]
+MOST_POSITIVE = 1.1  # resized ones a little outside [0, 1]
 
 
 def upright_rgb(image: Any) -> Any:
@@ -176,7 +177,7 @@ def picture_values(image: Any, latent_channels: int = 3) -> Tensor:
     elif not values.is_floating_point():
         raise TypeError(f"image has values of {values.dtype}; give uint8 (0 to 255), or floating point (0 to 1)")
     least, most = float(values.min()), float(values.max())
-    if max(-least, most) > MOST or (channels == 4 and least < 0):
+    if max(-least, most) > (MOST if least < 0 else MOST_POSITIVE) or (channels == 4 and least < 0):
         raise ValueError(
             f"image has values from {least:g} to {most:g}; those of floating point must lie in [0, 1] or [-1, 1] (with "
             f"opacity in [0, 1]), whole ones are given as uint8"

@@ -212,6 +212,7 @@ def test_only_tensors_of_floating_point_are_latents(pipeline: Any) -> None:
     ("image", "error", "message"),
     [
         (LEVELS.astype(np.float32), ValueError, r"image has values from 0 to 255; .* whole ones are given as uint8"),
+        (LEVELS.astype(np.float32) / 200, ValueError, "image has values from 0 to 1.275"),
         (LEVELS.astype(np.int64), TypeError, "image has values of torch.int64; give uint8"),
         (LEVELS > 9, TypeError, "image has values of torch.bool"),
         (np.zeros((16, 16, 3), object), TypeError, "image has values of the type object"),
