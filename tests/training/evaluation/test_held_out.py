@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from lives import start, wait
+from tiny import UNET
 from torch import nn
 
 from latentdiff.conditioning import Conditioning
@@ -24,23 +25,12 @@ from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
 from latentdiff.training.settings import AutoencoderSettings, HeldOutSettings
 
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-    "dropout": 0.3,
-}
 PROCESS = GaussianDiffusion("scaled_linear", prediction_type="v_prediction", zero_terminal_snr=True)
 
 
 def make_objective() -> DenoiserObjective:
     torch.manual_seed(0)
-    return DenoiserObjective(UNet2DConditionModel(**UNET), PROCESS, 5.0)
+    return DenoiserObjective(UNet2DConditionModel(**UNET, dropout=0.3), PROCESS, 5.0)
 
 
 def make_batches(timesteps: list[list[int]]) -> list[DiffusionBatch]:

@@ -1,11 +1,11 @@
 """The objective on a network whose answer is known, and on a real one."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from tiny import UNET
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -17,16 +17,6 @@ from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-}
 HYBRID = UNET | {"out_channels": 8}
 TIMESTEPS = torch.tensor([0, 250, 999])
 
