@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert file.read_text() == "one"
 
 
-@pytest.fixture
-def full() -> Iterator[None]:
-    """No file may grow above 1,000 bytes, which goes wrong in the same places as a full disk."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow above 1,000 bytes, which goes wrong in the same places as a full disk.
+
+    The limit holds for the whole process: what pytest itself prints to a file too. So it stands around the write alone.
+    """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_folder(folder: Path) -> None:
@@ -77,10 +83,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.usefixtures("full")
 def test_full_disk_is_an_error_that_names_the_file(writer: str, tmp_path: Path) -> None:
     file = tmp_path / "result.png"
-    with pytest.raises(OSError, match=r"result\.png"):
+    with pytest.raises(OSError, match=r"result\.png"), full_disk():
         WRITERS[writer](file)
     assert not file.exists()
     assert not list(tmp_path.iterdir())
