@@ -77,13 +77,23 @@ class Sampler:
             return scheduler.timesteps
         if not 1 <= num_inference_steps <= most:
             raise ValueError(f"num_inference_steps must lie in [1, {most}], not {num_inference_steps}")
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        self._set_steps(num_inference_steps, device)
         beyond, offset = int(scheduler.timesteps.max()) - (most - 1), scheduler.config.get("steps_offset", 0)
         if in_steps and beyond > 0 and offset > 0:
             scheduler.register_to_config(steps_offset=max(offset - beyond, 0))
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            self._set_steps(num_inference_steps, device)
         self._check_apart(num_inference_steps, most)
         return scheduler.timesteps
+
+    def _set_steps(self, count: int, device: torch.device) -> None:
+        """Raises ValueError for a number of steps that the scheduler has no plan of, as PNDM of fewer than four."""
+        try:
+            self.scheduler.set_timesteps(count, device=device)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"the {type(self.scheduler).__name__} cannot plan num_inference_steps={count} ({error}); give more "
+                f"steps, or another scheduler"
+            ) from error
 
     def _check_apart(self, planned: int, most: int) -> None:
         """Raises ValueError if steps have the same noise level, between which multistep solvers divide by zero."""

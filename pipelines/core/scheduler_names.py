@@ -1,7 +1,10 @@
 """diffusers' schedulers by short names."""
 
+import copy
 import re
 from typing import Any
+
+import torch
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import process_of
@@ -20,9 +23,14 @@ SHORT_NAMES = {
     "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
     "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 """The schedulers that sample from a discrete process of betas and need no further package, by names easy to type."""
+
+OF_THE_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+"""Keys that say what is sampled from. diffusers' ``from_config`` takes the other class's default where a scheduler was
+made with its own, and LCM's and TCD's betas are others."""
 
 
 def find_scheduler(name: str) -> str:
@@ -49,7 +57,7 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
 
     Raises:
         ValueError: no such scheduler, or it cannot sample from this process, or from one with zero terminal SNR and
-            must here; or the process is not known.
+            must here, or knows nothing of what the network predicts; or the process is not known.
     """
     import diffusers
 
@@ -66,7 +74,30 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
             f"the {scheduler_class.__name__} cannot draw with this model, which was trained with zero terminal "
             f"signal-to-noise ratio; these can: {', '.join(able)}"
         )
-    return scheduler_class.from_config(scheduler.config)
+    known = scheduler_class._get_init_keys(scheduler_class)
+    own = {key: scheduler.config[key] for key in OF_THE_PROCESS if key in known and key in scheduler.config}
+    found = scheduler_class.from_config(scheduler.config, **own)
+    check_prediction(found)
+    return found
+
+
+def check_prediction(scheduler: Any) -> None:
+    """Raises ValueError if the scheduler cannot step by what the network predicts; some say so only at the first step.
+
+    All know predictions of noise and of velocity, so only others are tried.
+    """
+    predicts = scheduler.config.get("prediction_type", "epsilon")
+    if predicts in ("epsilon", "v_prediction"):
+        return
+    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 1, 1)
+    trial.set_timesteps(10)
+    try:
+        trial.step(trial.scale_model_input(latents, trial.timesteps[0]), trial.timesteps[0], latents)
+    except (ValueError, NotImplementedError):
+        raise ValueError(
+            f"the {type(scheduler).__name__} cannot draw with a model whose prediction_type is {predicts!r}; ddim, "
+            f"dpm++, euler, lcm, tcd and unipc can"
+        ) from None
 
 
 def knows_zero_snr(scheduler_class: Any) -> bool:
