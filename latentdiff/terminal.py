@@ -30,6 +30,15 @@ def printable_lines(text: str) -> str:
     return "\n  ".join(printable(line) for line in COLOURS.sub("", text).expandtabs().split("\n"))
 
 
+def bytes_text(size: float) -> str:
+    """Such as "12.3 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def say(text: str, err: bool = False) -> None:
     """Print a message of a command, to standard error if `err`."""
     import typer

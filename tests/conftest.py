@@ -1,12 +1,29 @@
 """No test asks the network for anything, and each starts from the same random state."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+CACHES = tempfile.TemporaryDirectory(prefix="latentdiff-caches-")
+"""Instead of the user's own; each test has one, and fixtures of several tests have one together."""
+os.environ["LATENTDIFF_CACHE"] = CACHES.name
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this test's trainings keep what they encode; made by the first that does."""
+    folder = Path(CACHES.name, f"{abs(hash(request.node.nodeid)):x}")
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

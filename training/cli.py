@@ -2,6 +2,7 @@
 
 import typer
 
+from latentdiff.training.commands.cache import cache
 from latentdiff.training.commands.caption import caption
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.commands.evaluate import evaluate, likelihood
@@ -23,5 +24,5 @@ for command in (autoencoder, denoiser, classifier, finetune):
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of training and measuring to the program's own."""
     app.add_typer(train, name="train")
-    for command in (finetune, settings, caption, doctor, evaluate, likelihood):
+    for command in (finetune, settings, caption, doctor, cache, evaluate, likelihood):
         app.command()(command)

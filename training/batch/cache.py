@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
+from latentdiff.training.batch.shared_cache import Hold, exclusive, shared_folder, trim
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,16 @@ class TensorStore:
     """Tensors by key, in `folder`, which is made when first written to.
 
     Keys are digests: what is stored under a key never changes. A tensor that comes back is a copy.
+
+    Args:
+        labels: of what is written, for `shared_cache.Shard.labels`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, labels: Mapping[str, str] | None = None) -> None:
         self.folder = Path(folder)
+        self.labels = dict(labels or {})
+        root = shared_folder()
+        self._hold = Hold(self.folder) if self.folder.absolute().is_relative_to(root) else None
         self._swept = False
         self._forget()
         self.refresh()
@@ -116,10 +123,13 @@ class TensorStore:
         """
         if not tensors:
             return
-        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.labels)
         name = f"{uuid.uuid4().hex}.safetensors"
         self._sweep()
         try:
+            if self._hold is not None:
+                with exclusive(self.folder):
+                    self._hold.add([name])
             with atomic_file(self.folder / name, sync=True) as partial:
                 partial.write_bytes(content)
         except OSError as error:
@@ -129,6 +139,22 @@ class TensorStore:
                 f"or choose another cache_dir. What was there before is whole",
             ) from error
         self._look_at(name)
+        self.trim()
+
+    def claim(self, keys: Iterable[str]) -> None:
+        """Refresh, and keep what is stored under these keys from being deleted while this process runs."""
+        if self._hold is None or not self.folder.is_dir():
+            return self.refresh()
+        with exclusive(self.folder):
+            self.refresh()
+            numbers = {self._places[key] >> START_BITS for key in keys if key in self._places}
+            self._hold.add({self._kinds[number].shard for number in numbers})
+        return None
+
+    def trim(self) -> None:
+        """Keep the folder that a user's runs share within its limit."""
+        if self._hold is not None:
+            trim(shared_folder())
 
     def refresh(self) -> None:
         """See what other processes have written, and what was deleted."""
@@ -200,7 +226,7 @@ class TensorStore:
                         file.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}  # another process opens its own
+        return {**self.__dict__, "_maps": OrderedDict(), "_hold": None}  # another process opens its own
 
 
 def contents(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -237,7 +263,7 @@ def fill(
     Raises:
         OSError: the disk is full, or the processes do not see the same folder.
     """
-    store.refresh()
+    store.claim(keys)
     missing = set(store.missing(keys))
     if missing and accelerator.is_main_process:
         logger.info("%d %s to encode, %d are there already", len(missing), things, len(keys) - len(missing))
@@ -249,7 +275,9 @@ def fill(
             writer.add(tensors)
             bar.update(len(tensors))
     accelerator.wait_for_everyone()
-    store.refresh()
+    store.claim(keys)
+    if accelerator.is_main_process:
+        store.trim()
     if lost := store.missing(keys):
         raise OSError(
             f"{store.folder}: {len(lost)} of {len(keys)} {things} are not there after all were encoded; let cache_dir "

@@ -19,7 +19,7 @@ from latentdiff.text.encode import TextConditioner
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
-from latentdiff.training.batch.latents import cache_folder
+from latentdiff.training.batch.latents import cache_folder, cache_labels
 from latentdiff.training.batch.random_choices import CaptionChoice
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
@@ -32,10 +32,16 @@ SHOWN = 60  # characters of a caption in a message
 
 
 class TextCache:
-    """Text states by caption, in a folder named after tokenizer and encoder, which are not kept."""
+    """Text states by caption, in a folder named after tokenizer and encoder, which are not kept.
 
-    def __init__(self, folder: Path, tokenizer: Any, text_encoder: Any) -> None:
-        self.store = TensorStore(Path(folder) / text_digest(tokenizer, text_encoder))
+    Args:
+        labels: see `TensorStore`.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, text_encoder: Any, labels: Mapping[str, str] | None = None
+    ) -> None:
+        self.store = TensorStore(Path(folder) / text_digest(tokenizer, text_encoder), labels)
 
     def __getitem__(self, caption: str) -> Tensor:
         """(L, D) float16
@@ -202,7 +208,8 @@ def text_source(
             warn_of_long(sorted(own), tokenizer, max_tokens(tokenizer, text_encoder))
         return ConditionSource(Captions, TextConditioner(tokenizer, text_encoder.to(run.device), warn=False))
     text_encoder.to(run.device)
-    cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder)
+    labels = cache_labels(settings, "text_encoder", "model")
+    cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder, labels)
     choice = CaptionChoice(settings)
     captions = {caption for picture in pictures for caption in choice.all(picture.captions)}
     captions |= {picture.captions[0] for picture in pictures} | {""}

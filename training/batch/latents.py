@@ -4,6 +4,8 @@ The cache keeps mean and deviation of the encoder's posterior, so that training 
 """
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from latentdiff.codec import Codec, Posterior
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
+from latentdiff.training.batch.shared_cache import shared_folder
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.pictures import View
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
+
+logger = logging.getLogger(__name__)
 
 PictureView = tuple[CaptionedPicture, View]
 
@@ -37,10 +42,11 @@ class LatentCache:
     Args:
         folder: may be shared by any number of encoders, runs and processes.
         autoencoder: ours or diffusers' ``AutoencoderKL`` or ``VQModel``. It is not kept.
+        labels: see `TensorStore`.
     """
 
-    def __init__(self, folder: Path, autoencoder: Any) -> None:
-        self.store = TensorStore(Path(folder) / encoder_digest(autoencoder))
+    def __init__(self, folder: Path, autoencoder: Any, labels: Mapping[str, str] | None = None) -> None:
+        self.store = TensorStore(Path(folder) / encoder_digest(autoencoder), labels)
 
     def __getitem__(self, key: PictureView) -> Tensor:
         """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
@@ -201,12 +207,36 @@ def latent_source(
     codec.autoencoder.to(run.device)
     if not settings.cache_latents:
         return LatentSource(codec, run.device)
-    cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder)
+    labels = cache_labels(settings, "autoencoder", "model")
+    cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder, labels)
     cache.fill(wanted, codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
     codec.autoencoder.to("cpu")
     return LatentSource(codec, run.device, cache)
 
 
 def cache_folder(run: TrainingRun, settings: DiffusionSettings) -> Path:
-    """The folder of a run's caches."""
-    return Path(settings.cache_dir) if settings.cache_dir else run.folder / "cache"
+    """The folder of a run's caches: the user's own for all runs, unless the settings name another one.
+
+    A run that began with one of its own keeps it; so does a run on several machines, which may share nothing else, and
+    one whose user has no folder that can be written.
+    """
+    own = run.folder / "cache"
+    if settings.cache_dir:
+        return Path(settings.cache_dir).expanduser()
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < run.accelerator.num_processes
+    if own.is_dir() or several:
+        return own
+    shared = shared_folder()
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("what is encoded is kept in %s, for %s cannot be made (%s)", own, shared, error.strerror)
+        return own
+    return shared if os.access(shared, os.W_OK) else own
+
+
+def cache_labels(settings: DiffusionSettings, *encoders: str) -> dict[str, str]:
+    """What files of the cache say of what they were made: the data, and the first of these settings that there is."""
+    model = next((getattr(settings, name) for name in encoders if getattr(settings, name, None)), "")
+    named = {"data": settings.data, "model": str(model)}
+    return {key: os.path.abspath(name) if os.path.exists(name) else name for key, name in named.items()}

@@ -1,6 +1,5 @@
 """A run's output folder: one process at a time trains into it, and only with settings that fit what it holds."""
 
-import errno
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.loop.checkpoints import read_state, whole_checkpoints
 from latentdiff.training.loop.distributed import check_surroundings
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 LEFTOVER = re.compile(r"\.saving-\w{8}|\.partial-[0-9a-f]{16}(\.\w+)?")
 """What a killed process leaves of a folder or a file that it was writing aside."""
-TAKEN = (errno.EACCES, errno.EAGAIN)  # by another process
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
 _held: dict[Path, BinaryIO] = {}
 """Open lock files by folder."""
 
@@ -86,19 +84,6 @@ def release(folder: Path) -> None:
     if file is not None:
         file.truncate(0)
         file.close()
-
-
-def lock(file: BinaryIO) -> None:
-    """Lock a file for as long as it is open. Raises OSError if another process has done so."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where what is locked cannot be read: not the part that says who holds it
-        import msvcrt
-
-        file.seek(1 << 20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def hold_nothing() -> None:

@@ -101,7 +101,9 @@ class RunSettings(DataSettings):
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="trackers that are told too")
     push_to_hub: str | None = Field(None, description="'owner/name' on the hub that gets the finished model")
     cache_dir: str | None = Field(
-        None, description="where encoded pictures and captions and copies of streams are kept; default: output"
+        None,
+        description="where encoded pictures and captions and copies of streams are kept; default: one folder for all "
+        "your runs ('latentdiff cache' shows it), and output for streams",
     )
     max_minutes: float | None = Field(None, gt=0, description="stop cleanly after this long; run again to go on")
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_nothing_good_is_lost_and_all_bad_is_named(
-    denoiser_settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    denoiser_settings: dict[str, Any], tmp_path: Path, shared_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, good, bad = hostile_folder(tmp_path / "hostile")
     assert len(good) + len(bad) >= 200
@@ -33,7 +33,7 @@ def test_nothing_good_is_lost_and_all_bad_is_named(
     assert [name for name in good if not used[name]["use"]] == []
     assert [name for name in bad if used[name]["use"] or not used[name]["reason"]] == []
     assert f"{len(bad)} left out" in caplog.text
-    cache = LatentCache(output / "training" / "cache" / "latents", load_autoencoder(denoiser_settings["autoencoder"]))
+    cache = LatentCache(shared_cache / "latents", load_autoencoder(denoiser_settings["autoencoder"]))
     assert len(cache.store) == len({used[name]["digest"] for name in good})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,15 +105,20 @@ def test_half_precision_recomputation_and_buckets(denoiser_settings: dict[str, o
     assert weights(out / "unet")["conv_in.weight"].dtype == torch.float32
 
 
-def test_without_the_caches_it_learns_the_same(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
+def test_without_the_caches_it_learns_the_same(
+    denoiser_settings: dict[str, object], tmp_path: Path, shared_cache: Path
+) -> None:
     def losses(name: str, **changes: object) -> list[float]:
         values = {**denoiser_settings, "output": str(tmp_path / name), "max_steps": 4, "log_every": 1, **changes}
         rows = (train_denoiser(DenoiserSettings.load(None, values)) / "training" / "metrics.jsonl").read_text()
         return [row["loss"] for row in map(json.loads, rows.splitlines()) if "loss" in row]
 
     cached = losses("cached")
+    assert len(list(shared_cache.glob("*/*/*.safetensors"))) == 2
+    shutil.rmtree(shared_cache)
     assert losses("plain", cache_latents=False, cache_text=False) == pytest.approx(cached, rel=5e-3)
-    assert not (tmp_path / "plain" / "training" / "cache").exists()
+    assert not shared_cache.exists()
+    assert not list(tmp_path.glob("*/training/cache"))
 
 
 @pytest.mark.parametrize("cached", [True, False])
