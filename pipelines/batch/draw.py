@@ -179,9 +179,9 @@ def call_arguments(pipeline: Any, settings: Settings, batch: Batch, inputs: Sour
         "seed": batch.seeds,
         **{name: value for name, value in given.items() if value != usual[name]},
         **inputs.at(settings.width, settings.height),
+        "height": settings.height,
+        "width": settings.width,
     }
-    if settings.image is None or settings.mask is not None:
-        arguments |= {"height": settings.height, "width": settings.width}
     if batch.variation_seeds is not None:
         arguments |= {"variation_seed": batch.variation_seeds, "variation_strength": settings.variation_strength}
     return arguments

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict, get_args, get_origi
 from torch import Generator, Tensor
 
 from latentdiff.codec import Generators
-from latentdiff.pipelines.core.pictures import Pictures
+from latentdiff.pipelines.core.pictures import Pictures, ResizeMode
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """(pipeline, step, timestep, tensors) -> the tensors, changed or not."""
@@ -58,6 +58,17 @@ def positive_whole(value: Any, name: str) -> int:
     if count < 1:
         raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
     return count
+
+
+def one_of(*choices: str) -> Callable[[Any, str], str]:
+    """A name out of these."""
+
+    def read(value: Any, name: str) -> str:
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+        return str(value)
+
+    return read
 
 
 def one_or_more(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -132,6 +143,13 @@ class TextExtras(Extras, total=False):
     """Draw this many pictures of each prompt, and keep the ``num_images_per_prompt`` with the best CLIP score."""
     reranker: Any
     """A ``ClipScore``, or where to load one from; by default the pipeline's ``reranker``."""
+
+
+class PictureExtras(TextExtras, total=False):
+    """What a call with a prompt and a picture takes besides."""
+
+    resize_mode: ResizeMode
+    """How a picture of another shape gets to the size to draw at, "crop", "default" or "fill"; see `pictures.place`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +240,16 @@ class TextOptions(GuidedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions(TextOptions):
-    """Of a call with a prompt and a picture to start from."""
+    """Of a call with a prompt and a picture."""
 
     image: Pictures = None
+    resize_mode: Annotated[ResizeMode, one_of(*get_args(ResizeMode))] = "crop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(PictureOptions):
+    """Of a call with a prompt and a picture to start from."""
+
     strength: Annotated[float, real_number] = 0.8
 
 

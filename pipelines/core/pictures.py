@@ -2,12 +2,15 @@
 
 import logging
 import math
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import PIL_INTERPOLATION
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -20,6 +23,13 @@ Pictures: TypeAlias = Any
 these kinds. Whole numbers are uint8, 0 to 255, or uint16, 0 to 65535; numbers of floating point lie in [0, 1] or
 [-1, 1]. C is 3, 1 (grey), or 4 (with opacity, put on white); but a tensor of floating point with as many channels as
 the model's latents is taken for scaled latents."""
+
+ResizeMode = Literal["crop", "default", "fill"]
+"""How a picture gets to a size of another shape: cut centrally; stretched, as diffusers' calls do; or whole, with its
+edges drawn out (PIL images only)."""
+
+FAR = 1.5
+"""How many times larger or smaller than in training a side or the area of a picture is far from it."""
 
 KINDS = "a PIL image, an array (B, H, W, C), a tensor (B, C, H, W) or a list of them"
 MOST = 2.0  # decoded pictures that were not clipped are a little outside [-1, 1]
@@ -51,9 +61,9 @@ def upright_pair(image: Pictures, mask: Pictures) -> tuple[Pictures, Pictures]:
         masks = [shallow(one) for one in masks]
     elif masks and isinstance(masks[0], (np.ndarray, Tensor)):
         masks = list(mask_values(mask))
+    if len(masks) == 1 and are_images(image) and len({(one.size, orientation_of(one)) for one in pictures}) > 1:
+        masks = masks * len(pictures)
     if pictures and any(orientation_of(one) for one in [*pictures, *masks]):
-        if len(masks) == 1 and len({orientation_of(picture) for picture in pictures}) > 1:
-            masks = masks * len(pictures)
         masks = [upright_mask(one, pictures[min(i, len(pictures) - 1)]) for i, one in enumerate(masks)]
     return upright_rgb(image), masks[0] if len(masks) == 1 else masks
 
@@ -99,29 +109,125 @@ def turned_tensor(pixels: Tensor, orientation: int) -> Tensor:
     return (pixels.transpose(-2, -1) if orientation > 4 else pixels).flip(flips.get(orientation, ()))
 
 
-def to_pixels(processor: VaeImageProcessor, image: Pictures, **options: Any) -> Tensor:
-    """Pictures as (P, 3, H, W), values in [-1, 1], sides multiples of the autoencoder's factor.
+@dataclass(frozen=True)
+class Placement:
+    """Where pictures, and masks on them, come to lie at the size to draw at."""
+
+    height: int
+    width: int
+    sizes: Sequence[tuple[int, int]]
+    """Height and width of each picture as it was given."""
+    mode: ResizeMode = "crop"
+    enlarged: float | None = None
+    """How many times, in the mode "crop"; None: no more than covers the size."""
+    crop: tuple[int, int, int, int] | None = None
+    """Left, upper, right and lower of the only part to show, in the pictures' pixels."""
+
+    def box(self, number: int, height: int, width: int) -> tuple[float, float, float, float]:
+        """Left, upper, right and lower of what is shown of a picture, or of a mask on it, of this height and width."""
+        if self.mode != "crop":
+            return 0, 0, width, height
+        own = self.sizes[min(number, len(self.sizes) - 1)]
+        scale = self.enlarged or max(self.height / own[0], self.width / own[1])
+        kept = [min(side, target / scale) for side, target in zip(own, (self.height, self.width), strict=True)]
+        first = [math.floor((side - part) / 2) for side, part in zip(own, kept, strict=True)]  # whole: nothing blurs
+        down, across = height / own[0], width / own[1]
+        lower, right = min(height, (first[0] + kept[0]) * down), min(width, (first[1] + kept[1]) * across)
+        return first[1] * across, first[0] * down, right, lower
+
+
+def place(
+    processor: VaeImageProcessor,
+    image: Pictures,
+    height: int | None = None,
+    width: int | None = None,
+    trained: tuple[int, int] | None = None,
+    mode: ResizeMode = "crop",
+) -> Placement:
+    """The rule for the size at which given pictures are drawn. It keeps their shape.
+
+    Without `height` and `width` a picture keeps its size, cut to multiples of the autoencoder's factor; if that is far
+    from `trained` (see `is_far`), it is brought to the area of that. If one of the two is given, the other follows. If
+    both are, the picture is brought to that size as `mode` says. Latents keep their size.
+
+    Raises:
+        TypeError: not a picture.
+        ValueError: it is missing; or several differ in size, so that there is no size for all.
+    """
+    if image is None:
+        raise ValueError("image is missing; give a picture")
+    factor, sizes = processor.config.vae_scale_factor, [size_of(processor, one) for one in as_list(image)]
+    if height is not None and width is not None:
+        return Placement(height, width, sizes, mode)
+    if len(set(sizes)) > 1:
+        found = ["{1} x {0}".format(*size) for size in sorted(set(sizes))]
+        raise ValueError(
+            f"the pictures given as image differ in size, {found[0]} and {found[1]}; give one at a time, or height "
+            f"and width for all"
+        )
+    own = sizes[0] if sizes else (factor, factor)
+    if height is not None:
+        scale = height / own[0]
+    elif width is not None:
+        scale = width / own[1]
+    elif trained is not None and not has_latents(processor, image) and is_far(own, trained):
+        scale = (math.prod(trained) / math.prod(own)) ** 0.5
+    else:
+        height, width = (max(1, side // factor) * factor for side in own)
+        return Placement(height, width, sizes, mode, 1.0 if min(own) >= factor else None)
+    near = [max(1, round(side * scale / factor)) * factor for side in own]
+    return Placement(near[0] if height is None else height, near[1] if width is None else width, sizes, mode)
+
+
+def is_far(size: tuple[int, int], trained: tuple[int, int]) -> bool:
+    """Whether a side or the area is more than `FAR` times larger or smaller than in training."""
+    ratios = (size[0] / trained[0], size[1] / trained[1], math.prod(size) / math.prod(trained))
+    return any(max(ratio, 1 / ratio) > FAR for ratio in ratios)
+
+
+def size_of(processor: VaeImageProcessor, picture: Any) -> tuple[int, int]:
+    """Height and width of a PIL image, upright, of an array, a tensor or latents. Raises TypeError for others."""
+    if isinstance(picture, Image.Image):
+        turned = (orientation_of(picture) or 1) > 4
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    values = stacked("image", picture)[0]
+    factor = processor.config.vae_scale_factor if has_latents(processor, picture) else 1
+    return values.shape[-2] * factor, values.shape[-1] * factor
+
+
+def has_latents(processor: VaeImageProcessor, image: Any) -> bool:
+    """Whether tensors given as pictures are taken for latents."""
+    items = as_list(image)
+    if not items or not all(isinstance(one, Tensor) and one.is_floating_point() for one in items):
+        return False
+    return are_latents(four_dimensions("image", items[0]), processor.config.vae_latent_channels)
+
+
+def to_pixels(processor: VaeImageProcessor, image: Pictures, placement: Placement | None = None) -> Tensor:
+    """Pictures as (P, 3, H, W), values in [-1, 1], at the size and with the part that `placement` says.
 
     What has the latents' channels is taken for scaled latents and given back as it is, (P, C, h, w).
 
     Args:
-        options: ``height``, ``width`` and so on of ``VaeImageProcessor.preprocess``.
+        placement: by default what `place` says without a trained size.
 
     Raises:
         TypeError: not a picture.
         ValueError: NaN or infinite values, or others that a picture cannot have; or another number of channels.
     """
-    if image is None:
-        raise ValueError("image is missing; give a picture")
-    channels = processor.config.vae_latent_channels
+    placement = placement or place(processor, image)
     if are_images(image):
-        return preprocessed("image", processor, upright_rgb(image), **options)
-    pixels = picture_values(image, channels)
-    return pixels if are_latents(pixels, channels) else signed(resized(processor, pixels, **options))
+        return preprocessed(processor, [upright_rgb(one) for one in as_list(image)], placement)
+    pixels = picture_values(image, processor.config.vae_latent_channels)
+    if are_latents(pixels, processor.config.vae_latent_channels):
+        return pixels
+    return signed(resized(pixels, placement))
 
 
-def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Tensor:
+def to_mask(processor: VaeImageProcessor, mask: Pictures, placement: Placement | None = None) -> Tensor:
     """Masks as (P, 1, H, W), 1 where to paint (what was at least half white) and 0 elsewhere.
+
+    They lie on the whole of their pictures, whatever their own size, and are cut with them.
 
     Raises:
         TypeError: not a mask.
@@ -130,8 +236,10 @@ def to_mask(processor: VaeImageProcessor, mask: Pictures, **options: Any) -> Ten
     if mask is None:
         raise ValueError("mask_image is missing; give one that is white where to paint and black elsewhere")
     if are_images(mask):
-        return preprocessed("mask_image", processor, [shallow(one) for one in as_list(mask)], **options)
-    return (resized(processor, mask_values(mask), **options) >= 0.5).float()
+        masks = [shallow(one) for one in as_list(mask)]
+        return preprocessed(processor, masks, placement or place(processor, masks))
+    values = mask_values(mask)
+    return (resized(values, placement or place(processor, values)) >= 0.5).float()
 
 
 def are_images(value: Any) -> bool:
@@ -140,19 +248,26 @@ def are_images(value: Any) -> bool:
     return bool(images) and all(isinstance(one, Image.Image) for one in images)
 
 
-def preprocessed(name: str, processor: VaeImageProcessor, images: Any, **options: Any) -> Tensor:
-    """PIL images as the processor makes tensors of them. Raises ValueError if they differ in size."""
-    sizes = sorted({one.size for one in as_list(images)})
-    if len(sizes) > 1 and "height" not in options:
-        raise ValueError(f"the pictures given as {name} differ in size, {sizes[0]} and {sizes[1]}; give one at a time")
-    return processor.preprocess(images, **options)
+def preprocessed(processor: VaeImageProcessor, images: Sequence[Image.Image], placement: Placement) -> Tensor:
+    """Upright PIL images as the processor makes tensors of them."""
+    size, resample = (placement.width, placement.height), PIL_INTERPOLATION[processor.config.resample]
+    brought = list(images)
+    if placement.mode == "crop":
+        boxes = [placement.box(i, one.height, one.width) for i, one in enumerate(images)]
+        brought = [one.resize(size, resample, box=box) for one, box in zip(images, boxes, strict=True)]
+    mode = "fill" if placement.mode == "fill" else "default"
+    return processor.preprocess(
+        brought, placement.height, placement.width, resize_mode=mode, crops_coords=placement.crop
+    )
 
 
-def resized(
-    processor: VaeImageProcessor, pixels: Tensor, height: int | None = None, width: int | None = None
-) -> Tensor:
-    """(P, C, H, W) at this size, by default its own cut to multiples of the autoencoder's factor; nearest neighbour."""
-    return F.interpolate(pixels, size=processor.get_default_height_width(pixels, height, width))
+def resized(pixels: Tensor, placement: Placement) -> Tensor:
+    """(P, C, H, W) as `placement` says; nearest neighbour, as in diffusers. Raises ValueError for the mode "fill"."""
+    if placement.mode == "fill":
+        raise ValueError("resize_mode='fill' is for PIL images; arrays and tensors are cut ('crop') or stretched")
+    left, upper, right, lower = (round(side) for side in placement.box(0, *pixels.shape[-2:]))
+    shown = pixels[..., upper : max(lower, upper + 1), left : max(right, left + 1)]
+    return F.interpolate(shown, size=(placement.height, placement.width))
 
 
 def signed(pixels: Tensor) -> Tensor:

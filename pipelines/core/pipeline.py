@@ -17,6 +17,7 @@ from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
+from latentdiff.pipelines.core.pictures import Pictures, Placement, ResizeMode, is_far, place
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
 
@@ -31,9 +32,6 @@ AnyAutoencoder: TypeAlias = (
 )
 
 logger = logging.getLogger(__name__)
-
-FAR = 1.5
-"""How many times larger or smaller than in training a side or the area of a picture is far from it."""
 
 _STARTING = Lock()
 """Held while the set of running calls is read or changed."""
@@ -193,6 +191,23 @@ class LatentPipeline(FolderPipeline):
             height, width = (own[0] if height is None else height), (own[1] if width is None else width)
         return check_side("height", height, self.vae_scale_factor), check_side("width", width, self.vae_scale_factor)
 
+    def placement(
+        self, image: Pictures, height: int | None = None, width: int | None = None, mode: ResizeMode = "crop"
+    ) -> Placement:
+        """At which size to draw from given pictures, and what is shown of them: see `pictures.place`.
+
+        With `mode` "default" they are not brought near the size that the UNet was trained on.
+
+        Raises:
+            TypeError, ValueError: as there; a side is no whole number, or no multiple of the autoencoder's factor.
+        """
+        if height is not None:
+            height = check_side("height", height, self.vae_scale_factor)
+        if width is not None:
+            width = check_side("width", width, self.vae_scale_factor)
+        trained = None if self.draws_any_size or mode == "default" else self.trained_size
+        return place(self.image_processor, image, height, width, trained, mode)
+
     @property
     def trained_size(self) -> tuple[int, int] | None:
         """Height and width in pixels that the UNet was trained on; None if its config does not say."""
@@ -207,8 +222,7 @@ class LatentPipeline(FolderPipeline):
         own = self.trained_size
         if own is None or self.draws_any_size or (height, width) in self._sizes_warned_of:
             return
-        ratios = (height / own[0], width / own[1], height * width / (own[0] * own[1]))
-        if any(max(ratio, 1 / ratio) > FAR for ratio in ratios):
+        if is_far((height, width), own):
             self._sizes_warned_of.add((height, width))
             logger.warning(
                 "Drawing %d x %d pixels (width x height) with a model that was trained on %d x %d: far from that size "

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Generator, Tensor
 
-from latentdiff.pipelines.core.call_options import PictureOptions, StepCallback, TextExtras
+from latentdiff.pipelines.core.call_options import PictureExtras, StartOptions, StepCallback
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, to_pixels
 from latentdiff.pipelines.core.sampling import Steps, whole
@@ -49,15 +49,23 @@ class ImageToImagePipeline(TextPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        height: int | None = None,
+        width: int | None = None,
         guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
-        **extras: Unpack[TextExtras],
+        **extras: Unpack[PictureExtras],
     ) -> Steps[ImagesOutput | tuple[Any, Any]]:
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: what to start from, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its size,
-                cut to multiples of the autoencoder's factor. Scaled latents (P, C, h, w) are taken as they are.
+            image: what to start from, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its shape.
+                Scaled latents (P, C, h, w) are taken as they are.
+            height, width: in pixels, multiples of the autoencoder's factor. Without them the picture keeps its size, or
+                is brought to the area that the model was trained on, if a side or the area is more than 1.5 times that
+                or less than 1 / 1.5; if one is given, the other follows. See `pictures.place`.
+            resize_mode: what is done where the shapes differ: "crop" cuts the picture at its edges, by a few pixels
+                where only multiples ask for it; "default" stretches it, and brings it near no size, as in diffusers;
+                "fill" keeps it whole (PIL images only).
             strength: from 0 to 1, how much of the way from noise is drawn anew: this share of the steps is run; 1
                 leaves next to nothing of the picture.
             others: as for `TextToImagePipeline`.
@@ -65,9 +73,10 @@ class ImageToImagePipeline(TextPipeline):
         Raises:
             TypeError, ValueError: as there; the picture is none, or the numbers of pictures and prompts differ.
         """
-        options = PictureOptions.of(locals())
+        options = StartOptions.of(locals())
         self.check_channels(0, "for a UNet that takes a mask there is InpaintPipeline")
-        pixels = to_pixels(self.image_processor, image)
+        placement = self.placement(image, options.height, options.width, options.resize_mode)
+        pixels = to_pixels(self.image_processor, image, placement)
         call = TextCall(self, options)
         schedule = call.timesteps(options.strength)
         start = call.start_latents(pixels)

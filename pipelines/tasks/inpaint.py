@@ -1,7 +1,7 @@
 """Inpainting: part of a picture is drawn anew, the rest stays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Unpack
 
@@ -14,9 +14,9 @@ from torch import Generator, Tensor
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.pipelines.core.call import check_latents
 from latentdiff.pipelines.core.call_options import (
-    PictureOptions,
+    PictureExtras,
+    StartOptions,
     StepCallback,
-    TextExtras,
     finite_tensor,
     real_number,
     whole_number,
@@ -36,7 +36,7 @@ from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskOptions(PictureOptions):
+class MaskOptions(StartOptions):
     """Of a call with a picture and a mask."""
 
     mask_image: Pictures = None
@@ -116,16 +116,19 @@ class InpaintPipeline(TextPipeline):
         *,
         guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
-        **extras: Unpack[TextExtras],
+        **extras: Unpack[PictureExtras],
     ) -> Steps[ImagesOutput | tuple[Any, Any]]:
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: what to paint in, see `pictures.Pictures`; one for all, or one for each prompt. Brought to ``height``
-                and ``width``. Scaled latents (P, C, h, w) are taken as they are.
+            image: what to paint in, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its
+                shape. Scaled latents (P, C, h, w) are taken as they are.
             mask_image: white where to paint; a PIL image, or with one channel an array or a tensor: truth values, 0 to
                 1, or whole numbers 0 to 255. A mask without EXIF is turned as its picture's EXIF says, if its shape is
-                that of the picture as stored, or does not tell; see `pictures.upright_pair`.
+                that of the picture as stored, or does not tell; see `pictures.upright_pair`. It lies on the whole
+                picture, whatever its own size, and is cut with it.
+            height, width, resize_mode: as for `ImageToImagePipeline`; with ``resize_mode="default"``, or with
+                ``padding_mask_crop``, height and width are by default what the model was trained on.
             masked_image_latents: (P, C, h, w), instead of the encoded picture without what the mask covers; for a UNet
                 made for inpainting.
             padding_mask_crop: paint only the mask's surroundings, with at least this many pixels around the mask, at
@@ -144,22 +147,23 @@ class InpaintPipeline(TextPipeline):
             0 if plain else 1 + self.vae.config.latent_channels,
             "a UNet for inpainting takes latents, a mask and the latents of the masked picture",
         )
-        height, width = self.picture_size(options.height, options.width)
-        canvas = self._canvas(options, height, width)
+        canvas = self._canvas(options)
         call = PaintingCall(self, options)
         schedule = call.timesteps(options.strength)
-        first = call.first_painting(canvas, call.latents_shape(height, width), schedule, plain)
+        first = call.first_painting(canvas, call.latents_shape(*canvas.mask.shape[-2:]), schedule, plain)
         keep = None if call.start is None or not plain else call.keep
         output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keep)
         return output if canvas.crop is None else self._put_back(output, canvas)
 
-    def _canvas(self, options: MaskOptions, height: int, width: int) -> Canvas:
+    def _canvas(self, options: MaskOptions) -> Canvas:
         """What to paint on, at the size to paint at; a part of the picture with ``padding_mask_crop``."""
-        image, mask, padding = options.image, options.mask_image, options.padding_mask_crop
+        image, mask, padding, mode = options.image, options.mask_image, options.padding_mask_crop, options.resize_mode
+        height, width = options.height, options.width
         if image is not None and mask is not None:
             image, mask = upright_pair(image, mask)
-        sizes: dict[str, Any] = {"height": height, "width": width}
-        crop = None
+        if padding is not None or mode == "default":
+            height, width = self.picture_size(height, width)
+        placement = self.placement(image, height, width, mode)
         if padding is not None:
             if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image) or options.output_type != "pil":
                 raise ValueError("padding_mask_crop needs a PIL image and a PIL mask, and gives PIL images")
@@ -168,9 +172,9 @@ class InpaintPipeline(TextPipeline):
             if mask.convert("L").getbbox() is None:
                 raise ValueError("the mask has nothing white, so padding_mask_crop has nothing to surround")
             crop = self.mask_processor.get_crop_region(mask, width, height, pad=padding)
-            sizes |= {"crops_coords": crop, "resize_mode": "fill"}
-        pixels = to_pixels(self.image_processor, image, **sizes)
-        return Canvas(image, mask, pixels.float(), to_mask(self.mask_processor, mask, **sizes), crop)
+            placement = replace(placement, mode="fill", crop=crop)
+        pixels = to_pixels(self.image_processor, image, placement)
+        return Canvas(image, mask, pixels.float(), to_mask(self.mask_processor, mask, placement), placement.crop)
 
     def _put_back(self, output: Any, canvas: Canvas) -> Any:
         """The painted parts in their places in the picture."""

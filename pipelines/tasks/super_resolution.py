@@ -10,7 +10,13 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.pipelines.core.call_options import StepCallback, TextExtras, TextOptions, refuse, whole_number
+from latentdiff.pipelines.core.call_options import (
+    PictureExtras,
+    PictureOptions,
+    StepCallback,
+    refuse,
+    whole_number,
+)
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
@@ -19,10 +25,9 @@ from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallPictureOptions(TextOptions):
+class SmallPictureOptions(PictureOptions):
     """Of a call with a small picture to draw large."""
 
-    image: Pictures = None
     noise_level: Annotated[int, whole_number] = 20
 
 
@@ -102,13 +107,14 @@ class SuperResolutionPipeline(TextPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | Sequence[int] | None = None,
-        **extras: Unpack[TextExtras],
+        **extras: Unpack[PictureExtras],
     ) -> Steps[ImagesOutput | tuple[Any, Any]]:
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: the small picture, see `pictures.Pictures`; one for all, or one for each prompt. Its sides are cut to
-                multiples of the autoencoder's factor; the result is larger by that factor.
+            image: the small picture, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its size,
+                cut at its edges to multiples of the autoencoder's factor (with ``resize_mode="default"`` stretched to
+                them, as in diffusers); the result is larger by that factor.
             noise_level: how much noise is put on it, a timestep of ``low_res_scheduler``; more leaves more to invent.
                 Without effect for a UNet that has no class embeddings: it gets the picture as it is.
             others: as for `TextToImagePipeline`.
@@ -118,7 +124,7 @@ class SuperResolutionPipeline(TextPipeline):
         """
         options = SmallPictureOptions.of(locals())
         self.check_channels(3, "a UNet for super-resolution takes latents and a picture with three channels")
-        pixels = to_pixels(self.image_processor, image)
+        pixels = to_pixels(self.image_processor, image, self.placement(image, mode=options.resize_mode))
         if not 0 <= options.noise_level <= self.config.max_noise_level:
             raise ValueError(
                 f"noise_level must be a whole number in [0, {self.config.max_noise_level}], not {noise_level!r}"

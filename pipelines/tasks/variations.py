@@ -90,7 +90,9 @@ class ImageVariationPipeline(LatentPipeline):
         """Draw. There are B images: for each picture in turn, ``num_images_per_prompt``.
 
         Args:
-            image: a PIL image or a list of them, or a tensor (P, 3, H, W) as the image encoder takes it.
+            image: a PIL image or a list of them, or a tensor (P, 3, H, W) as the image encoder takes it. The
+                feature_extractor brings it to the encoder's size, of which it says how (CLIP's cuts it centrally).
+            height, width: by default what the model was trained on, whatever the picture's shape.
             others: as for `TextToImagePipeline`.
 
         Raises:

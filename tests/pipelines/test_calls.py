@@ -206,5 +206,9 @@ def test_a_size_far_from_the_trained_one_is_warned_of_once(
 def test_a_picture_to_start_from_may_be_far_from_the_trained_size_too(
     pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ImageToImagePipeline.from_pipe(pipeline)("sun", image=Image.new("RGB", (64, 32)), num_inference_steps=1, strength=1)
+    redraw = ImageToImagePipeline.from_pipe(pipeline)
+    call = {"image": Image.new("RGB", (64, 32)), "num_inference_steps": 1, "strength": 1}
+    assert redraw("sun", **call).images[0].size == (22, 12)
+    assert "Drawing" not in caplog.text
+    redraw("sun", **call, height=32, width=64)
     assert "Drawing 64 x 32 pixels (width x height) with a model that was trained on 16 x 16" in caplog.text

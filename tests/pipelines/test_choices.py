@@ -147,7 +147,7 @@ def test_bad_pictures_are_refused(
         ({"padding_mask_crop": 4, "mask_image": Image.new("L", (16, 16))}, ValueError, "nothing white"),
         ({"padding_mask_crop": 4, "mask_image": Image.new("L", (9, 16))}, ValueError, "must be the same"),
         ({"padding_mask_crop": 4, "output_type": "np"}, ValueError, "padding_mask_crop needs a PIL image"),
-        ({"image": torch.zeros(1, 4, 4, 4)}, ValueError, "latents must have the shape"),
+        ({"image": torch.zeros(1, 4, 4, 4), "height": 16, "width": 16}, ValueError, "latents must have the shape"),
     ],
 )
 def test_bad_masks_are_refused(pipeline: Any, call: dict[str, Any], error: type[Exception], message: str) -> None:
