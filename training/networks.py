@@ -13,6 +13,7 @@ from latentdiff.diffusion.process import Process
 from latentdiff.interchange.folders import read_json
 from latentdiff.models import (
     AutoencoderKL,
+    AutoencoderTiny,
     FSQModel,
     GumbelVQModel,
     IdentityAutoencoder,
@@ -24,12 +25,14 @@ from latentdiff.models import (
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.training.settings import AutoencoderSettings, ClassifierSettings, DenoiserSettings
 
-Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | IdentityAutoencoder
+Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | AutoencoderTiny | IdentityAutoencoder
 AUTOENCODERS = OUR_CLASSES["vae"] + OURS_ALONE["vae"]
 
 
 def build_autoencoder(settings: AutoencoderSettings) -> Any:
     """A new autoencoder of the kind and size that the settings describe."""
+    if settings.kind == "tiny":
+        return build_tiny(settings)
     attends = settings.attention_levels or (False,) * len(settings.block_out_channels)
     shape: dict[str, Any] = {
         "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends),
@@ -49,6 +52,19 @@ def build_autoencoder(settings: AutoencoderSettings) -> Any:
         case "fsq":
             return FSQModel(**shape, levels=settings.fsq_levels)
     return AutoencoderKL(**shape)
+
+
+def build_tiny(settings: AutoencoderSettings) -> AutoencoderTiny:
+    """As TAESD is built: of blocks, one at the size of the pictures and `layers_per_block` at every smaller one."""
+    channels, blocks = settings.block_out_channels, settings.layers_per_block
+    smaller = (blocks,) * (len(channels) - 1)
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        latent_channels=settings.latent_channels,
+        num_encoder_blocks=(1, *smaller),
+        num_decoder_blocks=(*smaller, 1),
+    )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from latentdiff.models.classifier import NoisyClassifier
     from latentdiff.models.codes import FSQModel, GumbelVQModel, VQModel
     from latentdiff.models.identity import IdentityAutoencoder
+    from latentdiff.models.tiny_autoencoder import AutoencoderTiny
     from latentdiff.models.transformer import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
     from latentdiff.models.unet_textless import UNet2DModel
 
 _HOMES = {
     "AutoencoderKL": "autoencoder",
+    "AutoencoderTiny": "tiny_autoencoder",
     "BottleneckOutput": "bottlenecks",
     "DiagonalGaussianDistribution": "bottlenecks",
     "FSQModel": "codes",
@@ -29,6 +31,7 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderKL",
+    "AutoencoderTiny",
     "BottleneckOutput",
     "DiagonalGaussianDistribution",
     "FSQModel",

@@ -100,25 +100,26 @@ class Encoder(Checkpointed):
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        self.check(pixels)
+        check_pixels(pixels, self.in_channels, self.factor)
         x = self.conv_in(pixels)
         for block in self.down_blocks:
             x = self.run(block, x)
         x = self.run(self.mid_block, x)
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
-    def check(self, pixels: Tensor) -> None:
-        if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
-            raise ValueError(
-                f"pictures must be (B, {self.in_channels}, H, W), of {self.in_channels} channels; these are "
-                f"{tuple(pixels.shape)}"
-            )
-        height, width = pixels.shape[-2:]
-        if min(height, width) < self.factor:
-            raise ValueError(
-                f"{width}x{height} pixels are too few for an autoencoder with a factor of {self.factor}; it takes at "
-                f"least {self.factor} on each side"
-            )
+
+def check_pixels(pixels: Tensor, channels: int, factor: int) -> None:
+    """Raises ValueError unless pictures are (B, channels, H, W) with a side of `factor` at least."""
+    if pixels.ndim != 4 or pixels.shape[1] != channels:
+        raise ValueError(
+            f"pictures must be (B, {channels}, H, W), of {channels} channels; these are {tuple(pixels.shape)}"
+        )
+    height, width = pixels.shape[-2:]
+    if min(height, width) < factor:
+        raise ValueError(
+            f"{width}x{height} pixels are too few for an autoencoder with a factor of {factor}; it takes at least "
+            f"{factor} on each side"
+        )
 
 
 class Decoder(Checkpointed):
@@ -193,11 +194,23 @@ class Autoencoder(SingleFileModel, Network):
         self.check_choice("down_block_types", DOWN_BLOCKS, levels)
         self.check_choice("up_block_types", UP_BLOCKS, levels)
         self.check_multiple("block_out_channels", channels, config.norm_num_groups, "norm_num_groups")
-        self.encoder = Encoder(config, encoder_channels)
-        self.decoder = Decoder(config, decoder_channels or config.out_channels)
+        size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        decoder = Decoder(config, decoder_channels or config.out_channels)
+        self.set_coders(Encoder(config, encoder_channels), decoder, size)
+
+    def set_coders(self, encoder: nn.Module, decoder: nn.Module, tile: int) -> None:
+        """Take these as encoder and decoder, whole at first; tiles have this side in pixels."""
+        self.encoder: Any = encoder
+        self.decoder: Any = decoder
         self.use_slicing = self.use_tiling = False
-        self.set_tiles(config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0])
+        self.set_tiles(tile)
         self.tile_overlap_factor, self.tile_shared_norms = 0.25, False
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Of the layer that gives the pixels, by whose gradients losses are balanced."""
+        weight: Tensor = self.decoder.conv_out.weight
+        return weight
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W), values in [-1, 1] -> (B, C', h, w), what ``bottleneck`` takes."""

@@ -20,7 +20,7 @@ from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.call_options import CallOptions, GuidedOptions, Seeds
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, guidance_embedding
 from latentdiff.pipelines.core.output import ImagesOutput, check_safety, report_faults
-from latentdiff.pipelines.core.previews import LatentPreview
+from latentdiff.pipelines.core.previews import preview_of
 from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, denoise
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Call:
         self.pipeline.warn_of_size(*(side * self.codec.factor for side in latents.shape[-2:]))
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
-        colours = LatentPreview(self.pipeline.vae)
+        colours = preview_of(self.pipeline.vae, self.pipeline.preview_autoencoder)
         options = self.sampler.step_options(self.generator, self.options.eta)
         with self.pipeline.progress_bar(total=len(timesteps)) as bar:
             for progress in denoise(denoiser, self.sampler, latents, timesteps, **options):

@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from latentdiff.codec import Codec
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
-from latentdiff.models import AutoencoderKL, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
+from latentdiff.models import AutoencoderKL, AutoencoderTiny, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pictures import Pictures, Placement, ResizeMode, is_far, place
@@ -27,7 +27,9 @@ AnyAutoencoder: TypeAlias = (
     | GumbelVQModel
     | FSQModel
     | IdentityAutoencoder
+    | AutoencoderTiny
     | diffusers.AutoencoderKL
+    | diffusers.AutoencoderTiny
     | diffusers.VQModel
 )
 
@@ -51,6 +53,9 @@ class LatentPipeline(FolderPipeline):
     safety_checker: Any
     feature_extractor: Any
     image_processor: VaeImageProcessor
+
+    preview_autoencoder: Any = None
+    """A small stand-in for ``vae``, of the same latents (`AutoencoderTiny`), that draws previews at their full size."""
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]

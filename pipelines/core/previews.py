@@ -1,6 +1,6 @@
 """Cheap pictures of latents, to watch a drawing: a small regression of colours on the latents' channels."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,34 @@ from latentdiff.interchange.pictures import to_pictures
 from latentdiff.interchange.png import image_grid
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress
+
+Preview = Callable[[Tensor], list[Image.Image]]
+"""Clean scaled latents (B, C, h, w) -> B pictures."""
+
+
+def preview_of(vae: Any, stand_in: Any = None) -> Preview:
+    """What makes previews of the latents of `vae`.
+
+    Args:
+        stand_in: a small autoencoder of the same latents, which decodes each preview whole; None: `LatentPreview`.
+
+    Raises:
+        ValueError: its latents are not those of `vae`.
+    """
+    if stand_in is None:
+        return LatentPreview(vae)
+    codec, wanted = Codec(stand_in), Codec(vae)
+    if (codec.channels, codec.factor) != (wanted.channels, wanted.factor):
+        raise ValueError(
+            f"the preview_autoencoder has latents of {codec.channels} channels, {codec.factor} pixels to each, and the "
+            f"pipeline's of {wanted.channels}, {wanted.factor} pixels to each; it is for another model"
+        )
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> list[Image.Image]:
+        return to_pictures(codec.decode(latents).float())
+
+    return decode
 
 
 class LatentPreview:

@@ -193,7 +193,10 @@ class Progress:
         return self.sampler.process.clean(self.scaled, self.prediction, self.timestep)
 
     def preview(self) -> list[Image.Image]:
-        """B small pictures, (h, w), of the clean latents; costs next to nothing."""
+        """B small pictures, (h, w), of the clean latents, which costs next to nothing.
+
+        With a ``preview_autoencoder`` in the pipeline they are as large as what is drawn.
+        """
         if self.colours is None:
             raise ValueError("these latents have no autoencoder to take colours from")
         return self.colours(self.clean)

@@ -19,8 +19,12 @@ from latentdiff.pipelines.core.call_options import refuse_unknown
 
 loader_log = logging.get_logger("diffusers.pipelines.pipeline_utils")  # which reports the other components
 OUR_CLASSES: dict[str, tuple[str, ...]] = {
-    "vae": ("AutoencoderKL", "VQModel"),
-    "vqvae": ("AutoencoderKL", "VQModel"),  # what diffusers calls the autoencoder where there is no text
+    "vae": ("AutoencoderKL", "VQModel", "AutoencoderTiny"),
+    "vqvae": (
+        "AutoencoderKL",
+        "VQModel",
+        "AutoencoderTiny",
+    ),  # what diffusers calls the autoencoder where there is no text
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
     "classifier": (),
 }

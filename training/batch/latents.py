@@ -166,6 +166,11 @@ def encoder_digest(autoencoder: Any) -> str:
     return digest(kind, weights_digest(weights or state)[:DIGEST], plain_config(autoencoder.config, *OF_THE_DECODER))
 
 
+def latents_digest(codec: Codec) -> str:
+    """A digest of what scaled latents depend on."""
+    return digest(encoder_digest(codec.autoencoder), codec.scale, codec.shift)
+
+
 @dataclass(frozen=True)
 class LatentSource:
     """Latents of pictures.

@@ -4,8 +4,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-AUTOENCODERS = {"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"}
-IN_DIFFUSERS = ("kl", "vq")
+AUTOENCODERS = {
+    **{"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"},
+    "tiny": "AutoencoderTiny",
+}
+IN_DIFFUSERS = ("kl", "vq", "tiny")
 
 AUTOENCODER_USAGE = """## How to use it
 
@@ -13,6 +16,16 @@ AUTOENCODER_USAGE = """## How to use it
 from latentdiff.models import CLASS
 
 autoencoder = CLASS.from_pretrained("THIS_FOLDER")
+```"""
+
+TINY_USAGE = """Where a pipeline has the latents that it learned, it takes the autoencoder's place, or draws previews:
+
+```python
+from latentdiff import TextToImagePipeline
+
+pipeline = TextToImagePipeline.from_pretrained(MODEL, vae=autoencoder)
+pipeline = TextToImagePipeline.from_pretrained(MODEL)
+pipeline.preview_autoencoder = autoencoder
 ```"""
 
 PIPELINE_USAGE = """## How to draw with it
@@ -77,7 +90,9 @@ def autoencoder_kind(kind: str) -> ModelKind:
     usage = AUTOENCODER_USAGE.replace("CLASS", AUTOENCODERS[kind])
     if kind in IN_DIFFUSERS:
         usage += "\n\ndiffusers' class of this name loads it as well."
-    return ModelKind(f"{kind.upper()} autoencoder", "autoencoder", usage)
+    if kind == "tiny":
+        usage += "\n\n" + TINY_USAGE
+    return ModelKind("tiny autoencoder" if kind == "tiny" else f"{kind.upper()} autoencoder", "autoencoder", usage)
 
 
 def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = None, lora: bool = False) -> ModelKind:

@@ -55,10 +55,15 @@ class AutoencoderObjective(Objective[PixelBatch]):
                 autoencoder.quantize, decay, settings.codebook_start, settings.codebook_restart
             )
 
+    @property
+    def subject(self) -> Any:
+        """What reconstructs pictures, called as an autoencoder."""
+        return self.autoencoder
+
     def training_loss(self, batch: PixelBatch) -> Result:
         """The loss, and without the discriminator's part the watched one."""
         self._anneal(batch.step)
-        output = self.autoencoder(batch.pixels, sample_posterior=True, generator=batch.generators())
+        output = self.subject(batch.pixels, sample_posterior=True, generator=batch.generators())
         if self.learner is not None and self.training:
             self.learner.observe(output.encoded, output.bottleneck.indices)
         likeness, figures = self._likeness(output, batch.pixels)
@@ -101,7 +106,7 @@ class AutoencoderObjective(Objective[PixelBatch]):
         """
         if not self.settings.adaptive_weight or not self.training:
             return likeness.new_ones(())
-        last = self.autoencoder.decoder.conv_out.weight
+        last = self.autoencoder.last_weight
         of_likeness, of_adversarial = (
             torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (likeness, adversarial)
         )

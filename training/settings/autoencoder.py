@@ -17,8 +17,10 @@ class AutoencoderSettings(RunSettings):
         *("discriminator_layers", "discriminator_norm"),
     )
 
-    kind: Literal["kl", "vq", "gumbel", "fsq"] = Field(
-        "kl", description="Gaussian latents (kl), or codes: of a codebook (vq, gumbel), or rounded numbers (fsq)"
+    kind: Literal["kl", "vq", "gumbel", "fsq", "tiny"] = Field(
+        "kl",
+        description="Gaussian latents (kl), or codes: of a codebook (vq, gumbel), or rounded numbers (fsq); or a few "
+        "convolutions in place of another autoencoder (tiny)",
     )
     block_out_channels: tuple[int, ...] = Field(
         (32, 64, 128),
@@ -34,6 +36,11 @@ class AutoencoderSettings(RunSettings):
     )
 
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term, summed over a picture's latents (kl)")
+
+    teacher: str | None = Field(
+        None, description="folder of the autoencoder, or of a pipeline that has one, whose latents are learned (tiny)"
+    )
+    latents_weight: float = Field(1.0, ge=0, description="of the squared differences from the teacher's latents (tiny)")
 
     num_vq_embeddings: int = Field(1024, ge=2, description="size of the codebook (vq, gumbel)")
     codebook: Literal["ema", "learned"] = Field("ema", description="codes as moving averages, or by gradient (vq)")
@@ -75,6 +82,12 @@ class AutoencoderSettings(RunSettings):
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
+        if (self.kind == "tiny") != (self.teacher is not None):
+            raise ValueError("kind=tiny needs a teacher, the folder of an autoencoder; no other kind has one")
+        if self.kind == "tiny":
+            self.follow(block_out_channels=(64, 64, 64, 64), layers_per_block=3)
+            if len(set(self.block_out_channels)) > 1 or self.attention_levels:
+                raise ValueError("kind=tiny has no attention_levels, and all of its block_out_channels are the same")
         self.follow(norm_num_groups=math.gcd(self.norm_num_groups, *self.block_out_channels))
         if self.attention_levels and len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels must have the same length")

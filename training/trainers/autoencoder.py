@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_types import PixelBatch
+from latentdiff.training.batch.latents import latents_digest
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
 from latentdiff.training.batch.samples import PixelSamples, batches
 from latentdiff.training.card.card import describe
@@ -20,6 +21,7 @@ from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
+from latentdiff.training.objectives.tiny import TinyObjective, load_teacher
 from latentdiff.training.settings import AutoencoderSettings
 from latentdiff.training.trainers.latent_scale import measure_latents
 
@@ -37,23 +39,22 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     """
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
-    open_output(settings)
+    teacher = load_teacher(settings)
+    given = {} if teacher is None else {"teacher": latents_digest(teacher)}
+    open_output(settings, given)
     with processes().main_process_first():
         pictures, held_out = prepare_splits(settings, condition="none")
     set_seed(settings.seed)  # the first weights
     autoencoder = build_autoencoder(settings)
     if settings.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    adversary = discriminator = None
-    if settings.discriminator_weight > 0:
-        discriminator = PatchDiscriminator(
-            channels=settings.discriminator_channels,
-            layers=settings.discriminator_layers,
-            norm=settings.discriminator_norm,
-        )
-        adversary = DiscriminatorObjective(discriminator, settings)
-    objective = AutoencoderObjective(autoencoder, settings, discriminator)
-    run = TrainingRun(settings, objective, adversary, settings.discriminator_learning_rate)
+    discriminator = build_discriminator(settings)
+    adversary = None if discriminator is None else DiscriminatorObjective(discriminator, settings)
+    if teacher is None:
+        objective = AutoencoderObjective(autoencoder, settings, discriminator)
+    else:
+        objective = TinyObjective(autoencoder, settings, discriminator, teacher)
+    run = TrainingRun(settings, objective, adversary, settings.discriminator_learning_rate, given)
     if objective.learner is not None and spread_modules(run.objective):
         raise ValueError("FSDP cannot train a codebook; use several processes without FSDP, or kind=fsq")
     alarms = Alarms()
@@ -65,7 +66,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
             alarms.add(figures)
         if run.due(settings.sample_every):
             with run.averaged():
-                run.stopping.at_leisure(lambda: reconstructions.report(run, autoencoder))
+                run.stopping.at_leisure(lambda: reconstructions.report(run, objective.subject))
             alarms.add_validation(run.figures, adversary is not None and run.step > settings.discriminator_start)
     run.end_training()
 
@@ -73,12 +74,24 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     with run.averaged():
         autoencoder = run.whole(autoencoder)
         if run.accelerator.is_main_process:
-            measure_latents(autoencoder, pictures, settings)
+            if teacher is None:  # whose latents are scaled already
+                measure_latents(autoencoder, pictures, settings)
             autoencoder.save_pretrained(output)
             reconstructions.write(run, output)
             describe(run, settings, autoencoder_kind(settings.kind), len(pictures))
     run.finish()
     return output
+
+
+def build_discriminator(settings: AutoencoderSettings) -> PatchDiscriminator | None:
+    """A new discriminator, if the settings ask for one."""
+    if settings.discriminator_weight == 0:
+        return None
+    return PatchDiscriminator(
+        channels=settings.discriminator_channels,
+        layers=settings.discriminator_layers,
+        norm=settings.discriminator_norm,
+    )
 
 
 class Alarms:

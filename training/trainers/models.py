@@ -15,7 +15,7 @@ from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.training.batch.cache import digest
 from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
-from latentdiff.training.batch.latents import encoder_digest
+from latentdiff.training.batch.latents import latents_digest
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
@@ -46,8 +46,7 @@ class DiffusionModel(ABC):
 
     def given(self) -> dict[str, str]:
         """Digests of what is not trained, by name."""
-        encoder = digest(encoder_digest(self.codec.autoencoder), self.codec.scale, self.codec.shift)
-        return {"autoencoder": encoder, **digest_of_frozen("denoiser", self.network)}
+        return {"autoencoder": latents_digest(self.codec), **digest_of_frozen("denoiser", self.network)}
 
     @abstractmethod
     def pipeline(self) -> Any:
