@@ -100,7 +100,7 @@ def explain(error: Exception) -> tuple[str, bool]:
 
 
 def main() -> None:
-    """The ``latentdiff`` command."""
+    """The ``latentdiff`` command, but for Ctrl-C while it begins, which is `latentdiff.__main__`'s."""
     run(application())
 
 

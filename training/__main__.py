@@ -1,6 +1,15 @@
 """``python -m latentdiff.training`` and ``accelerate launch -m latentdiff.training``."""
 
-from latentdiff.cli import run
-from latentdiff.training.cli import launched
+from latentdiff.__main__ import heed_interrupts
 
-run(launched)
+
+def main() -> None:
+    heed_interrupts()
+    from latentdiff.cli import run
+    from latentdiff.training.cli import launched
+
+    run(launched)
+
+
+if __name__ == "__main__":
+    main()

@@ -98,8 +98,9 @@ def draw_many(
     with its table is an ``imagefolder`` for the `datasets` library, and data for training.
 
     Args:
-        pipeline: a `TextToImagePipeline`, on its device.
-        prompts: texts, or mappings with the keys of `prompt_files.Prompt`.
+        pipeline: on its device; one that draws from words, of classes, or without either.
+        prompts: texts, or mappings with the keys of `prompt_files.Prompt`; or classes in their place. For a pipeline
+            without either, ``Prompt(prompt="")`` for each picture.
         batch_size: prompts with equal settings that are drawn at once. It changes the last bits of pictures.
         model, model_digest: its name, and a digest that identifies it (see `interchange.fingerprint`), for the files;
             by default where the pipeline was loaded from, and a digest of the weights in memory.
@@ -121,6 +122,7 @@ def draw_many(
     digest = model_digest or digest_of_weights(pipeline)
     common = settings_of(pipeline, name, {**settings, "model_digest": digest})
     pictures = plan_pictures(prompts, common, seed)
+    folder.mkdir(parents=True, exist_ok=True)
     there, failed = look_around(folder, pictures)
     state = drawing_processes(cpu=pipeline.device.type == "cpu")
     report = Report(folder, kept=[picture.name for picture in pictures if picture.name in there], failed=failed)
@@ -138,6 +140,21 @@ def draw_many(
         left_out = {*report.failed, *report.withheld}
         write_table(folder, [picture.row() for picture in pictures if picture.name not in left_out])
     return report
+
+
+def is_drawn(
+    pipeline: Any, prompts: Iterable[Prompt], folder: Path, *, seed: int, model: str, model_digest: str, **settings: Any
+) -> bool:
+    """Whether `draw_many`, called with the same arguments, would find every picture there.
+
+    Args:
+        pipeline: may be without weights, see `outline`.
+    """
+    if not folder.is_dir():
+        return False
+    common = settings_of(pipeline, model, {**settings, "model_digest": model_digest})
+    pictures = plan_pictures(prompts, common, seed)
+    return len(look_around(folder, pictures)[0]) == len(pictures)
 
 
 # What to draw
@@ -175,7 +192,6 @@ def look_around(folder: Path, pictures: Sequence[PlannedPicture]) -> tuple[dict[
         ValueError: a file name leads out of the folder, by a link.
         FileExistsError: something there is not ours.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name in OTHER_TABLES:
         if os.path.lexists(folder / name):
             raise FileExistsError(f"{folder / name}: this folder has a table of its own; choose another folder")

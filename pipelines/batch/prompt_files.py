@@ -21,6 +21,7 @@ class Prompt(RowOptions):
     """One picture to draw, with its own options; what is None is as for all."""
 
     prompt: str
+    """Or a class, of models of classes; empty for models that draw without either."""
     seed: int | None = Field(None, ge=0, lt=2**63)
     file_name: str | None = None
     """Relative to the folder of the pictures; by default the number of the prompt, from 1."""
@@ -74,7 +75,12 @@ def csv_rows(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_row(row: Mapping[str, Any], where: str) -> Prompt:
-    """Raises ValueError for an unknown column, the nearest known one named, or a value that cannot be used."""
+    """Raises ValueError for an unknown column, the nearest known one named, or a value that cannot be used.
+
+    The column "class" is another name for "prompt".
+    """
+    if "class" in row and "prompt" not in row:
+        row = {"prompt" if key == "class" else key: value for key, value in row.items()}
     for key in row:
         if key not in COLUMNS:
             near = difflib.get_close_matches(str(key), COLUMNS, n=1)
@@ -86,6 +92,23 @@ def check_row(row: Mapping[str, Any], where: str) -> Prompt:
         return Prompt.model_validate(row)
     except ValidationError as error:
         raise ValueError(f"{where}: {first_problem(error)}") from None
+
+
+def several_of_each(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
+    """`count` pictures of each prompt in turn; where it has a seed, that and the next ones.
+
+    Raises:
+        ValueError: a prompt has a file_name, which several pictures cannot share.
+    """
+    prompts = list(prompts)
+    named = next((one.file_name for one in prompts if one.file_name is not None), None)
+    if count > 1 and named is not None:
+        raise ValueError(f"--count {count}: several pictures cannot share the file_name {named!r}; leave one out")
+    return [
+        one if one.seed is None else one.model_copy(update={"seed": one.seed + number})
+        for one in prompts
+        for number in range(count)
+    ]
 
 
 def name_files(prompts: Iterable[Prompt]) -> list[str]:

@@ -4,14 +4,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
-from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, GenerateOptions, Plain
+from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, DrawingOptions, GenerateOptions, Plain
 from latentdiff.pipelines.commands.options import (
     FAILED,
     INTERRUPTED,
@@ -91,7 +91,7 @@ def generate(
     files = files_of(target, items[0], total, drawing.candidates)
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)
-    check_words(kind, prompts, loading, source, drawing)
+    check_words(kind, prompts, source.classes, loading, drawing)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
@@ -190,12 +190,12 @@ def check_request(prompts: list[str], count: int, source: SourceOptions, drawing
 
 
 def check_words(
-    kind: str, prompts: list[str], loading: LoadingOptions, source: SourceOptions, drawing: GenerateOptions
+    kind: str, prompts: Collection[str], classes: list[str] | None, loading: LoadingOptions, drawing: DrawingOptions
 ) -> None:
     """Raises ValueError or BadParameter unless what is given, prompts, classes or neither, is what this kind takes."""
     wanted, model = find_kind(kind).conditioned_by, loading.model
     if wanted == "text":
-        if source.classes:
+        if classes:
             raise ValueError(f"--class: the model {model} draws from words and has no classes; give a PROMPT instead")
         if not prompts:
             raise typer.BadParameter('say what to draw, for instance "a red car"', param_hint="PROMPT")
@@ -203,14 +203,14 @@ def check_words(
     if prompts:
         instead = "say --class NAME" if wanted == "class" else "leave the prompt out, and say with -n how many to draw"
         raise ValueError(f"the model {model} does not draw from words; {instead}")
-    if wanted == "class" and not source.classes:
+    if wanted == "class" and not classes:
         raise ValueError(f"the model {model} draws pictures of classes; say of which: --class NAME")
-    if wanted == "none" and source.classes:
+    if wanted == "none" and classes:
         raise ValueError(f"--class: the model {model} was trained without classes; leave it out")
     words: dict[str, Any] = {
         "--lora": loading.lora,
         "--embedding": loading.embedding,
-        "--candidates": drawing.candidates,
+        "--candidates": getattr(drawing, "candidates", None),
     }
     words |= {"--negative-prompt": drawing.negative_prompt, "--prompt-weights": drawing.prompt_weights or None}
     for name in [name for name, value in words.items() if value is not None]:

@@ -9,52 +9,69 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
+from latentdiff.pipelines.commands.generate import check_words
 from latentdiff.pipelines.commands.options import (
     FAILED,
     INTERRUPTED,
     Device,
     LoadingOptions,
+    be_quiet,
     find_place,
     grouped,
     load_pipeline,
     pick_device,
 )
-from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.registry import Kind, kind_in
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.batch.many import Report
+    from latentdiff.pipelines.batch.prompt_files import Prompt
 
 SHOWN = 20  # failures
 
 
 @grouped
 def many(
-    prompts: Annotated[
-        Path, typer.Argument(help="A .txt with one prompt a line, or a .jsonl or .csv with a column 'prompt'.")
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and their metadata.jsonl.")],
     loading: LoadingOptions,
     drawing: DrawingOptions,
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .txt with a prompt or class a line, or a .jsonl or .csv with a column 'prompt' or 'class'."
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Class to draw, in place of a file; may be repeated."),
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="Pictures of each prompt or class; or in all.")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn with SEED + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; takes memory.")] = BATCH,
 ) -> None:
-    """Draw many prompts into a folder.
+    """Draw many prompts into a folder; or many pictures of classes, or of whatever a model without text was trained on.
 
     latentdiff many prompts.txt -o pictures
 
     accelerate launch -m latentdiff many prompts.txt -o pictures
 
+    latentdiff many --model runs/birds --class owl --class robin -n 500 -o owls
+
     A table's columns: prompt, seed, negative_prompt, guidance_scale, num_inference_steps, height, width, file_name.
 
     Repeat the command to go on where it stopped: what is missing, or was drawn with other settings, is drawn.
     """
-    from latentdiff.pipelines.batch.prompt_files import name_files, read_prompts
+    from latentdiff.pipelines.batch.prompt_files import name_files, read_prompts, several_of_each
 
-    rows = read_prompts(prompts)
-    name_files(rows)
+    rows = None if prompts is None else read_prompts(prompts)
     model, variant = loading.model, loading.variant
     place = find_place(model, variant)
+    kind = kind_in(place, textless=True)
+    rows = several_of_each(check_rows(kind, rows, classes, loading, drawing), count)
+    name_files(rows)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
@@ -67,31 +84,78 @@ def many(
     pick_device(loading.device)  # a wrong one is named before processes are connected
     state = drawing_processes(cpu=loading.device is Device.cpu)
     own = None if state is None else str(state.device)
-    kind = kind_in(place).name
-    pipeline: Any = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, own, variant)
-    pipeline.set_progress_bar_config(disable=True)
     adapters = loading.adapters()
-    load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
     with Watch(output) as watch:
-        report = draw_many(
-            pipeline,
-            rows,
-            output,
-            seed=seed,
-            batch_size=batch_size,
-            model=model,
-            model_digest=digest.result(),
-            variant=variant,
-            progress=watch,
-            **vars(drawing),
-            **adapters,
-        )
+        named = {"model": model, "model_digest": digest.result(), "variant": variant}
+        options = {"seed": seed, **named, **vars(drawing), **adapters}
+        pipeline = finished_outline(place, kind, loading, rows, output, options)
+        if pipeline is None:
+            where = (place, loading.device, loading.precision, loading.scheduler, kind.name, own, variant)
+            pipeline = load_pipeline(*where)
+            pipeline.set_progress_bar_config(disable=True)
+            if kind.conditioned_by == "class":
+                pipeline.label_numbers([row.prompt for row in rows])  # none may be unknown
+            load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
+        report = draw_many(pipeline, rows, output, batch_size=batch_size, progress=watch, **options)
     if state is not None:
         state.destroy_process_group()
     if state is None or state.is_main_process:
         print_report(report, time.perf_counter() - started)
     if report.failed:
         raise typer.Exit(FAILED)
+
+
+def check_rows(
+    kind: Kind,
+    rows: "list[Prompt] | None",
+    classes: list[str] | None,
+    loading: LoadingOptions,
+    drawing: DrawingOptions,
+) -> "list[Prompt]":
+    """What to draw, once: the rows of a file, or classes, or whatever the model draws.
+
+    Raises:
+        ValueError, BadParameter: this kind of model draws from something else.
+    """
+    from latentdiff.pipelines.batch.prompt_files import Prompt
+
+    if rows is not None and classes:
+        raise ValueError("--class and a file of prompts: give one of the two")
+    if kind.conditioned_by not in ("class", "none"):
+        if rows is None:
+            raise typer.BadParameter("give a file of prompts, .txt, .jsonl or .csv", param_hint="PROMPTS")
+        return rows
+    if rows is not None and kind.conditioned_by == "none":
+        raise ValueError(
+            f"the model {loading.model} does not draw from words; leave the file out, and say with -n how many to draw"
+        )
+    check_words(kind.name, [], classes or [row.prompt for row in rows or ()], loading, drawing)
+    return [Prompt(prompt=name) for name in classes or [""]] if rows is None else rows
+
+
+def finished_outline(
+    place: Path, kind: Kind, loading: LoadingOptions, rows: "list[Prompt]", output: Path, options: dict[str, Any]
+) -> Any:
+    """The pipeline without its weights, if there is nothing left to draw with it; else None.
+
+    options: of `draw_many`.
+    """
+    if place.is_file() or not output.is_dir():
+        return None
+    import torch
+
+    from latentdiff.pipelines.batch.many import is_drawn
+    from latentdiff.pipelines.batch.outline import outline
+    from latentdiff.pipelines.core.scheduler_names import change_scheduler
+
+    be_quiet()
+    try:
+        pipeline = outline(place, kind, getattr(torch, loading.precision.value))
+        if loading.scheduler is not None:
+            pipeline.scheduler = change_scheduler(pipeline.scheduler, loading.scheduler)
+    except (OSError, ValueError, TypeError, NotImplementedError, RuntimeError):
+        return None  # the pipeline itself, when it is loaded, says what is wrong
+    return pipeline if is_drawn(pipeline, rows, output, **options) else None
 
 
 class Watch:

@@ -15,6 +15,7 @@ from lives import free_port
 from latentdiff.interchange.fingerprint import model_digest
 from latentdiff.interchange.png import read_settings
 from latentdiff.pipelines.batch import many
+from latentdiff.pipelines.commands import many as commands
 
 Run = Callable[..., int]
 
@@ -36,6 +37,46 @@ def test_a_file_to_a_folder(model: str, run: Run, capsys: pytest.CaptureFixture[
     assert "out: 0 drawn, 5 there already" in capsys.readouterr().out
     assert run("replay", "out/cups/3.png") == 0
     assert len(Path("out/metadata.jsonl").read_text().splitlines()) == 5
+
+
+def test_nothing_left_to_draw_loads_no_weights(
+    model: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_prompts(2)
+    common = ["many", "prompts.jsonl", "-o", "out", "--model", model, "--guidance", "2", "--scheduler", "euler"]
+    loaded, load = [], commands.load_pipeline
+
+    def counted(*arguments: Any) -> Any:
+        loaded.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(commands, "load_pipeline", counted)
+    assert run(*common, "--steps", "2") == run(*common, "--steps", "2") == 0
+    assert len(loaded) == 1
+    assert "out: 0 drawn, 2 there already" in capsys.readouterr().out
+    for change in (["--steps", "3"], ["--steps", "3", "--precision", "bfloat16"], []):  # without: the model's own
+        assert run(*common, *change) == run(*common, *change) == 0
+        assert "out: 2 drawn, 0 there already" in capsys.readouterr().out
+    assert len(loaded) == 4
+    Path("out/cups/1.png").unlink()
+    assert run(*common) == 0
+    assert len(loaded) == 5
+
+
+def test_several_of_each(model: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.csv").write_text("prompt,seed\na cup,\na hat,70\n")
+    assert run("many", "prompts.csv", "-o", "out", "--model", model, "--steps", "2", "-n", "2", "--seed", "5") == 0
+    rows = [json.loads(line) for line in Path("out/metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"], row["seed"]) for row in rows] == [
+        ("000001.png", "a cup", 5),
+        ("000002.png", "a cup", 6),
+        ("000003.png", "a hat", 70),
+        ("000004.png", "a hat", 71),
+    ]
+    write_prompts(1)
+    assert run("many", "prompts.jsonl", "-o", "other", "--model", model, "-n", "2") == 2
+    assert "--count 2: several pictures cannot share the file_name 'cups/0.png'" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def test_failures_are_told_at_the_end(model: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +115,9 @@ def test_mistakes(model: str, run: Run, capsys: pytest.CaptureFixture[str]) -> N
         (["bad.jsonl", "-o", "out"], "leaves the folder"),
         (["good.txt", "-o", "out", "--scheduler", "magic"], "unknown scheduler 'magic'"),
         (["good.txt", "-o", "good.txt"], "good.txt"),
+        (["good.txt", "-o", "out", "--class", "cat"], "give one of the two"),
+        (["-o", "out", "-n", "3"], "give a file of prompts"),
+        (["-o", "out", "--class", "cat"], "give a file of prompts"),
     ):
         assert run("many", *arguments, "--model", model) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """``latentdiff generate`` and ``replay`` with models that draw without text."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,52 @@ def test_nothing_to_be_drawn_of(models: Path, run: Run) -> None:
     mixed = {"seed": [1] * 3, "variation_seed": [4, 5, 6], "variation_strength": 0.1}
     assert same("picture.png", image_grid(pipeline(3, num_inference_steps=2, **mixed).images, 2))
     assert run("replay", "picture.png") == run("replay", "strip.png") == 0
+
+
+def test_many_of_classes(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", models / "classes", "--steps", "2", "--guidance", "2", "--seed", "3"]
+    assert run("many", "--class", "hound", "--class", "bird", "-n", "2", "-o", "a", *options) == 0
+    pipeline = ClassConditionalPipeline.from_pretrained(models / "classes")
+    drawn = pipeline([1, 1, 2, 2], seed=3, num_inference_steps=2, guidance_scale=2).images
+    assert all(same(f"a/{i + 1:06d}.png", image) for i, image in enumerate(drawn))
+    assert [json.loads(line)["text"] for line in Path("a/metadata.jsonl").read_text().splitlines()] == ["hound"] * 2 + [
+        "bird"
+    ] * 2
+    Path("kinds.csv").write_text("class,seed\ncat,1\n2,2\n")
+    assert run("many", "kinds.csv", "-o", "b", *options) == 0
+    (bird,) = pipeline("bird", seed=2, num_inference_steps=2, guidance_scale=2).images
+    assert read_record(Path("b/000002.png"))[1].prompts == ["2"]
+    with Image.open("b/000002.png") as opened:  # drawn in another batch
+        assert abs(np.asarray(opened, dtype=int) - np.asarray(bird, dtype=int)).max() <= 1
+    assert run("replay", "a/000003.png") == 0
+    assert run("many", "kinds.csv", "-o", "b", *options) == 0
+    assert "b: 0 drawn, 2 there already" in capsys.readouterr().out
+
+
+def test_many_of_anything(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", models / "any", "--steps", "2", "--batch-size", "2"]
+    assert run("many", "-n", "3", "-o", "a", *options) == 0
+    pipeline = UnconditionalPipeline.from_pretrained(models / "any")
+    first, _ = pipeline(2, num_inference_steps=2, seed=[0, 1]).images
+    assert same("a/000001.png", first)
+    assert run("many", "-n", "5", "-o", "a", *options) == 0
+    assert "a: 2 drawn, 3 there already" in capsys.readouterr().out
+    assert run("many", "-n", "5", "-o", "a", *options) == 0
+    assert "a: 0 drawn, 5 there already" in capsys.readouterr().out
+
+
+def test_mistakes_of_many(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("kinds.txt").write_text("cat\ncow\n")
+    for model, arguments, message in (
+        ("classes", ["kinds.txt"], "there is no class 'cow'; there are cat, dog, hound, bird"),
+        ("classes", ["-n", "3"], "say of which: --class NAME"),
+        ("classes", ["--class", "cat", "--negative-prompt", "dog"], "--negative-prompt: the model"),
+        ("any", ["kinds.txt"], "does not draw from words; leave the file out, and say with -n how many"),
+        ("any", ["--class", "cat"], "was trained without classes; leave it out"),
+    ):
+        assert run("many", *arguments, "--model", models / model, "--steps", "2", "-o", "out") == 2
+        assert message in capsys.readouterr().err
+        assert not Path("out").exists()
 
 
 MISTAKES: list[tuple[str, list[str], str]] = [
