@@ -130,7 +130,7 @@ def check_rows(
             f"the model {loading.model} does not draw from words; leave the file out, and say with -n how many to draw"
         )
     check_words(kind.name, [], classes or [row.prompt for row in rows or ()], loading, drawing)
-    return [Prompt(prompt=name) for name in classes or [""]] if rows is None else rows
+    return [Prompt.model_validate({"prompt": name}) for name in classes or [""]] if rows is None else rows
 
 
 def finished_outline(
