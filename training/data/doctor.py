@@ -13,9 +13,9 @@ from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
 from latentdiff.training.data.captions import MANY_WORDS, shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.duplicates import near_groups
-from latentdiff.training.data.load import read_source
+from latentdiff.training.data.load import hold_out, read_source
 from latentdiff.training.data.pictures import CaptionedPicture
-from latentdiff.training.data.source import Finding, NoPicturesError, Source, Wanted, normal
+from latentdiff.training.data.source import TRAIN, Finding, NoPicturesError, Source, Wanted, normal
 from latentdiff.training.data.survey import (
     NAMED,
     Entry,
@@ -26,7 +26,8 @@ from latentdiff.training.data.survey import (
     write_manifest,
 )
 from latentdiff.training.data.tables import read_rows
-from latentdiff.training.settings import DoctorSettings
+from latentdiff.training.settings import Condition, DoctorSettings
+from latentdiff.training.settings.run import HELD_OUT_SHARE
 
 ENORMOUS = 25_000_000  # pixels: takes long to read each time
 CUT_AWAY = 1 / 3 + 1e-6  # of a picture, by cropping
@@ -42,6 +43,7 @@ class DataReport:
         refused: named within the source.
         tokens: length of a caption in tokens, and the most that the text encoder reads.
         advice: what to do about those that cannot be used.
+        splits: how many are trained on and measured on.
     """
 
     pictures: list[CaptionedPicture]
@@ -52,6 +54,7 @@ class DataReport:
     step: int = 8
     tokens: Tokens | None = None
     advice: list[str] = field(default_factory=list)
+    splits: str | None = None
     exact: list[list[int]] = field(init=False)
     near: list[list[int]] = field(init=False)
 
@@ -72,6 +75,8 @@ class DataReport:
         """The report, as people read it."""
         total = len(self.entries) + len(self.refused)
         yield f"{_many(total, 'picture')}: {len(self.entries)} can be used, {len(self.refused)} cannot."
+        if self.entries and self.splits is not None:
+            yield self.splits
         for title, findings in (("Cannot be used", self.refused), ("Worth a look", self.warnings)):
             named = [f"{_name(f.name)}: {shorten(f.reason, 500)}" for f in findings]
             yield from _section(["", f"{title} ({len(findings)}):"], named, indent=2)
@@ -198,7 +203,7 @@ def examine_source(
             known = read_manifest(manifest)
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}; it is not overwritten. Name another file for the manifest") from None
-    source = _both_splits(settings)
+    source, of_validation = _both_splits(settings)
     if settings.manifest is not None:
         leave_out(source, read_manifest(Path(settings.manifest).expanduser()))
     entries = survey(source.pictures, [source.key(picture.name) for picture in source.pictures], known)
@@ -210,6 +215,8 @@ def examine_source(
     warnings += _unlisted(source)
     report = DataReport(good, usable, refused, warnings, settings.resolution, step, tokens)
     report.advice = advice(source.refused)
+    if settings.split == TRAIN:
+        report.splits = _splits(good, of_validation, settings.condition)
     if manifest is not None:
         rows = _choices(entries, known, report, drop_duplicates)
         rows += [Entry(source.key(f.name), reason=f.reason, use=False) for f in source.refused]
@@ -217,19 +224,36 @@ def examine_source(
     return report
 
 
-def _both_splits(settings: DoctorSettings) -> Source:
+def _both_splits(settings: DoctorSettings) -> tuple[Source, set[str]]:
+    """What training uses, and the names of pictures among it that are of the split "validation" alone."""
     source = read_source(settings.data, Wanted.of(settings, condition=settings.condition))
-    if settings.split == "train":
-        try:
-            held_out = read_source(settings.data, Wanted.of(settings, "validation", condition=settings.condition))
-        except NoPicturesError:
-            return source
-        listed = {picture.name for picture in source.pictures}
-        source.pictures += [picture for picture in held_out.pictures if picture.name not in listed]
-        source.refused += [finding for finding in held_out.refused if finding not in source.refused]
-        source.tables = list(dict.fromkeys([*source.tables, *held_out.tables]))
-        source.warnings += [finding for finding in held_out.warnings if finding not in source.warnings]
-    return source
+    if settings.split != TRAIN:
+        return source, set()
+    try:
+        held_out = read_source(settings.data, Wanted.of(settings, "validation", condition=settings.condition))
+    except NoPicturesError:
+        return source, set()
+    listed = {picture.name for picture in source.pictures}
+    further = [picture for picture in held_out.pictures if picture.name not in listed]
+    source.pictures += further
+    source.refused += [finding for finding in held_out.refused if finding not in source.refused]
+    source.tables = list(dict.fromkeys([*source.tables, *held_out.tables]))
+    source.warnings += [finding for finding in held_out.warnings if finding not in source.warnings]
+    return source, {picture.name for picture in further}
+
+
+def _splits(pictures: Sequence[CaptionedPicture], of_validation: set[str], condition: Condition) -> str:
+    """How many are trained on and measured on, as `load.prepare_splits` parts them."""
+    rest = [picture for picture in pictures if picture.name not in of_validation]
+    seen = {picture.digest for picture in rest}
+    held_out = [picture for picture in pictures if picture.name in of_validation and picture.digest not in seen]
+    how = "of the split 'validation'"
+    if not held_out:
+        rest, held_out = hold_out(rest, HELD_OUT_SHARE, condition)
+        how = "chosen by their content, for none is of a split 'validation'"
+    if not held_out:
+        return f"Training takes all {len(rest)} and measures on none: there is no split 'validation'."
+    return f"Training takes {len(rest)} and measures on {len(held_out)}, {how}."
 
 
 def _unlisted(source: Source) -> list[Finding]:

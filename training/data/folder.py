@@ -20,7 +20,7 @@ from latentdiff.training.data.source import (
     normal,
     same_split,
 )
-from latentdiff.training.data.tables import METADATA, Listing, metadata_of
+from latentdiff.training.data.tables import METADATA, Listing
 
 DEEPEST = 100  # folders within folders
 Splits = dict[Path, str]  # folders or files, and which split they are
@@ -98,9 +98,7 @@ class _FolderReader:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             return self.source.refuse(str(folder), f"cannot be read ({error.strerror})")
-        table = metadata_of(folder)
-        if table is not None:
-            self.listing.read(table)
+        table = self.listing.read_any(folder)
         listed = listed or table is not None
         alike: dict[str, list[str]] = defaultdict(list)  # files that differ in their suffix only
         for entry in entries if not listed else ():

@@ -115,7 +115,7 @@ def _read_folder(folder: Path, wanted: Wanted) -> Source:
 
 def _holds_dataset(folder: Path) -> bool:
     """Whether there are files with pictures in them that the `datasets` library reads."""
-    return any(True for suffix in ("parquet", "arrow") for _ in folder.rglob(f"*.{suffix}"))
+    return any(path.is_file() for suffix in ("parquet", "arrow") for path in folder.rglob(f"*.{suffix}"))
 
 
 def prepare_splits(

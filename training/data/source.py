@@ -5,6 +5,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,7 +14,8 @@ from latentdiff.training.data.captions import check_captions, shorten
 from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.settings import Condition, DataSettings
 
-Names = dict[Path, dict[str, str]]  # of folders: what files are called there, by what `normal` makes of it
+Names = dict[tuple[Path, bool], dict[str, str]]
+"""Of folders: what files are called there, by what `normal` makes of it, or that in small letters."""
 CAPTION_SUFFIXES = (".txt", ".caption")
 NO_CAPTION = "no caption"  # what the reason begins with where one is missing
 TRAIN = "train"  # the split of whatever names none
@@ -154,11 +156,11 @@ def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names |
     Raises:
         ValueError: it leaves these folders, is no file, or cannot be a path.
     """
-    shown = shorten(repr(file_name), 200)
+    shown, names = shorten(repr(file_name), 200), {} if names is None else names
     path = os.path.normpath(os.path.join(folder, file_name))
     try:
         if not os.path.lexists(path):
-            path = str(_written_otherwise(folder, file_name, {} if names is None else names) or path)
+            path = str(_written_otherwise(folder, file_name, names) or path)
         real = os.path.realpath(path, strict=True)
         if not _is_below(real, allowed):
             raise ValueError(f"{shown} leaves the folder {allowed[0]}; picture_folder=FOLDER allows another one")
@@ -168,11 +170,12 @@ def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names |
             raise ValueError(f"{shown} leaves the folder {allowed[0]}") from None
         if getattr(error, "errno", None) == errno.ELOOP:
             raise ValueError(f"{shown}: links that lead in a circle") from None
-        parent, name = os.path.split(path)
-        there = (names or {}).get(Path(parent), {}).values()
-        alike = [f"; there is {shorten(one)}" for one in there if one.casefold() == name.casefold()]
+        alike = None
+        with suppress(OSError):
+            alike = _written_otherwise(folder, file_name, names, any_case=True)
+        hint = "" if alike is None else f"; there is {shorten(os.path.relpath(alike, folder))}, and upper case counts"
         reason = getattr(error, "strerror", None) or "not a path"
-        raise ValueError(f"no such file: {shorten(path, 200)} ({reason}){''.join(alike[:1])}") from None
+        raise ValueError(f"no such file: {shorten(path, 200)} ({reason}){hint}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
     return Path(path)
@@ -182,16 +185,21 @@ def _is_below(path: str, folders: Sequence[Path]) -> bool:
     return any(path == str(folder) or path.startswith(os.path.join(folder, "")) for folder in folders)
 
 
-def _written_otherwise(folder: Path, file_name: str, names: Names) -> Path | None:
+def _written_otherwise(folder: Path, file_name: str, names: Names, any_case: bool = False) -> Path | None:
     for part in PurePath(file_name.replace("\\", "/")).parts:
         if part != ".." and not os.path.lexists(folder / part):
-            if folder not in names:
-                names[folder] = {normal(name): name for name in os.listdir(folder)}
-            if normal(part) not in names[folder]:
+            alike = names.setdefault((folder, any_case), {})
+            if not alike:
+                alike.update({_key(name, any_case): name for name in os.listdir(folder)})
+            if _key(part, any_case) not in alike:
                 return None
-            part = names[folder][normal(part)]
+            part = alike[_key(part, any_case)]
         folder = folder / part
     return Path(os.path.normpath(folder))
+
+
+def _key(name: str, any_case: bool) -> str:
+    return normal(name).casefold() if any_case else normal(name)
 
 
 def normal(name: str) -> str:

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The metadata file of `folder`."""
+    """The metadata file of `folder`; what is called so and is no regular file is none."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
@@ -37,6 +38,17 @@ class Listing:
         self.allowed = wanted.allowed(root)
         self.places: dict[str, int] = {}  # name of a picture: its place in the source
         self.names: Names = {}
+
+    def read_any(self, folder: Path) -> Path | None:
+        """Add the pictures that the metadata file of `folder` lists, if it has one, and return that."""
+        for path in (folder / name for name in METADATA):
+            if os.path.lexists(path) and not path.is_file():
+                what = "a folder" if path.is_dir() else "a pipe or device" if path.exists() else "a link to nothing"
+                self.source.warn(str(path), f"is not read: it is {what}, not a file")
+        table = metadata_of(folder)
+        if table is not None:
+            self.read(table)
+        return table
 
     def read(self, file: Path) -> None:
         """Add the pictures that a metadata file lists.

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from latentdiff.training.commands.doctor import doctor
-from latentdiff.training.data import prepare_pictures
+from latentdiff.training.data import prepare_pictures, prepare_splits
 from latentdiff.training.settings import AutoencoderSettings
 
 app = typer.Typer()
@@ -107,9 +107,43 @@ def test_both_splits_and_what_no_table_lists(pictures: Path) -> None:
     result = run(pictures)
     assert result.exit_code == 0
     assert "12 pictures: 12 can be used" in result.output
+    assert "Training takes 10 and measures on 2, of the split 'validation'." in result.output
     assert "unlisted.png: is in the folder, but not in metadata.jsonl" in result.output
     assert "12 with a side below resolution=64 will be enlarged" in result.output
     assert "2 pictures: 2 can be used" in run(pictures, "split=validation").output
+
+
+def test_how_many_are_measured_on(tmp_path: Path) -> None:
+    for i in range(60):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    said = run(tmp_path, "condition=none").output
+    settings = AutoencoderSettings(data=str(tmp_path), output=str(tmp_path / "out"))
+    train, held_out = prepare_splits(settings, "none")
+    assert 0 < len(held_out) < 10
+    assert f"Training takes {len(train)} and measures on {len(held_out)}, chosen by their content" in said
+    for i in range(30):
+        (tmp_path / f"{i}.png").unlink()
+    said = run(tmp_path, "condition=none").output
+    assert "Training takes all 30 and measures on none: there is no split 'validation'." in said
+    assert "measures on" not in run(tmp_path, "condition=none", "split=all").output
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_tables_that_are_no_files(tmp_path: Path) -> None:
+    for name in ("pipe", "device", "nothing", "folder"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "1.txt").write_text("a cup")
+    os.mkfifo(tmp_path / "pipe" / "metadata.jsonl")
+    (tmp_path / "device" / "metadata.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "nothing" / "metadata.csv").symlink_to("not-there.csv")
+    (tmp_path / "folder" / "metadata.parquet").mkdir()
+    said = run(tmp_path).output
+    assert "pipe/metadata.jsonl: is not read: it is a pipe or device, not a file" in said
+    assert "device/metadata.jsonl: is not read: it is a pipe or device, not a file" in said
+    assert "nothing/metadata.csv: is not read: it is a link to nothing, not a file" in said
+    assert "folder/metadata.parquet: is not read: it is a folder, not a file" in said
+    assert "4 pictures: 4 can be used" in said
 
 
 def test_tokens_are_counted_as_a_model_does(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

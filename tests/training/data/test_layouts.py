@@ -243,14 +243,19 @@ def test_backslashes_and_accents(tmp_path: Path) -> None:
     table(
         tmp_path / "metadata.jsonl",
         *("images\\1.png", f"one/{decomposed}", f"two/{composed}", "a\\b.png", "images\\sub/2.png", "images\\9.png"),
-        "images/1.PNG",
+        *("images/1.PNG", "IMAGES\\SUB\\2.PNG", "images/1.png/2.png"),
     )
     found = read(tmp_path)
     assert [found.key(p.name) for p in found.pictures] == [
         *("images/1.png", f"one/{composed}", f"two/{decomposed}", "a\\b.png", "images/sub/2.png")
     ]
     assert "no such file" in found.refused[0].reason
-    assert found.refused[1].reason.endswith("images/1.PNG (No such file or directory); there is 1.png")
+    hints = [finding.reason.partition(" (No such file or directory)")[2] for finding in found.refused[:3]]
+    assert hints == [
+        "",
+        "; there is images/1.png, and upper case counts",
+        "; there is images/sub/2.png, and upper case counts",
+    ]
     assert not [f for f in examine_source(DoctorSettings(data=str(tmp_path))).warnings if "not in" in f.reason]
 
 
