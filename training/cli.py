@@ -7,7 +7,7 @@ from latentdiff.training.commands.caption import caption
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.commands.evaluate import evaluate, likelihood
 from latentdiff.training.commands.settings import settings
-from latentdiff.training.commands.train import autoencoder, classifier, denoiser, finetune
+from latentdiff.training.commands.train import autoencoder, classifier, denoiser, distill, finetune
 
 AGAIN = "Repeat a command to go on where it stopped."
 
@@ -17,12 +17,12 @@ train.command()(denoiser)
 train.command()(classifier)
 
 launched = typer.Typer(name="latentdiff.training", no_args_is_help=True, help=f"Training, on several devices. {AGAIN}")
-for command in (autoencoder, denoiser, classifier, finetune):
+for command in (autoencoder, denoiser, classifier, finetune, distill):
     launched.command()(command)
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of training and measuring to the program's own."""
     app.add_typer(train, name="train")
-    for command in (finetune, settings, caption, doctor, cache, evaluate, likelihood):
+    for command in (finetune, distill, settings, caption, doctor, cache, evaluate, likelihood):
         app.command()(command)

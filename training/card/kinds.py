@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AUTOENCODERS = {
     **{"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"},
@@ -102,6 +102,18 @@ def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = 
     usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')
     name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
     return ModelKind(name, "text-to-image", usage, lora)
+
+
+def distilled_kind(
+    sample_prompts: Sequence[str], method: str, steps: int, guidance_scale: float, lora: bool = False
+) -> ModelKind:
+    """steps, guidance_scale: which diffusers must be told; our pipelines know them from the folder."""
+    kind = text_to_image_kind(sample_prompts, lora=lora)
+    call = f", num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0]"
+    before, found, after = kind.usage.rpartition(").images[0]")
+    assert found
+    name = f"text-to-image pipeline, distilled to {steps} steps ({method})"
+    return replace(kind, name=name, usage=f"{before}{call}{after}")
 
 
 def class_conditional_kind(classes: Sequence[str], classifier: bool = False) -> ModelKind:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-Kind = StrEnum("Kind", ["autoencoder", "denoiser", "classifier", "finetune", "doctor"])
+Kind = StrEnum("Kind", ["autoencoder", "denoiser", "classifier", "finetune", "distill", "doctor"])
 
 
 def settings(
@@ -18,7 +18,8 @@ def settings(
     from latentdiff.training import settings as kinds
     from latentdiff.training.settings.describe import as_yaml
 
-    kind = getattr(kinds, f"{command.value.capitalize()}Settings")
+    stem = "Distillation" if command is Kind.distill else command.value.capitalize()
+    kind = getattr(kinds, f"{stem}Settings")
     of_train = command in (Kind.autoencoder, Kind.denoiser, Kind.classifier)
     name = f"train {command.value}" if of_train else command.value
     typer.echo(as_yaml(kind, f"Settings of 'latentdiff {name}', with their defaults."), nl=False)

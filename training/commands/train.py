@@ -1,4 +1,4 @@
-"""``latentdiff train autoencoder``, ``train denoiser``, ``train classifier``, and ``latentdiff finetune``."""
+"""``latentdiff train``'s commands, ``latentdiff finetune`` and ``latentdiff distill``."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -103,5 +103,34 @@ def finetune(
     settings = load_settings(FinetuneSettings, config, overrides, data=data, output=output, model=model, method=chosen)
     show_progress()
     from latentdiff.training.trainers.finetune import finetune as train
+
+    announce("pipeline", train(settings), settings.max_steps)
+
+
+def distill(
+    data: Data = None,
+    output: Output = None,
+    model: Annotated[
+        str | None, typer.Option(help="The teacher: a packaged model, a pipeline folder, or owner/name.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="In place of data: a file of prompts, of which the teacher draws the pictures.")
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a model that draws in few steps of one that takes many; OUTPUT becomes a pipeline folder that draws.
+
+    latentdiff distill --model runs/mine --data pictures --output runs/fast method=lcm few_steps=4
+
+    Repeat the command to go on where it stopped. 'latentdiff settings distill' shows every setting.
+    """
+    from latentdiff.training.settings import DistillationSettings
+
+    settings = load_settings(
+        DistillationSettings, config, overrides, data=data, output=output, model=model, prompts=prompts
+    )
+    show_progress()
+    from latentdiff.training.trainers.distill import distill as train
 
     announce("pipeline", train(settings), settings.max_steps)

@@ -3,21 +3,25 @@
 from latentdiff.training.settings.autoencoder import AutoencoderSettings
 from latentdiff.training.settings.base import Settings
 from latentdiff.training.settings.diffusion import (
+    AdaptedSettings,
     ClassifierSettings,
     DenoiserSettings,
     DiffusionSettings,
     FinetuneSettings,
 )
+from latentdiff.training.settings.distillation import DistillationSettings
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings
 from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, RunSettings
 
 __all__ = [
+    "AdaptedSettings",
     "AutoencoderSettings",
     "ClassifierSettings",
     "Condition",
     "DataSettings",
     "DenoiserSettings",
     "DiffusionSettings",
+    "DistillationSettings",
     "DoctorSettings",
     "EvaluationSettings",
     "FinetuneSettings",

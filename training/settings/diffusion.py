@@ -166,7 +166,24 @@ def follow_channels(settings: DenoiserSettings | ClassifierSettings) -> None:
         raise ValueError("attention_levels and block_out_channels must have the same length")
 
 
-class FinetuneSettings(DiffusionSettings):
+class AdaptedSettings(DiffusionSettings):
+    """What fine-tuning and distillation share, which start from a finished model."""
+
+    model: str
+    method: str
+    resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
+    warmup_steps: int = Field(0, ge=0)
+    sample_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    lora_rank: int = Field(0, ge=0, description="of a LoRA that is trained in place of the weights; 0: none")
+    lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
+    lora_targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+        description="layers of the UNet's blocks; the first four alone, as is usual, learn colours better than shapes",
+    )
+
+
+class FinetuneSettings(AdaptedSettings):
     """Settings of ``latentdiff finetune``."""
 
     fixed: ClassVar[tuple[str, ...]] = (
@@ -178,7 +195,6 @@ class FinetuneSettings(DiffusionSettings):
     method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field(
         "lora", description="what is trained: all of the UNet, a LoRA, one subject, or a new word"
     )
-    resolution: int = Field(0, ge=0, le=16_384, description="0: the model's own")
     batch_size: int = Field(4, ge=1)
     max_steps: int = Field(400, ge=1)
     learning_rate: float = Field(
@@ -186,16 +202,8 @@ class FinetuneSettings(DiffusionSettings):
         gt=0,
         description="default by method: full 1e-5, dreambooth 5e-6, textual-inversion 5e-3, a LoRA 1e-3",
     )
-    warmup_steps: int = Field(0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    sample_every: int = Field(100, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
     lora_rank: int = Field(0, ge=0, description="0: 16 for method=lora, and no LoRA with dreambooth")
-    lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
-    lora_targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
-        description="layers of the UNet's blocks; the first four alone, as is usual, learn colours better than shapes",
-    )
     train_text_encoder: bool = Field(False, description="train the text encoder too, by the same method")
     class_prompt: str | None = Field(None, description="dreambooth: what the subject is one of, such as 'a dog'")
     class_pictures: int = Field(100, ge=1, description="dreambooth: how many pictures of the class to draw and keep")

@@ -74,7 +74,9 @@ def train_diffusion(
     step = factor * model.network.downscale_factor if settings.buckets else factor
     run = TrainingRun(settings, objective, given=model.given())
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
-        raise ValueError("under FSDP only a whole UNet can be trained, no LoRA and no text encoder; use DDP")
+        raise ValueError(
+            "under FSDP only a whole UNet can be trained: no LoRA, no text encoder, and no distillation; use DDP"
+        )
     if run.step == 0 and run.accelerator.is_main_process and not model.codec.is_identity:
         show_suitability(run, settings, model.codec, data.pictures)
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
@@ -128,10 +130,11 @@ def show_suitability(
 
 
 def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:
-    """Whether all of the network is trained, and nothing else."""
+    """Whether all of the network is trained, and there is nothing else."""
     own = {id(parameter) for parameter in network.parameters()}
-    trained = {id(parameter) for parameter in objective.parameters() if parameter.requires_grad}
-    return trained == own
+    return own == {id(parameter) for parameter in objective.parameters()} and all(
+        parameter.requires_grad for parameter in network.parameters()
+    )
 
 
 def chosen_captions(run: TrainingRun, pictures: Sequence[CaptionedPicture]) -> list[str]:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import freeze, without_dropout
 from latentdiff.training.objectives.diffusion import DenoiserObjective
-from latentdiff.training.settings import FinetuneSettings
+from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
-from latentdiff.training.trainers.lora import add_lora, lora_rank, merge_lora, save_lora
+from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge
 from latentdiff.training.trainers.models import TextModel
 from latentdiff.training.trainers.textual_inversion import Expand, add_word, check_captions, save_word, settle
 
@@ -103,7 +104,7 @@ def check_method(settings: FinetuneSettings) -> None:
             raise ValueError(f"{key} does nothing with method={settings.method}; it is for {', '.join(methods)}")
 
 
-def check_output(settings: FinetuneSettings) -> None:
+def check_output(settings: AdaptedSettings) -> None:
     """Raises ValueError if the output folder holds a model that is not of this command."""
     output, model = Path(settings.output), find_model(settings.model)
     if model is not None and output.exists() and output.resolve() == model.resolve():
@@ -138,8 +139,34 @@ def is_distilled(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> b
 
     The loss teaches a UNet to draw in many steps with guidance. A new word leaves the UNet as it is.
     """
+    return draws_in_few_steps(pipeline) and settings.method != "textual-inversion"
+
+
+def draws_in_few_steps(pipeline: TextToImagePipeline) -> bool:
+    """Whether a model was distilled: it draws in few steps without guidance by default."""
     steps, guidance_scale = (pipeline.defaults[name] for name in ("num_inference_steps", "guidance_scale"))
-    return guidance_scale <= 1 and steps <= FEW_STEPS and settings.method != "textual-inversion"
+    return guidance_scale <= 1 and steps <= FEW_STEPS
+
+
+def own_resolution(settings: AdaptedSettings, pipeline: TextToImagePipeline) -> int:
+    """The resolution of the settings, or the model's own where they leave it open.
+
+    Raises:
+        ValueError: the model cannot be trained from, or not at this resolution.
+    """
+    takes, gives = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != gives:
+        raise ValueError(
+            f"{settings.model}: its UNet takes {takes} channels and the autoencoder's latents have {gives}; UNets for "
+            f"inpainting and the like cannot be fine-tuned"
+        )
+    factor = pipeline.vae_scale_factor
+    if settings.resolution % factor:
+        raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
+    height, width = pipeline.picture_size(None, None)
+    if not settings.resolution and height != width:
+        raise ValueError(f"{settings.model} draws {width}x{height} pictures; give a resolution=")
+    return settings.resolution or height
 
 
 def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> FinetuneSettings:
@@ -148,21 +175,7 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
     Raises:
         ValueError: the model cannot be fine-tuned, or not at this resolution.
     """
-    takes, gives = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if takes != gives:
-        raise ValueError(
-            f"{settings.model}: its UNet takes {takes} channels and the autoencoder's latents have {gives}; UNets for "
-            f"inpainting and the like cannot be fine-tuned"
-        )
-    changes: dict[str, Any] = {}
-    factor = pipeline.vae_scale_factor
-    if settings.resolution == 0:
-        height, width = pipeline.picture_size(None, None)
-        if height != width:
-            raise ValueError(f"{settings.model} draws {width}x{height} pictures; give a resolution=")
-        changes["resolution"] = height
-    elif settings.resolution % factor:
-        raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
+    changes: dict[str, Any] = {"resolution": own_resolution(settings, pipeline)}
     given = settings.model_fields_set
     drawing = UNDISTILLED if is_distilled(settings, pipeline) else pipeline.defaults
     if "sample_steps" not in given:
@@ -220,12 +233,7 @@ def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Dat
         return save_new_word
     if lora_rank(settings):
         add_lora(settings, unet, text_encoder if trains_text else None)
-
-        def save_adapter() -> None:
-            save_lora(pipeline, output)
-            merge_lora(pipeline)
-
-        return save_adapter
+        return partial(save_and_merge, pipeline, output)
     unet.requires_grad_(True)
     if trains_text:
         for name, parameter in text_encoder.named_parameters():

@@ -8,7 +8,7 @@ from torch import nn
 
 from latentdiff.interchange.adapter_files import CONFIG_KEYS, LORA_NAMES
 from latentdiff.pipelines import LatentPipeline
-from latentdiff.training.settings import FinetuneSettings
+from latentdiff.training.settings import AdaptedSettings
 
 DEFAULT_RANK = 16
 
@@ -20,12 +20,12 @@ TEXT_TARGETS = (
 """The attention's projections, by what each kind of text encoder calls them."""
 
 
-def lora_rank(settings: FinetuneSettings) -> int:
+def lora_rank(settings: AdaptedSettings) -> int:
     """The rank that the settings ask for; 0: no LoRA, the weights themselves are trained."""
     return settings.lora_rank or (DEFAULT_RANK if settings.method == "lora" else 0)
 
 
-def add_lora(settings: FinetuneSettings, unet: Any, text_encoder: Any = None) -> None:
+def add_lora(settings: AdaptedSettings, unet: Any, text_encoder: Any = None) -> None:
     """Put a new LoRA into the UNet and, if given, into the text encoder; only its matrices require a gradient.
 
     They are float32 whatever the precision of the rest, and change nothing as long as they are not trained: B is zero.
@@ -38,7 +38,7 @@ def add_lora(settings: FinetuneSettings, unet: Any, text_encoder: Any = None) ->
         add_to(text_encoder, settings, text_targets(text_encoder))
 
 
-def add_to(network: Any, settings: FinetuneSettings, targets: Sequence[str]) -> None:
+def add_to(network: Any, settings: AdaptedSettings, targets: Sequence[str]) -> None:
     from peft import LoraConfig
 
     network.requires_grad_(False)
@@ -117,3 +117,9 @@ def merge_lora(pipeline: LatentPipeline) -> None:
     """Add the LoRA to the weights it was made for, and take the adapters out."""
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+
+
+def save_and_merge(pipeline: LatentPipeline, folder: Path) -> None:
+    """`save_lora`, then `merge_lora`."""
+    save_lora(pipeline, folder)
+    merge_lora(pipeline)

@@ -1,0 +1,260 @@
+"""Distillation: a student that draws in few steps learns from a model that draws in many."""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from latentdiff import __version__
+from latentdiff.diffusion.process import Process
+from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.models import UNet2DConditionModel
+from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.batch.prompt_files import read_prompts
+from latentdiff.pipelines.distributed import processes
+from latentdiff.text import encode_prompts
+from latentdiff.training.card.card import describe
+from latentdiff.training.card.kinds import distilled_kind
+from latentdiff.training.drawings import Drawing, draw, missing
+from latentdiff.training.loop.output_folder import open_output
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.networks import freeze
+from latentdiff.training.objectives.consistency import TIME_SCALING, ConsistencyObjective
+from latentdiff.training.objectives.distillation import DistillationObjective
+from latentdiff.training.settings import DistillationSettings
+from latentdiff.training.trainers.diffusion import load_data, train_diffusion
+from latentdiff.training.trainers.finetune import (
+    check_output,
+    draws_in_few_steps,
+    load_model,
+    model_of,
+    own_resolution,
+)
+from latentdiff.training.trainers.lora import add_lora, save_and_merge
+from latentdiff.training.trainers.models import TextModel
+
+logger = logging.getLogger(__name__)
+
+SCALE_WIDTH = 256  # of an embedded guidance scale, as in diffusers' example
+BATCH = 8  # pictures drawn at once
+
+
+@dataclass
+class Student(TextModel):
+    """A model in distillation."""
+
+    teacher_digest: str = ""
+
+    def given(self) -> dict[str, str]:
+        return {**super().given(), "teacher": self.teacher_digest}
+
+
+def distill(settings: DistillationSettings) -> Path:
+    """Distill a model, or go on with a run that ``settings.output`` holds.
+
+    ``settings.output`` becomes a pipeline folder that draws in few steps, here and in diffusers, with the LoRA (merged
+    in) beside it in a file of its own, if one was trained. The teacher is not changed.
+
+    Returns:
+        ``settings.output``.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, pictures, prompts or models that cannot be used, and what to do.
+        OSError: the hub was asked for the teacher and cannot be reached.
+    """
+    check_output(settings)
+    prompts = [one.prompt for one in read_prompts(Path(settings.prompts))] if settings.prompts else []
+    pipeline = load_model(settings.model)
+    pipeline.set_progress_bar_config(disable=True)
+    model = model_of(pipeline, trains_text=False)
+    scheduler = scheduler_of(settings, model.process)
+    check_teacher(settings, pipeline, model.process)
+    settings = complete(settings, pipeline)
+    freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    open_output(settings)
+    data = load_data(with_drawings(settings, pipeline, prompts))
+    set_seed(settings.seed)  # the adapters' first weights
+    teacher, empty = pipeline.unet, encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
+    pipeline.unet = student_of(settings, teacher)
+    pipeline.scheduler = scheduler
+    parts = {field: getattr(model, field) for field in ("codec", "process", "tokenizer", "text_encoder")}
+    student = Student(
+        **parts,
+        network=pipeline.unet,
+        scheduler=scheduler,
+        pipeline_class=type(pipeline),
+        teacher_digest=weights_digest(teacher.state_dict()),
+    )
+    objective = objective_of(settings, student, teacher, empty)
+
+    def save(run: TrainingRun) -> None:
+        pipeline.unet = student.network
+        if settings.lora_rank:
+            save_and_merge(pipeline, Path(settings.output))
+        pipeline.register_defaults(
+            num_inference_steps=settings.few_steps, guidance_scale=settings.sample_guidance_scale
+        )
+        pipeline.save_pretrained(settings.output)
+        kind = distilled_kind(
+            settings.sample_prompts,
+            settings.method,
+            settings.few_steps,
+            settings.sample_guidance_scale,
+            lora=settings.lora_rank > 0,
+        )
+        describe(run, settings, kind, len(data.pictures), settings.model)
+
+    return train_diffusion(settings, student, data, objective, save)
+
+
+def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
+    """The scheduler that steps as the method teaches.
+
+    Raises:
+        ValueError: there is none for the teacher's process.
+    """
+    scheduler = process.scheduler("LCMScheduler")
+    # steps_offset changes nothing here, but diffusers' pipelines warn of any other
+    scheduler.register_to_config(
+        original_inference_steps=settings.solver_steps, timestep_scaling=TIME_SCALING, steps_offset=1
+    )
+    return scheduler
+
+
+def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline, process: Process) -> None:
+    """Raises ValueError for a teacher from which the method cannot learn."""
+    unet = pipeline.unet
+    if pipeline.guides_itself:
+        raise ValueError(
+            f"{settings.model}: its UNet takes the guidance scale as a condition, so it was distilled already; give "
+            f"the model that it was made from"
+        )
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"{settings.model}: its UNet predicts {unet.config.out_channels} channels for latents with "
+            f"{unet.config.in_channels}; a teacher predicts the picture, the noise or v and no variances"
+        )
+    if settings.method in ("lcm", "consistency") and settings.solver_steps > process.num_timesteps:
+        raise ValueError(
+            f"solver_steps={settings.solver_steps} are more than the teacher's {process.num_timesteps} timesteps"
+        )
+    if draws_in_few_steps(pipeline):
+        logger.warning(
+            "%s draws in %d steps without guidance, so it was distilled already: what it makes of a little less noise "
+            "is no step of a solver. A student learns more from the model that it was made from",
+            *(settings.model, pipeline.defaults["num_inference_steps"]),
+        )
+
+
+def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> DistillationSettings:
+    """`settings` with what depends on the teacher.
+
+    Raises:
+        ValueError: the teacher cannot be learned from at this resolution, or its UNet takes no guidance scale.
+    """
+    changes: dict[str, Any] = {"resolution": own_resolution(settings, pipeline)}
+    own = max(1.0, float(pipeline.defaults["guidance_scale"]))
+    scales = settings.guidance_scale or (own,)
+    if settings.method == "consistency":
+        scales = (1.0,)
+    elif not settings.guidance_scale and settings.method == "lcm" and not settings.lora_rank and own > 1:
+        scales = (1.0, 2 * own)
+    if len(set(scales)) == 2 and not isinstance(pipeline.unet, UNet2DConditionModel):
+        raise ValueError(
+            f"{settings.model}: a {type(pipeline.unet).__name__} takes no guidance scale; give one guidance_scale"
+        )
+    changes["guidance_scale"] = scales = tuple(dict.fromkeys(scales))
+    given = settings.model_fields_set
+    if "sample_steps" not in given:
+        changes["sample_steps"] = settings.few_steps
+    if len(scales) == 1:
+        changes["sample_guidance_scale"] = 1.0
+    elif "sample_guidance_scale" not in given:
+        changes["sample_guidance_scale"] = min(max(own, scales[0]), scales[1])
+    return settings.model_copy(update=changes)
+
+
+def with_drawings(
+    settings: DistillationSettings, pipeline: TextToImagePipeline, prompts: list[str]
+) -> DistillationSettings:
+    """With `prompts`, settings whose data are pictures that the teacher has drawn of them; else the same.
+
+    They are in ``training/teacher_pictures``; those that are there already are not drawn again. Each process draws its
+    share.
+
+    Raises:
+        FileExistsError: a file that latentdiff did not draw has the name of one of them.
+    """
+    if not prompts:
+        return settings
+    state, folder = processes(), Path(settings.output) / "training" / "teacher_pictures"
+    guidance_scale = settings.guidance_scale[0] if len(settings.guidance_scale) == 1 else settings.sample_guidance_scale
+    common: dict[str, Any] = {
+        "count": 1,
+        "negative_prompt": None,
+        "num_inference_steps": settings.teacher_steps,
+        "guidance_scale": guidance_scale,
+        "model": settings.model,
+        "width": settings.resolution,
+        "height": settings.resolution,
+    }
+    drawings = [
+        Drawing(folder / f"{i:06d}.png", {**common, "prompts": [prompts[i % len(prompts)]], "seed": settings.seed + i})
+        for i in range(settings.prompt_pictures)
+    ]
+    absent = missing(drawings)
+    state.wait_for_everyone()  # all have looked before any draws
+    if absent and state.is_main_process:
+        logger.info("the teacher draws %d pictures into %s", len(absent), folder)
+    pipeline.to(state.device)
+
+    def output_of(batch: Any) -> Any:
+        return pipeline(
+            [drawing.settings["prompts"][0] for drawing in batch],
+            seed=[drawing.settings["seed"] for drawing in batch],
+            output_type="pil",
+            **{key: common[key] for key in ("num_inference_steps", "guidance_scale", "width", "height")},
+        )
+
+    kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
+    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept)
+    pipeline.to("cpu")
+    if state.is_main_process:
+        rows = [{"file_name": one.file.name, "text": one.settings["prompts"][0]} for one in drawings]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text_whole(folder / "metadata.jsonl", lines)
+    state.wait_for_everyone()
+    return settings.model_copy(update={"data": str(folder)})
+
+
+def student_of(settings: DistillationSettings, teacher: Any) -> Any:
+    """A copy of the teacher, in which what is to be trained requires a gradient; it begins as the unguided teacher.
+
+    Where the scale can be chosen when drawing, it takes it as a condition (Meng et al. 2023).
+    """
+    if len(settings.guidance_scale) == 2:
+        student = type(teacher).from_config(teacher.config, time_cond_proj_dim=SCALE_WIDTH)
+        student.load_state_dict(teacher.state_dict(), strict=False)
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    else:
+        student = copy.deepcopy(teacher)
+    if settings.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if settings.lora_rank:
+        add_lora(settings, student)
+    else:
+        student.requires_grad_(True)
+    return student
+
+
+def objective_of(settings: DistillationSettings, model: Student, teacher: Any, empty: Tensor) -> DistillationObjective:
+    """What the settings' method minimises."""
+    guidance = (settings.guidance_scale[0], settings.guidance_scale[-1])
+    return ConsistencyObjective(model.network, teacher, model.process, guidance, empty, settings)
