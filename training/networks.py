@@ -10,7 +10,7 @@ from torch import nn
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.process import Process
-from latentdiff.interchange.folders import read_json
+from latentdiff.interchange.folders import packaged_models, read_json
 from latentdiff.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -184,8 +184,8 @@ def build_classifier(settings: ClassifierSettings, codec: Codec, classes: int) -
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """The autoencoder in `folder`, or in the ``vae`` or ``vqvae`` folder of a pipeline there; one that changes nothing
-    for "pixels".
+    """The autoencoder in `folder`, or in the ``vae`` or ``vqvae`` folder of a pipeline there, which may be a packaged
+    model's name; one that changes nothing for "pixels".
 
     Raises:
         FileNotFoundError: there is none.
@@ -195,7 +195,8 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
     if folder == "pixels":
         return IdentityAutoencoder()
-    for candidate in (Path(folder), Path(folder) / "vae", Path(folder) / "vqvae"):
+    place = packaged_models().get(folder, Path(folder))
+    for candidate in (place, place / "vae", place / "vqvae"):
         if (candidate / "config.json").is_file():
             kind = read_json(candidate / "config.json").get("_class_name")
             if kind not in AUTOENCODERS:

@@ -5,7 +5,8 @@ on the latents of a large autoencoder, as they are after scaling.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines looks for it beside the class
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from latentdiff.models.autoencoder import Autoencoder, AutoencoderOutput, check_pixels
 from latentdiff.models.bottlenecks import BottleneckOutput, Generators
 from latentdiff.models.layers import Checkpointed
+from latentdiff.models.single_file import find_checkpoint
 
 ACTIVATIONS = ("relu", "silu", "swish", "gelu", "mish")
 TILE = 512
@@ -177,6 +179,48 @@ class AutoencoderTiny(Autoencoder):
         self.register_to_config(block_out_channels=decoder_block_out_channels, force_upcast=False)
         self.set_coders(TinyEncoder(self.config), TinyDecoder(self.config), TILE)
         self.bottleneck = ByteBottleneck(latent_magnitude, latent_shift)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        decoder: str | Path | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load TAESD's own files; the shape is inferred from the weights.
+
+        ::
+
+            AutoencoderTiny.from_single_file("taesd_encoder.safetensors", decoder="taesd_decoder.safetensors")
+
+        Args:
+            source: the encoder's file, or one with both parts, named ``taesd_encoder.`` and ``taesd_decoder.``.
+            decoder: the decoder's file, where there are two.
+            others: as for other autoencoders.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, holds something else or lacks weights.
+            TypeError: an unknown argument.
+        """
+        from latentdiff.interchange.single_file import Checkpoint, read_taesd
+
+        dtype = hub.pop("torch_dtype", None) or dtype
+        files = {"encoder": Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)}
+        files["decoder"] = files["encoder"]
+        if decoder is not None:
+            files["decoder"] = Checkpoint(find_checkpoint(cls, decoder, allow_pickle, hub), allow_pickle)
+        model: Self = read_taesd(files, cls, dtype)
+        return model
+
+    def save_single_file(self, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+        """Write both parts into one safetensors file, with TAESD's names; see `SingleFileModel.save_single_file`."""
+        from latentdiff.interchange.single_file import taesd_weights, write_checkpoint
+
+        write_checkpoint(taesd_weights(self), {"format": "pt"}, file, dtype, overwrite)
 
     @property
     def last_weight(self) -> Tensor:

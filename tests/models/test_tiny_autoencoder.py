@@ -6,6 +6,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from latentdiff import models
 
@@ -114,3 +116,51 @@ def test_wrong_pictures_are_refused() -> None:
         model.encode(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match=r"3x8 pixels are too few for an autoencoder with a factor of 4"):
         model.encode(torch.zeros(1, 3, 8, 3))
+
+
+def taesd_files(model: Any, folder: Path) -> tuple[Path, Path]:
+    """The two files of TAESD's own repository: sequences; the decoder's begins with a layer without weights."""
+    files = []
+    for part, first in (("encoder", 0), ("decoder", 1)):
+        state = {}
+        for key, tensor in getattr(model, part).layers.state_dict().items():
+            number, _, rest = key.partition(".")
+            state[f"{int(number) + first}.{rest}"] = tensor.clone()
+        files.append(folder / f"taesd_{part}.safetensors")
+        save_file(state, files[-1])
+    return files[0], files[1]
+
+
+@pytest.mark.parametrize("name", ["taesd", "three levels"])
+def test_taesds_own_files_are_read(name: str, tmp_path: Path) -> None:
+    theirs = diffusers.AutoencoderTiny(**CONFIGS[name])
+    encoder, decoder = taesd_files(theirs, tmp_path)
+    ours = models.AutoencoderTiny.from_single_file(encoder, decoder=decoder)
+    assert known(ours) == known(theirs)
+    assert all(torch.equal(ours.state_dict()[key], weight) for key, weight in theirs.state_dict().items())
+    ours.save_single_file(tmp_path / "both.safetensors")
+    with safe_open(tmp_path / "both.safetensors", "pt") as stream:
+        assert {"taesd_encoder.0.weight", "taesd_decoder.1.weight"} <= set(stream.keys())
+    again = models.AutoencoderTiny.from_single_file(tmp_path / "both.safetensors", dtype=torch.float16)
+    assert again.dtype == torch.float16
+    assert known(again) == known(ours)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    theirs = diffusers.AutoencoderTiny(**TINY)
+    encoder, decoder = taesd_files(theirs, tmp_path)
+    read = models.AutoencoderTiny.from_single_file
+    with pytest.raises(ValueError, match=r"taesd_encoder.safetensors: there is no decoder of a TAESD in it"):
+        read(encoder)
+    state = load_file(encoder)
+    save_file({key: w for key, w in state.items() if key != "1.conv.2.bias"}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match=r"less.safetensors: the weight encoder.layers.1.conv.2.bias is missing"):
+        read(tmp_path / "less.safetensors", decoder=decoder)
+    save_file({**state, "3.conv.0.weight": torch.zeros(9, 8, 3, 3)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"wide.safetensors: encoder.layers.3.conv.0.weight should have the shape"):
+        read(tmp_path / "wide.safetensors", decoder=decoder)
+    save_file({**state, "1.conv.6.weight": torch.zeros(8, 8, 3, 3)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"encoder.layers.1.conv.6.weight has no place in a TAESD"):
+        read(tmp_path / "more.safetensors", decoder=decoder)
+    with pytest.raises(TypeError, match="unknown argument 'scaling_factor'"):
+        read(encoder, decoder=decoder, scaling_factor=2.0)

@@ -26,7 +26,7 @@ def autoencoder(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train an autoencoder (kind=kl, vq, gumbel or fsq) that compresses pictures to latents."""
+    """Train an autoencoder (kind=kl, vq, gumbel, fsq or tiny) that compresses pictures to latents."""
     from latentdiff.training.recipes.autoencoders import configurations
     from latentdiff.training.settings import AutoencoderSettings
 

@@ -1,7 +1,7 @@
 """Teaching a tiny autoencoder the latents of another one. After TAESD (Ollin Boer Bohan, 2023)."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -68,22 +68,31 @@ class TinyObjective(AutoencoderObjective):
         return self.taught
 
 
-def load_teacher(settings: AutoencoderSettings) -> Codec | None:
-    """The autoencoder that a tiny one learns from, frozen; None for other kinds.
+def load_teacher(settings: AutoencoderSettings) -> tuple[Codec | None, AutoencoderSettings]:
+    """The autoencoder that a tiny one learns from, frozen, or None for other kinds; and the settings for its latents.
+
+    Channels and levels that the settings do not give become the teacher's.
 
     Raises:
         FileNotFoundError: there is none in the folder.
         ValueError: the settings make other latents than it has.
     """
-    if settings.teacher is None:
-        return None
-    teacher = Codec(load_autoencoder(settings.teacher))
+    name = settings.teacher
+    if name is None:
+        return None, settings
+    teacher = Codec(load_autoencoder(name))
+    levels = teacher.factor.bit_length()
+    wanted: dict[str, Any] = {
+        "latent_channels": teacher.channels,
+        "block_out_channels": settings.block_out_channels[:1] * levels,
+    }
+    follows = {key: value for key, value in wanted.items() if key not in settings.model_fields_set}
+    settings = settings.model_copy(update=follows)
     if (teacher.channels, teacher.factor) != (settings.latent_channels, settings.factor):
-        levels = teacher.factor.bit_length()
         raise ValueError(
-            f"{Path(settings.teacher)}: the teacher's latents have {teacher.channels} channels, and {teacher.factor} "
-            f"pixels to each along a side; set latent_channels={teacher.channels} and {levels} levels, such as "
-            f"block_out_channels={list(settings.block_out_channels[:1] * levels)}"
+            f"{name}: the teacher's latents have {teacher.channels} channels, and {teacher.factor} "
+            f"pixels to each along a side; leave latent_channels out, or give {teacher.channels}, and give {levels} "
+            f"levels, such as block_out_channels={list(wanted['block_out_channels'])}"
         )
     freeze(teacher.autoencoder)
-    return teacher
+    return teacher, settings

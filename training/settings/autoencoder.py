@@ -38,7 +38,7 @@ class AutoencoderSettings(RunSettings):
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term, summed over a picture's latents (kl)")
 
     teacher: str | None = Field(
-        None, description="folder of the autoencoder, or of a pipeline that has one, whose latents are learned (tiny)"
+        None, description="folder of the autoencoder, or of a pipeline that has it, whose latents are learned (tiny)"
     )
     latents_weight: float = Field(1.0, ge=0, description="of the squared differences from the teacher's latents (tiny)")
 

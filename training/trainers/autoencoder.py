@@ -37,9 +37,9 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings or pictures that cannot be trained on; the message says what to do.
     """
+    teacher, settings = load_teacher(settings)
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")
-    teacher = load_teacher(settings)
     given = {} if teacher is None else {"teacher": latents_digest(teacher)}
     open_output(settings, given)
     with processes().main_process_first():

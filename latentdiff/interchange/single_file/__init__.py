@@ -2,7 +2,7 @@
 
 `checkpoint` finds and opens a file, `names` maps the names of weights both ways, `shapes` infers configs from weights,
 `settings` has what weights do not contain, `networks` reads networks, `writing` writes them, `adm` reads DDPM's and
-ADM's.
+ADM's, `taesd` TAESD's.
 """
 
 # ruff: noqa: F401
@@ -24,6 +24,7 @@ from latentdiff.interchange.single_file.settings import (
     scheduler_settings,
 )
 from latentdiff.interchange.single_file.shapes import autoencoder_kind, text_kind, unet_config, vae_config
+from latentdiff.interchange.single_file.taesd import read_taesd, taesd_weights
 from latentdiff.interchange.single_file.writing import (
     autoencoder_alone,
     check_target,

@@ -14,7 +14,8 @@ from latentdiff.codec import Codec
 from latentdiff.models import AutoencoderKL, AutoencoderTiny
 from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.networks import build_autoencoder
-from latentdiff.training.objectives.tiny import TinyObjective
+from latentdiff.training.objectives.tiny import TinyObjective, load_teacher
+from latentdiff.training.settings import AutoencoderSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 TINY: dict[str, Any] = {"kind": "tiny", "block_out_channels": (8, 8), "layers_per_block": 1}
@@ -89,7 +90,7 @@ def test_the_loss_is_of_the_teachers_scaled_latents(pictures: Path, teacher: Pat
         ({"attention_levels": (True, True)}, "kind=tiny has no attention_levels"),
         (
             {"latent_channels": 3},
-            r"teacher: the teacher's latents have 4 channels.* set latent_channels=4 and 2",
+            r"teacher: the teacher's latents have 4 channels.* or give 4, and give 2 levels",
         ),
         ({"block_out_channels": (8, 8, 8)}, r"2 pixels to each .* such as block_out_channels=\[8, 8\]"),
         ({"teacher": "nowhere"}, "nowhere: no autoencoder found"),
@@ -105,9 +106,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_as_large_as_taesd_where_nothing_else_is_said(tmp_path: Path) -> None:
-    from latentdiff.training.settings import AutoencoderSettings
+def test_latents_are_the_teachers_where_nothing_else_is_said(teacher: Path, tmp_path: Path) -> None:
+    settings = AutoencoderSettings(data="pictures", output=str(tmp_path), kind="tiny", teacher=str(teacher))
+    assert load_teacher(settings)[1].block_out_channels == (64, 64)
+    found, fitted = load_teacher(settings.model_copy(update={"teacher": "emoji"}))  # a packaged model's name
+    assert found is not None
+    assert (fitted.latent_channels, fitted.block_out_channels) == (8, (64, 64, 64, 64))
 
+
+def test_it_is_as_large_as_taesd_where_nothing_else_is_said(tmp_path: Path) -> None:
     settings = AutoencoderSettings(data=str(tmp_path), output=str(tmp_path), kind="tiny", teacher="emoji")
     assert settings.factor == 8
     with torch.device("meta"):
