@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentdiff.interchange.folders import read_json
+from latentdiff.interchange.packed import packed_index
 
 Conditions = Literal["text", "picture", "class", "none"]
 
@@ -36,7 +37,7 @@ class Kind:
     single_file: bool = False
     """Whether it is loaded from single files too."""
     converted: bool = False
-    """Whether ``latentdiff convert`` takes its folders."""
+    """Whether Stable Diffusion's single files can hold it; other kinds are written in a layout of our own."""
     onnx: str | None = None
     """diffusers' class for it in ONNX."""
 
@@ -166,8 +167,9 @@ def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -
     Raises:
         ValueError: see `kind_taking`; the message names the folder.
     """
-    index = place / "model_index.json"
-    saved_as = read_json(index).get("_class_name") if index.is_file() else None
+    file = place / "model_index.json"
+    index = (packed_index(place) if place.is_file() else read_json(file) if file.is_file() else None) or {}
+    saved_as = index.get("_class_name")
     own = kind_saved_as(saved_as) if textless and isinstance(saved_as, str) else None
     if own is not None and own.conditioned_by in ("class", "none"):
         if pictures:

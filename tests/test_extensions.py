@@ -96,8 +96,9 @@ def test_a_kind_of_pipeline_is_saved_loaded_drawn_from_and_replayed(
     assert run("replay", "cup.png") == 0  # the environment knows the extension by now
     assert "equal" in capsys.readouterr().out
     assert run("convert", "model", "model.safetensors") == 0
-    assert run("convert", "model", "again") == 0
-    assert '"PostcardPipeline"' in Path("again/model_index.json").read_text()
+    for source, folder in (("model", "again"), ("model.safetensors", "from file")):
+        assert run("convert", source, folder) == 0
+        assert '"PostcardPipeline"' in Path(folder, "model_index.json").read_text()
 
 
 def test_a_conditioner_with_a_second_encoder(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

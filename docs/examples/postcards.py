@@ -27,4 +27,4 @@ class PostcardPipeline(TextToImagePipeline):
     call_class = PostcardCall
 
 
-register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text", converted=True))
+register(Kind("PostcardPipeline", __name__, ("PostcardPipeline",), "text"))

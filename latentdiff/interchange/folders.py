@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,6 +20,9 @@ from latentdiff.interchange.user_files import (
     parse_json_object,
     read_text,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MODEL = "emoji"
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -77,6 +80,11 @@ def find_model(source: str | Path | None) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{source} is a file, and a model's folder is needed here: 'latentdiff convert {source} FOLDER' makes one "
+            f"of it (from_single_file loads the file itself)"
+        )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not folder.parent.exists():
         return None
     if str(source) == DEFAULT_MODEL:
@@ -269,6 +277,14 @@ def check_safetensors(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def first_dtype(file: Path) -> "torch.dtype | None":
+    """The precision of the first weight of floating point in a safetensors file; None if it has none."""
+    check_safetensors(file)
+    with safe_open(file, "pt") as stream:
+        floating = (stream.get_tensor(name) for name in stream.keys())  # noqa: SIM118 (safe_open is no mapping)
+        return next((tensor.dtype for tensor in floating if tensor.is_floating_point()), None)
 
 
 def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:

@@ -20,6 +20,38 @@ def find_checkpoint(network: type, source: str | Path, allow_pickle: bool, hub: 
     return find_file(source, allow_pickle, **hub)
 
 
+def packed_network(network: Any, file: Path, dtype: torch.dtype | None, unused: dict[str, Any]) -> Any:
+    """The network of a class in a file that holds a pipeline's folder, as ours do; None for other files.
+
+    Args:
+        unused: options that only other files take.
+
+    Raises:
+        ValueError: the file holds no such network, it is damaged, or there is one of these options.
+    """
+    from latentdiff.interchange.folders import first_dtype
+    from latentdiff.interchange.packed import packed_index, unpacked
+
+    index = packed_index(file)
+    if index is None:
+        return None
+    for name, value in unused.items():
+        if value is not None:
+            raise ValueError(f"{file} holds its networks' configs, so {name}={value!r} does nothing; leave it out")
+    classes = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    part = next((name for name, value in classes.items() if value == network.__name__), None)
+    if part is None:
+        have = ", ".join(f"{value} ({name})" for name, value in classes.items() if value is not None)
+        raise ValueError(f"{file} holds no {network.__name__}; it has {have}")
+    with unpacked(file, [part]) as folder:
+        weights = next((folder / part).glob("*.safetensors"), None)
+        dtype = dtype or (weights and first_dtype(weights)) or torch.float32
+        found, info = network.from_pretrained(folder / part, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"{file}: {len(info['missing_keys'])} weights of its {part} are missing")
+        return found
+
+
 class SingleFileModel:
     """An autoencoder that goes from and to files with the original names of Latent Diffusion's weights."""
 
@@ -64,7 +96,13 @@ class SingleFileModel:
         from latentdiff.interchange.single_file import Checkpoint, read_autoencoder
 
         dtype = hub.pop("torch_dtype", None) or dtype
-        weights = Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)
+        file = find_checkpoint(cls, source, allow_pickle, hub)
+        unused: dict[str, Any] = {"scaling_factor": scaling_factor, "sample_size": sample_size}
+        packed = packed_network(cls, file, dtype, unused | {"original_config": original_config, "ema": ema or None})
+        if packed is not None:
+            own: Self = packed
+            return own
+        weights = Checkpoint(file, allow_pickle)
         if ema:
             weights.use_averages("autoencoder")
         model: Self = read_autoencoder(
@@ -139,6 +177,10 @@ class ReleasedNetwork:
         from latentdiff.interchange.single_file import AdmCheckpoint, read_adm
 
         file = find_checkpoint(cls, source, allow_pickle, hub)
+        packed = packed_network(cls, file, dtype, {"head_channels": head_channels, "sample_size": sample_size})
+        if packed is not None:
+            own: Self = packed
+            return own
         weights = AdmCheckpoint(file, allow_pickle, head_channels, heads, heads_first)
         network: Self = read_adm(weights, cls, dtype, {} if sample_size is None else {"sample_size": sample_size})
         return network

@@ -168,10 +168,10 @@ def check_options(kind: str, form: Form, component: Component | None, given: dic
         refuse("ONNX", given, ("--variant", "--component", "--dtype", "--overwrite"))
     if component is not None:
         refuse(f"the {component} alone", given, set(READING) - set(USEFUL[component]))
-    if kind == "checkpoint":
+    if kind in ("checkpoint", "packed"):
         refuse("a single file", given, ("--from-variant",))
-    else:
-        refuse("a folder", given, READING)
+    if kind != "checkpoint":
+        refuse("a file that holds a whole folder" if kind == "packed" else "a folder", given, READING)
 
 
 def refuse(what: str, given: dict[str, Any], options: Collection[str]) -> None:
@@ -191,13 +191,20 @@ def read_model(
 ) -> Any:
     """The pipeline of a folder or a single file, or something with only the component that is wanted."""
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
-    from latentdiff.pipelines.storage.converting import checkpoint_pipeline, folder_pipeline, network_alone
+    from latentdiff.pipelines.storage.converting import (
+        checkpoint_pipeline,
+        folder_pipeline,
+        network_alone,
+        packed_pipeline,
+    )
     from latentdiff.pipelines.storage.single_file import AUTOENCODERS, CheckpointParts, check_prediction
 
     if kind == "network":
         return one_part(**{str(component): network_alone(source, dtype, variant)})
     if kind == "folder":
         return folder_pipeline(source, dtype, variant)
+    if kind == "packed":
+        return packed_pipeline(Path(source).expanduser(), dtype)
     check_prediction(reading.prediction_type)
     scale, yaml = reading.scaling_factor, reading.original_config
     stated: dict[str, Any] = {"prediction_type": reading.prediction_type, "scaling_factor": scale}
@@ -228,10 +235,8 @@ def write_model(
         converting.write_part(pipeline, component.value, target, variant, overwrite)
     elif form is Form.folder:
         converting.write_folder(pipeline, target, variant, overwrite)
-    elif hasattr(pipeline, "save_single_file"):
-        pipeline.save_single_file(target, overwrite=overwrite)
     else:
-        raise ValueError(f"a {type(pipeline).__name__} has no text encoder and no single file; convert to a folder")
+        pipeline.save_single_file(target, overwrite=overwrite)
 
 
 def convert_adapter(kind: str, source: Path, target: Path, to: Form | None, ckpt: bool, overwrite: bool) -> None:

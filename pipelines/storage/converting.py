@@ -14,24 +14,32 @@ from latentdiff.interchange.folders import (
     check_links,
     check_model_files,
     check_pipeline_folder,
-    check_safetensors,
     find_model,
     read_json,
 )
+from latentdiff.interchange.packed import packed_content, unpacked
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import move_into, tidy_configs
-from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE, WEIGHTS, load_network, only_variant
+from latentdiff.pipelines.storage.loading import (
+    OUR_CLASSES,
+    OURS_ALONE,
+    load_network,
+    only_variant,
+    stored_dtype,
+    stored_dtypes,
+)
 
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
 FEW = 8  # an embedding file holds at most this many tensors; with more it is taken for a model
 
 
 def kind_of_source(source: str, allow_pickle: bool = False) -> str:
-    """What a source holds: "folder" (a pipeline, also on the hub), "network", "checkpoint", "lora" or "embedding".
+    """What a source holds: "folder" (a pipeline, also on the hub), "network", "checkpoint", "packed", "lora" or
+    "embedding".
 
-    A network is the folder of a UNet or an autoencoder alone.
+    A network is the folder of a UNet or an autoencoder alone; "packed", a file of `latentdiff.interchange.packed`.
 
     Raises:
         FileNotFoundError: there is nothing there.
@@ -58,7 +66,8 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
     if place.suffix == ".safetensors":
         from safetensors import safe_open
 
-        check_safetensors(place)
+        if packed_content(place) is not None:
+            return "packed"
         with safe_open(place, "pt") as stream:
             return kind_of_names(stream.keys())
     from latentdiff.interchange.single_file.checkpoint import load_pickle
@@ -124,14 +133,20 @@ def folder_pipeline(source: str, dtype: torch.dtype | None = None, variant: str 
         raise FileNotFoundError(f"{folder} is neither a pipeline folder, with a model_index.json, nor a LoRA's")
     name = read_json(folder / "model_index.json").get("_class_name")
     kind = kind_saved_as(str(name))
-    if name != LATENT_DIFFUSION and (kind is None or not kind.converted):
-        known = [kind.saved_as[0] for kind in KINDS if kind.converted]
+    if name != LATENT_DIFFUSION and kind is None:
+        known = [kind.saved_as[0] for kind in KINDS]
         raise ValueError(f"{folder} is of a {name}; these can be converted: {', '.join([*known, LATENT_DIFFUSION])}")
     variant = variant or only_variant(folder)
     dtypes = dtype or {**stored_dtypes(folder, variant), "default": torch.float32}
     if kind is None:
         return latent_diffusion_pipeline(folder, dtypes, variant)
     return kind.load().from_pretrained(folder, dtype=dtypes, variant=variant)
+
+
+def packed_pipeline(file: Path, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline in a file of `latentdiff.interchange.packed`, as the class that the file says."""
+    with unpacked(file) as folder:
+        return folder_pipeline(str(folder), dtype)
 
 
 def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> Any:
@@ -153,27 +168,6 @@ def latent_diffusion_pipeline(folder: Path, dtype: Any, variant: str | None) -> 
     tokenizer = theirs.tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, theirs.bert.config.max_position_embeddings)
     return TextToImagePipeline(theirs.vqvae, theirs.bert, tokenizer, theirs.unet, theirs.scheduler)
-
-
-def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """The precision of each component on disk, by that of its first weight."""
-    parts = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = {part.name: stored_dtype(part, variant) for part in parts}
-    return {name: dtype for name, dtype in found.items() if dtype is not None}
-
-
-def stored_dtype(part: Path, variant: str | None) -> torch.dtype | None:
-    """The precision of the first weight in a component's folder; None if it has none."""
-    from safetensors import safe_open
-
-    files = [(file, match[1]) for file in sorted(part.glob("*.safetensors")) if (match := WEIGHTS.fullmatch(file.name))]
-    chosen = [file for file, its in files if its == variant] or [file for file, its in files if its is None]
-    if not chosen:
-        return None
-    check_safetensors(chosen[0])
-    with safe_open(chosen[0], "pt") as stream:
-        floating = (stream.get_tensor(name) for name in stream.keys())  # noqa: SIM118 (safe_open is no mapping)
-        return next((tensor.dtype for tensor in floating if tensor.is_floating_point()), None)
 
 
 def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
+from latentdiff.pipelines.storage.packed import PackedPipeline
 from latentdiff.text.load import check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ AS_IT_IS = object()  # a dtype that changes nothing
 DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers ignores keys that begin with _
 
 
-class FolderPipeline(DiffusionPipeline):
+class FolderPipeline(PackedPipeline, DiffusionPipeline):
     """A ``DiffusionPipeline`` whose folder is one of diffusers'.
 
     ``model_index.json`` names `saved_class_name` and diffusers' classes, so plain diffusers loads what this one saves,

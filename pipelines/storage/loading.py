@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from latentdiff.extensions import registered_network
-from latentdiff.interchange.folders import load_whole
+from latentdiff.interchange.folders import first_dtype, load_whole
 from latentdiff.models.network import Network, check_finite
 from latentdiff.pipelines.core.call_options import refuse_unknown
 
@@ -129,6 +129,7 @@ def load_networks(
         if model_class is not None:
             own = dtype_of(name, dtype)
             networks[name] = load_whole(model_class, folder / name, dtype=own, **variant_of(folder / name, variant))
+            align(networks[name])
             loader_log.info(f"Loaded {name} as {value[1]} from `{name}` subfolder of {folder}.")
     return networks
 
@@ -146,6 +147,20 @@ def transformers_class(entry: Any) -> Any:
 
 def dtype_of(name: str, dtype: torch.dtype | dict[str, torch.dtype]) -> torch.dtype:
     return dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+
+
+def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """The precision of each component on disk, by that of its first weight."""
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {part.name: stored_dtype(part, variant) for part in parts}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def stored_dtype(part: Path, variant: str | None) -> torch.dtype | None:
+    """The precision of the first weight in a component's folder; None if it has none."""
+    files = [(file, match[1]) for file in sorted(part.glob("*.safetensors")) if (match := WEIGHTS.fullmatch(file.name))]
+    chosen = [file for file, its in files if its == variant] or [file for file, its in files if its is None]
+    return first_dtype(chosen[0]) if chosen else None
 
 
 def variant_of(folder: Path, variant: str | None) -> dict[str, str]:

@@ -3,14 +3,16 @@
 import inspect
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from latentdiff.interchange.folders import check_model_files
+from latentdiff.interchange.packed import packed_content
 from latentdiff.interchange.single_file import (
     HUB_OPTIONS,
     Checkpoint,
+    NoOriginalNamesError,
     OriginalSettings,
     assumed_settings,
     build_autoencoder,
@@ -35,21 +37,23 @@ from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel
 from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.core.call_options import refuse_unknown
-from latentdiff.pipelines.registry import kinds_of_unet
+from latentdiff.pipelines.registry import kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
+from latentdiff.pipelines.storage.packed import PackedPipeline
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
 
 
-class SingleFilePipeline:
+class SingleFilePipeline(PackedPipeline):
     """``from_single_file`` and ``save_single_file``."""
 
     unet: Any
     vae: Any
     text_encoder: Any
     scheduler: Any
+    saved_class_name: ClassVar[str]
 
     @classmethod
     def from_single_file(
@@ -102,6 +106,15 @@ class SingleFilePipeline:
         refuse_unknown(f"{cls.__name__}.from_single_file: unknown argument", others, known, own)
         check_prediction(prediction_type)
         file = find_file(source, allow_pickle, **hub)
+        if packed_content(file) is not None:
+            unused: dict[str, Any] = {
+                "prediction_type": prediction_type,
+                "sample_size": sample_size,
+                "scaling_factor": scaling_factor,
+            }
+            unused |= {"attention_head_dim": attention_head_dim, "original_config": original_config, "ema": ema}
+            refuse_settings(file, unused | {"tokenizer": tokenizer, "vae": others.get("vae")})
+            return cls.from_packed(file, dtype, others if tokenizer is None else {**others, "tokenizer": tokenizer})
         stated = OriginalSettings(
             prediction_type=prediction_type,
             sample_size=sample_size,
@@ -133,6 +146,9 @@ class SingleFilePipeline:
         brings the same pipeline back; a tokenizer other than CLIP's must be given to it then. A safety checker is not
         written. Stable Diffusion 2's text encoder lacks the layer that it never uses (`original_text_encoder`).
 
+        A model that such files cannot hold, with another text encoder or other networks, is written in a layout of
+        this package's own (`latentdiff.interchange.packed`), with its tokenizer and all; a warning says so.
+
         Args:
             file: named ``.safetensors``; written whole or not at all.
             dtype: of the weights in it, such as ``torch.float16``; by default as they are.
@@ -140,13 +156,28 @@ class SingleFilePipeline:
 
         Raises:
             FileExistsError: the file is there.
-            ValueError: another kind of file, or a network that such files never had.
+            ValueError: another kind of file, or there are LoRAs in a network.
         """
         networks = {name: whole_network(getattr(self, name)) for name in ("unet", "vae", "text_encoder")}
         refuse_loras(networks, "saved")
-        weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
-        weights |= original_text_encoder(networks["text_encoder"])
+        kind: Any = kind_saved_as(self.saved_class_name)
+        if kind is not None and not kind.converted:
+            return super().save_single_file(file, dtype, overwrite)
+        try:
+            weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
+            weights |= original_text_encoder(networks["text_encoder"])
+        except NoOriginalNamesError:
+            return super().save_single_file(file, dtype, overwrite)
         write_checkpoint(weights, header_of(self), file, dtype, overwrite)
+
+
+def refuse_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError for what a file of this package's own layout says itself."""
+    for name, value in settings.items():
+        if isinstance(value, str | Path | int | float) and value is not False:
+            raise ValueError(
+                f"{file} holds the whole folder of a model, so {name}={str(value)[:100]!r} does nothing; leave it out"
+            )
 
 
 def check_prediction(prediction_type: str | None) -> None:

@@ -321,8 +321,8 @@ def test_what_cannot_be_meant_is_refused(model: Callable[[str], Any], bert: dict
     with pytest.raises(ValueError, match="is of a StableDiffusionXLPipeline; these can be converted"):
         run(folder, file)
     TextToImagePipeline(**{**pipeline.components, **bert}).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="not a BertModel; save_pretrained saves any pipeline as a folder"):
-        run(tmp_path / "bert", file)
+    with pytest.raises(ValueError, match=r"not a BertModel, .*; save_pretrained saves any pipeline as a folder"):
+        run(tmp_path / "bert", file, "--component", "text_encoder")
     assert not file.exists()
     assert not (tmp_path / "x").exists()
 

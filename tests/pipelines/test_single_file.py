@@ -27,7 +27,7 @@ from latentdiff import (
     SuperResolutionPipeline,
     TextToImagePipeline,
 )
-from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, vae_config
+from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, original_text_encoder, vae_config
 from latentdiff.interchange.single_file.shapes import text_config, text_kind, unet_config
 
 
@@ -393,6 +393,11 @@ def test_writing_is_whole_and_replaces_nothing(
         assert json.loads(stream.metadata()["latentdiff"])["unet"]["block_out_channels"] == [64, 128, 128]
     with pytest.raises(ValueError, match=r"name it model.safetensors"):
         pipeline.save_single_file(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=r"not a BertModel; save_pretrained saves any pipeline"):
-        TextToImagePipeline(**{**pipeline.components, **bert}).save_single_file(tmp_path / "bert.safetensors")
+    of_bert = TextToImagePipeline(**{**pipeline.components, **bert})
+    with pytest.raises(FileExistsError, match="is there already"):
+        of_bert.save_single_file(file)
+    with pytest.raises(ValueError, match=r"name it model.safetensors"):
+        of_bert.save_single_file(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"not a BertModel, .*; save_pretrained saves any pipeline"):
+        original_text_encoder(of_bert.text_encoder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]

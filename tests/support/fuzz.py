@@ -32,12 +32,13 @@ import datasets
 import diffusers
 import torch
 import transformers
-from fuzz_changes import change, changed_json
+from fuzz_changes import change, changed_json, changed_text
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from kinds import make_model
 from loras import diffusers_lora, sd_scripts_lora
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import clip_parts, tiny_pipeline
 
@@ -45,6 +46,7 @@ from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel,
 from latentdiff.cli import application
 from latentdiff.interchange.embeddings import convert_embedding
 from latentdiff.interchange.lora.formats import convert_lora
+from latentdiff.interchange.packed import KEY as KEY_OF_PACKED
 from latentdiff.interchange.png import KEY, read_settings
 from latentdiff.interchange.single_file import OriginalSettings
 from latentdiff.pipelines.batch.prompt_files import read_prompts
@@ -77,6 +79,9 @@ class Seeds:
         diffusers_lora(self.pipeline, folder / "lora", use_dora=True)
         sd_scripts_lora(self.pipeline, folder / "kohya.safetensors")
         convert_lora(folder / "lora", folder / "peft", "peft")
+        tiny_pipeline().save_single_file(folder / "packed.safetensors")
+        with safe_open(folder / "packed.safetensors", "np") as stream:
+            self.packed = stream.metadata()[KEY_OF_PACKED]
         save_file({"<new>": torch.ones(2, 16)}, folder / "word.safetensors")
         torch.save({"string_to_param": {"*": torch.ones(2, 16)}, "name": "word"}, folder / "word.pt")
         self.make_tables()
@@ -140,6 +145,22 @@ class Seeds:
         name = draw(st.sampled_from(["model.safetensors", "bare.safetensors"]))
         file = change(draw, self.folder / name, self.place / name)
         return lambda: TextToImagePipeline.from_single_file(file, tokenizer=self.clip["tokenizer"])
+
+    def packed_files(self, draw: Any) -> Read:
+        """Of our own layout, with other bytes, tensors or metadata, or with a changed file inside."""
+        file = self.place / "packed.safetensors"
+        if draw(st.booleans()):
+            change(draw, self.folder / "packed.safetensors", file)
+        else:
+            tensors = load_file(self.folder / "packed.safetensors")
+            content = json.loads(self.packed)
+            name = draw(st.sampled_from(sorted(content["texts"])))
+            text = changed_text(draw, content["texts"][name].encode()).decode(errors="replace")
+            content["texts"][name] = text
+            content = content if draw(st.booleans()) else changed_json(draw, content)
+            save_file(tensors, file, {KEY_OF_PACKED: json.dumps(content)})
+        kind: Any = draw(st.sampled_from([TextToImagePipeline, AutoencoderKL]))
+        return lambda: kind.from_single_file(file)
 
     def network_files(self, draw: Any) -> Read:
         name = draw(st.sampled_from(["vae.safetensors", "vae.ckpt", "model.safetensors"]))

@@ -26,6 +26,7 @@ from latentdiff.interchange.single_file.settings import (
 from latentdiff.interchange.single_file.shapes import autoencoder_kind, text_kind, unet_config, vae_config
 from latentdiff.interchange.single_file.taesd import read_taesd, taesd_weights
 from latentdiff.interchange.single_file.writing import (
+    NoOriginalNamesError,
     autoencoder_alone,
     check_target,
     header_of_parts,

@@ -13,6 +13,11 @@ from latentdiff.interchange.single_file.checkpoint import HEADER
 from latentdiff.interchange.single_file.names import LAYOUTS, VAE, Layout
 from latentdiff.interchange.single_file.settings import SPEC
 
+
+class NoOriginalNamesError(ValueError):
+    """A network is of a kind that the original code never had."""
+
+
 SPEC_NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 """Prediction types as they stand in files' headers."""
 
@@ -21,7 +26,7 @@ def original_unet(unet: Any) -> dict[str, Tensor]:
     """A UNet's weights by their original names.
 
     Raises:
-        ValueError: it has weights that the original code does not have.
+        NoOriginalNamesError: it has weights that the original code does not have.
     """
     return original_weights(unet, LAYOUTS["unet"])
 
@@ -29,7 +34,7 @@ def original_unet(unet: Any) -> dict[str, Tensor]:
 def original_autoencoder(vae: Any) -> dict[str, Tensor]:
     """An autoencoder's weights by their original names; see `original_unet`."""
     if "levels" in vae.config or "layers_per_block" not in vae.config:
-        raise ValueError(
+        raise NoOriginalNamesError(
             f"a single file holds an AutoencoderKL, VQModel or GumbelVQModel, not {type(vae).__name__}, which the "
             f"original code never had; save_pretrained saves it as a folder"
         )
@@ -49,15 +54,15 @@ def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
     it cannot be written. Programs that build it report it (and the projection) as missing; their pictures are the same.
 
     Raises:
-        ValueError: the original code has no such text encoder.
+        NoOriginalNamesError: the original code has no such text encoder.
     """
     kind = type(text_encoder).__name__
     if kind == "LDMBertModel":
         return original_weights(text_encoder, LAYOUTS["bert"])
     if kind != "CLIPTextModel":
-        raise ValueError(
-            f"a single file holds the text encoder of Stable Diffusion (CLIP) or Latent Diffusion, not a {kind}; "
-            f"save_pretrained saves any pipeline as a folder"
+        raise NoOriginalNamesError(
+            f"a single file holds the text encoder of Stable Diffusion (CLIP) or Latent Diffusion, not a {kind}, which "
+            f"the original code never had; save_pretrained saves any pipeline as a folder"
         )
     is_first = text_encoder.config.hidden_act == "quick_gelu"
     return original_weights(text_encoder, LAYOUTS["clip" if is_first else "open_clip"])
@@ -67,7 +72,8 @@ def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
     """A network's weights by their original names, with what the original stacks in one tensor.
 
     Raises:
-        ValueError: one of them has no original name.
+        NoOriginalNamesError: one of them has none.
+        ValueError: there is a LoRA among them.
     """
     found: dict[str, dict[int | None, Tensor]] = {}
     for key, tensor in network.state_dict().items():
@@ -78,7 +84,7 @@ def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
         try:
             name, third = layout.place(key, network.config)
         except (KeyError, ValueError, IndexError):
-            raise ValueError(f"original checkpoints have no name for the {layout.part}'s {key}") from None
+            raise NoOriginalNamesError(f"original checkpoints have no name for the {layout.part}'s {key}") from None
         found.setdefault(name, {})[third] = tensor
     return {
         name: parts[None] if None in parts else torch.cat([parts[third] for third in range(len(parts))])

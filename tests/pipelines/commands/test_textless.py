@@ -56,6 +56,17 @@ def test_classes(models: Path, run: Run) -> None:
     assert run("replay", "a.png") == 0
 
 
+def test_a_single_file(models: Path, run: Run) -> None:
+    for name, asked in (("classes", ["--class", "bird"]), ("any", [])):
+        assert run("convert", models / name, f"{name}.safetensors") == 0
+        for model in (f"{name}.safetensors", models / name):
+            assert run("generate", "--model", model, *asked, "--steps", "2", "--seed", "3", "-o", f"{name}.png") == 0
+            with Image.open(f"{name}.png") as drawn:
+                drawn.copy().save(f"{Path(model).name}.png")
+        with Image.open(f"{name}.png") as of_folder:
+            assert same(f"{name}.safetensors.png", of_folder)
+
+
 def test_classes_without_names(models: Path, run: Run) -> None:
     assert run("generate", "--model", models / "numbered", "--class", "3", "--steps", "2", "--seed", "1") == 0
     drawn = ClassConditionalPipeline.from_pretrained(models / "numbered")(3, seed=1, num_inference_steps=2).images[0]
