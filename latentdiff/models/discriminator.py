@@ -1,5 +1,7 @@
-"""A discriminator of patches and the losses of adversarial training."""
+"""Discriminators of patches and of features, and the losses of adversarial training."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -50,8 +52,42 @@ class PatchDiscriminator(nn.Module):
 
     def judge(self, pixels: Tensor) -> Tensor:
         """As ``forward``, with gradients for the pixels only and none for the discriminator's weights."""
-        weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        return functional_call(self, weights, (pixels,))
+        return functional_call(self, detached(self), (pixels,))
+
+
+class FeatureDiscriminator(nn.Module):
+    """Logits for features that another network has of a picture, real or not: a small head for each of its layers.
+
+    As the heads of Projected GANs (Sauer et al. 2021, Sec. 3.2) and of ADD (Sauer et al. 2023), in two layers.
+
+    Args:
+        widths: channels of the features of each layer.
+        channels: of each head.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, channels, 1),
+                nn.GroupNorm(math.gcd(8, channels), channels),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(channels, 1, 3, padding=1),
+            )
+            for width in widths
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(B, C, h, w) of each layer -> the logits of all places, (B, N): above 0 is real."""
+        return torch.cat([head(one).flatten(1) for head, one in zip(self.heads, features, strict=True)], dim=1)
+
+    def judge(self, features: Sequence[Tensor]) -> Tensor:
+        """As ``forward``, with gradients for the features only and none for the discriminator's weights."""
+        return functional_call(self, detached(self), (features,))
+
+
+def detached(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def adversarial_loss(fake: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class ConsistencyObjective(DistillationObjective):
 
     def after_update(self, made: bool) -> None:
         """Let the target follow the student."""
+        super().after_update(made)
         if made and self.target is not None:
             follow(self.target, self.student, 1 - self.settings.target_decay)
 

@@ -10,6 +10,7 @@ from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.pipelines.core.denoiser import guidance_embedding
 from latentdiff.training.batch.batch_types import DiffusionBatch
+from latentdiff.training.batch.random_choices import generator_of
 from latentdiff.training.objectives.objective import Objective
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -40,6 +41,12 @@ class DistillationObjective(Objective[DiffusionBatch]):
         self.student, self.teacher, self.process, self.guidance = student, teacher, process, guidance
         self.empty: Tensor
         self.register_buffer("empty", empty.float(), persistent=False)
+        self.updates: Tensor  # so far; checkpoints keep it
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def after_update(self, made: bool) -> None:
+        """Count it, made or not."""
+        self.updates += 1
 
     def train(self, mode: bool = True) -> Self:
         """The student's mode; all else stays as in drawing."""
@@ -105,6 +112,21 @@ def given_condition(batch: DiffusionBatch) -> Conditioning:
     """The text states of a batch."""
     assert isinstance(batch.condition, Conditioning)
     return batch.condition
+
+
+def further_noise(batch: DiffusionBatch, count: int) -> tuple[Tensor, Tensor]:
+    """More that is random, of each picture's draw, so that it does not depend on which process has the picture.
+
+    Returns:
+        `count` times standard normal noise (count, B, C, h, w), and uniform numbers (B,), on the device of the latents.
+    """
+    shape, noise, uniform = (count, *batch.latents.shape[1:]), [], []
+    for bits in batch.draws.double().view(torch.int64).tolist():
+        generator = generator_of(bits)
+        noise.append(torch.randn(shape, generator=generator))
+        uniform.append(torch.rand((), generator=generator))
+    device = batch.latents.device
+    return torch.stack(noise, dim=1).to(device), torch.stack(uniform).to(device)
 
 
 def follower(network: Network) -> Network:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -10,10 +10,10 @@ Batch = TypeVar("Batch")
 
 
 class RealAndFake(NamedTuple):
-    """What an adversary compares, (B, 3, H, W) each; `fake` carries no gradient."""
+    """What an adversary compares: pictures (B, 3, H, W), or features of several layers; `fake` has no gradient."""
 
-    real: Tensor
-    fake: Tensor
+    real: Any
+    fake: Any
 
 
 class Result(NamedTuple):

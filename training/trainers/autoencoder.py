@@ -100,9 +100,13 @@ class Alarms:
     A codebook that collapses, a discriminator that wins, and pictures that get worse under it.
 
     `add` takes the figures of every record, `add_validation` those of every validation.
+
+    Args:
+        learner: what is trained, for messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, learner: str = "the autoencoder") -> None:
+        self.learner = learner
         self._means: dict[str, float] = {}
         self._seen: dict[str, int] = {}
         self._quiet: dict[str, int] = {}
@@ -125,7 +129,7 @@ class Alarms:
         if accuracy is not None and accuracy > 0.95:
             self._say(
                 "discriminator",
-                f"the discriminator is right about {accuracy:.1%} of the patches, so the autoencoder learns nothing "
+                f"the discriminator is right about {accuracy:.1%} of the patches, so {self.learner} learns nothing "
                 f"from it. Lower discriminator_learning_rate or discriminator_weight, set r1_weight=1, or begin later "
                 f"with discriminator_start",
             )

@@ -24,7 +24,7 @@ from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.figures import labelled
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.objectives.objective import Objective
+from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import Condition, DiffusionSettings
 from latentdiff.training.trainers.models import SAMPLES, DiffusionModel, UnconditionalModel
 
@@ -56,12 +56,17 @@ def train_diffusion(
     data: Data,
     objective: Objective[DiffusionBatch],
     save: Callable[[TrainingRun], None],
+    adversary: Objective[RealAndFake] | None = None,
+    adversary_rate: float | None = None,
+    watch: Callable[[dict[str, float]], None] | None = None,
 ) -> Path:
     """Train the parameters of `objective` that require a gradient, or go on with the run in ``settings.output``.
 
     Args:
         model: its networks that are trained are the very ones in `objective`, the others are frozen.
         save: called once at the end, on the main process, with the averaged weights in place.
+        adversary, adversary_rate: see `TrainingRun`.
+        watch: gets the objectives' figures whenever they are recorded.
 
     Returns:
         ``settings.output``.
@@ -72,7 +77,7 @@ def train_diffusion(
     """
     factor = model.codec.factor
     step = factor * model.network.downscale_factor if settings.buckets else factor
-    run = TrainingRun(settings, objective, given=model.given())
+    run = TrainingRun(settings, objective, adversary, adversary_rate, given=model.given())
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError(
             "under FSDP only a whole UNet can be trained: no LoRA, no text encoder, and no distillation; use DDP"
@@ -97,7 +102,9 @@ def train_diffusion(
     prompts = settings.sample_prompts or chosen_captions(run, data.pictures)
     order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
     for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.cat):
-        run.learn(reader.batch(samples))
+        figures = run.learn(reader.batch(samples))
+        if figures and watch is not None:
+            watch(figures)
         if run.due(settings.sample_every):
             with run.averaged():
                 figures = loss(run.objective, held_out, run.accelerator)

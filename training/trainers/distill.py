@@ -16,6 +16,7 @@ from latentdiff.diffusion.process import Process
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.models import UNet2DConditionModel
+from latentdiff.models.discriminator import FeatureDiscriminator
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
@@ -26,9 +27,17 @@ from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.networks import freeze
+from latentdiff.training.objectives.adversarial import (
+    AdversarialObjective,
+    FeatureDiscriminatorObjective,
+    feature_widths,
+)
 from latentdiff.training.objectives.consistency import TIME_SCALING, ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective
+from latentdiff.training.objectives.objective import Objective, RealAndFake
+from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.settings import DistillationSettings
+from latentdiff.training.trainers.autoencoder import Alarms
 from latentdiff.training.trainers.diffusion import load_data, train_diffusion
 from latentdiff.training.trainers.finetune import (
     check_output,
@@ -92,7 +101,7 @@ def distill(settings: DistillationSettings) -> Path:
         pipeline_class=type(pipeline),
         teacher_digest=weights_digest(teacher.state_dict()),
     )
-    objective = objective_of(settings, student, teacher, empty)
+    objective, adversary = objectives_of(settings, student, teacher, empty)
 
     def save(run: TrainingRun) -> None:
         pipeline.unet = student.network
@@ -111,7 +120,8 @@ def distill(settings: DistillationSettings) -> Path:
         )
         describe(run, settings, kind, len(data.pictures), settings.model)
 
-    return train_diffusion(settings, student, data, objective, save)
+    rate = settings.discriminator_learning_rate
+    return train_diffusion(settings, student, data, objective, save, adversary, rate, Alarms("the student").add)
 
 
 def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
@@ -120,11 +130,13 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
     Raises:
         ValueError: there is none for the teacher's process.
     """
-    scheduler = process.scheduler("LCMScheduler")
-    # steps_offset changes nothing here, but diffusers' pipelines warn of any other
-    scheduler.register_to_config(
-        original_inference_steps=settings.solver_steps, timestep_scaling=TIME_SCALING, steps_offset=1
-    )
+    if settings.method == "progressive":
+        scheduler = process.scheduler("DDIMScheduler")
+    else:
+        scheduler = process.scheduler("LCMScheduler")  # which puts new noise into each answer, as is taught
+        among = process.num_timesteps if settings.method == "adversarial" else settings.solver_steps
+        scheduler.register_to_config(original_inference_steps=among, timestep_scaling=TIME_SCALING)
+    scheduler.register_to_config(steps_offset=1)  # changes nothing here, but diffusers' pipelines warn of any other
     return scheduler
 
 
@@ -144,6 +156,15 @@ def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline,
     if settings.method in ("lcm", "consistency") and settings.solver_steps > process.num_timesteps:
         raise ValueError(
             f"solver_steps={settings.solver_steps} are more than the teacher's {process.num_timesteps} timesteps"
+        )
+    if settings.method == "adversarial" and not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"{settings.model}: the discriminator looks into a UNet, and this teacher is a {type(unet).__name__}; "
+            f"take another method"
+        )
+    if settings.method == "progressive" and 2 * settings.start_steps > process.num_timesteps:
+        raise ValueError(
+            f"start_steps={settings.start_steps}: the teacher takes twice as many, and has {process.num_timesteps}"
         )
     if draws_in_few_steps(pipeline):
         logger.warning(
@@ -178,7 +199,19 @@ def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> D
         changes["sample_guidance_scale"] = 1.0
     elif "sample_guidance_scale" not in given:
         changes["sample_guidance_scale"] = min(max(own, scales[0]), scales[1])
-    return settings.model_copy(update=changes)
+    settings = settings.model_copy(update=changes)
+    if settings.method != "progressive":
+        return settings
+    needed = len(settings.stages) * settings.stage_steps
+    if "max_steps" not in given:
+        return settings.model_copy(update={"max_steps": needed})
+    if settings.max_steps <= needed - settings.stage_steps:
+        raise ValueError(
+            f"max_steps={settings.max_steps} end before the last of {len(settings.stages)} stages of "
+            f"stage_steps={settings.stage_steps} begins; give max_steps={needed}, shorter stages, or fewer by a "
+            f"smaller start_steps"
+        )
+    return settings
 
 
 def with_drawings(
@@ -254,7 +287,16 @@ def student_of(settings: DistillationSettings, teacher: Any) -> Any:
     return student
 
 
-def objective_of(settings: DistillationSettings, model: Student, teacher: Any, empty: Tensor) -> DistillationObjective:
-    """What the settings' method minimises."""
+def objectives_of(
+    settings: DistillationSettings, model: Student, teacher: Any, empty: Tensor
+) -> tuple[DistillationObjective, Objective[RealAndFake] | None]:
+    """What the settings' method minimises, and what its adversary does, if it has one."""
     guidance = (settings.guidance_scale[0], settings.guidance_scale[-1])
-    return ConsistencyObjective(model.network, teacher, model.process, guidance, empty, settings)
+    common = (model.process, guidance, empty)
+    if settings.method == "progressive":
+        return ProgressiveObjective(model.network, *common, settings.stages, settings.stage_steps), None
+    if settings.method == "adversarial":
+        discriminator = FeatureDiscriminator(feature_widths(teacher), settings.discriminator_channels)
+        adversary = FeatureDiscriminatorObjective(discriminator, settings.r1_weight)
+        return AdversarialObjective(model.network, teacher, *common, discriminator, settings), adversary
+    return ConsistencyObjective(model.network, teacher, *common, settings), None

@@ -13,11 +13,13 @@ import torch
 from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
+from tiny import tiny_pipeline
 
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, DistillationSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
+from latentdiff.training.trainers.distill import distill
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 
-KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))  # of each of the four trainings
+KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))  # of each training
 
 
 def newest(output: Path) -> Path:
@@ -88,6 +90,23 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
+
+
+@pytest.mark.parametrize("method", ["lcm", "progressive", "adversarial"])
+def test_distillation(pictures: Path, tmp_path: Path, method: str) -> None:
+    tiny_pipeline("clip").save_pretrained(tmp_path / "model")
+    own = {
+        "lcm": {"lora_rank": 2, "target_decay": 0.9},
+        "progressive": {"start_steps": 16, "stage_steps": 30},
+        "adversarial": {"discriminator_channels": 4, "r1_weight": 0.1, "discriminator_start": 20},
+    }
+
+    def train(output: Path) -> None:
+        values = {"batch_size": 2, "max_steps": 120, "checkpoint_every": 2, "sample_every": 40, "log_every": 5}
+        values |= {"data": str(pictures), "output": str(output), "model": str(tmp_path / "model"), "method": method}
+        distill(DistillationSettings.load(None, {**values, "gradient_accumulation_steps": 2, **own[method]}))
+
+    compare(train, tmp_path, kills=KILLS, longest=3.0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

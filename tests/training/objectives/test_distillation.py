@@ -12,9 +12,18 @@ from torch import Tensor
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
+from latentdiff.models.discriminator import FeatureDiscriminator
 from latentdiff.training.batch.batch_types import DiffusionBatch
+from latentdiff.training.objectives.adversarial import (
+    AdversarialObjective,
+    FeatureDiscriminatorObjective,
+    feature_widths,
+    slope_at,
+)
 from latentdiff.training.objectives.consistency import ConsistencyObjective
-from latentdiff.training.objectives.distillation import follow, follower
+from latentdiff.training.objectives.distillation import follow, follower, further_noise
+from latentdiff.training.objectives.objective import RealAndFake
+from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.settings import DistillationSettings
 from latentdiff.training.trainers.distill import student_of
 
@@ -153,3 +162,161 @@ def test_a_follower_moves_by_its_share_where_the_network_learns() -> None:
     torch.testing.assert_close(copied[1].weight, before + 0.25)
     torch.testing.assert_close(copied[0].weight, network[0].weight - 1)
     assert not any(parameter.requires_grad for parameter in copied.parameters())
+
+
+def progressive(empty: Tensor, stages: tuple[int, ...], predicts: str = "v_prediction") -> ProgressiveObjective:
+    process = GaussianDiffusion("scaled_linear", 1000, predicts, zero_terminal_snr=predicts != "epsilon")
+    return ProgressiveObjective(teacher().requires_grad_(True), process, (3.0, 3.0), empty, stages, stage_steps=2)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_progressive_ends_in_one_step_where_diffusers_ddim_ends_in_two(
+    batch: DiffusionBatch, empty: Tensor, predicts: str
+) -> None:
+    objective = progressive(empty, (4,), predicts)
+    with torch.no_grad():
+        objective.teacher.conv_out.bias.add_(0.3)
+    schedulers = [
+        diffusers.DDIMScheduler(
+            **LCM,
+            prediction_type=predicts,
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=predicts != "epsilon",
+        )
+        for _ in range(2)
+    ]
+    coarse, fine = schedulers
+    coarse.set_timesteps(4)
+    fine.set_timesteps(8)
+    losses = []
+    for i, draw in enumerate(batch.draws.tolist()):
+        place = int(draw * 4)
+        t, states = int(coarse.timesteps[3 - place]), batch.condition.states[i : i + 1]
+        noisy = fine.add_noise(batch.latents[i : i + 1], batch.noise[i : i + 1], torch.tensor([t]))
+        ended = noisy
+        with torch.no_grad():
+            for step in fine.timesteps[6 - 2 * place : 8 - 2 * place].tolist():
+                ended = fine.step(objective.teacher(ended, step, states).sample, step, ended).prev_sample
+        # what DDIM's single step must be told to end there too: affine in the prediction, so from two trials
+        at_zero, at_one = (coarse.step(torch.full_like(noisy, one), t, noisy).prev_sample for one in (0.0, 1.0))
+        wanted = (ended - at_zero) / (at_one - at_zero)
+        own = objective.student(noisy, t, states).sample
+        level = float(coarse.alphas_cumprod[t])
+        per_clean = level / (1 - level) if predicts == "epsilon" else 1 / (1 - level)
+        error = (own - wanted).square().mean() / per_clean  # of x_0
+        losses.append(error * max(1.0, level / (1 - level)))
+    torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=2e-4)
+
+
+def test_the_first_stage_takes_the_guidance_over(batch: DiffusionBatch, empty: Tensor) -> None:
+    objective = progressive(empty, (0, 8, 4))
+    times = (batch.draws * 1000).long()
+    noisy = objective.process.mix(batch.latents, batch.noise, times)
+    states = batch.condition.states
+    with torch.no_grad():
+        without = objective.teacher(noisy, times, empty.expand(SIZE, -1, -1)).sample
+        with_prompt = objective.teacher(noisy, times, states).sample
+    error = 2.0 * (with_prompt - without)  # of v; that of x_0 is sigma times it
+    _, sigma = objective.process.coefficients(times, noisy)
+    weight = objective.process.snr(times).clamp(min=1).float()
+    wanted = ((sigma * error).square().flatten(1).mean(1) * weight).mean()
+    torch.testing.assert_close(objective(batch).loss, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_after_each_stage_the_student_teaches(empty: Tensor) -> None:
+    objective = progressive(empty, (0, 8, 4))
+    weights = [network.conv_in.bias for network in (objective.student, objective.teacher)]
+    seen = []
+    for number in range(8):
+        with torch.no_grad():
+            weights[0].fill_(number)
+        objective.after_update(True)
+        seen.append((objective.steps, float(weights[1][0])))
+    first = seen[0][1]
+    assert seen == [(0, first), (8, 1.0), (8, 1.0), (4, 3.0), (4, 3.0), (4, 3.0), (4, 3.0), (4, 3.0)]
+
+
+def adversarial(empty: Tensor, **values: Any) -> AdversarialObjective:
+    chosen = settings(method="adversarial", discriminator_channels=8, guidance_scale=3, **values)
+    taught = teacher()
+    process = GaussianDiffusion("scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
+    discriminator = FeatureDiscriminator(feature_widths(taught), 8)
+    student = teacher().requires_grad_(True)
+    return AdversarialObjective(student, taught, process, (3.0, 3.0), empty, discriminator, chosen)
+
+
+def test_adversarial_is_the_distance_to_the_teacher_and_the_discriminators_word(
+    batch: DiffusionBatch, empty: Tensor
+) -> None:
+    objective = adversarial(empty, few_steps=4, distillation_weight=2.0, discriminator_weight=0.5)
+    process, states = objective.process, batch.condition.states
+    result = objective(batch)
+    asked = torch.tensor([999, 999, 749, 749, 249, 249])  # of draws in four equal parts
+    with torch.no_grad():
+        noisy = process.mix(batch.latents, batch.noise, asked)
+        answer = objective.meaning(noisy, objective.student(noisy, asked, states).sample, asked).clean
+        noise, uniform = further_noise(batch, 2)
+        times = ((0.02 + 0.96 * uniform) * 999).long()
+        judged = process.mix(answer, noise[0], times)
+        one, other = (objective.teacher(judged, times, own).sample for own in (empty.expand(SIZE, -1, -1), states))
+        wanted = objective.meaning(judged, one + 3 * (other - one), times).clean
+        signal, _ = process.coefficients(times, judged)
+        distance = (signal * (answer - wanted).square()).mean()
+        judge = objective._discriminator[0]
+        seen = objective.features(judged, times, batch.condition)
+        torch.testing.assert_close(result.loss, 2 * distance - 0.5 * judge(seen).mean(), rtol=1e-4, atol=1e-6)
+    assert result.for_adversary is not None
+    real = objective.features(process.mix(batch.latents, noise[1], times), times, batch.condition)
+    for found, expected in zip(result.for_adversary.real, real, strict=True):
+        torch.testing.assert_close(found, expected)
+    result.loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.student.parameters())
+    assert all(parameter.grad is None for parameter in [*objective.teacher.parameters(), *judge.parameters()])
+    early = adversarial(empty, discriminator_start=1)
+    assert early(batch).for_adversary is None
+    early.after_update(True)
+    assert early(batch).for_adversary is not None
+
+
+def test_the_teachers_features_are_what_its_way_up_starts_from(batch: DiffusionBatch, empty: Tensor) -> None:
+    objective = adversarial(empty)
+    times = torch.full((SIZE,), 300)
+    found = objective.features(batch.latents, times, batch.condition)
+    assert [tuple(one.shape[1:]) for one in found] == [(8, 4, 4), (16, 4, 4), (16, 4, 4)]
+    middle = objective.teacher.mid_block.register_forward_hook(lambda *_: found[-1])
+    again = objective.teacher(batch.latents, times, batch.condition.states).sample
+    middle.remove()
+    assert torch.equal(again, objective.teacher(batch.latents, times, batch.condition.states).sample)
+    assert not any(block._forward_hooks for block in objective.teacher.modules())
+
+
+def test_further_noise_is_a_pictures_own(batch: DiffusionBatch) -> None:
+    noise, uniform = further_noise(batch, 2)
+    part = DiffusionBatch(
+        batch.latents[2:4], batch.noise[2:4], batch.draws[2:4], batch.condition.select(slice(2, 4)), torch.ones(2)
+    )
+    torch.testing.assert_close(further_noise(part, 2), (noise[:, 2:4], uniform[2:4]), rtol=0, atol=0)
+    assert noise.shape == (2, *batch.latents.shape)
+    assert len({float(one) for one in noise[:, :, 0, 0, 0].flatten()}) == 2 * SIZE
+
+
+def test_a_discriminator_of_features_learns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = tuple(torch.randn(8, width, 4, 4, generator=generator) for width in (4, 6))
+    fake = tuple(one.mean((2, 3), keepdim=True).expand_as(one) for one in real)
+    objective = FeatureDiscriminatorObjective(FeatureDiscriminator((4, 6), 8), r1_weight=1e-3)
+    optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
+    results = []
+    for _ in range(40):
+        results.append(objective(RealAndFake(real, fake)))
+        optimizer.zero_grad()
+        results[-1].loss.backward()
+        optimizer.step()
+    assert results[-1].figures["discriminator_accuracy"] > 0.9
+    assert results[-1].loss < 0.5 * results[0].loss
+
+
+def test_the_slope_is_that_of_each_pictures_mean_logit() -> None:
+    features = [torch.randn(3, 2, 1, 1, requires_grad=True), torch.randn(3, 1, 2, 2, requires_grad=True)]
+    logits = torch.cat([2 * features[0].flatten(1), 3 * features[1].flatten(1)], dim=1)  # (3, 6)
+    assert slope_at(logits, features) == pytest.approx((2 * 2**2 + 4 * 3**2) / 6**2)

@@ -23,6 +23,12 @@ METHODS: dict[str, dict[str, object]] = {
     "lcm": {"method": "lcm"},
     "lcm-lora": {"method": "lcm", "lora_rank": 2, "target_decay": 0.5},
     "consistency": {"method": "consistency"},
+    "progressive": {"method": "progressive", "start_steps": 4, "stage_steps": 2},
+    "adversarial": {"method": "adversarial", "discriminator_channels": 4, "r1_weight": 0.1},
+}
+FEW: dict[str, dict[str, object]] = {
+    "progressive": {"few_steps": 2, "start_steps": 2, "stage_steps": 1, "max_steps": 2},
+    "adversarial": {"few_steps": 2},
 }
 UNET = "diffusion_pytorch_model.safetensors"
 
@@ -70,6 +76,25 @@ def test_lcm_draws_in_plain_diffusers_at_the_scale_that_is_chosen(pictures: Path
     assert {file.name: file.read_bytes() for file in sorted(model.rglob("*")) if file.is_file()} == before
     assert "num_inference_steps=4, guidance_scale=3)" in (out / "README.md").read_text(encoding="utf-8")
     assert "distilled to 4 steps (lcm)" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", ["progressive", "adversarial"])
+def test_others_draw_in_plain_diffusers_as_here(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
+    out = run(model, tmp_path / "out", data=str(pictures), **{**METHODS[method], **FEW[method]})
+    ours = TextToImagePipeline.from_pretrained(out)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    kind, timesteps = diffusers.DDIMScheduler if method == "progressive" else diffusers.LCMScheduler, []
+    assert type(theirs.scheduler) is kind
+    assert ours.defaults == {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+    def keep(*args: Any) -> Any:
+        timesteps.append(int(args[2]))
+        return args[3]
+
+    few = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    torch.testing.assert_close(drawn(ours, **few), drawn(theirs, **few, callback_on_step_end=keep), atol=1e-4, rtol=0)
+    assert timesteps == [999, 499]
+    assert drawn(ours, num_inference_steps=4, guidance_scale=1.0).isfinite().all()
 
 
 def test_a_lora_is_loaded_by_plain_diffusers_with_its_lcm_scheduler(
@@ -156,6 +181,11 @@ def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: P
         ({"method": "consistency", "guidance_scale": 3}, "guidance_scale does nothing with method=consistency"),
         ({"method": "progressive", "loss": "l2"}, "loss does nothing with method=progressive"),
         ({"method": "progressive", "start_steps": 12}, "start_steps=12 must be few_steps=4, or that doubled"),
+        (
+            {"method": "progressive", "max_steps": 2000},
+            "end before the last of 5 stages of stage_steps=1000 begins; giv",
+        ),
+        ({"method": "progressive", "start_steps": 512}, "start_steps=512: the teacher takes twice as many, and has"),
         ({"few_steps": 8, "solver_steps": 4}, "few_steps=8 are more than solver_steps=4"),
         ({"solver_steps": 2000}, "solver_steps=2000 are more than the teacher's 1000 timesteps"),
         ({"prompts": "p.txt"}, "one of the two"),
