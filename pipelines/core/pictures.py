@@ -148,7 +148,7 @@ def place(
 
     Without `height` and `width` a picture keeps its size, cut to multiples of the autoencoder's factor; if that is far
     from `trained` (see `is_far`), it is brought to the area of that. If one of the two is given, the other follows. If
-    both are, the picture is brought to that size as `mode` says. Latents keep their size.
+    both are, the picture is brought to that size as `mode` says. Tensors were made for a model and keep their size.
 
     Raises:
         TypeError: not a picture.
@@ -170,7 +170,7 @@ def place(
         scale = height / own[0]
     elif width is not None:
         scale = width / own[1]
-    elif trained is not None and not has_latents(processor, image) and is_far(own, trained):
+    elif trained is not None and not isinstance(as_list(image)[0], Tensor) and is_far(own, trained):
         scale = (math.prod(trained) / math.prod(own)) ** 0.5
     else:
         height, width = (max(1, side // factor) * factor for side in own)
@@ -190,17 +190,10 @@ def size_of(processor: VaeImageProcessor, picture: Any) -> tuple[int, int]:
     if isinstance(picture, Image.Image):
         turned = (orientation_of(picture) or 1) > 4
         return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    values = stacked("image", picture)[0]
-    factor = processor.config.vae_scale_factor if has_latents(processor, picture) else 1
+    values, from_arrays = stacked("image", picture)
+    taken = not from_arrays and values.is_floating_point() and are_latents(values, processor.config.vae_latent_channels)
+    factor = processor.config.vae_scale_factor if taken else 1
     return values.shape[-2] * factor, values.shape[-1] * factor
-
-
-def has_latents(processor: VaeImageProcessor, image: Any) -> bool:
-    """Whether tensors given as pictures are taken for latents."""
-    items = as_list(image)
-    if not items or not all(isinstance(one, Tensor) and one.is_floating_point() for one in items):
-        return False
-    return are_latents(four_dimensions("image", items[0]), processor.config.vae_latent_channels)
 
 
 def to_pixels(processor: VaeImageProcessor, image: Pictures, placement: Placement | None = None) -> Tensor:
@@ -356,7 +349,7 @@ def four_dimensions(name: str, item: Any) -> Tensor:
     shape = tuple(item.shape)
     if isinstance(item, np.ndarray):
         try:
-            item = torch.from_numpy(np.ascontiguousarray(item))
+            item = torch.from_numpy(np.ascontiguousarray(item, item.dtype.newbyteorder("=")))
         except TypeError:
             raise TypeError(f"{name} has values of the type {item.dtype}; give uint8 or floating point") from None
         if item.ndim == 3 and (name == "image" or shape[-1] in (1, 3, 4)):

@@ -62,7 +62,8 @@ class ImageToImagePipeline(TextPipeline):
                 Scaled latents (P, C, h, w) are taken as they are.
             height, width: in pixels, multiples of the autoencoder's factor. Without them the picture keeps its size, or
                 is brought to the area that the model was trained on, if a side or the area is more than 1.5 times that
-                or less than 1 / 1.5; if one is given, the other follows. See `pictures.place`.
+                or less than 1 / 1.5; if one is given, the other follows. Tensors keep their size. See
+                `pictures.place`.
             resize_mode: what is done where the shapes differ: "crop" cuts the picture at its edges, by a few pixels
                 where only multiples ask for it; "default" stretches it, and brings it near no size, as in diffusers;
                 "fill" keeps it whole (PIL images only).

@@ -40,15 +40,19 @@ def test_the_rule(width: int, height: int, asked: dict[str, Any], trained: int |
     given: list[Any] = [Image.new("RGB", (width, height)), np.zeros((height, width, 3))]
     turned = Image.new("RGB", (height, width))
     turned.getexif()[0x0112] = 6
-    for image in (*given, torch.zeros(1, 3, height, width), turned, given[:1] * 2):
+    if asked or trained is None:  # else tensors keep their size
+        given.append(torch.zeros(1, 3, height, width))
+    for image in (*given, turned, given[:1] * 2):
         placed = place(PROCESSOR, image, **asked, trained=trained and (trained, trained))
         assert (placed.width, placed.height) == wanted
         assert to_pixels(PROCESSOR, image, placed).shape[1:] == (3, wanted[1], wanted[0])
 
 
-def test_latents_keep_their_size() -> None:
-    placed = place(PROCESSOR, torch.zeros(1, 4, 40, 90), trained=(64, 64))
-    assert (placed.height, placed.width) == (160, 360)
+@pytest.mark.parametrize("shape", [(1, 4, 40, 90), (1, 3, 160, 360), (3, 161, 363)])
+def test_tensors_keep_their_size(shape: tuple[int, ...]) -> None:
+    for image in (torch.zeros(shape), [torch.zeros(shape)] * 2):
+        placed = place(PROCESSOR, image, trained=(64, 64))
+        assert (placed.height, placed.width) == (160, 360)
 
 
 def test_a_picture_is_cut_in_its_middle() -> None:
