@@ -3,20 +3,17 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from threading import RLock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.tokens import count_chunks, tokenize, weigh
 from latentdiff.text.words import expand_words
 
 logger = logging.getLogger(__name__)
-
-TOKENIZING = RLock()
-"""Held while a tokenizer works: transformers' keep the last call's options, and fail or cut wrongly in threads."""
 
 UNLIMITED = 1_000_000  # transformers writes 1e30 for "the tokenizer does not know"
 LONG_PROMPTS = ("cut", "chunk")
@@ -154,7 +151,7 @@ class TextConditioner:
         prompts, tokenizer, length = as_prompts(prompts), self.tokenizer, self.length
         chunks = self.chunks(prompts) if chunks is None else chunks
         if not self.prompt_weights and chunks == 1:
-            with TOKENIZING:
+            with tokenizing(tokenizer):
                 prompts = expand_words(prompts, tokenizer)
                 tokens = tokenizer(
                     prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -163,7 +160,7 @@ class TextConditioner:
                     warn_of_cuts(prompts, tokenizer, length)
             return Conditioning(states=self._states(tokens))
 
-        with TOKENIZING:
+        with tokenizing(tokenizer):
             parts = tokenize(prompts, tokenizer, length, weights=self.prompt_weights, chunks=chunks)
             nothing = tokenize([""], tokenizer, length)
         for cut in parts.cut if self.warn else []:
@@ -197,7 +194,7 @@ class TextConditioner:
         """In how many parts the longest of these prompts is encoded."""
         if self.long_prompts == "cut" or self.text_encoder is None or not prompts:
             return 1
-        with TOKENIZING:
+        with tokenizing(self.tokenizer):
             return count_chunks(prompts, self.tokenizer, self.length, self.prompt_weights)
 
     def of_length(self, tokens: int) -> tuple["TextConditioner", int]:

@@ -10,6 +10,19 @@ def tokens_of(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
+def add_words(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """New tokens, which are found as whole words only: ``cat`` does not act in ``concatenate``.
+
+    What begins and ends with a sign, such as ``<cup>``, is found next to letters too.
+    """
+    from transformers import AddedToken
+
+    for token in tokens:
+        word = re.sub(r"_\d+$", "", token)  # see `tokens_of`
+        alone = re.search(r"^\w|\w$", word) is not None
+        tokenizer.add_tokens([AddedToken(token, single_word=alone, normalized=True, special=False)])
+
+
 def long_words(tokenizer: Any) -> dict[str, list[str]]:
     """The words of several vectors that a tokenizer knows, with all of their tokens."""
     added = getattr(tokenizer, "added_tokens_encoder", {})
@@ -63,7 +76,9 @@ def added_tokens_in(prompt: str, tokenizer: Any) -> list[tuple[str | None, int]]
         return [
             (names.get(number), end) for number, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
         ]
-    longest_first = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
+    alone = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
+    patterns = {token: rf"(?<!\w){re.escape(token)}(?!\w)" if token in alone else re.escape(token) for token in added}
+    longest_first = "|".join(patterns[token] for token in sorted(added, key=len, reverse=True))
     cases = re.IGNORECASE if getattr(tokenizer, "do_lower_case", False) else re.NOFLAG
     of_lower = {token.lower(): token for token in added} if cases else {token: token for token in added}
     matches = re.finditer(rf"({longest_first})|\S", prompt, cases)

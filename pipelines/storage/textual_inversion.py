@@ -8,7 +8,24 @@ from latentdiff.interchange.adapter_files import name_of
 from latentdiff.interchange.embeddings import find_embeddings
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
-from latentdiff.text.words import long_words
+from latentdiff.text.tokenizing import tokenizing
+from latentdiff.text.words import add_words, long_words
+
+
+class WholeWords:
+    """A tokenizer to diffusers' loader, whose new tokens are whole words."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def add_tokens(self, tokens: str | list[str]) -> None:
+        add_words(self.tokenizer, [tokens] if isinstance(tokens, str) else tokens)
 
 
 class TextualInversionPipeline(TextualInversionLoaderMixin):
@@ -49,7 +66,8 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
         words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
         width, source = text_encoder.get_input_embeddings().weight.shape[1], name_of(pretrained_model_name_or_path)
         for word, vectors in words:
-            ids = tokenizer(word, add_special_tokens=False).input_ids
+            with tokenizing(tokenizer):
+                ids = tokenizer(word, add_special_tokens=False).input_ids
             token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
             if token is not None and not token.special:
                 known = f"{source}: the word {word!r} is known already, as {token.content!r}"
@@ -61,7 +79,8 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
                 )
         sources = [{word: vectors} for word, vectors in words]
         with faults_named(source):
-            super().load_textual_inversion(sources, [word for word, _ in words], tokenizer, text_encoder)
+            whole: Any = WholeWords(tokenizer)
+            super().load_textual_inversion(sources, [word for word, _ in words], whole, text_encoder)
 
     def unload_textual_inversion(self, tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
         """Forget words that were loaded, each with all of its vectors; all words by default.

@@ -98,3 +98,55 @@ def test_what_is_no_word_of_several_vectors_stays() -> None:
     assert expand_words(("a cup", ""), pipeline.tokenizer) == ["a cup", ""]
     pipeline.load_textual_inversion({"<cup>": vectors(1)})
     assert expand_words(["a <cup>", ""], pipeline.tokenizer) == ["a <cup>", ""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_act_as_whole_words_only(kind: str) -> None:
+    pipeline = tiny_pipeline(kind)
+    tokenizer = pipeline.tokenizer
+    inside = "a conqatenate, qats or unqat_ at catqat"
+    before = tokenizer(inside).input_ids
+    pipeline.load_textual_inversion([{"qat": vectors(2)}, {"<cup>": vectors(2)}])
+    assert tokenizer(inside).input_ids == before
+    assert expand_words([inside], tokenizer) == [inside]
+    for prompt in ("a qat", "qat, red", "(qat)", "red-qat.", "qat"):
+        assert new_tokens(expand_words([prompt], tokenizer)[0], tokenizer) == ["qat", "qat_1"]
+    assert new_tokens(expand_words(["two<cup>s"], tokenizer)[0], tokenizer) == ["<cup>", "<cup>_1"]
+
+
+class Slow:
+    """A tokenizer that does not say where its tokens are."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.added_tokens_encoder, self.added_tokens_decoder = (
+            tokenizer.added_tokens_encoder,
+            tokenizer.added_tokens_decoder,
+        )
+
+
+def test_so_they_do_with_tokenizers_of_python() -> None:
+    pipeline = tiny_pipeline("clip")
+    pipeline.load_textual_inversion([{"qat": vectors(2)}])
+    prompts = ["a conqatenate", "a qat, qats"]
+    assert expand_words(prompts, Slow(pipeline.tokenizer)) == ["a conqatenate", "a qat qat_1, qats"]
+
+
+@pytest.mark.parametrize("way", ["plain", "chunks", "training"])
+def test_a_tokenizer_is_saved_as_it_was_loaded(tmp_path: Path, way: str) -> None:
+    from latentdiff.training.batch.conditions import read_tokens
+
+    for beginning in ("plain", "padded"):
+        pipeline = tiny_pipeline("bert")
+        if beginning == "padded":
+            pipeline.tokenizer.backend_tokenizer.enable_padding(length=7)
+            pipeline.tokenizer.backend_tokenizer.enable_truncation(7)
+        pipeline.tokenizer.save_pretrained(tmp_path / beginning / "before")
+        if way == "training":
+            read_tokens(pipeline.tokenizer, 5, True, str, ["red cup", "red " * 20])
+        else:
+            draw(pipeline, "red " * 20, long_prompts="chunk" if way == "chunks" else "cut")
+        pipeline.tokenizer.save_pretrained(tmp_path / beginning / "after")
+        texts = [(tmp_path / beginning / name / "tokenizer.json").read_text() for name in ("before", "after")]
+        assert texts[0] == texts[1]

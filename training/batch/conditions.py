@@ -16,6 +16,7 @@ from latentdiff.conditioning import ClassConditioner, Conditioning
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.text import encode_prompts, max_tokens
 from latentdiff.text.encode import TextConditioner
+from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
@@ -99,7 +100,8 @@ def warn_of_long(captions: Sequence[str], tokenizer: Any, length: int) -> None:
     cut = []
     for start in range(0, len(long), 1024):
         some = long[start : start + 1024]
-        counts = map(len, tokenizer(some, truncation=False, verbose=False).input_ids)
+        with tokenizing(tokenizer):
+            counts = map(len, tokenizer(some, truncation=False, verbose=False).input_ids)
         cut += [text for text, count in zip(some, counts, strict=True) if count > length]
     if cut:
         logger.warning(
@@ -159,7 +161,8 @@ def read_tokens(
 ) -> Tokens:
     """`length` tokens of each prepared caption."""
     prepared = [prepare(caption) for caption in captions]
-    encoded = tokenizer(prepared, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with tokenizing(tokenizer):
+        encoded = tokenizer(prepared, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return Tokens(encoded.input_ids, encoded.attention_mask if uses_mask else None)
 
 

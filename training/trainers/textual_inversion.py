@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, save_whole
-from latentdiff.text.words import expand_words, tokens_of
+from latentdiff.text.words import add_words, expand_words, tokens_of
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.settings import FinetuneSettings
 
@@ -56,7 +56,7 @@ def add_word(settings: FinetuneSettings, tokenizer: Any, text_encoder: Any) -> E
     if known:
         raise ValueError(f"placeholder_token: the tokenizer knows {known[0]!r} already; choose another new word")
     start_id = single_token(start, tokenizer)
-    tokenizer.add_tokens(tokens)
+    add_words(tokenizer, tokens)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     whole = tokenizer(" ".join(tokens), add_special_tokens=False).input_ids
     if word.split() != [word] or whole != ids or ids != list(range(ids[0], ids[0] + len(ids))):
