@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, name_of, save_whole
@@ -69,10 +70,19 @@ class LoraPipeline(StableDiffusionLoraLoaderMixin):
     get_list_adapters = of_diffusers("get_list_adapters")
     enable_lora = of_diffusers("enable_lora")
     disable_lora = of_diffusers("disable_lora")
-    delete_adapters = of_diffusers("delete_adapters")
     fuse_lora = of_diffusers("fuse_lora")
     unfuse_lora = of_diffusers("unfuse_lora")
     unload_lora_weights = of_diffusers("unload_lora_weights")
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """As in diffusers; a network that has no LoRA any more is again what it was without, and can be saved."""
+        of_diffusers("delete_adapters")(self, adapter_names)
+        for part in self._lora_loadable_modules:
+            network = whole_network(getattr(self, part, None))
+            if network is not None and not getattr(network, "peft_config", None):
+                recurse_remove_peft_layers(network)
+                vars(network).pop("peft_config", None)
+                network._hf_peft_config_loaded = None
 
     def load_lora_weights(
         self,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loras import diffusers_lora
 from tiny import draw, tiny_pipeline
 
@@ -66,3 +67,26 @@ def test_it_is_saved_after_unloading(tmp_path: Path, fused: bool) -> None:
     assert ((expected - changed).abs().max() < 1e-4) == fused
     pipeline.save_pretrained(tmp_path / "model")
     assert (draw(TextToImagePipeline.from_pretrained(tmp_path / "model")) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("state", ["both", "unet", "text_encoder", "disabled"])
+def test_it_is_saved_when_the_only_one_is_deleted(tmp_path: Path, state: str) -> None:
+    pipeline = loaded(tmp_path, state)
+    pipeline.delete_adapters("default_0")
+    torch.testing.assert_close(draw(pipeline), draw(tiny_pipeline("clip")), atol=0, rtol=0)
+    pipeline.save_pretrained(tmp_path / "model")
+    again = TextToImagePipeline.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(draw(again), draw(pipeline), atol=0, rtol=0)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert pipeline.get_list_adapters()
+
+
+def test_a_lora_stays_when_another_is_deleted(tmp_path: Path) -> None:
+    pipeline = loaded(tmp_path, "both")
+    alone = draw(pipeline)
+    pipeline.load_lora_weights(diffusers_lora(tiny_pipeline("clip"), tmp_path / "other", text=False, seed=1), "other")
+    pipeline.delete_adapters("other")
+    pipeline.set_adapters("default_0")
+    torch.testing.assert_close(draw(pipeline), alone)
+    with pytest.raises(ValueError, match="has LoRAs loaded"):
+        pipeline.save_pretrained(tmp_path / "model")
