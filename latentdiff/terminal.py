@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +51,26 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
     """Python's ``sys.excepthook``, escaped."""
     text = "".join(traceback.format_exception(kind, error, trace)).expandtabs()
     print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr)
+
+
+@contextmanager
+def held_back(logger: str) -> Iterator[None]:
+    """What a logger says within, in this thread, is said afterwards, and not at all if an error is raised."""
+    records: list[logging.LogRecord] = []
+    thread, log = get_ident(), logging.getLogger(logger)
+
+    def hold(record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            records.append(record)
+        return record.thread != thread
+
+    log.addFilter(hold)
+    try:
+        yield
+    finally:
+        log.removeFilter(hold)
+    for record in records:
+        log.handle(record)
 
 
 class PrintableRecord(logging.LogRecord):

@@ -18,8 +18,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 @contextmanager
 def failures_named(target: Path) -> Iterator[None]:
     """Let a failure of writing within the context be an OSError that names `target`; the system does not name the
-    file of a full disk, and safetensors has errors of a type of its own.
+    file of a full disk, and safetensors has errors of a type of its own. A null byte in its name is a ValueError.
     """
+    if "\0" in str(target):
+        raise ValueError(f"{str(target)!r} has a null byte, which no name of a file or folder may have")
     try:
         yield
     except Exception as error:
@@ -43,8 +45,9 @@ def atomic_file(file: Path, sync: bool = False) -> Iterator[Path]:
     Args:
         sync: wait until the content is on disk, so that it survives a crash of the machine too.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".partial-{secrets.token_hex(8)}{file.suffix}")
+    with failures_named(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with failures_named(file):
             partial.touch(exist_ok=False)
@@ -75,7 +78,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     When the context ends without an error it becomes `folder`, which must be empty or not exist; after an error it is
     removed. Missing parents are made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with failures_named(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with failures_named(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / "new"
         yield new

@@ -20,6 +20,7 @@ from latentdiff.interchange.user_files import (
     parse_json_object,
     read_text,
 )
+from latentdiff.terminal import held_back
 
 if TYPE_CHECKING:
     import torch
@@ -300,15 +301,16 @@ def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
 
     folder = Path(place, options.get("subfolder") or "")
     check_adapters(folder)
-    try:
-        model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(
-            f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy "
-            f"the folder again"
-        )
+    with held_back("transformers.modeling_utils"):  # a table of what it fills with random values
+        try:
+            model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+        if missing:
+            raise ValueError(
+                f"{folder}: the weights do not fit config.json; {len(missing)} are missing, such as {missing[0]}; copy "
+                f"the folder again"
+            )
     check_finite(model, folder)
     return model

@@ -20,7 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.interchange.folders import check_model_files
+from latentdiff.interchange.folders import check_links, check_model_files
 from latentdiff.interchange.user_files import check_regular_files, faults_named
 from latentdiff.models.layers import Attention
 from latentdiff.models.loras import refuse_loras
@@ -156,10 +156,14 @@ class Network(ModelMixin, StrictConfig):
         """As in diffusers.
 
         Raises:
-            ValueError: a file is damaged or no regular file, weights do not fit its config, or are not finite.
+            ValueError: a file is damaged, no regular file, or a link out of the folder (or its pipeline's);
+                weights do not fit its config, or are not finite.
         """
         where = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
         if where.is_dir():
+            named = Path(pretrained_model_name_or_path)
+            in_pipeline = (named.parent / "model_index.json").is_file()
+            check_links(named.parent if in_pipeline else named, [where, *where.glob("*")])
             check_regular_files(where)
         with faults_named(where, foreign=True):
             try:

@@ -35,7 +35,14 @@ def whole_number(value: Any, name: str) -> int:
     try:
         return operator.index("" if is_truth(value) else value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+        pass
+    try:
+        number = math.nan if are_several(value) else real_number(value, name)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number.is_integer():
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    return int(number)
 
 
 def real_number(value: Any, name: str, infinite: bool = False) -> float:
@@ -46,6 +53,14 @@ def real_number(value: Any, name: str, infinite: bool = False) -> float:
         raise TypeError(f"{name} must be a number, not {value!r}") from None
     if math.isnan(number) or (math.isinf(number) and not infinite):
         raise ValueError(f"{name} must be a {'number' if infinite else 'finite number'}, not {value!r}")
+    return number
+
+
+def whole_from_zero(value: Any, name: str) -> int:
+    """Raises TypeError for what is not a whole number, ValueError for one below 0."""
+    number = whole_number(value, name)
+    if number < 0:
+        raise ValueError(f"{name} must be a whole number from 0, not {value!r}")
     return number
 
 

@@ -17,7 +17,13 @@ from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
-from latentdiff.pipelines.storage.loading import OUR_CLASSES, load_networks, only_variant, refuse_options
+from latentdiff.pipelines.storage.loading import (
+    OUR_CLASSES,
+    check_schedulers,
+    load_networks,
+    only_variant,
+    refuse_options,
+)
 from latentdiff.pipelines.storage.packed import PackedPipeline
 from latentdiff.text.load import check_vocabulary
 
@@ -73,6 +79,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         if options.get("variant") is None:
             options["variant"] = only_variant(folder)
         with faults_named(folder, foreign=True):
+            check_schedulers(folder, wanted)
             networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
             options |= {**networks, "dtype": dtype, "use_safetensors": True}
             pipeline = super().from_pretrained(str(folder), **options)
@@ -130,7 +137,8 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
                 "safe_serialization=False has no effect: weights are always written as safetensors, never as pickles"
             )
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        with failures_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         with failures_named(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary) / folder.name
             super().save_pretrained(new, variant=variant, max_shard_size=max_shard_size)

@@ -2,18 +2,20 @@
 
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.utils import logging
 from torch import nn
 
 from latentdiff.extensions import registered_network
-from latentdiff.interchange.folders import first_dtype, load_whole
+from latentdiff.interchange.folders import first_dtype, load_whole, read_json
 from latentdiff.models.network import Network, check_finite
 from latentdiff.pipelines.core.call_options import refuse_unknown
 
@@ -132,6 +134,40 @@ def load_networks(
             align(networks[name])
             loader_log.info(f"Loaded {name} as {value[1]} from `{name}` subfolder of {folder}.")
     return networks
+
+
+KINDS_OF_VALUES = {bool: (bool,), int: (int, float), float: (int, float), str: (str,)}
+"""By the type of a scheduler's default, the types that a value in a config may have."""
+
+
+def check_schedulers(folder: Path, index: Mapping[str, Any]) -> None:
+    """Look at the types of values in the configs of a folder's schedulers, before one fails by them, or in a call.
+
+    Raises:
+        ValueError: one is of another type than the scheduler takes; with file, key and value.
+    """
+    for name, entry in index.items():
+        file = folder / name / "scheduler_config.json"
+        if (
+            isinstance(entry, list)
+            and file.is_file()
+            and isinstance(kind := getattr(diffusers, str(entry[1]), None), type)
+        ):
+            usual = {key: one.default for key, one in inspect.signature(kind).parameters.items()}
+            for key, value in read_json(file).items():
+                check_value(f"{file}: its {key}", value, usual.get(key))
+
+
+def check_value(what: str, value: Any, usual: Any) -> None:
+    """Raises ValueError, beginning with `what`, for a value in a config of another type than `usual`, its default.
+
+    None is left to the scheduler, unless it would compute with it.
+    """
+    known = KINDS_OF_VALUES.get(type(usual))
+    betas = what.endswith((" beta_start", " beta_end"))
+    if known is not None and type(value) not in known and (value is not None or betas):
+        kinds = {bool: "true or false", str: "a text"}
+        raise ValueError(f"{what} is {json.dumps(value)[:200]}; it should be {kinds.get(type(usual), 'a number')}")
 
 
 def transformers_class(entry: Any) -> Any:

@@ -19,7 +19,7 @@ from latentdiff.pipelines.core.call_options import (
     StepCallback,
     finite_tensor,
     real_number,
-    whole_number,
+    whole_from_zero,
 )
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
 from latentdiff.pipelines.core.output import ImagesOutput
@@ -41,7 +41,7 @@ class MaskOptions(StartOptions):
 
     mask_image: Pictures = None
     masked_image_latents: Annotated[Tensor | None, finite_tensor] = None
-    padding_mask_crop: Annotated[int | None, whole_number] = None
+    padding_mask_crop: Annotated[int | None, whole_from_zero] = None
     strength: Annotated[float, real_number] = 1.0
 
 

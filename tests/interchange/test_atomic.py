@@ -94,3 +94,9 @@ def test_full_disk_is_an_error_that_names_the_file(writer: str, tmp_path: Path) 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"), atomic_file(tmp_path / "a.txt"):
         (tmp_path / "absent.txt").read_text()
+
+
+def test_a_null_byte_in_a_name_is_named(tmp_path: Path) -> None:
+    for write in (lambda name: write_text_whole(name, ""), lambda name: atomic_folder(name).__enter__()):
+        with pytest.raises(ValueError, match=r"a\\x00b' has a null byte, which no name of a file"):
+            write(tmp_path / "a\0b")

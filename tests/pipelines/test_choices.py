@@ -146,6 +146,7 @@ def test_bad_pictures_are_refused(
         ({"mask_image": [MASK, MASK]}, ValueError, "2 pictures were given as mask_image"),
         ({"padding_mask_crop": 4, "mask_image": Image.new("L", (16, 16))}, ValueError, "nothing white"),
         ({"padding_mask_crop": 4, "mask_image": Image.new("L", (9, 16))}, ValueError, "must be the same"),
+        ({"padding_mask_crop": -5}, ValueError, "padding_mask_crop must be a whole number from 0, not -5"),
         ({"padding_mask_crop": 4, "output_type": "np"}, ValueError, "padding_mask_crop needs a PIL image"),
         ({"image": torch.zeros(1, 4, 4, 4), "height": 16, "width": 16}, ValueError, "latents must have the shape"),
     ],

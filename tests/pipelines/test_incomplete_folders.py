@@ -80,7 +80,9 @@ def test_a_tokenizer_that_lacks_words_is_warned_of(folder: Path, load: Any, capl
 
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_text_encoder_that_lacks_weights(folder: Path, load: Any, count: int) -> None:
+def test_a_text_encoder_that_lacks_weights(
+    folder: Path, load: Any, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
     def drop(state: dict[str, torch.Tensor]) -> None:
         for name in [name for name in state if ".layers.0." in name or ".layer.0." in name][:count]:
             del state[name]
@@ -88,6 +90,7 @@ def test_a_text_encoder_that_lacks_weights(folder: Path, load: Any, count: int) 
     change_weights(folder, "text_encoder", drop)
     with pytest.raises(ValueError, match=rf"text_encoder: the weights do not fit config.json; {count} are missing"):
         load(folder)
+    assert caplog.text == ""  # transformers has a table of what it would fill with random values
 
 
 def test_a_text_encoder_of_other_shapes(folder: Path) -> None:
@@ -135,6 +138,11 @@ def test_weights_that_are_not_finite(folder: Path, part: str, value: float) -> N
             {"beta_end": math.nan},
             r"_config.json: its beta_end is not a num",
         ),
+        ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, r'_config.json: its beta_start is "0.1"; it should'),
+        ("scheduler/scheduler_config.json", {"beta_end": None}, "its beta_end is null; it should be a number"),
+        ("scheduler/scheduler_config.json", {"steps_offset": [1]}, r"its steps_offset is \[1\]; it should be a number"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": 3}, "its beta_schedule is 3; it should be a text"),
+        ("scheduler/scheduler_config.json", {"clip_sample": "no"}, 'its clip_sample is "no"; it should be true or'),
         ("text_encoder/config.json", {"layer_norm_eps": math.nan}, r"its layer_norm_eps is not a number \(NaN\)"),
         ("model_index.json", {"_class_name": None}, r"model_index.json: its _class_name is None, not the name of a"),
         ("model_index.json", {"unet": "UNet2DConditionModel"}, r'its unet is "UNet2DConditionModel"; a component is'),
@@ -214,6 +222,16 @@ def test_a_network_alone_is_read_through_a_link_that_is_named(tmp_path: Path) ->
     (tmp_path / "inner/real/config.json").symlink_to(tmp_path / "config.json")
     with pytest.raises(ValueError, match="is a link that leads out of"):
         network_alone(str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize("what", ["config.json", "diffusion_pytorch_model.safetensors", "vae"])
+def test_a_network_alone_follows_no_link_out_of_its_folder(tmp_path: Path, what: str) -> None:
+    tiny_pipeline("bert").vae.save_pretrained(tmp_path / "model/vae")
+    place = tmp_path / "model" / (what if what == "vae" else f"vae/{what}")
+    shutil.move(place, tmp_path / "outside")
+    place.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"vae\S* is a link that leads out of \S*, to \S*/outside"):
+        AutoencoderKL.from_pretrained(tmp_path / "model", subfolder="vae")
 
 
 @pytest.mark.parametrize("beginning", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])

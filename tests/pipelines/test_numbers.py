@@ -135,7 +135,8 @@ def test_many_pictures(pipeline: Any, tmp_path: Path) -> None:
         draw_many(pipeline, ["sun"], tmp_path, batch_size=1.5)  # type: ignore[arg-type]
 
 
-BAD_WHOLE = [2.0, np.float64(2), torch.tensor(2.0), "2", True, np.True_, torch.tensor(True), None, [2], torch.ones(2)]
+BAD_WHOLE = [2.5, np.float64(2.5), torch.tensor(2.5), "2", True, np.True_, torch.tensor(True), None, [2], torch.ones(2)]
+BAD_WHOLE += [np.nan, np.float32("inf"), 2 + 0j, np.ones(1), [2.0]]
 BAD_REAL = ["2", True, np.True_, torch.tensor(True), None, [2.0], torch.ones(2), 1j]
 
 
@@ -145,6 +146,15 @@ def test_what_is_no_whole_number(value: Any) -> None:
         whole_number(value, "steps")
     with pytest.raises(ValueError, match="images must be a whole number from 1, not"):
         positive_whole(value, "images")
+
+
+@pytest.mark.parametrize(
+    "value", [2.0, np.float64(2), np.float16(2), torch.tensor(2.0), Fraction(2), Decimal(2)], ids=repr
+)
+def test_a_whole_number_may_have_a_point(value: Any) -> None:
+    for number in (whole_number(value, "steps"), positive_whole(value, "images")):
+        assert number == 2
+        assert type(number) is int
 
 
 @pytest.mark.parametrize("value", BAD_REAL, ids=repr)
