@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.folders import check_links, check_safetensors, read_json
+from latentdiff.interchange.hub import asking_hub
 
 LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 EMBEDDING_NAMES = ("learned_embeds.safetensors",)
@@ -103,7 +104,8 @@ def download(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, weight_name or names[0], **hub))
+        with asking_hub(repository):
+            return Path(hf_hub_download(repository, weight_name or names[0], **hub))
     except EntryNotFoundError as error:
         if weight_name is not None or isinstance(error, LocalEntryNotFoundError):
             raise

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.interchange.hub import HubError, asking_hub
 from latentdiff.metrics.pixels import RESIZE, resize_pictures
 
 AUTO = "auto"
@@ -279,9 +280,12 @@ def loading(source: str) -> Iterator[None]:
     Such as: no network, weights of another model, no safetensors files, a model that needs code of its own.
     """
     try:
-        yield
+        with asking_hub(source):
+            yield
     except Exception as error:  # the tokenizers library raises plain Exceptions
         reason = " ".join(str(error).split())
+        if isinstance(error, HubError):
+            raise ValueError(reason) from None
         if "trust_remote_code" in reason:
             reason = "it needs code of its own, which is not run"
         elif "ignore_mismatched_sizes" in reason:

@@ -116,6 +116,8 @@ def convert(
         refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", given, set(given) - {"--ckpt", "--overwrite"})
         convert_adapter(kind, place, target, to, reading.ckpt, overwrite)
         return
+    if to is None and target.suffix == ".onnx":
+        raise ValueError(f"{target}: a model in ONNX is a folder of several files; name one, and say --to onnx")
     form = to or (Form.file if target.suffix == ".safetensors" else Form.folder)
     component = component_of(source, kind, component, form, reading.ckpt)
     check_options(kind, form, component, given)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.atomic import failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
+from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
@@ -89,6 +90,12 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         return pipeline if device is None else pipeline.to(device)
 
     @classmethod
+    def download(cls, pretrained_model_name: Any, **options: Any) -> Any:
+        """Fetch a model from the hub, as in diffusers. Raises OSError if that cannot be asked, or has no such model."""
+        with asking_hub(pretrained_model_name):
+            return super().download(pretrained_model_name, **options)
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
         """A pipeline of this class that shares the networks of another, ours or diffusers'; nothing is copied.
 
@@ -104,7 +111,10 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         return super().from_pipe(pipeline, **options)
 
     def to(self, *args: Any, **options: Any) -> Self:
-        """To a device or a precision, as in diffusers."""
+        """To a device or a precision, as in diffusers. Raises ValueError if this machine has no such device."""
+        for wanted in (*args, options.get("device"), options.get("torch_device")):
+            if isinstance(wanted, str | torch.device):
+                check_device(torch.device(wanted))
         return self if options.get("dtype") is AS_IT_IS else super().to(*args, **options)
 
     def save_pretrained(
@@ -185,6 +195,16 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
     def registered_defaults(self) -> dict[str, Any]:
         """What was set by ``register_defaults``."""
         return dict(self.config.get(DEFAULTS_KEY, {}))
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ValueError if this machine has no such device."""
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device.type in there and not there[device.type]():
+        raise ValueError(
+            f"this machine has no {device.type} device that torch can use (torch {torch.__version__}); draw on 'cpu', "
+            f"or install a driver and a torch that is made for it"
+        )
 
 
 def tidy_configs(folder: Path) -> None:

@@ -144,7 +144,7 @@ def test_damaged_models_are_refused(folder: Path, damage: Callable[[Path], None]
 
 
 def test_models_that_cannot_be_fetched_are_named() -> None:
-    with pytest.raises(ValueError, match=r"nobody/has-this could not be loaded: .*connect"):
+    with pytest.raises(ValueError, match=r"^nobody/has-this is not on this machine, and the hub cannot be reached"):
         load_clip("nobody/has-this")
-    with pytest.raises(ValueError, match=r"open_clip:ViT-B-32/openai could not be loaded: .*[Dd]ownload"):
+    with pytest.raises(ValueError, match=r"^open_clip:ViT-B-32/openai is not on this machine, and the hub cannot"):
         load_clip("open_clip:ViT-B-32/openai")

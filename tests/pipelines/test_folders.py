@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_pipeline
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, UNet2DModel
 
@@ -281,3 +282,22 @@ def test_our_networks_in_pipelines_of_diffusers(pipeline: Any, tmp_path: Path) -
     )
     diffusers.DDPMPipeline(plain, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "plain")
     assert type(diffusers.DDPMPipeline.from_pretrained(tmp_path / "plain").unet) is UNet2DModel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:1", torch.device("cuda"), "mps"])
+def test_a_device_that_is_not_here(wanted: str | torch.device) -> None:
+    pipeline = tiny_pipeline()
+    kind = torch.device(wanted).type
+    if kind == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is here")
+    message = rf"^this machine has no {kind} device that torch can use \(torch .*\); draw on 'cpu'"
+    for ask in (
+        lambda: pipeline.to(wanted),
+        lambda: pipeline.to(device=wanted),
+        lambda: pipeline.to(wanted, torch.half),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    assert (pipeline.device.type, pipeline.unet.dtype) == ("cpu", torch.float32)
+    assert pipeline.to("cpu").to(torch.float32) is pipeline

@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from latentdiff.interchange.folders import find_model, load_whole
+from latentdiff.interchange.hub import asking_hub
 from latentdiff.terminal import printable
 from latentdiff.training.data.advice import lacking_captions
 from latentdiff.training.data.captions import LONGEST
@@ -42,8 +43,9 @@ class Captioner:
 
         folder = find_model(source)
         place = source if folder is None else str(folder)
-        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
-        model = load_whole(AutoModelForImageTextToText, place, trust_remote_code=False)
+        with asking_hub(source):
+            processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
+            model = load_whole(AutoModelForImageTextToText, place, trust_remote_code=False)
         return cls(processor, model.eval().to(device))
 
     @torch.no_grad()
