@@ -120,9 +120,11 @@ class Call:
     def _plan(self) -> tuple[Tensor, int]:
         """All timesteps, and how many were asked for; the scheduler's scale depends on it."""
         options, steps = self.options, self.options.num_inference_steps
+        own = options.timesteps is not None or options.sigmas is not None
+        if steps is not None and not own:
+            self.pipeline.warn_of_steps(steps)
         steps = self.pipeline.defaults["num_inference_steps"] if steps is None else steps
         timesteps = self.sampler.plan(steps, self.device, options.timesteps, options.sigmas)
-        own = options.timesteps is not None or options.sigmas is not None
         return timesteps, len(timesteps) if own else steps
 
     def timesteps(self, strength: float | None = None) -> Tensor:

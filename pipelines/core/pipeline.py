@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Lock
@@ -34,6 +35,9 @@ AnyAutoencoder: TypeAlias = (
 )
 
 logger = logging.getLogger(__name__)
+
+FEW_STEPS = 8
+"""What a distilled model draws in at most; see `LatentPipeline.made_for_steps`."""
 
 _STARTING = Lock()
 """Held while the set of running calls is read or changed."""
@@ -85,6 +89,7 @@ class LatentPipeline(FolderPipeline):
         self._running: WeakSet[LatentPipeline] | None = WeakSet()
         self._stopped = False
         self._sizes_warned_of: set[tuple[int, int]] = set()
+        self._warned_of_steps = False
 
     # Calls
 
@@ -234,6 +239,32 @@ class LatentPipeline(FolderPipeline):
                 "things come out doubled, joined or cut; draw at the default size and enlarge the picture",
                 *(width, height, own[1], own[0]),
             )
+
+    @property
+    def made_for_steps(self) -> int | None:
+        """The steps that a distilled model was made for; None: it was not, and more steps are as good or better.
+
+        Known by the defaults in its folder: at most `FEW_STEPS`, without guidance or with a UNet that guides itself.
+        """
+        steps = self.registered_defaults.get("num_inference_steps", FEW_STEPS + 1)
+        alone = self.guides_itself or self.registered_defaults.get("guidance_scale", math.inf) <= 1
+        return int(steps) if alone and steps <= FEW_STEPS else None
+
+    def warn_of_steps(self, steps: int) -> None:
+        """Log a warning, once, if a distilled model is asked for other steps than it was made for.
+
+        With an LCM scheduler it was made for any few.
+        """
+        made = self.made_for_steps
+        few = type(self.scheduler).__name__ == "LCMScheduler" and steps <= FEW_STEPS
+        if made is None or steps == made or few or self._warned_of_steps:
+            return
+        self._warned_of_steps = True
+        logger.warning(
+            "Drawing in %d steps with a model that was made for %d: other numbers, more as well as fewer, are mostly "
+            "worse; leave num_inference_steps out",
+            *(steps, made),
+        )
 
     def check_channels(self, condition: int, lacking: str) -> None:
         """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.

@@ -34,7 +34,9 @@ class DistillationSettings(AdaptedSettings):
         None, description="file of prompts (.txt, .jsonl, .csv): the teacher draws the pictures to learn from"
     )
     prompt_pictures: int = Field(1000, ge=1, description="how many pictures the teacher draws of the prompts")
-    teacher_steps: int = Field(25, ge=1, description="steps in which the teacher draws them")
+    teacher_steps: int = Field(
+        25, ge=1, description="steps in which it draws them; default: 25, or what it is made for"
+    )
     model: str = Field(description="the teacher: a packaged model, a pipeline folder, a hub id")
     method: Literal["lcm", "consistency", "progressive", "adversarial"] = Field(
         "lcm", description="how the student learns; docs/few-steps.md says when to take which"

@@ -178,40 +178,54 @@ def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> D
     """`settings` with what depends on the teacher.
 
     Raises:
-        ValueError: the teacher cannot be learned from at this resolution, or its UNet takes no guidance scale.
+        ValueError: the teacher cannot be learned from at this resolution, or its UNet takes no guidance scale; or the
+            stages do not fit.
     """
-    changes: dict[str, Any] = {"resolution": own_resolution(settings, pipeline)}
     own = max(1.0, float(pipeline.defaults["guidance_scale"]))
+    scales = chosen_scales(settings, pipeline, own)
+    changes: dict[str, Any] = {
+        "resolution": own_resolution(settings, pipeline),
+        "guidance_scale": scales,
+        "sample_steps": settings.few_steps,
+        "sample_guidance_scale": 1.0 if len(scales) == 1 else min(max(own, scales[0]), scales[1]),
+    }
+    if draws_in_few_steps(pipeline):
+        changes["teacher_steps"] = pipeline.defaults["num_inference_steps"]
+    if settings.method == "progressive":
+        stages = settings.model_copy(update={"guidance_scale": scales}).stages
+        changes["max_steps"] = needed = len(stages) * settings.stage_steps
+        if "max_steps" in settings.model_fields_set and settings.max_steps <= needed - settings.stage_steps:
+            raise ValueError(
+                f"max_steps={settings.max_steps} end before the last of {len(stages)} stages of "
+                f"stage_steps={settings.stage_steps} begins; give max_steps={needed}, shorter stages, or fewer by a "
+                f"smaller start_steps"
+            )
+    for name in settings.model_fields_set & {"sample_steps", "sample_guidance_scale", "teacher_steps", "max_steps"}:
+        if name != "sample_guidance_scale" or len(scales) == 2:  # a scale that is built in needs no guidance
+            changes.pop(name, None)
+    return settings.model_copy(update=changes)
+
+
+def chosen_scales(
+    settings: DistillationSettings, pipeline: TextToImagePipeline, own: float
+) -> tuple[float] | tuple[float, float]:
+    """The guidance scale that the student learns, or the least and the largest. own: the teacher's.
+
+    Raises:
+        ValueError: there are two, and the UNet can be told none.
+    """
     scales = settings.guidance_scale or (own,)
     if settings.method == "consistency":
         scales = (1.0,)
-    elif not settings.guidance_scale and settings.method == "lcm" and not settings.lora_rank and own > 1:
-        scales = (1.0, 2 * own)
-    if len(set(scales)) == 2 and not isinstance(pipeline.unet, UNet2DConditionModel):
+    elif not settings.guidance_scale and settings.method == "lcm" and not settings.lora_rank:
+        scales = (1.0, 2 * own) if own > 1 else (1.0,)
+    if scales[0] == scales[-1]:
+        return (scales[0],)
+    if not isinstance(pipeline.unet, UNet2DConditionModel):
         raise ValueError(
             f"{settings.model}: a {type(pipeline.unet).__name__} takes no guidance scale; give one guidance_scale"
         )
-    changes["guidance_scale"] = scales = tuple(dict.fromkeys(scales))
-    given = settings.model_fields_set
-    if "sample_steps" not in given:
-        changes["sample_steps"] = settings.few_steps
-    if len(scales) == 1:
-        changes["sample_guidance_scale"] = 1.0
-    elif "sample_guidance_scale" not in given:
-        changes["sample_guidance_scale"] = min(max(own, scales[0]), scales[1])
-    settings = settings.model_copy(update=changes)
-    if settings.method != "progressive":
-        return settings
-    needed = len(settings.stages) * settings.stage_steps
-    if "max_steps" not in given:
-        return settings.model_copy(update={"max_steps": needed})
-    if settings.max_steps <= needed - settings.stage_steps:
-        raise ValueError(
-            f"max_steps={settings.max_steps} end before the last of {len(settings.stages)} stages of "
-            f"stage_steps={settings.stage_steps} begins; give max_steps={needed}, shorter stages, or fewer by a "
-            f"smaller start_steps"
-        )
-    return settings
+    return (scales[0], scales[1])
 
 
 def with_drawings(

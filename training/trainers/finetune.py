@@ -13,6 +13,7 @@ from latentdiff.codec import Codec
 from latentdiff.diffusion.process import process_from_config
 from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
@@ -44,7 +45,6 @@ USED_BY = {
     "num_vectors": ("textual-inversion",),
 }
 """Settings that not every method knows."""
-FEW_STEPS = 8
 UNDISTILLED = {"num_inference_steps": 25, "guidance_scale": 2.0}
 """How a model draws that was distilled to at most `FEW_STEPS` steps without guidance, once it has been fine-tuned."""
 

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lcm": {"method": "lcm"},
     "lcm-lora": {"method": "lcm", "lora_rank": 2, "target_decay": 0.5},
     "consistency": {"method": "consistency"},
-    "progressive": {"method": "progressive", "start_steps": 4, "stage_steps": 2},
+    "progressive": {"method": "progressive", "start_steps": 4, "stage_steps": 1},
     "adversarial": {"method": "adversarial", "discriminator_channels": 4, "r1_weight": 0.1},
 }
 FEW: dict[str, dict[str, object]] = {
