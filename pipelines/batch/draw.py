@@ -1,8 +1,8 @@
 """From settings and records to pictures: source pictures found, adapters loaded, batches planned and drawn."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -205,26 +205,6 @@ def drawn_of(output: ImagesOutput, batch: int) -> list[Drawn]:
     withheld = output.nsfw_content_detected or [False] * len(output.images)
     spoilt = output.nan_detected or [False] * len(output.images)
     return [Drawn(image, (batch, i), bool(withheld[i]), spoilt[i]) for i, image in enumerate(output.images)]
-
-
-def best_of_each(
-    pictures: Iterator[Drawn], prompts: Sequence[str], keep: int, settings: Settings, device: Any
-) -> Iterator[Drawn]:
-    """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there.
-
-    Args:
-        device: where they are compared.
-    """
-    from latentdiff.pipelines.core.candidates import best_of, load_reranker
-
-    reranker = load_reranker(settings.reranker, device)
-    assert settings.candidates is not None
-    for prompt in prompts:
-        candidates = [next(pictures) for _ in range(settings.candidates)]
-        images, withheld = [one.image for one in candidates], [one.withheld for one in candidates]
-        best, scores = best_of(images, [prompt], settings.candidates, keep, reranker, withheld, settings.prompt_weights)
-        for number, score in zip(best, scores, strict=True):
-            yield replace(candidates[number], score=score)
 
 
 @dataclass

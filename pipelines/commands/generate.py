@@ -128,7 +128,7 @@ def generate(
 
 def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
     """Draw and write; after Ctrl-C the finished pictures stay, and are listed."""
-    from latentdiff.pipelines.batch.draw import best_of_each
+    from latentdiff.pipelines.core.candidates import best_of_each
 
     try:
         pictures = draw_pictures(writer, inputs, filmstrip)

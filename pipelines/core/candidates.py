@@ -3,10 +3,11 @@
 DALL-E (Ramesh et al. 2021), Sec. 2.6, draws 512 and keeps the best.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,8 @@ from latentdiff.pipelines.core.call_options import TextOptions
 from latentdiff.text.tokens import without_weights
 
 BATCH = 16
+
+P = TypeVar("P")
 
 
 def reranker_of_call(options: TextOptions, pipeline: Any) -> ClipScore | None:
@@ -103,3 +106,20 @@ def best_of(
     order = rank.view(len(prompts), candidates).argsort(dim=1, descending=True, stable=True)[:, :keep]
     best = (order + candidates * torch.arange(len(prompts))[:, None]).flatten()
     return best.tolist(), (100 * cosines[best].clamp(min=0)).tolist()
+
+
+def best_of_each(pictures: Iterator[P], prompts: Sequence[str], keep: int, settings: Any, device: Any) -> Iterator[P]:
+    """Of the candidates of each prompt the `keep` best, best first, as soon as all of them are there; with scores.
+
+    Args:
+        pictures: for each prompt in turn its candidates, each with ``image``, ``withheld``, ``spoilt`` and ``score``.
+        settings: how many there are (``candidates``), what compares them (``reranker``), and ``prompt_weights``.
+        device: where they are compared.
+    """
+    reranker, count = load_reranker(settings.reranker, device), settings.candidates
+    for prompt in prompts:
+        candidates: list[Any] = [next(pictures) for _ in range(count)]
+        images, useless = [one.image for one in candidates], [one.withheld or one.spoilt for one in candidates]
+        best, scores = best_of(images, [prompt], count, keep, reranker, useless, settings.prompt_weights)
+        for number, score in zip(best, scores, strict=True):
+            yield replace(candidates[number], score=score)

@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
 from tiny_clip import save_clip
@@ -305,7 +306,6 @@ def test_mistakes(
 
 def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> None:
     """On "meta" nothing is computed, and torch says so when the scores are asked for."""
-    from latentdiff.pipelines.batch.draw import best_of_each
     from latentdiff.pipelines.batch.record import Drawn, Settings
     from latentdiff.pipelines.core import candidates
 
@@ -323,7 +323,11 @@ def test_candidates_are_compared_where_the_pipeline_computes(tmp_path: Path) -> 
         version="0",
     )
     pictures = [Drawn(Image.new("RGB", (16, 16), colour), (0, i)) for i, colour in enumerate(("red", "blue"))]
-    assert len(list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("cpu")))) == 1
+    assert len(list(candidates.best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("cpu")))) == 1
+    for keep in ("red", "blue"):  # the other is black since a network failed
+        spoilt = [replace(one, spoilt=colour != keep) for one, colour in zip(pictures, ("red", "blue"), strict=True)]
+        best = next(candidates.best_of_each(iter(spoilt), ["a cup"], 1, settings, torch.device("cpu")))
+        assert best.image.getpixel((0, 0)) == ImageColor.getrgb(keep)
     with pytest.raises(NotImplementedError, match="meta"):
-        list(best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("meta")))
+        list(candidates.best_of_each(iter(pictures), ["a cup"], 1, settings, torch.device("meta")))
     candidates._load_once.cache_clear()
