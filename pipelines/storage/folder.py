@@ -199,7 +199,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
 
 def check_device(device: torch.device) -> None:
     """Raises ValueError if this machine has no such device."""
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device.type in there and not there[device.type]():
         raise ValueError(
             f"this machine has no {device.type} device that torch can use (torch {torch.__version__}); draw on 'cpu', "
