@@ -38,14 +38,17 @@ class SourcePictures:
     image: Image.Image | None = None
     mask: Image.Image | None = None
 
-    def at(self, width: int, height: int) -> dict[str, Image.Image]:
-        """As arguments of a call: brought to a size, cut at the edges where the shape differs."""
+    def at(self, width: int, height: int, cut: bool = False) -> dict[str, Image.Image]:
+        """As arguments of a call: brought to a size, cut at the edges where the shape differs.
+
+        cut: they keep their size but for what is cut off.
+        """
         named = {"image": self.image, "mask_image": self.mask}
-        return {
-            name: ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS)
-            for name, one in named.items()
-            if one is not None
-        }
+        there = {name: one for name, one in named.items() if one is not None}
+        if not cut:
+            return {name: ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS) for name, one in there.items()}
+        boxes = {name: ((one.width - width) // 2, (one.height - height) // 2) for name, one in there.items()}
+        return {name: there[name].crop((x, y, x + width, y + height)) for name, (x, y) in boxes.items()}
 
 
 def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, dict[str, UsedFile]]:
@@ -74,27 +77,6 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, 
     return SourcePictures(**found), used
 
 
-def size_from_picture(pipeline: Any, image: Image.Image, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height to draw from a picture at.
-
-    Args:
-        width, height: as asked for; if one is missing it is what keeps the picture's shape, if both are, the picture
-            is brought to the area that the model was trained on.
-    """
-    if width is not None and height is not None:
-        return width, height
-    if width is not None:
-        scale = width / image.width
-    elif height is not None:
-        scale = height / image.height
-    else:
-        usual_height, usual_width = pipeline.picture_size(None, None)
-        scale = (usual_width * usual_height / (image.width * image.height)) ** 0.5
-    factor = pipeline.vae_scale_factor
-    near = [max(1, round(side * scale / factor)) * factor for side in image.size]
-    return near[0] if width is None else width, near[1] if height is None else height
-
-
 def settings_of(
     pipeline: Any, model: str, asked: Mapping[str, Any], inputs: SourcePictures = SourcePictures()
 ) -> Settings:
@@ -109,10 +91,12 @@ def settings_of(
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if inputs.image is not None:
-        given["width"], given["height"] = size_from_picture(
-            pipeline, inputs.image, given.get("width"), given.get("height")
-        )
-        given.setdefault("strength", inspect.signature(type(pipeline).__call__).parameters["strength"].default)
+        placed = pipeline.placement(inputs.image, given.get("height"), given.get("width"))
+        given |= {"width": placed.width, "height": placed.height}
+        given["cut"] = placed.enlarged == 1.0 and inputs.image.size != (placed.width, placed.height)
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        if "strength" in takes:
+            given.setdefault("strength", takes["strength"].default)
     height, width = pipeline.picture_size(given.get("height"), given.get("width"))
     values = {
         "negative_prompt": None,
@@ -178,10 +162,10 @@ def call_arguments(pipeline: Any, settings: Settings, batch: Batch, inputs: Sour
         **items,
         "seed": batch.seeds,
         **{name: value for name, value in given.items() if value != usual[name]},
-        **inputs.at(settings.width, settings.height),
-        "height": settings.height,
-        "width": settings.width,
+        **inputs.at(settings.width, settings.height, settings.cut),
     }
+    if "height" in takes:
+        arguments |= {"height": settings.height, "width": settings.width}
     if batch.variation_seeds is not None:
         arguments |= {"variation_seed": batch.variation_seeds, "variation_strength": settings.variation_strength}
     return arguments

@@ -72,6 +72,8 @@ class Settings(GenerateOptions):
     height: int = Field(ge=1)
     image: UsedFile | None = None
     mask: UsedFile | None = None
+    cut: bool = False
+    """Whether the picture keeps its size but for what is cut off at its edges; else it is enlarged or made smaller."""
     model: str
     model_digest: Digest | None = None
     variant: str | None = None

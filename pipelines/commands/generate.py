@@ -36,7 +36,9 @@ class SourceOptions(Plain):
         list[str] | None,
         typer.Option("--class", metavar="NAME", help="Class to draw, of a model of classes; may be repeated."),
     ] = None
-    image: Path | None = Field(None, description="Picture to start from.")
+    image: Path | None = Field(
+        None, description="Picture to start from; it keeps its shape and, near the size of training, its size."
+    )
     mask: Path | None = Field(None, description="White where to paint in the picture of --image, and as large.")
     seed: int | None = Field(None, ge=0, description="Picture i is drawn with SEED + i; by default random, and shown.")
     variation_seed: int | None = Field(
@@ -106,6 +108,11 @@ def generate(
     asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
     asked["variation_strength"] = 0.0 if source.variation_seed is None else drawing.variation_strength
     settings = settings_of(pipeline, loading.model, asked, inputs)
+    if inputs.image is not None and inputs.image.size != (settings.width, settings.height):
+        sizes = "{} x {} pixels and is {} at {} x {}".format(
+            *inputs.image.size, "cut" if settings.cut else "redrawn", settings.width, settings.height
+        )
+        say(f"{source.image} has {sizes}; --width and --height ask for other sizes")
     load_adapters(pipeline, settings.loras, settings.embeddings)
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
     writer = PictureWriter(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kinds import KINDS, make_model
 from PIL import Image, ImageColor
 from safetensors.torch import save_file
-from tiny import tiny_pipeline
+from tiny import clip_parts, tiny_pipeline
 from tiny_clip import save_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -65,6 +66,34 @@ def test_a_picture_is_brought_to_the_models_area(model: str, run: Run, photo: Im
     sizes = ["--width", "16", "--height", "16"]
     assert run("generate", "a", "--model", model, "--image", "photo.png", "-o", "new.png", "--steps", "2", *sizes) == 0
     assert Image.open("new.png").size == (16, 16)
+
+
+def test_a_picture_near_the_size_of_training_keeps_its_own(
+    model: str, run: Run, photo: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a call from Python."""
+    near = photo.resize((19, 17))
+    near.save("near.png")
+    options = ["--strength", "0.6", "--steps", "5", "--seed", "3"]
+    assert run("generate", "a cup", "--model", model, "--image", "near.png", *options, "-o", "new.png") == 0
+    assert "near.png has 19 x 17 pixels and is cut at 18 x 16; --width and" in capsys.readouterr().out
+    call = {"strength": 0.6, "num_inference_steps": 5, "seed": 3}
+    drawn = ImageToImagePipeline.from_pretrained(model)("a cup", image=near, **call).images[0]
+    assert drawn.size == (18, 16)
+    assert (pixels("new.png") == pixels(drawn)).all()
+    assert settings_of("new.png")["cut"] is True
+    assert run("replay", "new.png") == 0
+    Image.new("L", (19, 17), 255).save("all.png")
+    assert run("generate", "a", "--model", model, "--image", "near.png", "--mask", "all.png", "-o", "in.png") == 0
+    assert run("replay", "in.png") == 0
+
+
+def test_a_small_picture_is_enlarged(run: Run, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS["upscaler"], "num_class_embeds", 21)  # levels of noise, up to the usual one
+    make_model("upscaler", clip_parts()).save_pretrained("upscaler")
+    assert run("generate", "a cup", "--model", "upscaler", "--image", "photo.png", "--steps", "2", "-o", "big.png") == 0
+    assert Image.open("big.png").size == (64, 32)
+    assert run("replay", "big.png") == 0
 
 
 def test_a_picture_lies_as_its_camera_says(model: str, run: Run, photo: Image.Image) -> None:
