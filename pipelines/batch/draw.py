@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from latentdiff import __version__
 from latentdiff.interchange.fingerprint import file_digest
-from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.picture_files import read_picture
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.batch.drawing_options import GenerateOptions, defaults_of, first_problem
 from latentdiff.pipelines.batch.record import (

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 
-from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.picture_files import read_picture
 from latentdiff.interchange.png import KEY, settings_of
 from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, GenerateOptions, Plain, first_problem
 

@@ -14,7 +14,7 @@ from diffusers.utils import PIL_INTERPOLATION
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from latentdiff.interchange.pictures import shallow, to_rgb, upright
+from latentdiff.interchange.picture_files import shallow, to_rgb, upright
 
 logger = logging.getLogger(__name__)
 

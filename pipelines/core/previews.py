@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.codec import Codec
-from latentdiff.interchange.pictures import to_pictures
+from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.interchange.png import image_grid
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
-from latentdiff.interchange.pictures import to_pictures
+from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
 from latentdiff.pipelines.core.call_options import Extras, GuidedOptions, StepCallback, positive_whole

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.interchange.pictures import read_picture, to_pictures
+from latentdiff.interchange.picture_files import read_picture, to_pictures
 from latentdiff.interchange.png import KEY, read_settings
 
 

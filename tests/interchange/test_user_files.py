@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentdiff.interchange.folders import check_component, check_safetensors
-from latentdiff.interchange.pictures import read_picture
+from latentdiff.interchange.picture_files import read_picture
 from latentdiff.interchange.png import check_output, read_settings
 from latentdiff.interchange.single_file import Checkpoint, OriginalSettings
 from latentdiff.interchange.user_files import MAX_YAML, parse_json, parse_yaml, read_bytes, read_text, read_yaml

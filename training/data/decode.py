@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from PIL import Image
 
-from latentdiff.interchange.pictures import readable_formats, to_rgb, upright
+from latentdiff.interchange.picture_files import readable_formats, to_rgb, upright
 
 MOST_PIXELS = 178_956_970  # where Pillow too speaks of a decompression bomb
 LARGE = 2**25  # pixels; of these, threads decode one at a time, for each may take gigabytes

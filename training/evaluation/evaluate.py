@@ -13,7 +13,7 @@ from latentdiff import __version__
 from latentdiff.codec import Codec
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.folders import find_model, packaged_models
-from latentdiff.interchange.pictures import to_pictures
+from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
 from latentdiff.metrics.distribution_distances import NEAREST

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentdiff.codec import Posterior
 from latentdiff.interchange.atomic import write_text_whole
-from latentdiff.interchange.pictures import to_pictures
+from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.interchange.png import image_grid
 from latentdiff.metrics import frechet_distance, psnr, ssim
 from latentdiff.metrics.extractors import AUTO, Extractor, load_extractor
