@@ -26,8 +26,8 @@ from latentdiff.pipelines.batch.record import (
     UsedFile,
     record_of,
 )
+from latentdiff.pipelines.core.input_pictures import upright_pair, upright_rgb
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import upright_pair, upright_rgb
 from latentdiff.pipelines.core.previews import filmstrip
 
 

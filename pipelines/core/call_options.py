@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict, get_args, get_origi
 from torch import Generator, Tensor
 
 from latentdiff.codec import Generators
-from latentdiff.pipelines.core.pictures import Pictures, ResizeMode
+from latentdiff.pipelines.core.input_pictures import Pictures, ResizeMode
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """(pipeline, step, timestep, tensors) -> the tensors, changed or not."""

@@ -17,8 +17,8 @@ from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, AutoencoderTiny, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
+from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, is_far, place
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import Pictures, Placement, ResizeMode, is_far, place
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
 

@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from latentdiff.pipelines.core.call_options import PictureExtras, StartOptions, StepCallback
+from latentdiff.pipelines.core.input_pictures import Pictures, to_pixels
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import Pictures, to_pixels
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 

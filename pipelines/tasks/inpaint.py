@@ -22,8 +22,7 @@ from latentdiff.pipelines.core.call_options import (
     whole_from_zero,
 )
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
-from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import (
+from latentdiff.pipelines.core.input_pictures import (
     Pictures,
     are_latents,
     check_pictures,
@@ -31,6 +30,7 @@ from latentdiff.pipelines.core.pictures import (
     to_pixels,
     upright_pair,
 )
+from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress, Steps, whole
 from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline
 

@@ -17,8 +17,8 @@ from latentdiff.pipelines.core.call_options import (
     refuse,
     whole_number,
 )
+from latentdiff.pipelines.core.input_pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import Pictures, check_pictures, to_pixels
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
 from latentdiff.pipelines.core.sampling import Sampler, Steps, whole
 from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline

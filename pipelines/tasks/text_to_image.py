@@ -12,8 +12,8 @@ from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
 from latentdiff.pipelines.core.call_options import StepCallback, TextExtras, TextOptions, positive_whole, refuse
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, loras_at
+from latentdiff.pipelines.core.input_pictures import are_latents, check_pictures
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import are_latents, check_pictures
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.core.scheduler_names import modern_scheduler

@@ -13,8 +13,8 @@ from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.pipelines.core.call import Call
 from latentdiff.pipelines.core.call_options import Extras, GuidedOptions, StepCallback, positive_whole
+from latentdiff.pipelines.core.input_pictures import Pictures, are_images, picture_values, signed, upright_rgb
 from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.pictures import Pictures, are_images, picture_values, signed, upright_rgb
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
 

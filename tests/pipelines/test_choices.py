@@ -171,7 +171,7 @@ def test_models_for_another_pipeline_are_refused(pipeline: Any) -> None:
 
 
 def test_pictures_are_turned_and_put_on_white(pipeline: Any) -> None:
-    from latentdiff.pipelines.core.pictures import upright_rgb
+    from latentdiff.pipelines.core.input_pictures import upright_rgb
 
     clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
     assert upright_rgb(clear).getpixel((0, 0)) == (255, 255, 255)

@@ -13,7 +13,7 @@ from PIL import Image
 from latentdiff import ImageToImagePipeline, InpaintPipeline
 from latentdiff.interchange.picture_files import to_rgb
 from latentdiff.pipelines.batch.draw import read_inputs
-from latentdiff.pipelines.core.pictures import to_mask, to_pixels, upright_pair, upright_rgb
+from latentdiff.pipelines.core.input_pictures import to_mask, to_pixels, upright_pair, upright_rgb
 from latentdiff.training.data.decode import decode
 
 ORIENTATION = 0x0112

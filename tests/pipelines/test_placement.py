@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, SuperResolutionPipeline
-from latentdiff.pipelines.core.pictures import Placement, place, to_mask, to_pixels
+from latentdiff.pipelines.core.input_pictures import Placement, place, to_mask, to_pixels
 
 PROCESSOR = VaeImageProcessor(vae_scale_factor=4, vae_latent_channels=4)
 MASKS = VaeImageProcessor(vae_scale_factor=4, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
