@@ -21,7 +21,7 @@ from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
 from latentdiff.training.batch.shared_cache import shared_folder
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.pictures import View
+from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.training.data import CaptionedPicture, assign_buckets
-from latentdiff.training.data.pictures import View
+from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 
 SAMPLE, STRATA, POSTERIOR = 0, 1, 2  # streams of random numbers, kept apart

@@ -25,7 +25,7 @@ from latentdiff.training.batch.random_choices import (
     time_draw,
 )
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.pictures import View
+from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 

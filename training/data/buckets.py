@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.decode import decode
-from latentdiff.training.data.pictures import CaptionedPicture
 
 Size = tuple[int, int]  # (width, height)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.terminal import printable
 
 if TYPE_CHECKING:
-    from latentdiff.training.data.pictures import CaptionedPicture
+    from latentdiff.training.data.captioned_picture import CaptionedPicture
 
 LONGEST = 20_000  # characters; a text encoder reads some 300
 MANY_WORDS = 77  # a CLIP text encoder reads 77 tokens, and a word is at least one

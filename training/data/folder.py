@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
 from latentdiff.training.data.captions import LONGEST, decode_text, shorten
 from latentdiff.training.data.decode import is_picture, why_unreadable
-from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.source import (
     CAPTION_SUFFIXES,
     NO_CAPTION,

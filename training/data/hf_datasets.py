@@ -11,9 +11,9 @@ from typing import Any
 
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.user_files import check_regular, faults_named, parse_yaml, read_text
+from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
 from latentdiff.training.data.captions import check_weight, shorten
 from latentdiff.training.data.decode import is_picture
-from latentdiff.training.data.pictures import CaptionedPicture, FileReader
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted, inside, same_split
 
 COPY_COLUMNS = ("image", "row")  # of a stream's copy: the encoded picture, and the other columns as JSON

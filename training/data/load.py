@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.folder import read_folder
-from latentdiff.training.data.pictures import CaptionedPicture
 from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.survey import leave_out, log_findings, read_manifest, sound_pictures

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentdiff import AutoencoderKL
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.pictures import FileReader, View
+from latentdiff.training.data.captioned_picture import FileReader, View
 
 Wanted = list[tuple[CaptionedPicture, View]]
 

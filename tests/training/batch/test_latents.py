@@ -26,7 +26,7 @@ from latentdiff.training.batch import cache as filling
 from latentdiff.training.batch.cache import ShardWriter, TensorStore, digest
 from latentdiff.training.batch.latents import LatentCache, encoder_digest, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
-from latentdiff.training.data.pictures import View
+from latentdiff.training.data.captioned_picture import View
 
 Wanted = list[tuple[CaptionedPicture, View]]
 LEVELS = {

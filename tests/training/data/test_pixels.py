@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageCms
 
 from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.data.captioned_picture import FileReader, PartReader
 from latentdiff.training.data.decode import decode
-from latentdiff.training.data.pictures import FileReader, PartReader
 
 
 class Content:

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentdiff.codec import Codec
 from latentdiff.models.identity import IdentityAutoencoder
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.pictures import FileReader
+from latentdiff.training.data.captioned_picture import FileReader
 from latentdiff.training.evaluation.suitability import examine_autoencoder
 
 
