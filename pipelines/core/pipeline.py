@@ -204,7 +204,7 @@ class LatentPipeline(FolderPipeline):
     def placement(
         self, image: Pictures, height: int | None = None, width: int | None = None, mode: ResizeMode = "crop"
     ) -> Placement:
-        """At which size to draw from given pictures, and what is shown of them: see `pictures.place`.
+        """At which size to draw from given pictures, and what is shown of them: see `input_pictures.place`.
 
         With `mode` "default" they are not brought near the size that the UNet was trained on.
 

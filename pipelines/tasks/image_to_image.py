@@ -58,12 +58,12 @@ class ImageToImagePipeline(TextPipeline):
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: what to start from, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its shape.
+            image: what to start from, see `input_pictures.Pictures`; one for all or for each prompt; its shape stays.
                 Scaled latents (P, C, h, w) are taken as they are.
             height, width: in pixels, multiples of the autoencoder's factor. Without them the picture keeps its size, or
                 is brought to the area that the model was trained on, if a side or the area is more than 1.5 times that
                 or less than 1 / 1.5; if one is given, the other follows. Tensors keep their size. See
-                `pictures.place`.
+                `input_pictures.place`.
             resize_mode: what is done where the shapes differ: "crop" cuts the picture at its edges, by a few pixels
                 where only multiples ask for it; "default" stretches it, and brings it near no size, as in diffusers;
                 "fill" keeps it whole (PIL images only).

@@ -121,11 +121,11 @@ class InpaintPipeline(TextPipeline):
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: what to paint in, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its
+            image: what to paint in, see `input_pictures.Pictures`; one for all or for each prompt. It keeps its
                 shape. Scaled latents (P, C, h, w) are taken as they are.
             mask_image: white where to paint; a PIL image, or with one channel an array or a tensor: truth values, 0 to
                 1, or whole numbers 0 to 255. A mask without EXIF is turned as its picture's EXIF says, if its shape is
-                that of the picture as stored, or does not tell; see `pictures.upright_pair`. It lies on the whole
+                that of the picture as stored, or does not tell; see `input_pictures.upright_pair`. It lies on the whole
                 picture, whatever its own size, and is cut with it.
             height, width, resize_mode: as for `ImageToImagePipeline`; with ``resize_mode="default"``, or with
                 ``padding_mask_crop``, height and width are by default what the model was trained on.

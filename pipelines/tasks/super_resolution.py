@@ -112,7 +112,7 @@ class SuperResolutionPipeline(TextPipeline):
         """Draw. There are B images: for each prompt in turn, ``num_images_per_prompt``.
 
         Args:
-            image: the small picture, see `pictures.Pictures`; one for all, or one for each prompt. It keeps its size,
+            image: the small picture, see `input_pictures.Pictures`; one for all or for each prompt. It keeps its size,
                 cut at its edges to multiples of the autoencoder's factor (with ``resize_mode="default"`` stretched to
                 them, as in diffusers); the result is larger by that factor.
             noise_level: how much noise is put on it, a timestep of ``low_res_scheduler``; more leaves more to invent.
