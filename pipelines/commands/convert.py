@@ -10,7 +10,7 @@ import typer
 from pydantic import Field
 
 from latentdiff.pipelines.batch.drawing_options import Plain
-from latentdiff.pipelines.commands.options import Precision, be_quiet, grouped
+from latentdiff.pipelines.commands.model_options import Precision, be_quiet, grouped
 from latentdiff.terminal import say
 
 

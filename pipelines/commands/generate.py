@@ -12,7 +12,7 @@ import typer
 from pydantic import Field
 
 from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, DrawingOptions, GenerateOptions, Plain
-from latentdiff.pipelines.commands.options import (
+from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
     LoadingOptions,

@@ -10,7 +10,7 @@ import typer
 
 from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
 from latentdiff.pipelines.commands.generate import check_words
-from latentdiff.pipelines.commands.options import (
+from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
     Device,

@@ -9,7 +9,7 @@ import typer
 
 from latentdiff import __version__
 from latentdiff.pipelines.commands.generate import pipeline_kind
-from latentdiff.pipelines.commands.options import Device, Precision, devices_here, find_place, load_pipeline
+from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, find_place, load_pipeline
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.pipelines.commands.options import Device, DeviceOption, pick_device
+from latentdiff.pipelines.commands.model_options import Device, DeviceOption, pick_device
 from latentdiff.terminal import say
 from latentdiff.training.commands.options import show_progress
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from latentdiff.pipelines.commands.options import (
+from latentdiff.pipelines.commands.model_options import (
     Device,
     DeviceOption,
     Precision,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from latentdiff.pipelines.commands.options import be_quiet
+from latentdiff.pipelines.commands.model_options import be_quiet
 from latentdiff.terminal import say
 from latentdiff.training.settings import Settings
 
