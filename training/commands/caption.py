@@ -7,7 +7,7 @@ import typer
 
 from latentdiff.pipelines.commands.model_options import Device, DeviceOption, pick_device
 from latentdiff.terminal import say
-from latentdiff.training.commands.options import show_progress
+from latentdiff.training.commands.settings_arguments import show_progress
 
 
 def caption(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentdiff.terminal import say
-from latentdiff.training.commands.options import Config, Overrides, parse_overrides
+from latentdiff.training.commands.settings_arguments import Config, Overrides, parse_overrides
 
 if TYPE_CHECKING:
     from latentdiff.training.data.doctor import DataReport

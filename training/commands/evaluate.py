@@ -14,7 +14,7 @@ from latentdiff.pipelines.commands.model_options import (
 )
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.terminal import say
-from latentdiff.training.commands.options import show_progress
+from latentdiff.training.commands.settings_arguments import show_progress
 from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
 

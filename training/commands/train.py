@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.training.commands.options import Config, Data, Output, Overrides, announce, load_settings, show_progress
+from latentdiff.training.commands.settings_arguments import (
+    Config,
+    Data,
+    Output,
+    Overrides,
+    announce,
+    load_settings,
+    show_progress,
+)
 
 
 class Method(StrEnum):

@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 from latentdiff.cli import application
-from latentdiff.training.commands.options import load_settings, parse_overrides
+from latentdiff.training.commands.settings_arguments import load_settings, parse_overrides
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.settings import (
     AutoencoderSettings,
