@@ -164,7 +164,7 @@ class PictureExtras(TextExtras, total=False):
     """What a call with a prompt and a picture takes besides."""
 
     resize_mode: ResizeMode
-    """How a picture of another shape gets to the size to draw at: "crop", "default", "fill"; see `input_pictures.place`."""
+    """How a picture of another shape gets to the size to draw at; see `input_pictures.ResizeMode`."""
 
 
 @dataclass(frozen=True, kw_only=True)
