@@ -105,7 +105,7 @@ def draw_many(
         model, model_digest: its name, and a digest that identifies it (see `interchange.fingerprint`), for the files;
             by default where the pipeline was loaded from, and a digest of the weights in memory.
         progress: called as ``progress(done, total)`` after each batch, with this process's numbers of pictures.
-        settings: of all pictures whose prompts do not say otherwise, the options in `drawing_options.DrawingOptions`; and for
+        settings: of all pictures whose prompts do not say otherwise, what `DrawingOptions` has; and for
             the files only ``loras``, ``embeddings`` and ``variant``.
 
     Raises:
