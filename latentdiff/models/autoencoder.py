@@ -27,7 +27,7 @@ from latentdiff.models.bottlenecks import (
 )
 from latentdiff.models.layers import Checkpointed, Downsample2D, GridAttention, ResnetBlock2D, Upsample2D, norm_silu
 from latentdiff.models.network import Network, downscale_factor
-from latentdiff.models.single_file import SingleFileModel
+from latentdiff.models.single_file_networks import SingleFileModel
 from latentdiff.models.tiling import Run, in_tiles, one_by_one
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")

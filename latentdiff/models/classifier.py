@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from latentdiff.models.layers import merge_heads, norm_silu, split_heads, to_tokens
-from latentdiff.models.single_file import ReleasedNetwork
+from latentdiff.models.single_file_networks import ReleasedNetwork
 from latentdiff.models.time_embedding import TimeConditioned
 from latentdiff.models.unet_blocks import UNetBuilder
 from latentdiff.models.unet_config import plain_levels

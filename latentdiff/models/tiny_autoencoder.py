@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latentdiff.models.autoencoder import Autoencoder, AutoencoderOutput, check_pixels
 from latentdiff.models.bottlenecks import BottleneckOutput, Generators
 from latentdiff.models.layers import Checkpointed
-from latentdiff.models.single_file import find_checkpoint
+from latentdiff.models.single_file_networks import find_checkpoint
 
 ACTIVATIONS = ("relu", "silu", "swish", "gelu", "mish")
 TILE = 512

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.models.single_file import ReleasedNetwork
+from latentdiff.models.single_file_networks import ReleasedNetwork
 from latentdiff.models.transformer import TextContext
 from latentdiff.models.unet import UNet
 from latentdiff.models.unet_config import plain_levels
