@@ -199,7 +199,7 @@ def read_model(
         network_alone,
         packed_pipeline,
     )
-    from latentdiff.pipelines.storage.single_file import AUTOENCODERS, CheckpointParts, check_prediction
+    from latentdiff.pipelines.storage.single_file_pipelines import AUTOENCODERS, CheckpointParts, check_prediction
 
     if kind == "network":
         return one_part(**{str(component): network_alone(source, dtype, variant)})

@@ -18,7 +18,7 @@ from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.core.scheduler_names import modern_scheduler
 from latentdiff.pipelines.storage.loras import LoraPipeline
-from latentdiff.pipelines.storage.single_file import SingleFilePipeline
+from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
 from latentdiff.pipelines.storage.textual_inversion import TextualInversionPipeline
 from latentdiff.text.encode import Prompts, TextConditioner
 

@@ -7,7 +7,7 @@ import pytest
 from latentdiff import pipelines
 from latentdiff.pipelines import LatentPipeline, TextToImagePipeline, registry
 from latentdiff.pipelines.registry import KINDS, Kind, find_kind, kind_saved_as, kind_taking, kinds_of_unet
-from latentdiff.pipelines.storage.single_file import SingleFilePipeline
+from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
 
 
 def test_the_list_agrees_with_the_classes() -> None:

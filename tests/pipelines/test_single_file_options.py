@@ -232,7 +232,7 @@ def test_a_header_that_does_not_fit(
     model: Callable[[str], Any], tmp_path: Path, part: str, config: dict[str, Any], message: str
 ) -> None:
     pipeline = model("sd1")
-    from latentdiff.pipelines.storage.single_file import header_of
+    from latentdiff.pipelines.storage.single_file_pipelines import header_of
 
     header = json.loads(header_of(pipeline)["latentdiff"])
     header[part] |= config
@@ -244,7 +244,7 @@ def test_a_header_that_does_not_fit(
 def test_a_header_cannot_name_code(model: Callable[[str], Any], tmp_path: Path) -> None:
     """transformers' configs can name attention kernels on the hub, and more."""
     pipeline = model("sd1")
-    from latentdiff.pipelines.storage.single_file import header_of
+    from latentdiff.pipelines.storage.single_file_pipelines import header_of
 
     header = json.loads(header_of(pipeline)["latentdiff"])
     header["text_encoder"] |= {"attn_implementation": "somebody/kernel", "auto_map": {"AutoModel": "a--b.C"}}
