@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from latentdiff.codec import Codec
 from latentdiff.diffusion import Process
 from latentdiff.extensions import register_network
-from latentdiff.training.networks import Conditions, register_denoiser
 from latentdiff.training.settings import DenoiserSettings
+from latentdiff.training.starting_networks import Conditions, register_denoiser
 
 
 @register_network

@@ -10,7 +10,7 @@ import torch
 from tiny import DENOISER, autoencoder_settings
 
 from latentdiff.extensions import load_extensions, register_network, registered_network
-from latentdiff.training import networks
+from latentdiff.training import starting_networks as networks
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser

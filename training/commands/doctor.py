@@ -80,7 +80,7 @@ def reconstructions(model: str, report: "DataReport", sheet: Path) -> list[str]:
     from latentdiff.interchange.png import save_picture
     from latentdiff.models import AutoencoderKL
     from latentdiff.training.evaluation.suitability import examine_autoencoder
-    from latentdiff.training.networks import load_autoencoder
+    from latentdiff.training.starting_networks import load_autoencoder
 
     folder = find_model(model)
     on_hub = folder is None

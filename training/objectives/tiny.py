@@ -11,9 +11,9 @@ from latentdiff.codec import Codec, Generators
 from latentdiff.models import AutoencoderTiny, BottleneckOutput
 from latentdiff.models.autoencoder import AutoencoderOutput
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training.networks import freeze, load_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective
 from latentdiff.training.settings import AutoencoderSettings
+from latentdiff.training.starting_networks import freeze, load_autoencoder
 
 
 @dataclass(frozen=True)

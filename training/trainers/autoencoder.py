@@ -19,10 +19,10 @@ from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
 from latentdiff.training.objectives.tiny import TinyObjective, load_teacher
 from latentdiff.training.settings import AutoencoderSettings
+from latentdiff.training.starting_networks import build_autoencoder
 from latentdiff.training.trainers.latent_scale import measure_latents
 
 logger = logging.getLogger(__name__)

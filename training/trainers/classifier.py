@@ -13,9 +13,9 @@ from latentdiff.training.data.captions import class_names
 from latentdiff.training.evaluation.held_out import load_textless
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import build_classifier, freeze
 from latentdiff.training.objectives.diffusion import ClassifierObjective
 from latentdiff.training.settings import ClassifierSettings
+from latentdiff.training.starting_networks import build_classifier, freeze
 from latentdiff.training.trainers.diffusion import load_data, train_diffusion
 from latentdiff.training.trainers.models import GuidedModel
 

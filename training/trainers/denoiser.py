@@ -16,15 +16,15 @@ from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, te
 from latentdiff.training.data.captions import class_names
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import (
+from latentdiff.training.objectives.diffusion import DenoiserObjective
+from latentdiff.training.settings import DenoiserSettings
+from latentdiff.training.starting_networks import (
     Conditions,
     build_denoiser,
     freeze,
     load_autoencoder,
     made_by,
 )
-from latentdiff.training.objectives.diffusion import DenoiserObjective
-from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
 

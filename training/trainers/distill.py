@@ -26,7 +26,6 @@ from latentdiff.training.card.kinds import distilled_kind
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import freeze
 from latentdiff.training.objectives.adversarial import (
     AdversarialObjective,
     FeatureDiscriminatorObjective,
@@ -37,6 +36,7 @@ from latentdiff.training.objectives.distillation import DistillationObjective
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.settings import DistillationSettings
+from latentdiff.training.starting_networks import freeze
 from latentdiff.training.trainers.autoencoder import Alarms
 from latentdiff.training.trainers.diffusion import load_data, train_diffusion
 from latentdiff.training.trainers.finetune import (

@@ -21,9 +21,9 @@ from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import freeze, without_dropout
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
+from latentdiff.training.starting_networks import freeze, without_dropout
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge

@@ -22,8 +22,8 @@ from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.data import prepare_pictures
 from latentdiff.training.evaluation.reconstruction import Reconstructions, sheet
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective
+from latentdiff.training.starting_networks import build_autoencoder
 
 SIZE = 16
 

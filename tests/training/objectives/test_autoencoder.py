@@ -12,9 +12,9 @@ from tiny import autoencoder_settings
 
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training.batch.batch_types import PixelBatch
-from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
 from latentdiff.training.objectives.objective import RealAndFake
+from latentdiff.training.starting_networks import build_autoencoder
 from latentdiff.training.trainers.autoencoder import PATIENCE, Alarms, train_autoencoder
 
 KINDS: dict[str, dict[str, Any]] = {

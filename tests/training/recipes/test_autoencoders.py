@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from latentdiff.training.cli import train
-from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.recipes.autoencoders import configurations
 from latentdiff.training.settings import AutoencoderSettings
+from latentdiff.training.starting_networks import build_autoencoder
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 SHAPES = {  # of the latents of a picture of 256x256

@@ -9,8 +9,8 @@ import pytest
 from hostile import hostile_folder, state
 
 from latentdiff.training.batch.latents import LatentCache
-from latentdiff.training.networks import load_autoencoder
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.starting_networks import load_autoencoder
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
 

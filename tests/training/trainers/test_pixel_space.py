@@ -9,10 +9,10 @@ from tiny import DENOISER, VAE
 from latentdiff import TextToImagePipeline
 from latentdiff.models import FSQModel, IdentityAutoencoder, VQModel
 from latentdiff.training.batch.batch_types import DiffusionBatch
-from latentdiff.training.networks import load_autoencoder
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.objectives.objective import Result
 from latentdiff.training.settings import DenoiserSettings
+from latentdiff.training.starting_networks import load_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
 
 

@@ -13,9 +13,9 @@ from tiny import VAE, autoencoder_settings
 from latentdiff.codec import Codec
 from latentdiff.models import AutoencoderKL, AutoencoderTiny
 from latentdiff.training.batch.batch_types import PixelBatch
-from latentdiff.training.networks import build_autoencoder
 from latentdiff.training.objectives.tiny import TinyObjective, load_teacher
 from latentdiff.training.settings import AutoencoderSettings
+from latentdiff.training.starting_networks import build_autoencoder
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 TINY: dict[str, Any] = {"kind": "tiny", "block_out_channels": (8, 8), "layers_per_block": 1}
