@@ -17,7 +17,7 @@ from latentdiff.training.objectives.diffusion import ClassifierObjective
 from latentdiff.training.settings import ClassifierSettings
 from latentdiff.training.starting_networks import build_classifier, freeze
 from latentdiff.training.trainers.diffusion import load_data, train_diffusion
-from latentdiff.training.trainers.models import GuidedModel
+from latentdiff.training.trainers.diffusion_models import GuidedModel
 
 
 def train_classifier(settings: ClassifierSettings) -> Path:

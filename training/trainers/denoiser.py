@@ -26,7 +26,7 @@ from latentdiff.training.starting_networks import (
     made_by,
 )
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
-from latentdiff.training.trainers.models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
+from latentdiff.training.trainers.diffusion_models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
 
 
 def train_denoiser(settings: DenoiserSettings) -> Path:

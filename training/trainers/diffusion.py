@@ -26,7 +26,7 @@ from latentdiff.training.loop.figures import labelled
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import Condition, DiffusionSettings
-from latentdiff.training.trainers.models import SAMPLES, DiffusionModel, UnconditionalModel
+from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
 
 logger = logging.getLogger(__name__)
 

@@ -39,6 +39,7 @@ from latentdiff.training.settings import DistillationSettings
 from latentdiff.training.starting_networks import freeze
 from latentdiff.training.trainers.autoencoder import Alarms
 from latentdiff.training.trainers.diffusion import load_data, train_diffusion
+from latentdiff.training.trainers.diffusion_models import TextModel
 from latentdiff.training.trainers.finetune import (
     check_output,
     draws_in_few_steps,
@@ -47,7 +48,6 @@ from latentdiff.training.trainers.finetune import (
     own_resolution,
 )
 from latentdiff.training.trainers.lora import add_lora, save_and_merge
-from latentdiff.training.trainers.models import TextModel
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.starting_networks import freeze, without_dropout
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
+from latentdiff.training.trainers.diffusion_models import TextModel
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge
-from latentdiff.training.trainers.models import TextModel
 from latentdiff.training.trainers.textual_inversion import Expand, add_word, check_captions, save_word, settle
 
 logger = logging.getLogger(__name__)
