@@ -15,8 +15,8 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any
 
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-"""Which transformers puts into its tables; they are left out."""
+COLOURS = re.compile(r"\x1b\[(?:[0-3]|3[1235]|38;5;208)m")
+"""Which transformers puts into its tables, where they are left out."""
 
 
 def printable(text: str) -> str:
@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """The same with its lines kept; all but the first are indented, so that none can pass for another message."""
-    return "\n  ".join(printable(line) for line in COLOURS.sub("", text).expandtabs().split("\n"))
+    return "\n  ".join(printable(line) for line in text.expandtabs().split("\n"))
 
 
 def bytes_text(size: float) -> str:
@@ -77,7 +77,8 @@ class PrintableRecord(logging.LogRecord):
     """A log record whose message can be shown."""
 
     def getMessage(self) -> str:  # noqa: N802 (logging's name)
-        return printable_lines(super().getMessage())
+        text = super().getMessage()
+        return printable_lines(COLOURS.sub("", text) if self.name.startswith("transformers.") else text)
 
 
 @contextmanager

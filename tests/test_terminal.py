@@ -27,7 +27,7 @@ def test_what_can_be_shown() -> None:
     assert printable(HARM) == printable_lines(HARM) == SAFE
     assert printable("a\nb\tc") == "a\\nb\\tc"
     assert printable_lines("a\nb\tc") == "a\n  b       c"
-    assert printable_lines("\x1b[1;31mred\x1b[0m") == "red", "colours are left out"
+    assert printable_lines("\x1b[1;31mred\x1b[0m") == "\\x1b[1;31mred\\x1b[0m"
 
 
 def test_commands_loggers_and_warnings(capfd: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +47,22 @@ def test_commands_loggers_and_warnings(capfd: pytest.CaptureFixture[str]) -> Non
     assert f"weights {SAFE}\n" in captured.err
     assert f"UserWarning: {SAFE}\n" in captured.err
     assert captured.err.endswith("a\x07\n"), "outside, loggers are as they were"
+
+
+def test_colours_of_transformers_are_left_out_and_no_others(capfd: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[31mb\x1b[4mc"
+    loggers = [logging.getLogger("transformers.some"), logging.getLogger("latentdiff.some")]
+    handler = logging.StreamHandler(sys.stderr)
+    with printable_messages():
+        for logger in loggers:
+            logger.propagate = False
+            logger.addHandler(handler)
+            logger.warning("%s", name)
+            logger.removeHandler(handler)
+        print(warnings.formatwarning(name, UserWarning, "a.py", 1, ""), file=sys.stderr)  # type: ignore[arg-type]
+    said = capfd.readouterr().err.splitlines()
+    assert said[:2] == ["ab\\x1b[4mc", "a\\x1b[31mb\\x1b[4mc"]
+    assert "a\\x1b[31mb\\x1b[4mc" in said[2]
 
 
 @pytest.mark.parametrize("mistake", [ValueError, RuntimeError])
