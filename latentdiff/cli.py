@@ -60,10 +60,11 @@ def application() -> typer.Typer:
     from latentdiff.pipelines.commands.convert import convert
     from latentdiff.pipelines.commands.generate import generate
     from latentdiff.pipelines.commands.many import many
+    from latentdiff.pipelines.commands.models import models
     from latentdiff.pipelines.commands.replay import replay
     from latentdiff.training.cli import add_commands
 
-    for command in (generate, replay, many, convert):
+    for command in (generate, replay, many, models, convert):
         app.command()(command)
     add_commands(app)
     return app

@@ -45,7 +45,9 @@ def doctor(
     No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
     max_bad_share cannot be used.
     """
+    from latentdiff.interchange.folders import find_model
     from latentdiff.interchange.png import read_settings
+    from latentdiff.pipelines.commands.models import model_shape
     from latentdiff.training.settings import DoctorSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
@@ -53,7 +55,8 @@ def doctor(
         raise ValueError("--drop-duplicates says something in the manifest; name one with --manifest FILE")
     if model is not None and sheet.exists() and (read_settings(sheet) or {}).get("made_by") != SHEET["made_by"]:
         raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
-    resolution, step = model_shape(model) if model is not None else (None, None)
+    place = None if model is None else find_model(model)
+    resolution, step = (None, None) if place is None else model_shape(place)
     if resolution is not None and "resolution" not in given and config is None:
         given["resolution"] = resolution
     settings = DoctorSettings.load(config, given)
@@ -108,19 +111,3 @@ def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -
         return [line, *report.advice, "--manifest FILE writes what was found of each picture, for training to honour."]
     how = f'Set "use" to false for what to leave out, and train with manifest={manifest}'
     return [line, *report.advice, f"{manifest} describes each picture. {how}"]
-
-
-def model_shape(model: str) -> tuple[int | None, int | None]:
-    """A pipeline's resolution and the pixels per latent, as far as its folder says; None for what it does not.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-    """
-    from latentdiff.interchange.folders import find_model, read_json
-
-    folder = find_model(model)
-    if folder is None or not (folder / "vae" / "config.json").is_file():
-        return None, None
-    factor = 2 ** (len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0])) - 1)
-    size = read_json(folder / "unet" / "config.json").get("sample_size")
-    return (size * factor if isinstance(size, int) else None), factor
