@@ -144,6 +144,7 @@ def can_fuse(conv: nn.Module, x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
         and type(conv) is nn.Conv2d
         and type(conv.weight) is nn.Parameter
         and conv.weight.dtype == torch.float32

@@ -98,6 +98,7 @@ def settings_of(
         if "strength" in takes:
             given.setdefault("strength", takes["strength"].default)
     height, width = pipeline.picture_size(given.get("height"), given.get("width"))
+    runtime = getattr(pipeline.unet, "runtime", None)
     values = {
         "negative_prompt": None,
         "guidance_scale": None,
@@ -105,7 +106,8 @@ def settings_of(
         **given,
         "model": model,
         "scheduler": type(pipeline.scheduler).__name__,
-        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
+        "precision": str(pipeline.unet.dtype).removeprefix("torch.") if runtime is None else runtime.precision,
+        "runtime": None if runtime is None else runtime.name,
         "height": height,
         "width": width,
         "version": __version__,

@@ -80,7 +80,9 @@ class Settings(GenerateOptions):
     loras: list[Lora] = Field([])
     embeddings: list[Embedding] = Field([])
     scheduler: str
-    precision: Literal["float32", "bfloat16", "float16"]
+    precision: Literal["float32", "bfloat16", "float16", "int8"]
+    runtime: Literal["openvino", "onnx"] | None = None
+    """What ran the networks; None: torch."""
     version: str
 
     @model_validator(mode="after")

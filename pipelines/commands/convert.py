@@ -112,6 +112,8 @@ def convert(
     given |= {"--dtype": dtype, "--variant": variant, "--from-variant": from_variant, "--component": component}
     given |= {"--overwrite": overwrite or None}
     check_form(to, kind, place)
+    if dtype is Precision.int8:
+        raise ValueError("--dtype int8: weights are not saved in int8; --runtime makes graphs of it when it draws")
     if kind in ("lora", "embedding"):
         refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", given, set(given) - {"--ckpt", "--overwrite"})
         convert_adapter(kind, place, target, to, reading.ckpt, overwrite)

@@ -102,7 +102,9 @@ def generate(
     from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
 
     inputs, used = read_inputs(source.image, source.mask)
-    pipeline = load_pipeline(place, loading.device, loading.precision, loading.scheduler, kind, variant=loading.variant)
+    pipeline = load_pipeline(
+        place, loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime
+    )
     if source.classes:
         pipeline.label_numbers(source.classes)  # those that there are not are refused before anything is drawn
     asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}

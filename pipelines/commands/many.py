@@ -90,7 +90,16 @@ def many(
         options = {"seed": seed, **named, **vars(drawing), **adapters}
         pipeline = finished_outline(place, kind, loading, rows, output, options)
         if pipeline is None:
-            where = (place, loading.device, loading.precision, loading.scheduler, kind.name, own, variant)
+            where = (
+                place,
+                loading.device,
+                loading.precision,
+                loading.scheduler,
+                kind.name,
+                own,
+                variant,
+                loading.runtime,
+            )
             pipeline = load_pipeline(*where)
             pipeline.set_progress_bar_config(disable=True)
             if kind.conditioned_by == "class":
@@ -140,7 +149,7 @@ def finished_outline(
 
     options: of `draw_many`.
     """
-    if place.is_file() or not output.is_dir():
+    if place.is_file() or not output.is_dir() or loading.runtime is not None:
         return None
     import torch
 

@@ -70,7 +70,7 @@ def replay(
         device = Device(then) if then in devices_here() else Device.auto
     precision = Precision(record.precision)
     kind = pipeline_kind(place, record.image, record.mask)
-    pipeline: Any = load_pipeline(place, device, precision, None, kind, variant=record.variant)
+    pipeline: Any = load_pipeline(place, device, precision, None, kind, None, record.variant, record.runtime)
     found = check_model(record, picture, pipeline, digest.result(), any_model)
     if type(pipeline.scheduler).__name__ != record.scheduler:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, record.scheduler)

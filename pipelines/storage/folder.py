@@ -18,6 +18,8 @@ from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
+from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
+from latentdiff.pipelines.runtime.networks import refuse_runtimes
 from latentdiff.pipelines.storage.loading import (
     OUR_CLASSES,
     check_schedulers,
@@ -59,22 +61,29 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             options: those of diffusers' ``from_pretrained``: ``dtype`` or, by its older name, ``torch_dtype`` (float32
                 by default, whatever is on disk), ``variant`` (by default the only one, if there are no plain weights),
                 components that replace the folder's, ``device_map`` (a single device), and for the hub ``revision``,
-                ``token`` and so on.
+                ``token`` and so on. ``runtime``: "openvino" or "onnx" runs denoiser and autoencoder instead of torch,
+                on the processor; ``dtype`` is then its precision, torch.int8 too, and ``runtime_shape`` the (pictures,
+                height, width) of every call, if only one shape is drawn.
 
         Raises:
+            ImportError: the runtime is not installed.
             FileNotFoundError: no such folder, or a part of it is missing.
             ValueError: a file is damaged, or an option or a component is not supported.
             TypeError: an unknown option.
             OSError: the hub cannot be asked, or has no such model.
         """
         refuse_options(cls, options)
+        runtime = runtime_of(options)
         device = options.pop("device_map", None)
         source = pretrained_model_name_or_path
         folder = find_model(source)
         if folder is None:
             folder = Path(cls.download(str(source), **{**options, "use_safetensors": True}))
-        dtypes = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtype = dtypes[0] or dtypes[1] or torch.float32
+        if runtime is not None:
+            from latentdiff.pipelines.runtime.prepared import load
+
+            return load(cls, folder, runtime, options)
+        dtype = dtype_in(options) or torch.float32
         index = check_pipeline_folder(folder, options)
         wanted = {name: value for name, value in index.items() if name not in options}
         if options.get("variant") is None:
@@ -142,6 +151,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
                 written.
         """
         refuse_loras(self.components, "saved")
+        refuse_runtimes(self.components, "saved")
         if not safe_serialization:
             logger.warning(
                 "safe_serialization=False has no effect: weights are always written as safetensors, never as pickles"
@@ -156,6 +166,15 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             move_into(new, folder, variant)
         if push_to_hub:
             self.push_to_hub(options.pop("repo_id", folder.name), variant=variant, **options)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        """As in diffusers; what a runtime runs is as good as what torch does."""
+        from latentdiff.pipelines.runtime.networks import RuntimeAutoencoder, RuntimeUNet
+
+        types = super()._get_signature_types()
+        more: dict[str, type] = {"unet": RuntimeUNet, "vae": RuntimeAutoencoder, "vqvae": RuntimeAutoencoder}
+        return {name: (*known, more[name]) if name in more else known for name, known in types.items()}
 
     def register_to_config(self, **values: Any) -> None:
         """As in diffusers; our networks are registered as the diffusers classes that read the same files."""

@@ -54,9 +54,9 @@ WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-
 DIFFUSERS_OPTIONS = (
     *("dtype", "torch_dtype", "variant", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage"),
     *("offload_folder", "offload_state_dict", "disable_mmap", "revision", "custom_revision", "token", "cache_dir"),
-    *("local_files_only", "force_download", "proxies", "load_connected_pipeline"),
+    *("local_files_only", "force_download", "proxies", "load_connected_pipeline", "runtime", "runtime_shape"),
 )
-"""Arguments of diffusers' ``from_pretrained`` that are taken here, besides components."""
+"""Arguments of diffusers' ``from_pretrained`` that are taken here, besides components; and two of ours."""
 
 UNSUPPORTED_OPTIONS = {
     "custom_pipeline": "it would run code from the folder",

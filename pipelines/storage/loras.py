@@ -27,6 +27,7 @@ from latentdiff.interchange.lora.layers import (
 )
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
+from latentdiff.pipelines.runtime.networks import refuse_runtimes
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class LoraPipeline(StableDiffusionLoraLoaderMixin):
                 fit; the name is taken; `scale` is not finite. Nothing is changed then.
         """
         check_factors("load_lora_weights", [scale])
+        refuse_runtimes(self.components, "given LoRAs, but for those in its weights (fuse_lora, unload_lora_weights)")
         parts = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
         networks = {name: whole_network(network) for name, network in parts.items() if network is not None}
         hub = {key: value for key, value in hub.items() if key not in ("use_safetensors", "return_lora_metadata")}

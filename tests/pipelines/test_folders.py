@@ -217,7 +217,7 @@ def test_unsupported_options_raise(folder: Path, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("runtime", None), ("torch_type", "torch_dtype"), ("sheduler", "scheduler"), ("fp16", None)]
+    ("name", "near"), [("engine", None), ("torch_type", "torch_dtype"), ("sheduler", "scheduler"), ("fp16", None)]
 )
 def test_unknown_options_raise(folder: Path, name: str, near: str | None) -> None:
     with pytest.raises(TypeError) as raised:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
-from latentdiff.training.batch.shared_cache import Hold, exclusive, shared_folder, trim
+from latentdiff.interchange.cache_folder import shared_folder
+from latentdiff.training.batch.shared_cache import Hold, exclusive, trim
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.codec import Codec, Posterior
+from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
-from latentdiff.training.batch.shared_cache import shared_folder
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.loop.run import TrainingRun

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import sys
 import time
 import uuid
 import weakref
@@ -22,7 +21,7 @@ from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 
 logger = logging.getLogger(__name__)
 
-VARIABLE, LIMIT_VARIABLE = "LATENTDIFF_CACHE", "LATENTDIFF_CACHE_GB"
+LIMIT_VARIABLE = "LATENTDIFF_CACHE_GB"
 LIMIT = 20.0  # GB, unless the variable says otherwise
 KINDS = {"latents": "pictures", "text": "captions"}
 """Folders in it, and what their files were encoded from."""
@@ -31,15 +30,6 @@ SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 HELD = re.compile(r"\.held-[0-9a-f]{32}")
 LOCK = ".lock"
 PATIENCE = 60.0  # seconds to wait for a lock that is kept for moments
-
-
-def shared_folder() -> Path:
-    """``LATENTDIFF_CACHE``, or "latentdiff" where this system keeps a user's caches."""
-    if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser().absolute()
-    usual = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
-    place = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache")
-    return Path(place).expanduser().absolute() / "latentdiff"
 
 
 def size_limit() -> int:

@@ -31,7 +31,8 @@ def cache(
     It is in your cache folder (LATENTDIFF_CACHE names another one) and holds at most 20 GB (LATENTDIFF_CACHE_GB): what
     was used longest ago goes first. What is missing is encoded again when a training needs it.
     """
-    from latentdiff.training.batch.shared_cache import delete, shards, shared_folder, size_limit
+    from latentdiff.interchange.cache_folder import shared_folder
+    from latentdiff.training.batch.shared_cache import delete, shards, size_limit
 
     root, most = shared_folder(), size_limit()
     groups: dict[tuple[str, str, str], list[Shard]] = defaultdict(list)

@@ -12,9 +12,10 @@ import typer
 from lives import start, wait
 from typer.testing import CliRunner
 
+from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.locks import lock
 from latentdiff.training.batch.cache import TensorStore, digest
-from latentdiff.training.batch.shared_cache import Shard, delete, exclusive, shards, shared_folder, size_limit, trim
+from latentdiff.training.batch.shared_cache import Shard, delete, exclusive, shards, size_limit, trim
 from latentdiff.training.commands.cache import cache
 
 FIRST, SECOND = digest("a model"), digest("another model")

@@ -1,0 +1,1 @@
+"""Other runtimes than torch for a pipeline's networks, on the processor: OpenVINO and onnxruntime."""

@@ -1,0 +1,101 @@
+"""Graphs made once, and kept: in a cache by the content of what they were made of."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentdiff.interchange.atomic import atomic_folder, json_text
+from latentdiff.interchange.cache_folder import shared_folder
+from latentdiff.interchange.fingerprint import component_files, file_digest
+from latentdiff.interchange.folders import check_pipeline_folder
+from latentdiff.models.loras import refuse_loras
+from latentdiff.pipelines.runtime.choice import Runtime
+from latentdiff.pipelines.runtime.networks import RuntimeAutoencoder, RuntimeUNet
+from latentdiff.pipelines.storage.loading import only_variant
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of what is written; raised when the graphs of an older version must not be used any more."""
+
+NETWORKS = ("unet", "vae", "vqvae")
+"""The components that a runtime may run."""
+
+DONE = "runtime.json"
+"""In a folder of graphs: what they were made for and, of int8, how far it is from float32."""
+
+
+def cache_folder() -> Path:
+    """Where graphs are kept."""
+    return shared_folder() / "runtimes"
+
+
+def folder_of(source: Path, runtime: Runtime, variant: str | None = None) -> Path:
+    """Where the graphs of a pipeline folder are, or will be, kept."""
+    parts = sorted(path.name for path in source.iterdir() if path.is_dir())
+    kept = parts if runtime.stored == "int8" else [name for name in parts if name in NETWORKS]
+    whole = hashlib.sha256(f"{FORMAT} {runtime.name} {runtime.stored}\n".encode())
+    for name in kept:
+        for file in component_files(source / name, variant):
+            whole.update(f"{name}/{file.name} {file_digest(file)}\n".encode())
+    return cache_folder() / f"{runtime.name}-{runtime.stored}-{whole.hexdigest()[:32]}"
+
+
+def prepare(pipeline: Any, runtime: Runtime, folder: Path) -> None:
+    """Write the graphs of a pipeline in torch for a runtime, the folder whole or not at all.
+
+    Raises:
+        ValueError: it has LoRAs, or an operation that the runtime does not know.
+    """
+    from latentdiff.pipelines.runtime.graphs import parts_of, write_graph
+
+    names = ("unet", "text_encoder")
+    refuse_loras({name: getattr(pipeline, name, None) for name in names}, f"run by {runtime.kind.title}")
+    logger.warning("Making graphs for %s, once, in %s", runtime.kind.title, folder)
+    report: dict[str, Any] = {"runtime": runtime.name, "precision": runtime.stored}
+    try:
+        with atomic_folder(folder) as new:
+            for name, make in parts_of(pipeline):
+                write_graph(runtime.name, name, make(), new / name, half=runtime.stored == "float16")
+            (new / DONE).write_text(json_text(report), encoding="utf-8")
+    except OSError:
+        if not ready(folder):  # another process was first
+            raise
+
+
+def ready(folder: Path) -> bool:
+    """Whether there are graphs in a folder."""
+    return (folder / DONE).is_file()
+
+
+def networks_of(folder: Path, runtime: Runtime, autoencoder: str = "vae") -> Iterator[tuple[str, Any]]:
+    """The networks whose graphs lie in a folder, by the names of a pipeline's components."""
+    factor = 1
+    if (folder / "vae_decoder").is_dir():
+        vae = RuntimeAutoencoder(runtime, folder)
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        yield autoencoder, vae
+    yield "unet", RuntimeUNet(runtime, folder, factor)
+
+
+def load(pipeline_class: Any, source: Path, runtime: Runtime, options: dict[str, Any]) -> Any:
+    """The pipeline of a folder, with the networks that a runtime runs; their graphs are made if they are not there.
+
+    Args:
+        options: further ones of ``from_pretrained``.
+
+    Raises:
+        ValueError: a network is given that is not the folder's.
+    """
+    index = check_pipeline_folder(source, options)
+    for name in NETWORKS:
+        if options.get(name) is not None:
+            raise ValueError(f"from_pretrained: runtime= and {name}= do not go together; save the pipeline first")
+    folder = folder_of(source, runtime, options.get("variant") or only_variant(source))
+    if not ready(folder):
+        prepare(pipeline_class.from_pretrained(source, **options), runtime, folder)
+    autoencoder = "vqvae" if "vqvae" in index else "vae"
+    networks = dict(networks_of(folder, runtime, autoencoder))
+    return pipeline_class.from_pretrained(source, **networks, **options)
