@@ -8,10 +8,10 @@ from accelerate.utils import set_seed
 
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.pipelines.distributed import processes
+from latentdiff.training.batch.batch_loader import PixelSamples, batches
 from latentdiff.training.batch.batch_types import PixelBatch
 from latentdiff.training.batch.latents import latents_digest
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
-from latentdiff.training.batch.samples import PixelSamples, batches
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import prepare_splits

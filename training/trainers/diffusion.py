@@ -14,10 +14,10 @@ from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines.distributed import processes
+from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.latents import latent_source
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
-from latentdiff.training.batch.samples import Reader, batches
 from latentdiff.training.data import CaptionedPicture, prepare_splits
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
