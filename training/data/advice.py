@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from latentdiff.training.data.captions import shorten
+from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.source import CAPTION_SUFFIXES, NO_CAPTION, Finding
 from latentdiff.training.data.tables import METADATA

@@ -13,8 +13,8 @@ from latentdiff.interchange.folders import find_model, load_whole
 from latentdiff.interchange.hub import asking_hub
 from latentdiff.terminal import printable
 from latentdiff.training.data.advice import lacking_captions
+from latentdiff.training.data.caption_checks import LONGEST
 from latentdiff.training.data.captioned_picture import FileReader
-from latentdiff.training.data.captions import LONGEST
 from latentdiff.training.data.decode import decode
 from latentdiff.training.data.source import Wanted
 from latentdiff.training.data.survey import log_findings

@@ -10,8 +10,8 @@ from typing import Any
 
 from latentdiff.training.data.advice import advice
 from latentdiff.training.data.buckets import Size, bucket_sizes, nearest
+from latentdiff.training.data.caption_checks import MANY_WORDS, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
-from latentdiff.training.data.captions import MANY_WORDS, shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.duplicates import near_groups
 from latentdiff.training.data.load import hold_out, read_source

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentdiff.training.data.caption_checks import LONGEST, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
-from latentdiff.training.data.captions import LONGEST, decode_text, shorten
 from latentdiff.training.data.decode import is_picture, why_unreadable
 from latentdiff.training.data.source import (
     CAPTION_SUFFIXES,

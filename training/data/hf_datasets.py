@@ -11,8 +11,8 @@ from typing import Any
 
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.user_files import check_regular, faults_named, parse_yaml, read_text
+from latentdiff.training.data.caption_checks import check_weight, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
-from latentdiff.training.data.captions import check_weight, shorten
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted, inside, same_split
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
-from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.folder import read_folder
 from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted

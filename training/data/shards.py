@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from latentdiff.training.data.caption_checks import LONGEST, check_weight, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, PartReader
-from latentdiff.training.data.captions import LONGEST, check_weight, decode_text, shorten
 from latentdiff.training.data.decode import PICTURE_SUFFIXES, why_unreadable
 from latentdiff.training.data.folder import Splits, split_folders, split_in_name
 from latentdiff.training.data.source import CAPTION_SUFFIXES, TRAIN, NoPicturesError, Source, Wanted

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from latentdiff.training.data.caption_checks import check_captions, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
-from latentdiff.training.data.captions import check_captions, shorten
 from latentdiff.training.settings import Condition, DataSettings
 
 Names = dict[tuple[Path, bool], dict[str, str]]

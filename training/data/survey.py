@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.user_files import check_regular
 from latentdiff.training.data.advice import advice
+from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
-from latentdiff.training.data.captions import shorten
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
 from latentdiff.training.data.source import Finding, NoPicturesError, Source

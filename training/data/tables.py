@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.interchange.user_files import MAX_TABLE, MAX_TEXT, faults_named, read_bytes
+from latentdiff.training.data.caption_checks import check_weight, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
-from latentdiff.training.data.captions import check_weight, decode_text, shorten
 from latentdiff.training.data.decode import why_unreadable
 from latentdiff.training.data.source import Names, Source, Wanted, inside
 

@@ -22,7 +22,7 @@ from latentdiff.metrics.pixels import WINDOW, pictures_to_pixels
 from latentdiff.pipelines.registry import find_kind
 from latentdiff.training.card.card import last_part, update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.captions import labels_of
+from latentdiff.training.data.caption_checks import labels_of
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
 from latentdiff.training.settings import Condition, EvaluationSettings

@@ -15,7 +15,7 @@ from latentdiff.diffusion import GaussianDiffusion, bits_per_dimension
 from latentdiff.diffusion.losses import BitsPerDimension, discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.captions import labels_of
+from latentdiff.training.data.caption_checks import labels_of
 from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
 from latentdiff.training.settings import LikelihoodSettings
 

@@ -10,7 +10,7 @@ from PIL import Image
 from latentdiff.codec import Codec, execution_device
 from latentdiff.metrics import psnr
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.data.captions import shorten
+from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.evaluation.reconstruction import COLUMNS, sheet
 from latentdiff.training.trainers.latent_scale import spread
 

@@ -9,7 +9,7 @@ from latentdiff.diffusion.process import process_from_config
 from latentdiff.pipelines import ClassConditionalPipeline
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import class_conditional_kind
-from latentdiff.training.data.captions import class_names
+from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.evaluation.held_out import load_textless
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun

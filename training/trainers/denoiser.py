@@ -13,7 +13,7 @@ from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
-from latentdiff.training.data.captions import class_names
+from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.diffusion import DenoiserObjective

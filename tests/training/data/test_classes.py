@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.training.data import Wanted, load_pictures, read_source
-from latentdiff.training.data.captions import class_names
+from latentdiff.training.data.caption_checks import class_names
 
 
 @pytest.fixture(autouse=True)
