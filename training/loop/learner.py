@@ -13,7 +13,8 @@ from torch import Tensor
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.optimization import MovingAverage, build_optimizer, learning_rate_at
+from latentdiff.training.loop.moving_average import MovingAverage
+from latentdiff.training.loop.optimization import build_optimizer, learning_rate_at
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
