@@ -44,17 +44,21 @@ def draw(
     output_of: Callable[[Sequence[Drawing]], Any],
     batch_size: int,
     kept: Mapping[str, Any] | None = None,
+    things: str = "pictures",
 ) -> None:
     """Draw and keep `drawings`.
 
     Args:
         output_of: draws some of them at once: what a pipeline's call gives, with PIL images.
         kept: further settings for the files, which are not compared.
+        things: what is drawn, for the progress bar.
 
     Raises:
         ValueError: a network gave values that are not finite; nothing is written of the pictures that it was drawing.
     """
-    with tqdm(total=len(drawings), desc="drawing", unit="", disable=None, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(drawings), desc=f"drawing {things}", unit="", disable=None, leave=False, dynamic_ncols=True
+    ) as bar:
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
             output = output_of(batch)

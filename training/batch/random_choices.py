@@ -6,6 +6,7 @@ beforehand are limited in number: `ViewChoice.all` and `CaptionChoice.all` give 
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,19 @@ def seed_of(*numbers: int) -> int:
 def generator_of(*numbers: int) -> torch.Generator:
     """A CPU generator with the seed of `numbers`."""
     return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+SIDES = re.compile(
+    r"\b((left|right)(s|wards?|most|[ -]?hand(ed)?)?|(counter|anti)?-?clockwise|letters?|lettering|alphabet|numerals?|"
+    r"digits?|texts?|words?|(hand)?writing|written|reads|say(s|ing)|spell(s|ing))\b",
+    re.IGNORECASE,
+)
+"""What captions have that would be wrong of a mirrored picture."""
+
+
+def has_sides(picture: CaptionedPicture) -> bool:
+    """Whether a caption speaks of left, right or text."""
+    return any(SIDES.search(caption) for caption in picture.captions)
 
 
 class PictureOrder:
@@ -115,7 +129,9 @@ class ViewChoice:
         self, settings: RunSettings, pictures: Sequence[CaptionedPicture], step: int, variants: int = 0
     ) -> None:
         self.buckets = assign_buckets(pictures, settings.resolution, step, settings.buckets)
-        self.random_crop, self.flip = settings.crop == "random", settings.random_flip
+        self.random_crop = settings.crop == "random"
+        auto = settings.random_flip == "auto"
+        self.flips = [bool(settings.random_flip) and not (auto and has_sides(picture)) for picture in pictures]
         self.variants = variants
 
     def pick(self, index: int, uniform: Tensor) -> View:
@@ -124,12 +140,12 @@ class ViewChoice:
         if self.random_crop and self.variants:
             x, y = self._crop(int(x * self.variants))
         crop = (x, y) if self.random_crop else (0.5, 0.5)
-        return View(*self.buckets[index], crop=crop, flip=self.flip and flip < 0.5)
+        return View(*self.buckets[index], crop=crop, flip=self.flips[index] and flip < 0.5)
 
     def all(self, index: int) -> list[View]:
         """Every view that `pick` can give, where their number is limited."""
         crops = [self._crop(i) for i in range(self.variants)] if self.random_crop else [(0.5, 0.5)]
-        flips = (False, True) if self.flip else (False,)
+        flips = (False, True) if self.flips[index] else (False,)
         return [View(*self.buckets[index], crop=crop, flip=flip) for crop in crops for flip in flips]
 
     def centred(self, index: int) -> View:

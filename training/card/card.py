@@ -6,7 +6,7 @@ are not latentdiff's. A README.md without the marks is never changed.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
     from latentdiff.training.loop.run import TrainingRun
-    from latentdiff.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +36,23 @@ PATHS = frozenset(
 NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
 
 
-def describe(
-    run: "TrainingRun", settings: "RunSettings", kind: ModelKind, pictures: int, base_model: str | None = None
-) -> None:
+def describe(run: "TrainingRun", kind: ModelKind, pictures: int, base_model: str | None = None) -> None:
     """What every trainer does with a finished model: write its card, and push it where the settings say so.
+
+    Only the main process does so.
 
     kind, pictures, base_model: see `write_model_card`.
     """
+    if not run.accelerator.is_main_process:
+        return
+    settings = run.settings
     output = Path(settings.output)
     grids = sorted((run.folder / "samples").glob("step-*.png"))
     write_model_card(
         output,
         kind=kind,
         settings=settings.model_dump(),
+        history=run.history,
         figures=run.figures,
         pictures=pictures,
         steps=run.step,
@@ -70,6 +73,7 @@ def write_model_card(
     steps: int,
     base_model: str | None = None,
     sample_grid: Path | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write, or write anew, the card of the model in `folder`. A README.md without our marks stays as it is.
 
@@ -81,6 +85,7 @@ def write_model_card(
         steps: optimizer steps.
         base_model: what was fine-tuned: a hub id, a packaged model or a folder.
         sample_grid: a picture of samples, copied to ``samples.png``.
+        history: of settings that were changed during the run; see `TrainingRun`.
     """
     card = open_card(folder)
     if card is None:
@@ -105,6 +110,7 @@ def write_model_card(
         kind.usage,
         figures_table(figures, pictures),
         settings_list(settings),
+        history_table(history),
     ]
     put_section(card, MODEL, "\n\n".join(part for part in parts if part))
     write_card(folder, card)
@@ -194,6 +200,17 @@ def settings_list(settings: Mapping[str, Any]) -> str:
         return ""
     lines = "\n".join(f"{name}: {shown(name, value)}" for name, value in settings.items() if value is not None)
     return f"## Settings\n\n```yaml\n{lines}\n```"
+
+
+def history_table(history: Sequence[Mapping[str, Any]]) -> str:
+    if not history:
+        return ""
+    rows = []
+    for one in history:
+        old, new = (shown(one["setting"], one[key]).replace("|", r"\|") for key in ("old", "new"))
+        rows.append(f"| {one['when']} | {one['step']:,} | {one['setting']} | {old} | {new} |")
+    head = "| when | at step | setting | before | since then |\n|---|---|---|---|---|"
+    return "\n".join(["## Settings changed during training", "", head, *rows])
 
 
 def shown(name: str, value: Any) -> str:

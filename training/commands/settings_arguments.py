@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -9,9 +10,10 @@ import typer
 
 from latentdiff.pipelines.commands.model_options import be_quiet
 from latentdiff.terminal import say
-from latentdiff.training.settings import Settings
+from latentdiff.training.settings import RunSettings, Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+RunT = TypeVar("RunT", bound=RunSettings)
 
 Data = Annotated[
     str | None,
@@ -20,6 +22,10 @@ Data = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Folder for the model; its training/ keeps checkpoints and samples.")]
 Config = Annotated[
     Path | None, typer.Option(help="YAML file of settings; data and output may be in it.", exists=True, dir_okay=False)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Begin, say what time, memory and disk it would take, and write nothing in OUTPUT."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -68,11 +74,24 @@ def show_progress() -> None:
         logging.getLogger("latentdiff").setLevel(logging.INFO)
 
 
-def announce(what: str, output: Path, max_steps: int) -> None:
-    """Print where the result is, on one process, unless the run has stopped before its end, which it has said."""
-    from latentdiff.training.loop.checkpoints import step_reached
+def train_and_say(what: str, train: Callable[[RunT], Path], settings: RunT, dry: bool) -> None:
+    """Train, or only begin and say what it would take.
 
-    if is_first_process() and step_reached(output) >= max_steps:
+    At the end one process says where the result, a `what`, is; a run that has stopped before has said that.
+    """
+    from latentdiff.training.loop.checkpoints import step_reached
+    from latentdiff.training.loop.estimate import dry_run
+
+    if dry:
+        dry_run(train, settings)
+        if is_first_process():
+            say(
+                f"Nothing was written in {settings.output}. There would be the {what}, its README.md, and in training/ "
+                f"checkpoints, samples, curves.png, metrics.jsonl, settings.yaml and what is encoded once"
+            )
+        return
+    output = train(settings)
+    if is_first_process() and step_reached(output) >= settings.max_steps:
         say(f"The {what} is in {output}")
 
 

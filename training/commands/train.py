@@ -9,11 +9,12 @@ import typer
 from latentdiff.training.commands.settings_arguments import (
     Config,
     Data,
+    DryRun,
     Output,
     Overrides,
-    announce,
     load_settings,
     show_progress,
+    train_and_say,
 )
 
 
@@ -33,6 +34,7 @@ def autoencoder(
         str | None, typer.Option(help="YAML file of settings, or one of ours: kl-f4, kl-f8, kl-f16, vq-f4, vq-f8, ...")
     ] = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train an autoencoder (kind=kl, vq, gumbel, fsq or tiny) that compresses pictures to latents."""
     from latentdiff.training.recipes.autoencoders import configurations
@@ -46,7 +48,7 @@ def autoencoder(
     show_progress()
     from latentdiff.training.trainers.autoencoder import train_autoencoder
 
-    announce("autoencoder", train_autoencoder(settings), settings.max_steps)
+    train_and_say("autoencoder", train_autoencoder, settings, dry_run)
 
 
 def denoiser(
@@ -57,6 +59,7 @@ def denoiser(
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a denoiser (condition=text, class or none); OUTPUT becomes a pipeline folder that draws."""
     from latentdiff.training.settings import DenoiserSettings
@@ -65,7 +68,7 @@ def denoiser(
     show_progress()
     from latentdiff.training.trainers.denoiser import train_denoiser
 
-    announce("pipeline", train_denoiser(settings), settings.max_steps)
+    train_and_say("pipeline", train_denoiser, settings, dry_run)
 
 
 def classifier(
@@ -76,6 +79,7 @@ def classifier(
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a classifier of noisy pictures that guides a model; OUTPUT becomes a pipeline folder with both."""
     from latentdiff.training.settings import ClassifierSettings
@@ -84,7 +88,7 @@ def classifier(
     show_progress()
     from latentdiff.training.trainers.classifier import train_classifier
 
-    announce("pipeline with its classifier", train_classifier(settings), settings.max_steps)
+    train_and_say("pipeline with its classifier", train_classifier, settings, dry_run)
 
 
 def finetune(
@@ -98,6 +102,7 @@ def finetune(
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on your own pictures; OUTPUT becomes a pipeline folder that draws.
 
@@ -112,7 +117,7 @@ def finetune(
     show_progress()
     from latentdiff.training.trainers.finetune import finetune as train
 
-    announce("pipeline", train(settings), settings.max_steps)
+    train_and_say("pipeline", train, settings, dry_run)
 
 
 def distill(
@@ -126,6 +131,7 @@ def distill(
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Make a model that draws in few steps of one that takes many; OUTPUT becomes a pipeline folder that draws.
 
@@ -141,4 +147,4 @@ def distill(
     show_progress()
     from latentdiff.training.trainers.distill import distill as train
 
-    announce("pipeline", train(settings), settings.max_steps)
+    train_and_say("pipeline", train, settings, dry_run)

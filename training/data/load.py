@@ -176,7 +176,7 @@ def prepare_pictures(
         FileNotFoundError: there is no such source, split or manifest, or nothing in it can be used.
         ValueError: more than ``settings.max_bad_share`` of the pictures are unusable.
     """
-    folder = Path(settings.output) / "training"
+    folder = settings.folder
     cache_dir = Path(settings.cache_dir or folder) / "stream"
     wanted = Wanted.of(settings, split, condition=condition, cache_dir=cache_dir)
     source = read_source(settings.data, wanted)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -50,7 +49,6 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
     """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
     if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
         AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
-    output = Path(settings.output) / "training"
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=settings.mixed_precision,
@@ -58,7 +56,7 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
         log_with=list(settings.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        project_config=ProjectConfiguration(str(settings.folder), str(settings.folder / "logs")),
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")

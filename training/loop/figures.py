@@ -60,13 +60,44 @@ def panel(title: str, points: Sequence[tuple[float, float]]) -> Image.Image:
     return image.reduce(2)
 
 
-def labelled(image: Image.Image, caption: str) -> Image.Image:
-    """`image` on white with its caption below, cut off after `LINES` lines."""
-    width = max(CELL, image.width)
-    cell = Image.new("RGB", (width, image.height + LINES * LINE + 4), "white")
-    cell.paste(image, ((width - image.width) // 2, 0))
-    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(size=11)
+def compared(
+    rows: Mapping[str, Sequence[Image.Image | None]], captions: Sequence[str], columns: int = 8
+) -> Image.Image:
+    """Pictures of the same captions below each other, as often as `columns` of them need it.
+
+    Args:
+        rows: by name, which stands at the left if there are several; each has a picture or None for every caption.
+        captions: below the last row, cut off after `LINES` lines.
+    """
+    sizes = [image.size for row in rows.values() for image in row if image is not None]
+    width, height = max(CELL, *(size[0] for size in sizes)), max(size[1] for size in sizes)
+    cells: list[Image.Image] = []
+    for start in range(0, len(captions), columns):
+        if len(rows) > 1:
+            cells.append(cell([named(name, width, height) for name in rows], "", width))
+        for i in range(start, min(start + columns, len(captions))):
+            images = [row[i] or Image.new("RGB", (width, height), "#eeeeee") for row in rows.values()]
+            cells.append(cell(images, captions[i], width))
+    return image_grid(cells, columns + (len(rows) > 1))
+
+
+def cell(images: Sequence[Image.Image], caption: str, width: int) -> Image.Image:
+    """`images` below each other on white, and below them the caption."""
+    height = sum(image.height for image in images)
+    whole = Image.new("RGB", (width, height + LINES * LINE + 4), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, ((width - image.width) // 2, top))
+        top += image.height
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=11)
     lines = textwrap.wrap(caption, width // 6, max_lines=LINES, placeholder=" ...")
     for i, line in enumerate(lines):
-        pen.text((width / 2, image.height + 2 + i * LINE), line, "black", font, "ma")
-    return cell
+        pen.text((width / 2, height + 2 + i * LINE), line, "black", font, "ma")
+    return whole
+
+
+def named(name: str, width: int, height: int) -> Image.Image:
+    """The name of a row, in the place of a picture."""
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text((width - 8, height / 2), name, "black", ImageFont.load_default(size=13), "rm")
+    return image

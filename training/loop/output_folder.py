@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 from latentdiff.pipelines.distributed import processes
@@ -29,7 +29,8 @@ _held: dict[Path, BinaryIO] = {}
 def open_output(settings: RunSettings, given: Mapping[str, str] | None = None) -> None:
     """What a trainer does before it writes anything: see that the settings can be trained with, here and there.
 
-    A folder that holds a run is this process's from now on, and what killed processes left there is removed.
+    A folder that holds a run is this process's from now on, and what killed processes left there is removed; a dry run
+    only looks.
 
     Args:
         given: see `TrainingRun`, as far as it is known yet.
@@ -39,7 +40,8 @@ def open_output(settings: RunSettings, given: Mapping[str, str] | None = None) -
             lacks what they need.
     """
     check_surroundings(settings)
-    folder, is_main = Path(settings.output) / "training", processes().is_main_process
+    folder = Path(settings.output) / "training"
+    is_main = processes().is_main_process and not settings.is_dry_run
     if is_main and folder.is_dir():
         hold(folder)
     check_resumable(folder, settings, given or {})
@@ -118,17 +120,20 @@ def check_resumable(folder: Path, settings: RunSettings, given: Mapping[str, str
         )
 
 
-def log_changes(before: Mapping[str, object], settings: RunSettings) -> None:
-    """Say in what the settings differ from those of a checkpoint."""
-    found = [f"{key} {new!r} (was {old!r})" for key, old, new in changes(before, settings) if key != "max_steps"]
-    if found:
-        logger.info("the run goes on with other settings than before: %s", ", ".join(found))
+def log_changes(before: Mapping[str, object], settings: RunSettings, step: int) -> list[dict[str, Any]]:
+    """Say in what the settings differ from those of a checkpoint at `step`; returns it for the run's history."""
+    found = changes(before, settings)
+    said = [f"{key} {new!r} (was {old!r})" for key, old, new in found if key != "max_steps"]
+    if said:
+        logger.info("the run goes on with other settings than before: %s", ", ".join(said))
+    when = time.strftime("%Y-%m-%d %H:%M")
+    return [{"when": when, "step": step, "setting": key, "old": old, "new": new} for key, old, new in found]
 
 
 def changes(before: Mapping[str, object], settings: RunSettings) -> list[tuple[str, object, object]]:
-    """Key, old and new value of what differs from the settings of a checkpoint."""
+    """Key, old and new value of what differs from the settings of a checkpoint; it may lack those that are newer."""
     now = state_of(settings)
-    return [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    return [(key, before[key], value) for key, value in now.items() if before.get(key, value) != value]
 
 
 def state_of(settings: RunSettings) -> dict[str, object]:

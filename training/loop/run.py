@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentdiff.training.batch.batch_types import NamedBatch
+from latentdiff.training.loop import estimate
 from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
@@ -25,6 +26,8 @@ from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
+
+SHORT = 60.0  # seconds of a run, about which nothing is said beforehand
 
 
 class TrainingRun:
@@ -49,22 +52,30 @@ class TrainingRun:
         given: Mapping[str, str] | None = None,
     ) -> None:
         self.settings, self.given = settings, dict(given or {})
-        self.folder = Path(settings.output) / "training"
+        self.folder = settings.folder
         open_output(settings, given)
         self.accelerator = accelerator_of(settings)
-        checkpoints = self.folder / "checkpoints"
+        checkpoints = Path(settings.output) / "training" / "checkpoints"
         self.learner = Learner(self.accelerator, settings, objective, adversary, adversary_rate, checkpoints)
         self.step = 0
         self.figures: dict[str, float] = {}  # of the model, the last ones measured
+        self.history: list[dict[str, Any]] = []  # of settings that changed: when, step, setting, old, new
+        self.looked_at = -1  # the step of the last samples
+        self.model_bytes = 0  # of what will be saved at the end, where the trainer says so
+        self.shown_share = 1.0  # of the samples, that a dry run draws
+        self.draws_before = False  # whether samples are drawn before training too
+        self.pace, self._estimated = estimate.Pace(), False
         self.checkpoints = Checkpoints(checkpoints, self.accelerator, settings.keep_checkpoints)
         self._resume()
         if self.accelerator.is_main_process:  # only now, when nothing is refused any more
             self.folder.mkdir(parents=True, exist_ok=True)
-            hold(self.folder)
-            settings.save(self.folder / "settings.yaml")
+            if not settings.is_dry_run:
+                hold(self.folder)
+            settings.save(self.folder / "settings.yaml", self.history)
             log_start(self.accelerator, settings)
         self.records = Records(self.folder, self.accelerator, settings, self.step)
         self.stopping = Stopping(self.accelerator, settings.max_minutes)
+        self.stopping.has_shown |= any((self.folder / "samples").glob("step-*.png"))
         self.started, self.first_step = time.monotonic(), self.step
 
     @property
@@ -99,9 +110,13 @@ class TrainingRun:
         """Numbers of the passes that are left; ends at `max_steps`, at a signal or out of time.
 
         The trainer's loop body makes one call of `learn` per number.
+
+        Raises:
+            DryRunEnd: of a dry run, once it has been measured.
         """
         per_step = self.settings.gradient_accumulation_steps
         self.started, self.first_step = time.monotonic(), self.step
+        self.stopping.started, self.pace = self.started, estimate.Pace(self.pace.look)
         self._bar = tqdm(
             total=self.settings.max_steps,
             initial=self.step,
@@ -112,11 +127,15 @@ class TrainingRun:
         )
         with self.stopping.signals(), self._bar, logging_redirect_tqdm():
             while self.step < self.settings.max_steps and not self.stopping.must_stop():
+                if self.settings.is_dry_run and self.looked_at >= 0:
+                    break
                 first, self.accelerator.step = self.step * per_step, 0  # it counts the passes of an accumulation
                 yield from range(first, first + per_step)
                 # Only now, so that what the trainer did after the update is done when a checkpoint says so.
-                if self.step % self.settings.checkpoint_every == 0:
+                if self.step % self.settings.checkpoint_every == 0 and not self.settings.is_dry_run:
                     self.save()
+        if self.settings.is_dry_run:
+            raise estimate.DryRunEnd(self.estimated())
 
     def learn(self, batch: NamedBatch) -> dict[str, float]:
         """One pass on `batch`, and at the end of an accumulation one update; see `Learner.learn`.
@@ -127,7 +146,9 @@ class TrainingRun:
         if not self.learner.learn(batch, self.step):
             return {}
         self.step += 1
+        self.pace.tick()
         self._bar.update()
+        self._say_estimate()
         if not self.due(self.settings.log_every):
             return {}
         if self.accelerator.is_main_process:
@@ -140,6 +161,60 @@ class TrainingRun:
     def due(self, every: int) -> bool:
         """Whether an update has just ended a stretch of `every` steps, or was the last."""
         return self.accelerator.sync_gradients and (self.step % every == 0 or self.step == self.settings.max_steps)
+
+    def is_to_look(self) -> bool:
+        """Whether to draw samples and measure on held-out pictures after this pass: as often as the settings say, once
+        soon after the beginning, and once in a dry run."""
+        if not self.accelerator.sync_gradients:
+            return False
+        measured = self.settings.is_dry_run and self.pace.is_known
+        return self.due(self.settings.sample_every) or self.stopping.is_to_show or measured
+
+    @property
+    def has_stopped_unseen(self) -> bool:
+        """Whether updates were made, and none of the present weights was looked at."""
+        return self.first_step < self.step != self.looked_at
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within, the averaged weights are in place, and time does not count as that of updates."""
+        began = time.monotonic()
+        with self.averaged():
+            yield
+        self.looked_at, self.stopping.has_shown = self.step, True
+        self.pace.looked(time.monotonic() - began, self.shown_share)
+
+    def show_at_stop(self, draw: Callable[[], object]) -> None:
+        """Draw samples of the weights at which the run has stopped, if there are none, now that all is saved."""
+        if self.has_stopped_unseen:
+            self.show_besides(draw)
+
+    def show_besides(self, draw: Callable[[], object]) -> None:
+        """Draw samples before training, or after it."""
+        if self.accelerator.is_main_process:
+            logger.info("drawing samples of step %d; Ctrl-C leaves them out", self.step)
+        began = time.monotonic()
+        self.stopping.at_leisure(draw, at_stop=True)
+        self.pace.look = time.monotonic() - began
+
+    def estimated(self) -> list[str]:
+        """Lines about the time, memory and disk that the rest of the run takes."""
+        step = self.first_step if self.settings.is_dry_run else self.step
+        looks = estimate.looks(self.settings, step) + (self.settings.is_dry_run and self.draws_before and step == 0)
+        return [
+            estimate.time_line(self.pace, self.settings.max_steps - step, looks),
+            estimate.memory_line(self.device),
+            *estimate.disk_lines(self.settings, estimate.checkpoint_bytes(self.learner), self.model_bytes),
+        ]
+
+    def _say_estimate(self) -> None:
+        """Once, when the pace is known, unless it is nearly over."""
+        if self._estimated or not self.pace.is_known or self.settings.is_dry_run:
+            return
+        self._estimated = True
+        if self.accelerator.is_main_process and self.pace.seconds * (self.settings.max_steps - self.step) > SHORT:
+            for line in self.estimated():
+                logger.info("%s", line)
 
     # Records
 
@@ -189,6 +264,7 @@ class TrainingRun:
             "optimization_step": self.learner.average.updates,
             "settings": state_of(self.settings),
             "given": self.given,
+            "history": self.history,
         }
         try:
             self.checkpoints.save(self.step, state, self.learner.average.weights)
@@ -201,7 +277,8 @@ class TrainingRun:
         """Go on from the newest checkpoint, if there is one."""
         state, averaged = self.checkpoints.load_latest()
         if state:
-            log_changes(state["settings"], self.settings)
+            changed = log_changes(state["settings"], self.settings, int(state["step"]))
+            self.history = [*state.get("history", []), *changed]
             self.step, self.learner.skipped = int(state["step"]), int(state["skipped"])
             self.learner.watch.restore(state["watch"])
             self.figures = state["figures"]

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 SAME = 1.0  # seconds within which a second Ctrl-C is the first, which a terminal and a launcher both send
+FIRST_LOOK = 60.0  # seconds after which a run that has shown nothing yet draws samples
 ANSWER = b"\nStopping: the step under way is finished, and all is saved. Ctrl-C again leaves without that.\n"
 
 
@@ -30,6 +31,8 @@ class Stopping:
     def __init__(self, accelerator: Accelerator, max_minutes: float | None) -> None:
         self.accelerator, self.max_minutes = accelerator, max_minutes
         self.started = time.monotonic()
+        self.has_shown = not accelerator.is_main_process  # which alone knows whether there is anything to see
+        self.is_to_show = False  # for the first time; by `must_stop`
         self.signal = 0  # that this process got; by `must_stop` one that any process got
         self._asked = 0.0
         self._interruptible = False
@@ -55,7 +58,7 @@ class Stopping:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within, Ctrl-C, SIGTERM and the terminal's end request a stop, and the time counts from here.
+        """Within, Ctrl-C, SIGTERM and the terminal's end request a stop.
 
         The request is answered at once; a second Ctrl-C is an ordinary one. A process that was started to outlive its
         terminal (nohup) does.
@@ -66,7 +69,6 @@ class Stopping:
         if in_main_thread and hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
             numbers.append(hangup)
         previous = {number: signal.signal(number, self._remember) for number in numbers}
-        self.started = time.monotonic()
         try:
             yield
         finally:
@@ -74,7 +76,8 @@ class Stopping:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: Any) -> None:
-        if self.signal == number == signal.SIGINT and time.monotonic() - self._asked > SAME:
+        again = self.signal == number == signal.SIGINT and time.monotonic() - self._asked > SAME
+        if again and not self._interruptible:
             raise KeyboardInterrupt
         if not self.requested:
             self.signal, self._asked = number, time.monotonic()
@@ -85,11 +88,17 @@ class Stopping:
             self._interruptible = False
             raise Interrupted
 
-    def at_leisure(self, work: Callable[[], object]) -> None:
-        """Do what nothing depends on; a signal ends it at once, and with several processes it does not."""
+    def at_leisure(self, work: Callable[[], object], at_stop: bool = False) -> None:
+        """Do what nothing depends on; a signal ends it at once, and with several processes it does not.
+
+        at_stop: all is saved; otherwise the work is not begun once a stop is requested.
+        """
         try:
             self._interruptible = self.accelerator.num_processes == 1
-            if not (self._interruptible and self.requested):
+            if at_stop:
+                with self.signals():
+                    work()
+            elif not (self._interruptible and self.requested):
                 work()
             self._interruptible = False
         except Interrupted:
@@ -98,10 +107,12 @@ class Stopping:
             self._interruptible = False
 
     def must_stop(self) -> bool:
-        """Whether any process should stop. All processes must call it, and agree."""
-        late = self.max_minutes is not None and time.monotonic() - self.started > self.max_minutes * 60
+        """Whether any process should stop. All processes must call it, and agree, as on `is_to_show`."""
+        passed = time.monotonic() - self.started
+        late = self.max_minutes is not None and passed > self.max_minutes * 60
+        self.is_to_show = not self.has_shown and passed > FIRST_LOOK
         if self.accelerator.num_processes > 1:
-            found = torch.tensor([[self.signal, late]], device=self.accelerator.device)  # (1, 2)
+            found = torch.tensor([[self.signal, late, self.is_to_show]], device=self.accelerator.device)  # (1, 3)
             most = self.accelerator.gather(found).amax(0)
-            self.signal, late = int(most[0]), bool(most[1])
+            self.signal, late, self.is_to_show = int(most[0]), bool(most[1]), bool(most[2])
         return self.requested or late

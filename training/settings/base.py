@@ -1,8 +1,10 @@
 """The base of all settings: typed, strict, filled from YAML and ``key=value`` overrides."""
 
 import difflib
+import json
 import os
 import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_origin
 
@@ -96,6 +98,16 @@ class Settings(BaseModel):
             if name not in self.model_fields_set:
                 object.__setattr__(self, name, value)  # settings are frozen, once they are made
 
-    def save(self, file: Path) -> None:
-        """Write the settings in force as YAML, whole or not at all."""
-        write_text_whole(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+    def save(self, file: Path, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write the settings in force as YAML, whole or not at all.
+
+        history: of those that were changed during a run, see `TrainingRun`; it is written as comments.
+        """
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        rows = [f"# {one['when']}, step {one['step']}: {one['setting']} {values_of(one)}\n" for one in history]
+        write_text_whole(file, text + "".join(["# Changed during the run:\n", *rows] if rows else []))
+
+
+def values_of(change: Mapping[str, Any]) -> str:
+    """The old and new value of a setting, in one line."""
+    return f"{json.dumps(change['old'], ensure_ascii=False)} -> {json.dumps(change['new'], ensure_ascii=False)}"

@@ -44,7 +44,8 @@ def description(kind: type[Settings], name: str) -> str:
 def type_name(about: dict[str, Any]) -> str:
     """The type and limits of a value, from its JSON schema."""
     if "anyOf" in about:
-        return " or ".join(type_name(one) for one in about["anyOf"] if one.get("type") != "null") + ", or null"
+        kinds = [type_name(one) for one in about["anyOf"] if one.get("type") != "null"]
+        return " or ".join(kinds) + (", or null" if len(kinds) < len(about["anyOf"]) else "")
     if "const" in about or "enum" in about:
         return " or ".join(str(one) for one in about.get("enum", [about.get("const")]))
     if about.get("type") == "array":

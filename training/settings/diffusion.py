@@ -99,6 +99,12 @@ class DenoiserSettings(DiffusionSettings):
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         follow_channels(self)
+        if self.condition != "text":  # where heads must not be wider than their level
+            self.follow(attention_head_dim=min(self.attention_head_dim, *widths_with_attention(self)))
+        if self.prediction_type == "epsilon":  # of which pure noise says nothing
+            self.follow(zero_terminal_snr=False)
+        if self.process == "gaussian":
+            self.follow(sample_steps=min(self.sample_steps, self.num_train_timesteps))
         self._check_extension("process", "gaussian", GAUSSIAN)
         self._check_extension("denoiser", "unet", UNET)
         if self.condition == "text" and self.resample_type != "conv":
@@ -153,7 +159,16 @@ class ClassifierSettings(DiffusionSettings):
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         follow_channels(self)
+        widths = widths_with_attention(self)
+        if self.attention_head_dim > min(widths) or widths[-1] % self.attention_head_dim:  # which divides the pool
+            self.follow(attention_head_dim=math.gcd(self.attention_head_dim, *widths))
         return self
+
+
+def widths_with_attention(settings: DenoiserSettings | ClassifierSettings) -> list[int]:
+    """Channels of the levels with attention, and of the middle, which always has it."""
+    levels = zip(settings.block_out_channels, settings.attention_levels, strict=True)
+    return [width for width, has in levels if has] + [settings.block_out_channels[-1]]
 
 
 def follow_channels(settings: DenoiserSettings | ClassifierSettings) -> None:
@@ -163,7 +178,10 @@ def follow_channels(settings: DenoiserSettings | ClassifierSettings) -> None:
         settings.follow(attention_levels=(first, *[True] * (levels - 1)))
     settings.follow(norm_num_groups=math.gcd(settings.norm_num_groups, *settings.block_out_channels))
     if len(settings.attention_levels) != levels:
-        raise ValueError("attention_levels and block_out_channels must have the same length")
+        raise ValueError(
+            f"attention_levels and block_out_channels must have the same length: {len(settings.attention_levels)} and "
+            f"{levels} levels"
+        )
 
 
 class AdaptedSettings(DiffusionSettings):

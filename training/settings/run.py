@@ -1,8 +1,9 @@
 """Which pictures are trained on, and what every training run has."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from latentdiff.training.settings.base import Settings
 
@@ -29,9 +30,9 @@ class DataSettings(Settings):
     crop: Literal["center", "random"] = Field(
         "center", description="which part of a picture is kept where it is of another shape"
     )
-    random_flip: bool = Field(
-        True,
-        description="mirror pictures at random, left to right; false for letters, or captions that say left or right",
+    random_flip: bool | Literal["auto"] = Field(
+        "auto",
+        description="mirror pictures at random; auto: but those whose captions speak of left, right or text",
     )
 
 
@@ -107,14 +108,34 @@ class RunSettings(DataSettings):
     )
     max_minutes: float | None = Field(None, gt=0, description="stop cleanly after this long; run again to go on")
 
+    _place: Path | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> Path:
+        """What a run keeps beside its model; of a dry run, a place that passes."""
+        return self._place or Path(self.output) / "training"
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing may be written in `output`."""
+        return self._place is not None
+
+    def in_place(self, folder: Path) -> Self:
+        """These, for a dry run that writes into `folder` and tells nobody."""
+        copy = self.model_copy(update={"push_to_hub": None, "report_to": (), "cache_dir": None})
+        copy._place = folder
+        return copy
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         left = self.max_steps - self.decay_steps
         if self.warmup_steps > left >= 0:
             self.follow(warmup_steps=left // 10)
         if self.warmup_steps + self.decay_steps > self.max_steps:
+            given = "max_steps" in self.model_fields_set
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} are more than "
-                f"max_steps={self.max_steps}; lower them with it, to 0 for a trial"
+                f"max_steps={self.max_steps}; "
+                + ("lower them with it, to 0 for a trial" if given else "that is the default, give a larger one too")
             )
         return self

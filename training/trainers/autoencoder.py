@@ -17,6 +17,7 @@ from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import prepare_splits
 from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
+from latentdiff.training.loop.estimate import module_bytes
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.autoencoder import AutoencoderObjective, DiscriminatorObjective
@@ -57,6 +58,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     run = TrainingRun(settings, objective, adversary, settings.discriminator_learning_rate, given)
     if objective.learner is not None and spread_modules(run.objective):
         raise ValueError("FSDP cannot train a codebook; use several processes without FSDP, or kind=fsq")
+    run.model_bytes = module_bytes(autoencoder)
     alarms = Alarms()
     reconstructions = Reconstructions(settings, held_out, pictures, objective.perceptual)
     views = ViewChoice(settings, pictures, settings.factor)
@@ -64,8 +66,8 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     for batch in batches(run, order, PixelSamples(settings, pictures, views), PixelBatch.cat):
         if figures := run.learn(batch.to(run.device)):
             alarms.add(figures)
-        if run.due(settings.sample_every):
-            with run.averaged():
+        if run.is_to_look():
+            with run.looking():
                 run.stopping.at_leisure(lambda: reconstructions.report(run, objective.subject))
             alarms.add_validation(run.figures, adversary is not None and run.step > settings.discriminator_start)
     run.end_training()
@@ -77,8 +79,9 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
             if teacher is None:  # whose latents are scaled already
                 measure_latents(autoencoder, pictures, settings)
             autoencoder.save_pretrained(output)
-            reconstructions.write(run, output)
-            describe(run, settings, autoencoder_kind(settings.kind), len(pictures))
+        run.show_at_stop(lambda: reconstructions.report(run, objective.subject))
+        reconstructions.write(run, output)
+        describe(run, autoencoder_kind(settings.kind), len(pictures))
     run.finish()
     return output
 

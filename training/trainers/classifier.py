@@ -7,12 +7,10 @@ from accelerate.utils import set_seed
 from latentdiff.codec import Codec
 from latentdiff.diffusion.process import process_from_config
 from latentdiff.pipelines import ClassConditionalPipeline
-from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import class_conditional_kind
 from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.evaluation.held_out import load_textless
 from latentdiff.training.loop.output_folder import open_output
-from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.diffusion import ClassifierObjective
 from latentdiff.training.settings import ClassifierSettings
 from latentdiff.training.starting_networks import build_classifier, freeze
@@ -52,10 +50,10 @@ def train_classifier(settings: ClassifierSettings) -> Path:
         classifier.enable_gradient_checkpointing()
     trained = GuidedModel(codec, classifier, model.scheduler, process, classes, model)
 
-    def save(run: TrainingRun) -> None:
+    def save() -> None:
         pipeline = trained.pipeline()
         pipeline.register_defaults(**model.registered_defaults)
         pipeline.save_pretrained(settings.output)
-        describe(run, settings, class_conditional_kind(classes, classifier=True), len(data.pictures))
 
-    return train_diffusion(settings, trained, data, ClassifierObjective(classifier, process), save)
+    kind = class_conditional_kind(classes, classifier=True)
+    return train_diffusion(settings, trained, data, ClassifierObjective(classifier, process), save, kind)

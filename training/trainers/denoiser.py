@@ -11,11 +11,9 @@ from latentdiff.diffusion.losses import discretized_gaussian_log_likelihood, gau
 from latentdiff.diffusion.process import Process, known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.text import load_text_encoder
-from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
 from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.loop.output_folder import open_output
-from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.starting_networks import (
@@ -48,14 +46,13 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     if settings.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
 
-    def save(run: TrainingRun) -> None:
+    def save() -> None:
         pipeline = model.pipeline()
         defaults: dict[str, float] = {"num_inference_steps": settings.sample_steps}
         if settings.condition != "none":
             defaults["guidance_scale"] = settings.sample_guidance_scale
         pipeline.register_defaults(**defaults)
         pipeline.save_pretrained(settings.output)
-        describe(run, settings, kind_of(model, settings), len(data.pictures))
 
     by_loss = settings.timestep_sampler == "loss_second_moment"
     objective = DenoiserObjective(
@@ -65,7 +62,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         p2_gamma=settings.p2_gamma,
         timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
     )
-    return train_diffusion(settings, model, data, objective, save)
+    return train_diffusion(settings, model, data, objective, save, kind_of(model, settings))
 
 
 def build_process(settings: DenoiserSettings, codec: Codec) -> Process:

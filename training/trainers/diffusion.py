@@ -1,32 +1,34 @@
 """The training of denoisers, new ones or not, and of classifiers of noisy pictures."""
 
-import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from latentdiff.codec import Codec
-from latentdiff.interchange.atomic import write_text_whole
-from latentdiff.interchange.folders import read_json
-from latentdiff.interchange.png import image_grid, save_picture
+from latentdiff.interchange.png import save_picture
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.latents import latent_source
-from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
+from latentdiff.training.batch.random_choices import SIDES, PictureOrder, ViewChoice, has_sides
+from latentdiff.training.card.card import describe
+from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.data import CaptionedPicture, prepare_splits
+from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.figures import labelled
+from latentdiff.training.loop.estimate import FEW, duration, module_bytes
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import Condition, DiffusionSettings
-from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
+from latentdiff.training.trainers.diffusion_models import DiffusionModel
+from latentdiff.training.trainers.latent_scale import spread
+from latentdiff.training.trainers.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,21 @@ def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Dat
         data = Data(*prepare_splits(settings, condition))
     if not data.held_out:
         logger.warning("nothing is measured on held-out pictures, for there are none; give some the split 'validation'")
+    say_mirrored(settings, data.pictures)
     return data
+
+
+def say_mirrored(settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]) -> None:
+    """Say which pictures are not mirrored, or should not be, because of their captions."""
+    found = [picture for picture in pictures if settings.random_flip and has_sides(picture)]
+    if not found:
+        return
+    example = f"the captions of {len(found)} of {len(pictures)} pictures speak of left, right or text, such as "
+    example += repr(shorten(next(filter(SIDES.search, found[0].captions))))
+    if settings.random_flip == "auto":
+        logger.info("%s; these are never mirrored (random_flip=true would mirror all, =false none)", example)
+    else:
+        logger.warning("%s, and random_flip=true mirrors them; random_flip=auto leaves these alone", example)
 
 
 def train_diffusion(
@@ -55,7 +71,9 @@ def train_diffusion(
     model: DiffusionModel,
     data: Data,
     objective: Objective[DiffusionBatch],
-    save: Callable[[TrainingRun], None],
+    save: Callable[[], None],
+    kind: ModelKind,
+    base_model: str | None = None,
     adversary: Objective[RealAndFake] | None = None,
     adversary_rate: float | None = None,
     watch: Callable[[dict[str, float]], None] | None = None,
@@ -65,6 +83,7 @@ def train_diffusion(
     Args:
         model: its networks that are trained are the very ones in `objective`, the others are frozen.
         save: called once at the end, on the main process, with the averaged weights in place.
+        kind, base_model: for the card; a base model draws the samples before training too.
         adversary, adversary_rate: see `TrainingRun`.
         watch: gets the objectives' figures whenever they are recorded.
 
@@ -74,9 +93,8 @@ def train_diffusion(
     Raises:
         ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
         FloatingPointError: the loss went bad; see `Learner.learn`.
+        DryRunEnd: see `TrainingRun.passes`.
     """
-    factor = model.codec.factor
-    step = factor * model.network.downscale_factor if settings.buckets else factor
     run = TrainingRun(settings, objective, adversary, adversary_rate, given=model.given())
     if spread_modules(run.objective) and not is_trained_whole(objective, model.network):
         raise ValueError(
@@ -84,6 +102,63 @@ def train_diffusion(
         )
     if run.step == 0 and run.accelerator.is_main_process and not model.codec.is_identity:
         show_suitability(run, settings, model.codec, data.pictures)
+    run.model_bytes = module_bytes(*model.pipeline().components.values())
+    few = some_of(run, settings, model, data) if settings.is_dry_run else data
+    reader, views, other_views = reader_of(run, settings, model, few)
+    bands = min(BANDS, model.process.num_timesteps)
+    held_out = reader.held_out(few.held_out, other_views, bands)
+    loss = HeldOutLoss(model.process, bands)
+    samples = Samples(run, settings, model, data.pictures, reader.idle)
+    run.draws_before = base_model is not None
+    if run.draws_before and run.step == 0 and not settings.is_dry_run and run.takes_part:
+        run.show_besides(samples.draw_before)
+    order = PictureOrder([p.weight for p in few.pictures], run.update_size, settings.seed, views.buckets)
+    for batch in batches(run, order, reader.samples(few.pictures, views), SampleBatch.cat):
+        figures = run.learn(reader.batch(batch))
+        if figures and watch is not None:
+            watch(figures)
+        if run.is_to_look():
+            look(run, lambda: loss(run.objective, held_out, run.accelerator), samples)
+    run.end_training()
+    with run.averaged():
+        if run.has_stopped_unseen:
+            run.measured(loss(run.objective, held_out, run.accelerator))
+        model.network = run.whole(model.network)
+        if run.accelerator.is_main_process:
+            save()
+            run.show_at_stop(samples.draw)
+            describe(run, kind, len(data.pictures), base_model)
+    run.finish()
+    return Path(settings.output)
+
+
+def look(run: TrainingRun, measure: Callable[[], dict[str, float]], samples: Samples) -> None:
+    """Measure on held-out pictures, and draw samples."""
+    with run.looking():
+        figures = measure()
+        if run.takes_part:
+            run.stopping.at_leisure(samples.draw)
+    run.measured(figures)
+    run.accelerator.wait_for_everyone()
+
+
+def some_of(run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data) -> Data:
+    """A few pictures for a dry run, already encoded; says how long all of them would take."""
+    few = Data(spread(data.pictures, FEW), spread(data.held_out, FEW))
+    began = time.monotonic()
+    reader_of(run, settings, model, few)
+    each = (time.monotonic() - began) / (len(few.pictures) + len(few.held_out))
+    seconds = duration(each * (len(data.pictures) + len(data.held_out)))
+    logger.info("encoding all pictures, once and before the first step, takes about %s", seconds)
+    return few
+
+
+def reader_of(
+    run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data
+) -> tuple[Reader, ViewChoice, ViewChoice]:
+    """What reads the pictures, once the caches are filled with them, and the views of both splits."""
+    factor = model.codec.factor
+    step = factor * model.network.downscale_factor if settings.buckets else factor
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
     wanted = [(picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i)]
@@ -96,29 +171,7 @@ def train_diffusion(
         run.update_size,
         run.device,
     )
-    bands = min(BANDS, model.process.num_timesteps)
-    held_out = reader.held_out(data.held_out, other_views, bands)
-    loss = HeldOutLoss(model.process, bands)
-    prompts = settings.sample_prompts or chosen_captions(run, data.pictures)
-    order = PictureOrder([p.weight for p in data.pictures], run.update_size, settings.seed, views.buckets)
-    for samples in batches(run, order, reader.samples(data.pictures, views), SampleBatch.cat):
-        figures = run.learn(reader.batch(samples))
-        if figures and watch is not None:
-            watch(figures)
-        if run.due(settings.sample_every):
-            with run.averaged():
-                figures = loss(run.objective, held_out, run.accelerator)
-                if run.takes_part:
-                    run.stopping.at_leisure(lambda: draw_samples(run, settings, model, prompts, reader.idle))
-            run.measured(figures)
-            run.accelerator.wait_for_everyone()
-    run.end_training()
-    with run.averaged():
-        model.network = run.whole(model.network)
-        if run.accelerator.is_main_process:
-            save(run)
-    run.finish()
-    return Path(settings.output)
+    return reader, views, other_views
 
 
 def show_suitability(
@@ -131,7 +184,8 @@ def show_suitability(
     found = examine_autoencoder(codec, own or pictures, settings.resolution)
     file, name = run.folder / "reconstructions.png", getattr(settings, "autoencoder", getattr(settings, "model", ""))
     save_picture(found.sheet, file)
-    logger.info("%s Originals and reconstructions: %s", found.figures(name), file)
+    where = "" if settings.is_dry_run else f" Originals and reconstructions: {file}"
+    logger.info("%s%s", found.figures(name), where)
     if not found.suits:
         logger.warning("%s", found.advice(name))
 
@@ -142,50 +196,3 @@ def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:
     return own == {id(parameter) for parameter in objective.parameters()} and all(
         parameter.requires_grad for parameter in network.parameters()
     )
-
-
-def chosen_captions(run: TrainingRun, pictures: Sequence[CaptionedPicture]) -> list[str]:
-    """`sample_captions`, chosen once: a run that goes on draws the same, whatever pictures have come and gone."""
-    file = run.folder / "sample_captions.json"
-    with run.accelerator.main_process_first():
-        if run.step > 0 and file.is_file():
-            return [str(caption) for caption in read_json(file).get("captions", [])]
-        captions = sample_captions(pictures)
-        if run.accelerator.is_main_process:
-            write_text_whole(file, json.dumps({"captions": captions}, indent=1, ensure_ascii=False) + "\n")
-    return captions
-
-
-def sample_captions(pictures: Sequence[CaptionedPicture], most: int = SAMPLES) -> list[str]:
-    """Captions to draw samples of: different ones as long as there are any, spread over the pictures."""
-    rounds: dict[str, int] = {}
-    by_round: list[list[str]] = []
-    for picture in pictures:
-        caption = picture.captions[0]
-        number = rounds[caption] = rounds.get(caption, -1) + 1
-        if number == len(by_round):
-            by_round.append([])
-        by_round[number].append(caption)
-    chosen: list[str] = []
-    for captions in by_round:
-        room = min(most - len(chosen), len(captions))
-        chosen += [captions[i * len(captions) // room] for i in range(room)]
-    return chosen
-
-
-def draw_samples(
-    run: TrainingRun,
-    settings: DiffusionSettings,
-    model: DiffusionModel,
-    prompts: Sequence[str],
-    idle: Sequence[Any],
-) -> None:
-    """A grid with the prompts below, drawn by the pipeline that will be saved; `idle` networks leave a GPU then."""
-    images = model.draw(prompts, settings, run.device)
-    for network in idle:  # a GPU's memory is the denoiser's
-        network.to("cpu")
-    if not run.accelerator.is_main_process:
-        return
-    if not isinstance(model, UnconditionalModel):
-        images = [labelled(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    run.show("samples", image_grid(images, 8))

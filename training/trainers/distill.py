@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text import encode_prompts
-from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import distilled_kind
 from latentdiff.training.drawings import Drawing, draw, missing
+from latentdiff.training.loop.estimate import FEW, duration
 from latentdiff.training.loop.output_folder import open_output
-from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.adversarial import (
     AdversarialObjective,
     FeatureDiscriminatorObjective,
@@ -103,7 +103,7 @@ def distill(settings: DistillationSettings) -> Path:
     )
     objective, adversary = objectives_of(settings, student, teacher, empty)
 
-    def save(run: TrainingRun) -> None:
+    def save() -> None:
         pipeline.unet = student.network
         if settings.lora_rank:
             save_and_merge(pipeline, Path(settings.output))
@@ -111,17 +111,11 @@ def distill(settings: DistillationSettings) -> Path:
             num_inference_steps=settings.few_steps, guidance_scale=settings.sample_guidance_scale
         )
         pipeline.save_pretrained(settings.output)
-        kind = distilled_kind(
-            settings.sample_prompts,
-            settings.method,
-            settings.few_steps,
-            settings.sample_guidance_scale,
-            lora=settings.lora_rank > 0,
-        )
-        describe(run, settings, kind, len(data.pictures), settings.model)
 
-    rate = settings.discriminator_learning_rate
-    return train_diffusion(settings, student, data, objective, save, adversary, rate, Alarms("the student").add)
+    scale, is_lora = settings.sample_guidance_scale, settings.lora_rank > 0
+    kind = distilled_kind(settings.sample_prompts, settings.method, settings.few_steps, scale, lora=is_lora)
+    versus = (adversary, settings.discriminator_learning_rate, Alarms("the student").add)
+    return train_diffusion(settings, student, data, objective, save, kind, settings.model, *versus)
 
 
 def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
@@ -241,7 +235,8 @@ def with_drawings(
     """
     if not prompts:
         return settings
-    state, folder = processes(), Path(settings.output) / "training" / "teacher_pictures"
+    state, folder = processes(), settings.folder / "teacher_pictures"
+    count = min(settings.prompt_pictures, FEW) if settings.is_dry_run else settings.prompt_pictures
     guidance_scale = settings.guidance_scale[0] if len(settings.guidance_scale) == 1 else settings.sample_guidance_scale
     common: dict[str, Any] = {
         "count": 1,
@@ -254,7 +249,7 @@ def with_drawings(
     }
     drawings = [
         Drawing(folder / f"{i:06d}.png", {**common, "prompts": [prompts[i % len(prompts)]], "seed": settings.seed + i})
-        for i in range(settings.prompt_pictures)
+        for i in range(count)
     ]
     absent = missing(drawings)
     state.wait_for_everyone()  # all have looked before any draws
@@ -271,7 +266,13 @@ def with_drawings(
         )
 
     kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
-    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept)
+    began = time.monotonic()
+    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept, "the teacher's pictures")
+    if settings.is_dry_run:
+        seconds = duration((time.monotonic() - began) * settings.prompt_pictures / count)
+        logger.info(
+            "drawing %d pictures, before all else, takes the teacher about %s", settings.prompt_pictures, seconds
+        )
     pipeline.to("cpu")
     if state.is_main_process:
         rows = [{"file_name": one.file.name, "text": one.settings["prompts"][0]} for one in drawings]

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.drawings import Drawing, draw, missing
+from latentdiff.training.loop.estimate import FEW, duration
 from latentdiff.training.settings import FinetuneSettings
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,12 @@ def settings_of(settings: FinetuneSettings, number: int) -> dict[str, Any]:
     }
 
 
+def drawings_in(folder: Path, settings: FinetuneSettings) -> list[Drawing]:
+    """All class pictures, as they are or will be in `folder`."""
+    numbers = range(settings.class_pictures)
+    return [Drawing(folder / f"{number:05d}.png", settings_of(settings, number)) for number in numbers]
+
+
 def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> list[CaptionedPicture]:
     """Pictures of the class, in ``training/class_pictures``; those that are there already are not drawn again.
 
@@ -48,11 +56,11 @@ def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
     """
     state = processes()
     folder = Path(settings.output) / "training" / "class_pictures"
-    drawings = [
-        Drawing(folder / f"{number:05d}.png", settings_of(settings, number))
-        for number in range(settings.class_pictures)
-    ]
+    drawings = drawings_in(folder, settings)
     absent = missing(drawings)
+    needed = len(absent)
+    if settings.is_dry_run:
+        absent = drawings = drawings_in(settings.folder, settings)[:FEW]
     state.wait_for_everyone()  # all have looked before any draws
     if absent and state.is_main_process:
         logger.info("drawing %d pictures of %r into %s", len(absent), settings.class_prompt, folder)
@@ -68,8 +76,12 @@ def draw_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
         )
 
     kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
-    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept)
+    began = time.monotonic()
+    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept, "class pictures")
     state.wait_for_everyone()
+    if settings.is_dry_run:
+        seconds = (time.monotonic() - began) * needed / len(drawings)
+        logger.info("drawing %d class pictures, before all else, takes about %s", needed, duration(seconds))
     return [class_picture(drawing.file, settings) for drawing in drawings]
 
 

@@ -17,10 +17,8 @@ from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.text import max_tokens
-from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
-from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.starting_networks import freeze, without_dropout
@@ -86,14 +84,13 @@ def finetune(settings: FinetuneSettings) -> Path:
     text_encoder = model.text_encoder if trains_text else None
     objective = DenoiserObjective(model.network, model.process, settings.min_snr_gamma, text_encoder)
 
-    def save(run: TrainingRun) -> None:
+    def save() -> None:
         pipeline.unet = model.network  # the same, but where FSDP has spread its weights
         finish()
         pipeline.save_pretrained(settings.output)
-        kind = text_to_image_kind(settings.sample_prompts, settings.method, lora=lora_rank(settings) > 0)
-        describe(run, settings, kind, len(data.pictures), settings.model)
 
-    return train_diffusion(settings, model, data, objective, save)
+    kind = text_to_image_kind(settings.sample_prompts, settings.method, lora=lora_rank(settings) > 0)
+    return train_diffusion(settings, model, data, objective, save, kind, settings.model)
 
 
 def check_method(settings: FinetuneSettings) -> None:

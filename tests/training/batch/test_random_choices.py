@@ -3,8 +3,11 @@
 from collections import Counter
 
 import pytest
+import torch
 
-from latentdiff.training.batch.random_choices import PictureOrder, seed_of
+from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, has_sides, seed_of
+from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.settings import RunSettings
 
 
 def stream(order: PictureOrder, steps: int) -> list[int]:
@@ -54,3 +57,34 @@ def test_nothing_to_train_on() -> None:
         PictureOrder([], 4, 0)
     with pytest.raises(ValueError, match="no pictures of positive weight"):
         PictureOrder([0.0, 0.0], 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("caption", "sides"),
+    [
+        ("a car on the left", True),
+        ("Right-handed guitar", True),
+        ("a sign that says STOP", True),
+        ("the letter b", True),
+        ("handwriting on paper", True),
+        ("a clockwise arrow", True),
+        ("a bright light", False),
+        ("leftovers on a plate", False),
+        ("a sword", False),
+        ("swordfish, essay", False),
+        ("", False),
+    ],
+)
+def test_captions_that_a_mirrored_picture_would_not_have(caption: str, sides: bool) -> None:
+    assert has_sides(CaptionedPicture("1.png", bytes, ("a thing", caption))) is sides
+
+
+@pytest.mark.parametrize(("flip", "which"), [("auto", [True, False]), (True, [True, True]), (False, [False, False])])
+def test_pictures_with_sides_are_not_mirrored_unless_it_is_said(flip: bool | str, which: list[bool]) -> None:
+    settings = RunSettings.model_validate({"data": "d", "output": "o", "resolution": 8, "random_flip": flip})
+    captions = ("a red thing", "a thing on the left")
+    pictures = [CaptionedPicture(f"{i}.png", bytes, (text,), size=(8, 8)) for i, text in enumerate(captions)]
+    views = ViewChoice(settings, pictures, step=8)
+    assert [views.pick(i, torch.tensor([0.0, 0.0, 0.49])).flip for i in range(2)] == which
+    assert [any(view.flip for view in views.all(i)) for i in range(2)] == which
+    assert not any(views.pick(i, torch.tensor([0.0, 0.0, 0.5])).flip for i in range(2))

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,10 +20,12 @@ from lives import kill, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
 
+from latentdiff.training.card.card import describe
+from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.loop.checkpoints import whole_checkpoints
-from latentdiff.training.loop.output_folder import hold, open_output
+from latentdiff.training.loop.output_folder import changes, hold, open_output, state_of
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, FinetuneSettings
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, FinetuneSettings, RunSettings
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -110,6 +113,31 @@ def test_other_changes_are_said_and_made(tmp_path: Path, caplog: pytest.LogCaptu
         run = TrainingRun(settings(tmp_path, max_steps=50, learning_rate=0.01), Line())
     assert caplog.text.count("goes on with other settings than before: learning_rate 0.01 (was 0.1)") == 1
     assert run.step == 40
+
+
+def test_changes_are_kept_as_a_history(tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path, max_steps=10), Line())).finish()
+    go(TrainingRun(settings(tmp_path, max_steps=20, learning_rate=0.01), Line())).finish()
+    run = go(TrainingRun(settings(tmp_path, max_steps=30, learning_rate=0.01, data="other"), Line()))
+    found = [(one["step"], one["setting"], one["old"], one["new"]) for one in run.history]
+    rate = (10, "learning_rate", 0.1, 0.01)
+    assert sorted(found) == [rate, (10, "max_steps", 10, 20), (20, "data", "-", "other"), (20, "max_steps", 20, 30)]
+    text = (tmp_path / "training" / "settings.yaml").read_text()
+    assert re.search(r"^# [\d-]+ [\d:]+, step 10: learning_rate 0.1 -> 0.01$", text, re.MULTILINE)
+    assert re.search(r'step 20: data "-" -> "other"$', text, re.MULTILINE)
+    assert RunSettings.load(tmp_path / "training" / "settings.yaml") == run.settings
+    describe(run, autoencoder_kind("kl"), pictures=3)
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(r"^\| [\d-]+ [\d:]+ \| 10 \| learning_rate \| 0.1 \| 0.01 \|$", card, re.MULTILINE)
+    run.finish()
+    state = whole_checkpoints(run.checkpoints.folder)[-1] / "state.json"
+    assert json.loads(state.read_text())["history"] == run.history
+
+
+def test_settings_that_an_older_version_did_not_know_are_no_changes(tmp_path: Path) -> None:
+    before = state_of(settings(tmp_path))
+    del before["held_out_share"]
+    assert changes(before, settings(tmp_path, learning_rate=0.5)) == [("learning_rate", 0.1, 0.5)]
 
 
 def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from latentdiff.cli import application
+from latentdiff.codec import Codec
+from latentdiff.models.identity import IdentityAutoencoder
 from latentdiff.training.commands.settings_arguments import load_settings, parse_overrides
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.settings import (
@@ -18,6 +21,8 @@ from latentdiff.training.settings import (
     Settings,
 )
 from latentdiff.training.settings.describe import as_yaml, description
+from latentdiff.training.starting_networks import Conditions, build_classifier, build_denoiser
+from latentdiff.training.trainers.denoiser import build_process
 
 NEEDED = {"data": "pictures", "output": "model"}
 
@@ -97,8 +102,55 @@ def test_defaults_follow_what_they_depend_on() -> None:
     four = ClassifierSettings.load(None, {**NEEDED, "model": "m", "block_out_channels": "[32, 64, 64, 64]"})
     assert (four.attention_levels, four.norm_num_groups) == ((False, True, True, True), 32)
     assert AutoencoderSettings.load(None, {**NEEDED, "block_out_channels": "[8, 16]"}).norm_num_groups == 8
-    with pytest.raises(ValueError, match="must have the same length"):
+    with pytest.raises(ValueError, match=r"warmup_steps=20000 .*max_steps=10000; that is the default, give a larger"):
+        warmup(warmup_steps=20_000)
+    with pytest.raises(ValueError, match="must have the same length: 2 and 1 levels"):
         DenoiserSettings.load(None, {**denoiser, "block_out_channels": "8", "attention_levels": "[true, false]"})
+
+
+@pytest.mark.parametrize(
+    ("given", "follows"),
+    [
+        ({"prediction_type": "epsilon"}, {"zero_terminal_snr": False}),
+        ({"prediction_type": "epsilon", "zero_terminal_snr": True}, {"zero_terminal_snr": True}),  # and is refused
+        ({"prediction_type": "sample"}, {"zero_terminal_snr": True}),
+        ({"num_train_timesteps": 10}, {"sample_steps": 10}),
+        ({"num_train_timesteps": 10, "sample_steps": 5}, {"sample_steps": 5}),
+        ({"condition": "none", "block_out_channels": "[24, 48]"}, {"attention_head_dim": 24}),
+        ({"condition": "none", "block_out_channels": "[24, 96]", "attention_levels": "[false, true]"}, {}),
+        ({"condition": "none", "block_out_channels": "[24, 48]", "attention_head_dim": 8}, {"attention_head_dim": 8}),
+        ({"block_out_channels": "[24, 48]"}, {"attention_head_dim": 64}),
+    ],
+)
+def test_one_setting_alone_is_not_made_impossible_by_a_default(given: dict[str, Any], follows: dict[str, Any]) -> None:
+    settings = DenoiserSettings.load(None, {**NEEDED, "autoencoder": "pixels", **given})
+    usual = {"attention_head_dim": 64, "sample_steps": 20}
+    assert {name: getattr(settings, name) for name in {**usual, **follows}} == {**usual, **follows}
+    codec = Codec(IdentityAutoencoder())
+    if given.get("zero_terminal_snr"):
+        with pytest.raises(ValueError, match="zero terminal SNR"):
+            build_process(settings, codec)
+        return
+    conditions = Conditions(text_width=8) if settings.condition == "text" else Conditions()
+    build_denoiser(settings, codec, build_process(settings, codec), conditions)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width"), [("[24]", 8), ("[24, 48]", 16), ("[8, 16, 32, 64]", 16), ("[64, 128, 192]", 32)]
+)
+def test_a_classifiers_heads_follow_its_channels(channels: str, width: int) -> None:
+    given = {**NEEDED, "model": "m", "block_out_channels": channels, "resolution": 32}
+    settings = ClassifierSettings.load(None, given)
+    assert settings.attention_head_dim == width
+    build_classifier(settings, Codec(IdentityAutoencoder()), 3)
+
+
+@pytest.mark.parametrize("name", ["two-cores", "one-gpu", "many-gpus"])
+def test_the_settings_of_the_documentation(name: str) -> None:
+    file = Path(__file__).parents[3] / "docs" / "examples" / "settings" / f"{name}.yaml"
+    settings = FinetuneSettings.load(file, NEEDED)
+    assert settings.max_steps >= 400
+    assert f"examples/settings/{name}.yaml" in (file.parents[2] / "finetuning.md").read_text(encoding="utf-8")
 
 
 def test_a_bare_no_is_the_choice_no(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
-from latentdiff.training.trainers.diffusion import chosen_captions, sample_captions
+from latentdiff.training.trainers.samples import chosen_captions, sample_captions
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +93,8 @@ def test_denoiser_resumes_exactly_and_leaves_a_pipeline(denoiser_settings: dict[
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert pipeline("a red thing", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
     with Image.open(straight / "training" / "samples" / "step-00000005.png") as grid:
-        assert grid.size == (8 * 130 - 2, 2 * (16 + 43 + 2) - 2)  # ten pictures of 16 pixels with their captions
+        # The names of the rows, and ten pictures of 16 pixels with what was drawn of their captions, which stand below.
+        assert grid.size == (9 * 130 - 2, 2 * (2 * 16 + 43 + 2) - 2)
 
 
 def test_half_precision_recomputation_and_buckets(denoiser_settings: dict[str, object], tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""What a run says beforehand: its time, memory and disk, and dry runs, which leave nothing behind."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from straight_line import Line, Points, go, settings
+
+from latentdiff.training.loop import estimate
+from latentdiff.training.loop.estimate import Pace, checkpoint_bytes, disk_lines, dry_run, duration, looks, time_line
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.settings import RunSettings
+
+ONES = Points(torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0312, "0.0312 seconds"), (90, "90 seconds"), (600, "10 minutes"), (12_060, "3 h 21 min"), (4e5, "4.6 days")],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_sizes_in_words() -> None:
+    assert [estimate.size(count) for count in (12, 1000, 2**20 * 34.12, 2**41)] == [
+        "12 bytes",
+        "0.977 KiB",
+        "34.1 MiB",
+        "2 TiB",
+    ]
+
+
+def test_the_time_of_steps_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 50.0, 52.0, 74.0])  # begin, the slow first update, one of 2 s, one of 2 s after samples of 20 s
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(clock))
+    pace = Pace()
+    pace.tick()
+    assert pace.seconds == 50
+    pace.tick()
+    assert (pace.seconds, pace.is_known) == (2, False)
+    pace.looked(5.0, share=0.25)
+    pace.aside = 20.0
+    pace.tick()
+    assert (pace.seconds, pace.look) == (2, 20)
+    assert time_line(pace, 1000, 5) == (
+        "Time: about 35 minutes for 1,000 steps of 2 seconds, with samples and figures 5 times (of 20 seconds each)."
+    )
+
+
+@pytest.mark.parametrize(("step", "number"), [(0, 5), (20, 3), (39, 2), (40, 1), (44, 1)])
+def test_samples_that_are_left(step: int, number: int, tmp_path: Path) -> None:
+    assert looks(settings(tmp_path, max_steps=45, sample_every=10), step) == number
+
+
+def test_the_size_of_a_checkpoint(tmp_path: Path) -> None:
+    run = go(TrainingRun(settings(tmp_path), Line()))
+    # Two weights, their average, Adam's two means and its counter, 4 bytes each.
+    assert checkpoint_bytes(run.learner) == (2 + 2 + 2 * 2 + 1) * 4
+    (line,) = disk_lines(settings(tmp_path), 2**20, 2**22)
+    assert "about 7 MiB" in line
+    assert "2 checkpoints of 1 MiB, one more while it is written, the model of 4 MiB" in line
+    *_, line = disk_lines(settings(tmp_path / "not there yet"), 2**60, 0)
+    assert "more than is free" in line
+
+
+def test_a_long_run_says_what_it_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.training.loop.run.SHORT", 0.0)
+    with caplog.at_level(logging.INFO, "latentdiff"):
+        go(TrainingRun(settings(tmp_path), Line()))
+    assert caplog.text.count("Time: about") == caplog.text.count("Disk: about") == 1
+    assert "for 19 steps of" in caplog.text  # of 40, once 21 have shown the pace
+
+
+def test_samples_come_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def due(run: TrainingRun) -> list[int]:
+        found = []
+        for _ in run.passes():
+            run.learn(ONES)
+            if run.is_to_look():
+                found.append(run.step)
+                with run.looking():
+                    pass
+        return found
+
+    assert due(TrainingRun(settings(tmp_path / "a", sample_every=30), Line())) == [30, 40]
+    monkeypatch.setattr("latentdiff.training.loop.stopping.FIRST_LOOK", 0.0)
+    assert due(TrainingRun(settings(tmp_path / "b", sample_every=30), Line())) == [1, 30, 40]
+    (tmp_path / "c" / "training" / "samples").mkdir(parents=True)
+    (tmp_path / "c" / "training" / "samples" / "step-00000010.png").touch()  # it has shown something
+    assert due(TrainingRun(settings(tmp_path / "c", sample_every=30), Line())) == [30, 40]
+
+
+def test_a_dry_run_leaves_a_run_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = go(TrainingRun(settings(tmp_path, max_steps=10), Line()))
+    run.finish()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def train(found: RunSettings) -> None:
+        resumed = TrainingRun(found, Line())
+        assert resumed.step == 10
+        for _ in resumed.passes():
+            resumed.learn(ONES)
+            if resumed.is_to_look():
+                with resumed.looking():
+                    pass
+
+    with caplog.at_level(logging.INFO, "latentdiff"):
+        dry_run(train, settings(tmp_path, max_steps=1000, sample_every=1000, checkpoint_every=11))
+    assert "for 990 steps of" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="does not fit the model these settings describe"):
+        dry_run(train, settings(tmp_path, max_steps=1000, seed=5))

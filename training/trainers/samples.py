@@ -1,0 +1,129 @@
+"""The samples of a run: the same prompts each time, beside the user's pictures and what was drawn before training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.folders import read_json
+from latentdiff.interchange.picture_files import to_pictures
+from latentdiff.interchange.png import image_grid, read_settings, save_picture
+from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.loop.figures import compared
+from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.settings import DiffusionSettings
+from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
+
+FEW = 4  # samples that a dry run draws
+
+
+class Samples:
+    """What a run shows of its model.
+
+    Args:
+        pictures: that are trained on; captions and the originals beside the samples are theirs.
+        idle: networks that leave a GPU after drawing: its memory is the denoiser's.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        settings: DiffusionSettings,
+        model: DiffusionModel,
+        pictures: Sequence[CaptionedPicture],
+        idle: Sequence[Any],
+    ) -> None:
+        self.run, self.settings, self.model, self.idle = run, settings, model, idle
+        self.prompts: Sequence[str] = settings.sample_prompts or chosen_captions(run, pictures)
+        if settings.is_dry_run and not isinstance(model, UnconditionalModel):
+            run.shown_share = min(FEW, len(self.prompts)) / len(self.prompts)
+            self.prompts = self.prompts[:FEW]
+        self.rows: dict[str, Sequence[Image.Image | None]] = {}
+        if run.accelerator.is_main_process:
+            originals = [] if settings.sample_prompts else self._originals(pictures)
+            self._add("picture", originals)
+            self._add("before", [self._before(number) for number in range(len(self.prompts))])
+
+    def draw_before(self) -> None:
+        """Draw and keep what the model draws before training."""
+        with self.run.averaged():
+            images = self._draw()
+        if self.run.accelerator.is_main_process:
+            for number, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
+                save_picture(image, self._file(number), {"caption": prompt})
+            self._add("before", images)
+
+    def draw(self) -> None:
+        """A grid of the model as it is; of those that draw without prompts, of its pictures alone."""
+        images = self._draw()
+        if not self.run.accelerator.is_main_process:
+            return
+        if isinstance(self.model, UnconditionalModel):
+            self.run.show("samples", image_grid(images, 8))
+        else:
+            rows = {**self.rows, f"step {self.run.step}": images}
+            self.run.show("samples", compared(rows, self.prompts))
+
+    def _draw(self) -> list[Image.Image]:
+        images = self.model.draw(self.prompts, self.settings, self.run.device)
+        for network in self.idle:
+            network.to("cpu")
+        return images
+
+    def _add(self, name: str, images: Sequence[Image.Image | None]) -> None:
+        if any(images):
+            self.rows[name] = images
+
+    def _file(self, number: int) -> Path:
+        return self.run.folder / "before" / f"{number:02d}.png"
+
+    def _before(self, number: int) -> Image.Image | None:
+        """What was drawn of this prompt before a training that goes on."""
+        file = self._file(number)
+        found = read_settings(file) if self.run.step > 0 else None
+        if found is None or found.get("caption") != self.prompts[number]:
+            return None
+        with Image.open(file) as image:
+            return image.convert("RGB")
+
+    def _originals(self, pictures: Sequence[CaptionedPicture]) -> list[Image.Image | None]:
+        """A picture of each caption, the next one where a caption comes again; None: it is gone."""
+        side = self.settings.resolution
+        left: dict[str, list[CaptionedPicture]] = {caption: [] for caption in self.prompts}
+        for picture in pictures:
+            if picture.captions[0] in left:
+                left[picture.captions[0]].append(picture)
+        chosen = [left[caption].pop(0) if left[caption] else None for caption in self.prompts]
+        return [None if one is None else to_pictures(read_pixels(one, side, side)[None])[0] for one in chosen]
+
+
+def chosen_captions(run: TrainingRun, pictures: Sequence[CaptionedPicture]) -> list[str]:
+    """`sample_captions`, chosen once: a run that goes on draws the same, whatever pictures have come and gone."""
+    file = run.folder / "sample_captions.json"
+    with run.accelerator.main_process_first():
+        if run.step > 0 and file.is_file():
+            return [str(caption) for caption in read_json(file).get("captions", [])]
+        captions = sample_captions(pictures)
+        if run.accelerator.is_main_process:
+            write_text_whole(file, json.dumps({"captions": captions}, indent=1, ensure_ascii=False) + "\n")
+    return captions
+
+
+def sample_captions(pictures: Sequence[CaptionedPicture], most: int = SAMPLES) -> list[str]:
+    """Captions to draw samples of: different ones as long as there are any, spread over the pictures."""
+    rounds: dict[str, int] = {}
+    by_round: list[list[str]] = []
+    for picture in pictures:
+        caption = picture.captions[0]
+        number = rounds[caption] = rounds.get(caption, -1) + 1
+        if number == len(by_round):
+            by_round.append([])
+        by_round[number].append(caption)
+    chosen: list[str] = []
+    for captions in by_round:
+        room = min(most - len(chosen), len(captions))
+        chosen += [captions[i * len(captions) // room] for i in range(room)]
+    return chosen
