@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from latentdiff.extras import how_to_install
 from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.runtime.engines import Engine, onnx_engine, openvino_engine, openvino_has
 
@@ -76,8 +77,7 @@ class Runtime:
         missing = [name for name in needed if find_spec(name) is None]
         if missing:
             raise ImportError(
-                f"the runtime {self.name} needs {' and '.join(missing)}; install with: "
-                f"pip install 'latentdiff[{self.name}]'"
+                f"the runtime {self.name} needs {' and '.join(missing)}; install with: {how_to_install(self.name)}"
             )
         if self.precision == "bfloat16" and not openvino_has("BF16"):
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.extras import how_to_install
 from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.models.loras import refuse_loras
 from latentdiff.models.network import downscale_factor
@@ -141,7 +142,7 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"ONNX export needs {' and '.join(missing)}; install with: pip install 'latentdiff[onnx]'")
+        raise ImportError(f"ONNX export needs {' and '.join(missing)}; install with: {how_to_install('onnx')}")
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder")

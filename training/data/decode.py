@@ -24,7 +24,7 @@ ALWAYS = (
 BY_NAME = {".tga": "TGA", ".psd": "PSD", ".dds": "DDS", ".pcx": "PCX", ".sgi": "SGI"}
 """Formats, as Pillow calls them, that are read where the name says so."""
 PLUGINS = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), ("HEIF", "pi_heif", "pi-heif, the extra latentdiff[heif]")),
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("HEIF", "pi_heif", "pi-heif")),
     ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
 }
 """By suffix, formats that Pillow reads with a further package: Pillow's name, the module, how to get it."""

@@ -3,7 +3,7 @@
     python -m latentdiff.training.recipes.curves runs/kl-f8 runs/vq-f4 --figures psnr l1 codes_in_use -o curves.png
 
 Reads ``training/metrics.jsonl`` of each; the figures' names are those in it. matplotlib is needed
-(``pip install "latentdiff[recipes]"``).
+(``pip install -e ".[recipes]"``).
 """
 
 import argparse
