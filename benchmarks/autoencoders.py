@@ -2,6 +2,7 @@
 
     python benchmarks/autoencoders.py                         # sizes of Latent Diffusion, at 256 pixels
     python benchmarks/autoencoders.py --kinds kl-f8 --sizes 128 512 --batch 2
+    python benchmarks/autoencoders.py --kinds tiny emoji kl-f8 --sizes 128 256
     python benchmarks/autoencoders.py --peak ours kl-f8 decode 1 2048 512     # memory alone, in tiles of 512
 
 Speed is the median of runs in turn within one process, on a quiet machine. Memory is the peak above the loaded model,
@@ -30,21 +31,29 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kl-f16": ("AutoencoderKL", {"block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16}),
     "vq-f4": ("VQModel", {"block_out_channels": WIDE[:3], "latent_channels": 3, "num_vq_embeddings": 8192}),
     "vq-f8": ("VQModel", {"block_out_channels": WIDE, "latent_channels": 4, "num_vq_embeddings": 16384}),
+    "emoji": (
+        "AutoencoderKL",
+        {
+            "block_out_channels": (48, 96, 128, 128),
+            "latent_channels": 8,
+            "layers_per_block": 1,
+            "norm_num_groups": 16,
+        },
+    ),
+    "tiny": ("AutoencoderTiny", {}),
 }
+BLOCKS = {"down": "Encoder", "up": "Decoder"}
 LIBRARIES: dict[str, Any] = {"ours": models, "theirs": diffusers}
 
 
 def build(library: str, kind: str, tile: int) -> Any:
     name, shape = SHAPES[kind]
-    levels = len(shape["block_out_channels"])
+    if name != "AutoencoderTiny":
+        levels = len(shape["block_out_channels"])
+        blocks = {f"{way}_block_types": (f"{way.title()}{kind}Block2D",) * levels for way, kind in BLOCKS.items()}
+        shape = {"layers_per_block": 2, "sample_size": tile or 256, **blocks, **shape}
     torch.manual_seed(0)
-    model = getattr(LIBRARIES[library], name)(
-        **shape,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        sample_size=tile or 256,
-    ).eval()
+    model = getattr(LIBRARIES[library], name)(**shape).eval()
     if tile:
         model.enable_tiling()
     return model
@@ -90,7 +99,7 @@ def compare(kind: str, operation: str, arguments: argparse.Namespace, size: int)
     difference = float((call(ours, *where) - call(theirs, *where)).abs().max())
     mine, other, ratio = in_turn(lambda: call(ours, *where), lambda: call(theirs, *where), arguments.repeats)
     memory = [peak_alone(library, kind, *where, arguments.tiles) for library in ("ours", "theirs")]
-    return f"{mine:>8.2f}s{other:>10.2f}s{ratio:>7.2f}{memory[0]:>9.0f}{memory[1]:>10.0f}{difference:>12.1e}"
+    return f"{mine:>8.3f}s{other:>10.3f}s{ratio:>7.2f}{memory[0]:>9.0f}{memory[1]:>10.0f}{difference:>12.1e}"
 
 
 @torch.inference_mode()
