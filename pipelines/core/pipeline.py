@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Lock
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 from weakref import WeakSet
 
 import diffusers
@@ -21,6 +21,9 @@ from latentdiff.pipelines.core.input_pictures import Pictures, Placement, Resize
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.core.optimizing import Optimization
 
 AnyAutoencoder: TypeAlias = (
     AutoencoderKL
@@ -185,6 +188,37 @@ class LatentPipeline(FolderPipeline):
                     yield replace(progress, output=output)
                 return
             yield progress
+
+    def optimize(
+        self, *, max_error: float = 0.02, compiled: bool = False, again: bool = False, **call: Any
+    ) -> "Optimization":
+        """Draw as fast as this processor can, from now on: tries a few ways for some seconds and keeps what pays.
+
+        ::
+
+            print(pipeline.optimize(prompt="a red car"))
+
+        Tried are numbers of threads (torch's, for the whole process), channels-last, and, where the processor has it,
+        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor and torch, and
+        taken without trying next time. ``unet`` may become a copy in another precision, as which it is then saved.
+
+        Args:
+            max_error: how far predictions may be from what they were, as a share of their size; bfloat16 of the packaged
+                model is about 0.01. 0: only what changes nothing.
+            compiled: try ``torch.compile`` with packed weights too, which takes a minute or so; sizes other than the
+                call's are compiled anew.
+            again: try, whatever is remembered.
+            call: a call such as will be made: prompt, size, guidance.
+
+        Returns:
+            What was tried and chosen, in words as a text.
+
+        Raises:
+            ValueError: the pipeline is not on a processor, or its UNet is compiled already; or `max_error` is no share.
+        """
+        from latentdiff.pipelines.core.optimizing import optimize
+
+        return optimize(self, call, max_error, compiled, again)
 
     # What fits this model
 

@@ -1,0 +1,214 @@
+"""What makes a pipeline draw faster on this processor: found by trying, remembered for each user, and never by itself."""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.interchange.atomic import json_text, write_text_whole
+from latentdiff.interchange.cache_folder import shared_folder
+from latentdiff.interchange.fingerprint import weights_digest
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.core.pipeline import LatentPipeline
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what is remembered, to be raised when it means something else
+GAIN = 0.95  # a way that changes results, or takes memory, must take at most this share of the time
+FEW = 8  # steps of a call that is measured, at most
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the denoiser."""
+
+    dtype: str = "float32"
+    channels_last: bool = False
+    compiled: bool = False
+    threads: int = 1
+
+    def applied(self, network: Any) -> Any:
+        """A network that runs so: the very one if nothing of it changes, else a copy."""
+        torch.set_num_threads(self.threads)
+        dtype = getattr(torch, self.dtype)
+        if dtype != network.dtype or self.channels_last:
+            network = copy.deepcopy(network).to(dtype)
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        return torch.compile(network, options={"freezing": True}) if self.compiled else network
+
+    def __str__(self) -> str:
+        parts = [self.dtype, f"{self.threads} thread{'s' if self.threads > 1 else ''}"]
+        parts += ["channels-last"] * self.channels_last + ["compiled, with its weights packed"] * self.compiled
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What `optimize` found, and what the pipeline does from then on.
+
+    Args:
+        way: that was chosen.
+        seconds: of one step, by way, as they were tried; the first is how the pipeline ran before.
+        errors: of the chosen way's first prediction, as a share of its size (root mean squares).
+        remembered: whether it was found earlier, and nothing was tried now.
+    """
+
+    way: Way
+    seconds: dict[str, float]
+    error: float = 0.0
+    remembered: bool = field(default=False, compare=False)
+
+    @property
+    def speedup(self) -> float:
+        first, *_ = self.seconds.values()
+        return first / self.seconds[str(self.way)]
+
+    def __str__(self) -> str:
+        found = (
+            "as found earlier"
+            if self.remembered
+            else "of " + "; ".join(f"{way}: {seconds * 1000:.0f} ms" for way, seconds in self.seconds.items())
+        )
+        return (
+            f"draws in {self.way}: {self.speedup:.2f} times as fast as before, predictions differ by {self.error:.2%} "
+            f"({found})"
+        )
+
+
+def optimize(
+    pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool, again: bool
+) -> Optimization:
+    """See `LatentPipeline.optimize`."""
+    check(pipeline, max_error)
+    file = memory(pipeline, call, max_error, compiled)
+    found = None if again else recall(file)
+    if found is None:
+        found = tried(pipeline, call, max_error, compiled)
+        write_text_whole(file, json_text(asdict(found)))
+    network = found.way.applied(pipeline.unet)
+    if network is not pipeline.unet:
+        pipeline.unet = network
+    logger.info("the pipeline %s", found)
+    return found
+
+
+def check(pipeline: "LatentPipeline", max_error: float) -> None:
+    """Raises ValueError for a pipeline that cannot be optimized, or a limit that is none."""
+    if pipeline.unet.device.type != "cpu" or pipeline._execution_device.type != "cpu":
+        raise ValueError(
+            f"optimize() is for a processor, and the pipeline is on {pipeline._execution_device}; on a GPU load it "
+            f"with dtype=torch.float16 or torch.bfloat16"
+        )
+    if hasattr(pipeline.unet, "_orig_mod"):
+        raise ValueError("optimize() takes a pipeline whose UNet is not compiled; give compiled=True instead")
+    if not 0 <= max_error < 1:
+        raise ValueError(f"max_error must lie in [0, 1), not {max_error}")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Its name and what it can do; enough to tell machines apart."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    said = {line.split(":")[0].strip(): line for line in lines}
+    return "\n".join([platform.machine(), *(said.get(key, "") for key in ("model name", "flags"))])
+
+
+def memory(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Path:
+    """The file that remembers what was found for these weights, this call, processor and torch."""
+    told = {key: value for key, value in call.items() if isinstance(value, int | float | str | bool)}
+    facts = (VERSION, processor(), cores(), torch.__version__, max_error, compiled, sorted(told.items()))
+    start = (str(pipeline.unet.dtype), torch.get_num_threads(), weights_digest(pipeline.unet.state_dict()))
+    key = hashlib.sha256(repr((facts, start)).encode()).hexdigest()[:40]
+    return shared_folder() / "optimized" / f"{key}.json"
+
+
+def recall(file: Path) -> Optimization | None:
+    """What was found earlier; None if nothing, or nothing that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = Optimization(Way(**content["way"]), dict(content["seconds"]), float(content["error"]), remembered=True)
+        _ = found.speedup
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
+        return None
+    return found
+
+
+def tried(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Optimization:
+    """Try ways in turn, each a change of the best so far, and keep those that pay."""
+    before = threads = torch.get_num_threads()
+    best = Way(dtype=str(pipeline.unet.dtype).removeprefix("torch."), threads=threads)
+    network = pipeline.unet
+    try:
+        step, exact = measured(pipeline, network, call)
+        seconds, error = {str(best): step}, 0.0
+        for change, gain in changes(best, compiled):
+            way = replace(best, **change)
+            if str(way) in seconds:
+                continue
+            step, prediction = measured(pipeline, way.applied(network), call)
+            seconds[str(way)] = step
+            off = relative(prediction, exact)
+            if step <= gain * seconds[str(best)] and off <= max_error:
+                best, error = way, off
+    finally:
+        torch.set_num_threads(before)
+    return Optimization(best, seconds, error)
+
+
+def changes(start: Way, compiled: bool) -> Iterator[tuple[dict[str, Any], float]]:
+    """What to try, and the share of the best time that it must reach."""
+    for threads in sorted({1, max(cores() // 2, 1), cores()} - {start.threads}):
+        yield {"threads": threads}, GAIN
+    yield {"channels_last": True}, GAIN
+    if start.dtype == "float32" and has_bfloat16():
+        yield {"dtype": "bfloat16"}, GAIN
+        yield {"dtype": "bfloat16", "channels_last": True}, GAIN
+    if compiled:
+        yield {"compiled": True}, GAIN
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; others only imitate it, slowly."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
+        name in processor() for name in ("avx512_bf16", "amx_bf16", "aarch64", "arm64")
+    )
+
+
+def measured(pipeline: "LatentPipeline", network: Any, call: dict[str, Any]) -> tuple[float, Tensor]:
+    """Seconds of the fastest of a few steps after the first, and the first prediction (B, C, h, w)."""
+    trial = copy.copy(pipeline)
+    trial._progress_bar_config = {"disable": True}
+    if network is not pipeline.unet:
+        trial.unet = network
+    usual = trial.defaults["num_inference_steps"]
+    steps = max(2, usual if usual <= FEW else 3)
+    times: list[float] = []
+    first = None
+    for progress in trial.stream(**{"seed": 0, **call, "num_inference_steps": steps, "output_type": "latent"}):
+        times.append(time.perf_counter())
+        if first is None:
+            first = progress.prediction.detach().float().clone()
+    assert first is not None
+    return min(b - a for a, b in zip(times[:steps], times[1:steps], strict=False)), first
+
+
+def relative(other: Tensor, exact: Tensor) -> float:
+    """The root mean square of their difference over that of `exact`."""
+    return float((other - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-12))

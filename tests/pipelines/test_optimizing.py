@@ -1,0 +1,114 @@
+"""``pipeline.optimize()``: what pays is kept and remembered, what changes pictures too much is not."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentdiff.pipelines.core import optimizing
+from latentdiff.pipelines.core.optimizing import Optimization, Way, changes, recall, relative
+
+CALL: dict[str, Any] = {"prompt": "a red car", "guidance_scale": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own(pipeline: Any) -> Any:
+    """With a UNet of its own, since it may be replaced."""
+    pipeline.unet = copy.deepcopy(pipeline.unet)
+    return pipeline
+
+
+def draw(pipeline: Any) -> torch.Tensor:
+    return pipeline(**CALL, seed=0, num_inference_steps=2, output_type="pt").images
+
+
+def test_what_is_found_is_used_and_remembered(own: Any, tmp_path: Path) -> None:
+    before, unet = draw(own), own.unet
+    found = own.optimize(**CALL, max_error=0.05)
+    assert not found.remembered
+    first, *_ = found.seconds
+    assert first.startswith("float32")
+    assert found.speedup >= 1
+    assert found.error <= 0.05
+    assert str(found.way) in str(found)
+    assert torch.get_num_threads() == found.way.threads
+    assert own.unet.dtype == getattr(torch, found.way.dtype)
+    assert (draw(own) - before).abs().max() < 0.1
+    (file,) = (tmp_path / "cache" / "optimized").iterdir()
+    torch.set_num_threads(int(first.split()[1]))
+    own.unet = unet
+    again = own.optimize(**CALL, max_error=0.05)
+    assert again.remembered
+    assert again == found
+    file.write_text("{}")
+    torch.set_num_threads(int(first.split()[1]))
+    own.unet = unet
+    assert not own.optimize(**CALL, max_error=0.05).remembered
+    assert json.loads(file.read_text())["way"]["threads"] >= 1
+
+
+def test_nothing_that_changes_predictions_is_kept_where_no_error_is_allowed(own: Any) -> None:
+    found = own.optimize(**CALL, max_error=0.0)
+    assert found.error == 0
+    assert own.unet.dtype == torch.float32
+
+
+def test_a_remembered_way_is_applied(own: Any) -> None:
+    """Whatever pays here: bfloat16 that was found on such a machine is taken, on the call's own terms."""
+    unet, threads = own.unet, torch.get_num_threads()
+    way = Way("bfloat16", channels_last=True, threads=1)
+    network = way.applied(unet)
+    assert network is not unet
+    assert (network.dtype, unet.dtype, torch.get_num_threads()) == (torch.bfloat16, torch.float32, 1)
+    assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.set_num_threads(threads)
+    exact = draw(own)
+    own.unet = network
+    assert 0 < (draw(own) - exact).abs().max() < 0.1
+    assert Way(threads=threads).applied(unet) is unet
+
+
+def test_every_way_is_tried_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizing, "cores", lambda: 8)
+    monkeypatch.setattr(optimizing, "processor", lambda: "x86_64\nflags: avx512_bf16")
+    tried = [change for change, _ in changes(Way(threads=4), compiled=True)]
+    assert [change["threads"] for change in tried if "threads" in change] == [1, 8]
+    assert {"compiled": True} in tried
+    monkeypatch.setattr(optimizing, "processor", lambda: "x86_64\nflags: avx2")
+    assert not any("dtype" in change for change, _ in changes(Way(threads=4), compiled=False))
+
+
+def test_differences_are_shares_of_the_size() -> None:
+    exact = torch.tensor([3.0, -4.0])
+    assert relative(exact * 1.1, exact) == pytest.approx(0.1)
+
+
+def test_what_cannot_be_optimized_is_refused(own: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_error must lie in \[0, 1\), not 2"):
+        own.optimize(**CALL, max_error=2)
+    own.unet = torch.compile(own.unet)
+    with pytest.raises(ValueError, match=r"whose UNet is not compiled; give compiled=True"):
+        own.optimize(**CALL)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_remembered_in_words() -> None:
+    found = Optimization(
+        Way("bfloat16", threads=2), {"float32, 2 threads": 0.3, "bfloat16, 2 threads": 0.1}, 0.01, True
+    )
+    assert str(found).startswith(
+        "draws in bfloat16, 2 threads: 3.00 times as fast as before, predictions differ by 1.00%"
+    )
+    assert recall(Path("nowhere")) is None
