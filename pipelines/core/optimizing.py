@@ -1,7 +1,8 @@
-"""What makes a pipeline draw faster on this processor: found by trying, remembered for each user, and never by itself."""
+"""What makes a pipeline draw faster on this processor: found by trying, and remembered for each user."""
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -43,7 +44,10 @@ class Way:
         torch.set_num_threads(self.threads)
         dtype = getattr(torch, self.dtype)
         if dtype != network.dtype or self.channels_last:
-            network = copy.deepcopy(network).to(dtype)
+            network = copy.deepcopy(network)
+            torch.nn.Module.to(
+                network, dtype
+            )  # diffusers' own warns of modules to keep in float32, of which it has none
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)
         return torch.compile(network, options={"freezing": True}) if self.compiled else network
@@ -106,6 +110,10 @@ def optimize(
 
 def check(pipeline: "LatentPipeline", max_error: float) -> None:
     """Raises ValueError for a pipeline that cannot be optimized, or a limit that is none."""
+    if next(pipeline.unet.parameters(), None) is None:
+        raise ValueError(
+            "optimize() is for networks that torch runs; a pipeline with another runtime is optimized already"
+        )
     if pipeline.unet.device.type != "cpu" or pipeline._execution_device.type != "cpu":
         raise ValueError(
             f"optimize() is for a processor, and the pipeline is on {pipeline._execution_device}; on a GPU load it "
@@ -206,7 +214,7 @@ def measured(pipeline: "LatentPipeline", network: Any, call: dict[str, Any]) -> 
         if first is None:
             first = progress.prediction.detach().float().clone()
     assert first is not None
-    return min(b - a for a, b in zip(times[:steps], times[1:steps], strict=False)), first
+    return min(b - a for a, b in itertools.pairwise(times[:steps])), first
 
 
 def relative(other: Tensor, exact: Tensor) -> float:

@@ -199,22 +199,23 @@ class LatentPipeline(FolderPipeline):
             print(pipeline.optimize(prompt="a red car"))
 
         Tried are numbers of threads (torch's, for the whole process), channels-last, and, where the processor has it,
-        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor and torch, and
-        taken without trying next time. ``unet`` may become a copy in another precision, as which it is then saved.
+        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor and torch,
+        and taken without trying next time. ``unet`` may become a copy in another precision, as which it is then saved.
 
         Args:
-            max_error: how far predictions may be from what they were, as a share of their size; bfloat16 of the packaged
-                model is about 0.01. 0: only what changes nothing.
+            max_error: how far predictions may be from what they were, as a share of their size. 0: only what changes
+                nothing.
             compiled: try ``torch.compile`` with packed weights too, which takes a minute or so; sizes other than the
                 call's are compiled anew.
-            again: try, whatever is remembered.
+            again: try, whatever is remembered: where other processes were busy, another number of threads was best.
             call: a call such as will be made: prompt, size, guidance.
 
         Returns:
             What was tried and chosen, in words as a text.
 
         Raises:
-            ValueError: the pipeline is not on a processor, or its UNet is compiled already; or `max_error` is no share.
+            ValueError: the pipeline is not on a processor, or its UNet is compiled or run by another runtime; or
+                `max_error` is no share.
         """
         from latentdiff.pipelines.core.optimizing import optimize
 

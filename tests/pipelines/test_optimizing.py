@@ -105,10 +105,7 @@ def test_what_cannot_be_optimized_is_refused(own: Any, tmp_path: Path) -> None:
 
 
 def test_what_was_remembered_in_words() -> None:
-    found = Optimization(
-        Way("bfloat16", threads=2), {"float32, 2 threads": 0.3, "bfloat16, 2 threads": 0.1}, 0.01, True
-    )
-    assert str(found).startswith(
-        "draws in bfloat16, 2 threads: 3.00 times as fast as before, predictions differ by 1.00%"
-    )
+    seconds = {"float32, 2 threads": 0.3, "bfloat16, 2 threads": 0.1}
+    told = str(Optimization(Way("bfloat16", threads=2), seconds, 0.01, remembered=True))
+    assert told.startswith("draws in bfloat16, 2 threads: 3.00 times as fast as before, predictions differ by 1.00%")
     assert recall(Path("nowhere")) is None
