@@ -349,7 +349,7 @@ def four_dimensions(name: str, item: Any) -> Tensor:
     shape = tuple(item.shape)
     if isinstance(item, np.ndarray):
         try:
-            item = torch.from_numpy(np.ascontiguousarray(item, item.dtype.newbyteorder("=")))
+            item = torch.from_numpy(np.require(item, item.dtype.newbyteorder("="), ["C", "W"]))
         except TypeError:
             raise TypeError(f"{name} has values of the type {item.dtype}; give uint8 or floating point") from None
         if item.ndim == 3 and (name == "image" or shape[-1] in (1, 3, 4)):

@@ -172,6 +172,7 @@ SAME = {
     "signed tensor": torch.from_numpy(LEVELS / 127.5 - 1).permute(2, 0, 1)[None],
     "big-endian": LEVELS.astype(">u2") * 257,
     "big-endian floats": (LEVELS / 255).astype(">f4"),
+    "read-only": np.asarray(Image.fromarray(LEVELS)),
     "reversed twice": LEVELS[::-1][::-1],
     "uint16": LEVELS.astype(np.uint16) * 257,
     "opaque": np.dstack([LEVELS, np.full((16, 16), 255, np.uint8)]),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, save_whole
+from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import add_words, expand_words, tokens_of
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.settings import FinetuneSettings
@@ -89,12 +90,15 @@ def check_captions(pictures: Sequence[CaptionedPicture], word: str, tokenizer: A
     number = tokenizer.convert_tokens_to_ids(word)
     for picture in pictures:
         for caption in picture.captions:
-            if word not in caption:
+            with tokenizing(tokenizer):
+                tokens = tokenizer(caption, truncation=False, verbose=False).input_ids
+                seen = tokenizer(caption, truncation=True, max_length=length).input_ids
+            if number not in tokens:
                 raise ValueError(
-                    f"{picture.name}: its caption {caption!r} does not have the new word {word}; write it into every "
-                    f"caption, or leave captions out: then it is {word} for all"
+                    f"{picture.name}: its caption {caption!r} does not have the new word {word}, as a word of its own; "
+                    f"write it into every caption, or leave captions out: then it is {word} for all"
                 )
-            if number not in tokenizer(caption, truncation=True, max_length=length).input_ids:
+            if number not in seen:
                 raise ValueError(
                     f"{picture.name}: its caption {caption!r} is longer than the {length} tokens of the text encoder, "
                     f"and the new word {word} is cut off; put it first"

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import read_settings
+from latentdiff.text.words import add_words
 from latentdiff.training.batch.random_choices import PictureOrder
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix
 from latentdiff.training.trainers.finetune import UNDISTILLED, complete, finetune
-from latentdiff.training.trainers.textual_inversion import ExtendedEmbedding
+from latentdiff.training.trainers.textual_inversion import ExtendedEmbedding, check_captions
 
 SMALL = {"batch_size": 2, "max_steps": 4, "checkpoint_every": 2, "sample_every": 4, "lora_rank": 2}
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
@@ -286,6 +287,14 @@ def test_what_the_method_does_not_use_is_refused(pictures: Path, model: Path, tm
         (key,) = changes
         with pytest.raises(ValueError, match=f"{key} does nothing with method={method}"):
             run(pictures, model, tmp_path / "out", **options(method, **changes))
+
+
+def test_a_word_inside_another_is_not_the_word_to_learn() -> None:
+    tokenizer = tiny_pipeline("clip").tokenizer
+    add_words(tokenizer, ["qat"])
+    check_captions([CaptionedPicture("0.png", bytes, ("a qat, red",))], "qat", tokenizer, 12)
+    with pytest.raises(ValueError, match="'conqate' does not have the new word qat, as a word of its own"):
+        check_captions([CaptionedPicture("0.png", bytes, ("conqate",))], "qat", tokenizer, 12)
 
 
 def test_words_that_cannot_be_learned(uncaptioned: Path, model: Path, tmp_path: Path) -> None:
