@@ -95,7 +95,6 @@ class GaussianBottleneck(nn.Module):
         return BottleneckOutput(latents, {"kl": in_float.kl().mean()}, statistics)
 
 
-DISTANCES = ("euclidean", "cosine")
 MOST_DISTANCES = 1 << 24  # in memory at a time
 
 

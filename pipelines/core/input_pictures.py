@@ -156,7 +156,10 @@ def place(
     """
     if image is None:
         raise ValueError("image is missing; give a picture")
-    factor, sizes = processor.config.vae_scale_factor, [size_of(processor, one) for one in as_list(image)]
+    pictures, factor = as_list(image), processor.config.vae_scale_factor
+    if not pictures:
+        raise TypeError(f"image must be {KINDS}, not an empty list")
+    sizes = [size_of(processor, one) for one in pictures]
     if height is not None and width is not None:
         return Placement(height, width, sizes, mode)
     if len(set(sizes)) > 1:
@@ -165,12 +168,12 @@ def place(
             f"the pictures given as image differ in size, {found[0]} and {found[1]}; give one at a time, or height "
             f"and width for all"
         )
-    own = sizes[0] if sizes else (factor, factor)
+    own = sizes[0]
     if height is not None:
         scale = height / own[0]
     elif width is not None:
         scale = width / own[1]
-    elif trained is not None and not isinstance(as_list(image)[0], Tensor) and is_far(own, trained):
+    elif trained is not None and not isinstance(pictures[0], Tensor) and is_far(own, trained):
         scale = (math.prod(trained) / math.prod(own)) ** 0.5
     else:
         height, width = (max(1, side // factor) * factor for side in own)

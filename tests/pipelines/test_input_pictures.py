@@ -222,6 +222,7 @@ def test_only_tensors_of_floating_point_are_latents(pipeline: Any) -> None:
         (np.full((16, 16, 3), np.inf), ValueError, "image has values that are not finite"),
         (LEVELS[..., :2], ValueError, "image has 2 channels; a picture has 3, and latents of this model have 4"),
         (np.zeros((0, 16, 3)), TypeError, "not an empty one"),
+        ([], TypeError, "image must be a PIL image, .*, not an empty list"),
         (np.zeros((1, 1, 16, 16, 3)), TypeError, r"not one of the shape \(1, 1, 16, 16, 3\)"),
         ([LEVELS, LEVELS[:8]], ValueError, r"image differ in size, 16 x 8 and 16 x 16"),
         ([LEVELS, Image.fromarray(LEVELS)], TypeError, "image must be a PIL image, .* a list of them"),
