@@ -96,13 +96,13 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
 def test_distillation(pictures: Path, tmp_path: Path, method: str) -> None:
     tiny_pipeline("clip").save_pretrained(tmp_path / "model")
     own = {
-        "lcm": {"lora_rank": 2, "target_decay": 0.9},
-        "progressive": {"start_steps": 16, "stage_steps": 30},
+        "lcm": {"guidance_scale": [1, 5]},
+        "progressive": {"start_steps": 16, "stage_steps": 15},
         "adversarial": {"discriminator_channels": 4, "r1_weight": 0.1, "discriminator_start": 20},
     }
 
     def train(output: Path) -> None:
-        values = {"batch_size": 2, "max_steps": 120, "checkpoint_every": 2, "sample_every": 40, "log_every": 5}
+        values = {"batch_size": 2, "max_steps": 60, "checkpoint_every": 2, "sample_every": 40, "log_every": 5}
         values |= {"data": str(pictures), "output": str(output), "model": str(tmp_path / "model"), "method": method}
         distill(DistillationSettings.load(None, {**values, "gradient_accumulation_steps": 2, **own[method]}))
 
