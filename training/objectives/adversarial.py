@@ -18,8 +18,60 @@ from latentdiff.training.settings import DistillationSettings
 LEVELS = (0.02, 0.98)  # of T; between them lie the noise levels at which both judge
 
 
-class AdversarialObjective(DistillationObjective):
-    """The student's answer at one of its few steps, judged with new noise in it at a level drawn anew.
+class JudgedObjective(DistillationObjective):
+    """What is learned from the student's answer at one of its few steps, with new noise in it at a level drawn anew.
+
+    Args:
+        settings: with the steps.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        process: Process,
+        guidance: tuple[float, float],
+        empty: Tensor,
+        settings: DistillationSettings,
+    ) -> None:
+        super().__init__(student, teacher, process, guidance, empty)
+        self.settings = settings
+
+    def held_out_loss(self, batch: DiffusionBatch) -> Result:
+        """``val_loss``: `distances`."""
+        noise, uniform = further_noise(batch, 1)
+        times = self.judged_times(uniform)
+        answer, scales = self.answer(batch)
+        noisy = self.process.mix(answer, noise[0], times)
+        losses = self.distances(answer, noisy, times, given_condition(batch), scales)
+        return Result(losses.mean(), losses.mean().detach(), {"val_loss": losses})
+
+    def answer(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
+        """The student's clean latents (B, C, h, w) at one of its steps, and the guidance scales (B,)."""
+        index, uniform = self.places(batch.draws, self.settings.few_steps)
+        times = self.process.num_timesteps - 1 - index * self.process.num_timesteps // self.settings.few_steps
+        scales = self.scales(uniform)
+        noisy = self.process.mix(batch.latents, batch.noise, times)
+        told = self.told(self.student, given_condition(batch), scales)
+        return self.guess(self.student, noisy, times, told).clean, scales
+
+    def judged_times(self, uniform: Tensor) -> Tensor:
+        """(B,) long, for uniform numbers (B,)."""
+        least, most = LEVELS
+        return ((least + (most - least) * uniform) * (self.process.num_timesteps - 1)).long()
+
+    def distances(
+        self, answer: Tensor, noisy: Tensor, times: Tensor, condition: Conditioning, scales: Tensor
+    ) -> Tensor:
+        """(B,): signal(t) times the mean squared distance to the teacher's answer for `noisy`; ADD, Eq. 4."""
+        with torch.no_grad():
+            wanted = self.guided_guess(noisy, times, condition, scales).clean
+        signal, _ = self.levels(times, answer)
+        return (signal * (answer - wanted).square()).flatten(1).mean(1)
+
+
+class AdversarialObjective(JudgedObjective):
+    """The student's answer, judged by a discriminator and by the teacher.
 
     A discriminator looks at the teacher's features of it (LADD, Sauer et al. 2024), and the teacher's guided answer is
     what it should be (ADD, Sauer et al. 2023, Eq. 1 and 4): weight times the squared distance, less for much noise, and
@@ -42,8 +94,8 @@ class AdversarialObjective(DistillationObjective):
         discriminator: FeatureDiscriminator,
         settings: DistillationSettings,
     ) -> None:
-        super().__init__(student, teacher, process, guidance, empty)
-        self.settings, self._discriminator = settings, [discriminator]  # in a list, so that it is no part of this
+        super().__init__(student, teacher, process, guidance, empty, settings)
+        self._discriminator = [discriminator]  # in a list, so that it is no part of this
 
     def training_loss(self, batch: DiffusionBatch) -> Result:
         """The weighted sum of both; watched is the distance alone."""
@@ -52,7 +104,7 @@ class AdversarialObjective(DistillationObjective):
         times = self.judged_times(uniform)
         answer, scales = self.answer(batch)
         noisy = self.process.mix(answer, noise[0], times)
-        distances = self._distances(answer, noisy, times, condition, scales) * batch.loss_weight
+        distances = self.distances(answer, noisy, times, condition, scales) * batch.loss_weight
         loss = self.settings.distillation_weight * distances.mean()
         figures = {"distance": distances.mean().detach()}
         if int(self.updates) < self.settings.discriminator_start or not self.settings.discriminator_weight:
@@ -64,41 +116,6 @@ class AdversarialObjective(DistillationObjective):
         figures["adversarial_loss"] = adversarial.detach()
         whole = loss + self.settings.discriminator_weight * adversarial
         return Result(whole, loss.detach(), figures, RealAndFake(real, tuple(one.detach() for one in fake)))
-
-    def held_out_loss(self, batch: DiffusionBatch) -> Result:
-        """``val_loss``: the distances."""
-        noise, uniform = further_noise(batch, 1)
-        times = self.judged_times(uniform)
-        answer, scales = self.answer(batch)
-        noisy = self.process.mix(answer, noise[0], times)
-        losses = self._distances(answer, noisy, times, given_condition(batch), scales)
-        return Result(losses.mean(), losses.mean().detach(), {"val_loss": losses})
-
-    def answer(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
-        """The student's clean latents (B, C, h, w) at one of its steps, and the guidance scales (B,)."""
-        index, uniform = self.places(batch.draws, self.settings.few_steps)
-        times = self.process.num_timesteps - 1 - index * self.process.num_timesteps // self.settings.few_steps
-        scales = self.scales(uniform)
-        noisy = self.process.mix(batch.latents, batch.noise, times)
-        told = self.told(self.student, given_condition(batch), scales)
-        return self.guess(self.student, noisy, times, told).clean, scales
-
-    def judged_times(self, uniform: Tensor) -> Tensor:
-        """(B,) long, for uniform numbers (B,)."""
-        least, most = LEVELS
-        return ((least + (most - least) * uniform) * (self.process.num_timesteps - 1)).long()
-
-    @torch.no_grad()
-    def _wanted(self, noisy: Tensor, times: Tensor, condition: Conditioning, scales: Tensor) -> Tensor:
-        return self.guided_guess(noisy, times, condition, scales).clean
-
-    def _distances(
-        self, answer: Tensor, noisy: Tensor, times: Tensor, condition: Conditioning, scales: Tensor
-    ) -> Tensor:
-        """(B,): signal(t) times the mean squared distance to the teacher's answer; ADD, Eq. 4."""
-        wanted = self._wanted(noisy.detach(), times, condition, scales)
-        signal, _ = self.levels(times, answer)
-        return (signal * (answer - wanted).square()).flatten(1).mean(1)
 
     def features(self, noisy: Tensor, times: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
         """What the teacher sees in noisy latents: after each block of its way down, and after the middle."""

@@ -14,9 +14,10 @@ USED_BY = {
     "target_decay": ("lcm", "consistency"),
     "start_steps": ("progressive",),
     "stage_steps": ("progressive",),
-    "guidance_scale": ("lcm", "progressive", "adversarial"),
+    "guidance_scale": ("lcm", "progressive", "adversarial", "dmd"),
     **dict.fromkeys(("distillation_weight", "discriminator_weight", "discriminator_start"), ("adversarial",)),
     **dict.fromkeys(("discriminator_channels", "discriminator_learning_rate", "r1_weight"), ("adversarial",)),
+    "follower_learning_rate": ("dmd",),
 }
 """Settings that not every method knows."""
 
@@ -38,7 +39,7 @@ class DistillationSettings(AdaptedSettings):
         25, ge=1, description="steps in which it draws them; default: 25, or what it is made for"
     )
     model: str = Field(description="the teacher: a packaged model, a pipeline folder, a hub id")
-    method: Literal["lcm", "consistency", "progressive", "adversarial"] = Field(
+    method: Literal["lcm", "consistency", "progressive", "adversarial", "dmd"] = Field(
         "lcm", description="how the student learns; docs/few-steps.md says when to take which"
     )
     few_steps: int = Field(4, ge=1, le=64, description="steps that the student draws in by default")
@@ -68,6 +69,9 @@ class DistillationSettings(AdaptedSettings):
     discriminator_learning_rate: float | None = Field(None, gt=0, description="adversarial; default: learning_rate")
     r1_weight: float = Field(
         0.0, ge=0, description="adversarial: penalty on the discriminator's slope at real features"
+    )
+    follower_learning_rate: float | None = Field(
+        None, gt=0, description="dmd: of the denoiser that follows the student; default: twice learning_rate"
     )
     batch_size: int = Field(16, ge=1)
     max_steps: int = Field(2000, ge=1, description="updates in all; default with progressive: as the stages need")

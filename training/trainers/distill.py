@@ -33,6 +33,7 @@ from latentdiff.training.objectives.adversarial import (
 )
 from latentdiff.training.objectives.consistency import TIME_SCALING, ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective
+from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective, FollowerObjective
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.settings import DistillationSettings
@@ -114,7 +115,10 @@ def distill(settings: DistillationSettings) -> Path:
 
     scale, is_lora = settings.sample_guidance_scale, settings.lora_rank > 0
     kind = distilled_kind(settings.sample_prompts, settings.method, settings.few_steps, scale, lora=is_lora)
-    versus = (adversary, settings.discriminator_learning_rate, Alarms("the student").add)
+    rate = settings.discriminator_learning_rate
+    if settings.method == "dmd":
+        rate = settings.follower_learning_rate or 2 * settings.learning_rate
+    versus = (adversary, rate, Alarms("the student").add)
     return train_diffusion(settings, student, data, objective, save, kind, settings.model, *versus)
 
 
@@ -128,7 +132,7 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
         scheduler = process.scheduler("DDIMScheduler")
     else:
         scheduler = process.scheduler("LCMScheduler")  # which puts new noise into each answer, as is taught
-        among = process.num_timesteps if settings.method == "adversarial" else settings.solver_steps
+        among = process.num_timesteps if settings.method in ("adversarial", "dmd") else settings.solver_steps
         scheduler.register_to_config(original_inference_steps=among, timestep_scaling=TIME_SCALING)
     scheduler.register_to_config(steps_offset=1)  # changes nothing here, but diffusers' pipelines warn of any other
     return scheduler
@@ -314,4 +318,8 @@ def objectives_of(
         discriminator = FeatureDiscriminator(feature_widths(teacher), settings.discriminator_channels)
         adversary = FeatureDiscriminatorObjective(discriminator, settings.r1_weight)
         return AdversarialObjective(model.network, teacher, *common, discriminator, settings), adversary
+    if settings.method == "dmd":
+        follower = copy.deepcopy(teacher if settings.lora_rank else model.network).requires_grad_(True)
+        objective = DistributionMatchingObjective(model.network, teacher, *common, follower, settings)
+        return objective, FollowerObjective(follower, model.process)
     return ConsistencyObjective(model.network, teacher, *common, settings), None

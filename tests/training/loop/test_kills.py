@@ -92,13 +92,14 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
 
 
-@pytest.mark.parametrize("method", ["lcm", "progressive", "adversarial"])
+@pytest.mark.parametrize("method", ["lcm", "progressive", "adversarial", "dmd"])
 def test_distillation(pictures: Path, tmp_path: Path, method: str) -> None:
     tiny_pipeline("clip").save_pretrained(tmp_path / "model")
     own = {
         "lcm": {"guidance_scale": [1, 5]},
         "progressive": {"start_steps": 16, "stage_steps": 15},
         "adversarial": {"discriminator_channels": 4, "r1_weight": 0.1, "discriminator_start": 20},
+        "dmd": {},
     }
 
     def train(output: Path) -> None:

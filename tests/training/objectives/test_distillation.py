@@ -1,5 +1,6 @@
 """Distillation's losses, against diffusers' schedulers and closed forms, on real networks of a few weights."""
 
+import copy
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from latentdiff.training.objectives.adversarial import (
 )
 from latentdiff.training.objectives.consistency import ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective, follow, follower, further_noise
+from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective, FollowerObjective
 from latentdiff.training.objectives.objective import RealAndFake
 from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.settings import DistillationSettings
@@ -324,6 +326,30 @@ def test_the_slope_is_that_of_each_pictures_mean_logit() -> None:
     assert slope_at(logits, features) == pytest.approx((2 * 2**2 + 4 * 3**2) / 6**2)
 
 
+def test_distribution_matching_goes_where_the_teachers_score_is_larger(batch: DiffusionBatch, empty: Tensor) -> None:
+    taught, student, follows = teacher(), teacher().requires_grad_(True), teacher()
+    torch.nn.init.normal_(follows.conv_out.bias, std=0.3)
+    process = GaussianDiffusion("scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
+    chosen = settings(method="dmd", guidance_scale=3)
+    objective = DistributionMatchingObjective(student, taught, process, (3.0, 3.0), empty, follows, chosen)
+    result = objective(batch)
+    answer, scales = objective.answer(batch)
+    noise, uniform = further_noise(batch, 2)
+    times = ((0.02 + 0.96 * (uniform.double() * 1000).floor() / 1000) * 999).long()
+    noisy = process.mix(answer.detach(), noise[0], times)
+    of_teacher = objective.guided_guess(noisy, times, batch.condition, scales).clean
+    of_student = objective.guess(follows, noisy, times, batch.condition).clean
+    size = (answer - of_teacher).abs().mean((1, 2, 3), keepdim=True)
+    step = ((of_student - of_teacher) / size).detach()
+    torch.testing.assert_close(result.loss, 0.5 * step.square().mean(), rtol=1e-4, atol=1e-6)
+    wanted = (answer * step / answer.numel()).sum()  # its gradient is DMD's
+    own, other = (torch.autograd.grad(one, student.conv_in.weight)[0] for one in (result.loss, wanted))
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+    assert result.for_adversary is not None
+    torch.testing.assert_close(result.for_adversary.fake.latents, answer.detach())
+    assert not result.for_adversary.fake.latents.requires_grad
+
+
 MEAN, SPREAD = 0.7, 0.4
 ZERO_SNR = GaussianDiffusion("scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
 
@@ -346,14 +372,18 @@ class Affine(nn.Module):
         return SimpleNamespace(sample=slope * sample + offset)
 
 
-def learn(objective: DistillationObjective, updates: int) -> None:
+def learn(objective: DistillationObjective, updates: int, adversary: FollowerObjective | None = None) -> None:
     torch.manual_seed(0)
-    optimizer = torch.optim.Adam([one for one in objective.parameters() if one.requires_grad], 0.02)
+    groups = [{"params": [one for one in objective.parameters() if one.requires_grad]}]
+    if adversary is not None:
+        groups.append({"params": list(adversary.parameters())})
+    optimizer, rate = torch.optim.Adam(groups, 0.05), 0.02 if adversary is None else 0.01
     for number in range(updates):
-        optimizer.param_groups[0]["lr"] = 0.02 * min(1.0, 2 * (1 - number / updates))
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - number / updates))
         latents = MEAN + SPREAD * torch.randn(128, 1, 2, 2)
         draws, condition = torch.rand(128, dtype=torch.float64), Conditioning(torch.zeros(128, 1, 1))
-        loss = objective(DiffusionBatch(latents, torch.randn_like(latents), draws, condition, torch.ones(128))).loss
+        result = objective(DiffusionBatch(latents, torch.randn_like(latents), draws, condition, torch.ones(128)))
+        loss = result.loss if adversary is None else result.loss + adversary(result.for_adversary).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -387,3 +417,17 @@ def test_a_student_ends_in_one_step_where_its_teacher_ends_in_many(method: str) 
     found = (ddim(objective, student, noise, [999, -1]) - wanted).abs().mean()
     assert alone > 0.2  # the mean alone, whatever the noise
     assert found < 0.003
+
+
+@pytest.mark.slow
+def test_the_pictures_of_one_step_are_distributed_as_the_teachers() -> None:
+    taught, student, none = Affine().requires_grad_(False), Affine(), torch.zeros(1, 1, 1)
+    with torch.no_grad():
+        student.rows[0, 999] = -0.1  # or it has no way to tell up from down
+    follows, chosen = copy.deepcopy(student), settings(method="dmd", guidance_scale=1, few_steps=1)
+    objective = DistributionMatchingObjective(student, taught, ZERO_SNR, (1.0, 1.0), none, follows, chosen)
+    learn(objective, 800, FollowerObjective(follows, ZERO_SNR))
+    noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    drawn = ddim(objective, student, noise, [999, -1])
+    assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(drawn.std()) == pytest.approx(SPREAD, abs=0.04)

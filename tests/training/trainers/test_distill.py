@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, object]] = {
     "consistency": {"method": "consistency"},
     "progressive": {"method": "progressive", "start_steps": 4, "stage_steps": 1},
     "adversarial": {"method": "adversarial", "discriminator_channels": 4, "r1_weight": 0.1},
+    "dmd": {"method": "dmd", "lora_rank": 2},
 }
 FEW: dict[str, dict[str, object]] = {
     "progressive": {"few_steps": 2, "start_steps": 2, "stage_steps": 1, "max_steps": 2},
