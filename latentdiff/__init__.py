@@ -3,8 +3,9 @@
 The names below load what they need when they are first used; ``import latentdiff`` itself costs next to nothing.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from latentdiff.imports import load_module
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")
     home = "latentdiff.pipelines" if name.endswith("Pipeline") else "latentdiff.models"
-    return getattr(import_module(home), name)
+    return getattr(load_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The command line: the commands of `latentdiff.pipelines.commands` and of `latentdiff.training.cli`."""
 
+import gc
 import os
 import re
 import sys
@@ -102,7 +103,10 @@ def explain(error: Exception) -> tuple[str, bool]:
 
 def main() -> None:
     """The ``latentdiff`` command, but for Ctrl-C while it begins, which is `latentdiff.__main__`'s."""
-    run(application())
+    try:
+        run(application())
+    finally:
+        gc.freeze()  # or Python looks through the objects of all libraries for cycles once more before it ends, 1.5 s
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What users call: pipelines that tie text encoder, UNet, scheduler and decoder together."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.imports import load_module
 from latentdiff.pipelines.registry import KINDS
 
 if TYPE_CHECKING:
@@ -46,4 +46,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentdiff.pipelines' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(load_module(_HOMES[name]), name)

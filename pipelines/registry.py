@@ -6,10 +6,10 @@ kind that lives elsewhere is made known by `register`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from latentdiff.imports import load_module
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.packed import packed_index
 
@@ -43,7 +43,7 @@ class Kind:
 
     def load(self) -> Any:
         """The class."""
-        return getattr(import_module(self.module), self.name)
+        return getattr(load_module(self.module), self.name)
 
     def fits(self, unet_channels: int, latent_channels: int) -> bool:
         """Whether a UNet with this many input channels is for such a pipeline."""

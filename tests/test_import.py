@@ -1,9 +1,13 @@
 """Importing is cheap, and nothing happens by it."""
 
+import gc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from latentdiff.imports import collector_paused, load_module
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "open_clip", "accelerate", "typer")
 
@@ -41,6 +45,59 @@ def test_the_pipeline_does_not_need_open_clip_or_diffusers_stable_diffusion() ->
     code = "import latentdiff; latentdiff.TextToImagePipeline"
     unwanted = ("open_clip", "datasets", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     assert loaded_after(code, *unwanted) == []
+
+
+NOT_FOR_A_DRAWING = (
+    "open_clip",
+    "datasets",
+    "gradio",
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorboard",
+    "wandb",
+    "torchmetrics",
+    "latentdiff.training.loop",
+    "diffusers.guiders",
+    "diffusers.pipelines.onnx_utils",
+    "diffusers.pipelines.stable_diffusion",
+    "transformers.models.clip.modeling_clip",
+)
+MODULES = 4350
+"""That a drawing may import; 4050 are those of diffusers' ``DiffusionPipeline`` and transformers' ``BertModel``."""
+
+
+@pytest.mark.slow
+def test_a_drawing_imports_what_it_needs(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from latentdiff.cli import main
+sys.argv = ["latentdiff", "generate", "a red car", "-o", {str(tmp_path / "a.png")!r}]
+sys.stdout, stdout = sys.stderr, sys.stdout
+try:
+    main()
+except SystemExit:
+    sys.stdout = stdout
+print(len(sys.modules))"""
+    count, *heavy = loaded_after(code, *NOT_FOR_A_DRAWING)
+    assert (tmp_path / "a.png").is_file()
+    assert heavy == []
+    assert int(count) < MODULES
+
+
+def test_the_collector_rests_while_large_modules_are_imported() -> None:
+    assert gc.isenabled()
+    with collector_paused():
+        assert not gc.isenabled()
+        assert load_module("latentdiff.terminal") is sys.modules["latentdiff.terminal"]
+        assert not gc.isenabled()  # as it was
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError):
+        load_module("latentdiff.nothing")
+    assert gc.isenabled()
 
 
 def test_unknown_names_are_attribute_errors() -> None:

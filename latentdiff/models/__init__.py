@@ -1,7 +1,8 @@
 """The networks: autoencoders, UNets and a classifier, with diffusers' class names, config keys and weights."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from latentdiff.imports import load_module
 
 if TYPE_CHECKING:
     from latentdiff.models.autoencoder import AutoencoderKL
@@ -48,7 +49,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentdiff.models' has no attribute {name!r}")
-    return getattr(import_module(f"latentdiff.models.{_HOMES[name]}"), name)
+    return getattr(load_module(f"latentdiff.models.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

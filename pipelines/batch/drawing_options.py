@@ -26,7 +26,7 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] 
 class Plain(BaseModel):
     """Values of known names and types; anything else is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)

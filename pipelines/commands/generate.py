@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import Field
 
+from latentdiff.imports import load_module
 from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, DrawingOptions, GenerateOptions, Plain
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
@@ -99,6 +100,7 @@ def generate(
 
     digest = digest_in_background(place, loading.variant)
     started = time.perf_counter()
+    load_module("latentdiff.pipelines.batch.draw")
     from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
 
     inputs, used = read_inputs(source.image, source.mask)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from latentdiff.imports import load_module
 from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
 from latentdiff.pipelines.commands.generate import check_words
 from latentdiff.pipelines.commands.model_options import (
@@ -77,6 +78,7 @@ def many(
 
     digest = digest_in_background(place, variant)
     started = time.perf_counter()
+    load_module("latentdiff.pipelines.batch.draw")
     from latentdiff.pipelines.batch.draw import load_adapters
     from latentdiff.pipelines.batch.many import draw_many
     from latentdiff.pipelines.distributed import drawing_processes

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
+from latentdiff.imports import collector_paused
 from latentdiff.pipelines.batch.drawing_options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
 
@@ -141,6 +142,7 @@ def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Pa
     return folder
 
 
+@collector_paused()
 def load_pipeline(
     model: str | Path,
     device: Device,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff import __version__
+from latentdiff.imports import load_module
 from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, find_place, load_pipeline
 from latentdiff.terminal import say
@@ -56,6 +57,7 @@ def replay(
     digest = digest_in_background(place, record.variant)
 
     started = time.perf_counter()
+    load_module("latentdiff.pipelines.batch.draw")
     import torch
 
     from latentdiff.pipelines.batch.draw import find_used, load_adapters, read_inputs, redraw, this_machine

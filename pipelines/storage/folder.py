@@ -1,5 +1,6 @@
 """Pipelines as folders: loaded with our networks, saved as diffusers' own."""
 
+import inspect
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from latentdiff.pipelines.storage.loading import (
     load_networks,
     only_variant,
     refuse_options,
+    small_parts,
 )
 from latentdiff.pipelines.storage.packed import PackedPipeline
 from latentdiff.text.load import check_vocabulary
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
+
+UNUSED = {"variant", "local_files_only", "force_download", "revision", "token", "cache_dir"}
+"""Options of loading that mean nothing where the folder is here and its networks are loaded."""
 
 AS_IT_IS = object()  # a dtype that changes nothing
 
@@ -91,12 +96,36 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         with faults_named(folder, foreign=True):
             check_schedulers(folder, wanted)
             networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
-            options |= {**networks, "dtype": dtype, "use_safetensors": True}
-            pipeline = super().from_pretrained(str(folder), **options)
+            pipeline = cls.assembled(folder, index, networks) if options.keys() <= UNUSED else None
+            if pipeline is None:
+                options |= {**networks, "dtype": dtype, "use_safetensors": True}
+                pipeline = super().from_pretrained(str(folder), **options)
             if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
                 check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"), pipeline.text_encoder)
             pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def assembled(cls, folder: Path, index: dict[str, Any], networks: dict[str, Any]) -> Self | None:
+        """The pipeline of these networks and a folder's schedulers and tokenizers; None if there is more in the folder,
+        or less than the constructor needs, with which diffusers' loader knows what to do.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        named = {name: value for name, value in index.items() if name in parameters}
+        parts = {name: value for name, value in named.items() if isinstance(value, list)}
+        there = {name: value for name, value in parts.items() if value[0] is not None}
+        required = [
+            name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name != "self"
+        ]
+        if not set(required) <= set(there) or not set(there) >= set(networks):
+            return None
+        small = small_parts(folder, there, networks)
+        if small is None:
+            return None
+        settings = {name: value for name, value in named.items() if name not in parts}
+        pipeline = cls(**dict.fromkeys(set(parts) - set(there)), **networks, **small, **settings)
+        pipeline.register_to_config(_name_or_path=str(folder))
+        return pipeline
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **options: Any) -> Any:

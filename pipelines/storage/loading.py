@@ -4,7 +4,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,28 @@ def check_value(what: str, value: Any, usual: Any) -> None:
     if known is not None and type(value) not in known and (value is not None or betas):
         kinds = {bool: "true or false", str: "a text"}
         raise ValueError(f"{what} is {json.dumps(value)[:200]}; it should be {kinds.get(type(usual), 'a number')}")
+
+
+def small_parts(folder: Path, index: Mapping[str, Any], loaded: Iterable[str]) -> dict[str, Any] | None:
+    """What is left of a pipeline folder besides networks, if that is only schedulers and tokenizers; else None.
+
+    diffusers' loader of pipelines would load them likewise, but imports its own pipelines and ONNX before.
+    """
+    import diffusers
+    import transformers
+
+    found = {}
+    for name, (library, class_name) in index.items():
+        if name in loaded:
+            continue
+        kind: Any = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
+        is_scheduler = library == "diffusers" and class_name.endswith("Scheduler")
+        is_tokenizer = library == "transformers" and class_name.endswith(("Tokenizer", "TokenizerFast"))
+        if not isinstance(kind, type) or not (is_scheduler or is_tokenizer):
+            return None
+        found[name] = kind.from_pretrained(str(folder / name))  # type: ignore[attr-defined]
+        loader_log.info(f"Loaded {name} as {class_name} from `{name}` subfolder of {folder}.")
+    return found
 
 
 def transformers_class(entry: Any) -> Any:

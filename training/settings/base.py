@@ -27,7 +27,7 @@ ALIASES = {
 class Settings(BaseModel):
     """Base of the settings: unknown keys and values of the wrong type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True, validate_default=True)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None) -> Self:
