@@ -2,7 +2,7 @@
 
     python benchmarks/autoencoders.py                         # sizes of Latent Diffusion, at 256 pixels
     python benchmarks/autoencoders.py --kinds kl-f8 --sizes 128 512 --batch 2
-    python benchmarks/autoencoders.py --kinds tiny emoji kl-f8 --sizes 128 256
+    python benchmarks/autoencoders.py --kinds tiny-32 emoji tiny kl-f8 --sizes 128 256 --alone
     python benchmarks/autoencoders.py --peak ours kl-f8 decode 1 2048 512     # memory alone, in tiles of 512
 
 Speed is the median of runs in turn within one process, on a quiet machine. Memory is the peak above the loaded model,
@@ -11,9 +11,11 @@ are in [-1, 1]).
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "tiny": ("AutoencoderTiny", {}),
+    "tiny-32": (
+        "AutoencoderTiny",
+        {
+            "encoder_block_out_channels": (32,) * 4,
+            "decoder_block_out_channels": (32,) * 4,
+            "num_encoder_blocks": (1, 2, 2, 2),
+            "num_decoder_blocks": (2, 2, 2, 1),
+            "latent_channels": 8,
+        },
+    ),
 }
 BLOCKS = {"down": "Encoder", "up": "Decoder"}
 LIBRARIES: dict[str, Any] = {"ours": models, "theirs": diffusers}
@@ -102,6 +114,17 @@ def compare(kind: str, operation: str, arguments: argparse.Namespace, size: int)
     return f"{mine:>8.3f}s{other:>10.3f}s{ratio:>7.2f}{memory[0]:>9.0f}{memory[1]:>10.0f}{difference:>12.1e}"
 
 
+def processor_time(kind: str, operation: str, batch: int, size: int, repeats: int) -> float:
+    """Seconds that one thread of ours computes, the least of several times; other processes hardly count."""
+    torch.set_num_threads(1)
+    model, times = build("ours", kind, 0), []
+    for _ in range(repeats):
+        start = time.thread_time()
+        call(model, operation, batch, size)
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,10 +134,18 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=0, help="side of a tile in pixels; 0: whole pictures")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", nargs=6, metavar=("LIBRARY", "KIND", "OPERATION", "BATCH", "SIZE", "TILES"))
+    parser.add_argument("--alone", action="store_true", help="ours only: the processor's time in one thread")
     arguments = parser.parse_args()
     if arguments.peak:
         library, kind, operation, *numbers = arguments.peak
         print(f"MiB above the model: {peak(library, kind, operation, *map(int, numbers)):.0f}")
+        return
+    if arguments.alone:
+        for size, kind in itertools.product(arguments.sizes, arguments.kinds):
+            times = [
+                processor_time(kind, way, arguments.batch, size, arguments.repeats) for way in ("encode", "decode")
+            ]
+            print(f"{kind:7}{size:>6}  encode {times[0] * 1000:.0f} ms  decode {times[1] * 1000:.0f} ms", flush=True)
         return
     tiles = f", tiles of {arguments.tiles}" if arguments.tiles else ""
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, float32")

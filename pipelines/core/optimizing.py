@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -170,7 +171,7 @@ def tried(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, co
             way = replace(best, **change)
             if str(way) in seconds:
                 continue
-            step, prediction = measured(pipeline, way.applied(network), call)
+            step, prediction = measured(pipeline, way.applied(network), call, seconds[str(best)])
             seconds[str(way)] = step
             off = relative(prediction, exact)
             if step <= gain * seconds[str(best)] and off <= max_error:
@@ -199,8 +200,13 @@ def has_bfloat16() -> bool:
     )
 
 
-def measured(pipeline: "LatentPipeline", network: Any, call: dict[str, Any]) -> tuple[float, Tensor]:
-    """Seconds of the fastest of a few steps after the first, and the first prediction (B, C, h, w)."""
+def measured(
+    pipeline: "LatentPipeline", network: Any, call: dict[str, Any], best: float = math.inf
+) -> tuple[float, Tensor]:
+    """Seconds of the fastest of a few steps after the first, and the first prediction (B, C, h, w).
+
+    Where one takes twice as long as the `best` so far, no further one is waited for.
+    """
     trial = copy.copy(pipeline)
     trial._progress_bar_config = {"disable": True}
     if network is not pipeline.unet:
@@ -213,6 +219,8 @@ def measured(pipeline: "LatentPipeline", network: Any, call: dict[str, Any]) -> 
         times.append(time.perf_counter())
         if first is None:
             first = progress.prediction.detach().float().clone()
+        elif times[-1] - times[-2] > 2 * best:
+            break
     assert first is not None
     return min(b - a for a, b in itertools.pairwise(times[:steps])), first
 
