@@ -14,6 +14,7 @@ from latentdiff.codec import Codec
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.folders import find_model, packaged_models
 from latentdiff.interchange.picture_files import to_pictures
+from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from latentdiff.metrics.clip import ClipScore, load_clip
 from latentdiff.metrics.distribution_distances import NEAREST
@@ -25,11 +26,13 @@ from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.caption_checks import labels_of
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
+from latentdiff.training.loop.figures import comparison_sheet
 from latentdiff.training.settings import Condition, EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-REPORT = "evaluation.json"
+REPORT, SHEET = "evaluation.json", "comparison.png"
+SHOWN, MADE_BY = 16, {"made_by": "latentdiff evaluate"}  # pictures of the sheet, and what its PNG says
 FEW = 200  # pictures of each kind, below which precision and recall are not shown
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
 NAMES = {
@@ -51,8 +54,8 @@ NAMES = {
 def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, Any]:
     """Draw one picture per caption of held-out pictures, and measure all of them. Pictures of an earlier run are kept.
 
-    Writes ``samples/`` and ``evaluation.json`` in the output folder, and the evaluation in the model's card if
-    latentdiff wrote that.
+    Writes ``samples/``, ``evaluation.json`` and ``comparison.png`` (see `comparison`) in the output folder, and the
+    evaluation in the model's card if latentdiff wrote that.
 
     Args:
         pipeline: a `TextToImagePipeline`, `ClassConditionalPipeline` or `UnconditionalPipeline`, on the device that it
@@ -68,6 +71,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     """
     folder = settings.folder()
     check_report(folder / REPORT)
+    check_sheet(folder / SHEET)
     extractor = load_extractor(settings.extractor)  # errors should come before hours of drawing
     clip = load_clip(settings.clip) if settings.clip is not None else None
     condition = condition_of(pipeline)
@@ -102,6 +106,8 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
+    save_picture(comparison(measured), folder / SHEET, MADE_BY)
+    logger.info("held-out pictures, and what was drawn of their captions: %s", folder / SHEET)
     note_in_card(settings, report)
     return report
 
@@ -207,6 +213,26 @@ class Measured:
         for drawing in self.drawings:
             with Image.open(drawing.file) as image:
                 yield image.convert("RGB")
+
+
+def check_sheet(file: Path) -> None:
+    """Raises FileExistsError if `file` is there and was not written by latentdiff."""
+    if file.exists() and (read_settings(file) or {}).get("made_by") != MADE_BY["made_by"]:
+        raise FileExistsError(f"{file} exists and was not written by latentdiff evaluate; choose another --output")
+
+
+def comparison(measured: Measured) -> Image.Image:
+    """The first drawings, and above each a held-out picture that has its caption; the caption is below."""
+    drawings = measured.drawings[:SHOWN]
+    captions = list(map(caption_of, drawings))
+    having: dict[str, list[CaptionedPicture]] = {}
+    for picture in measured.pictures:
+        for caption in picture.captions:
+            having.setdefault(caption, []).append(picture)
+    turns = [captions[:i].count(caption) for i, caption in enumerate(captions)]
+    originals = [having[caption][turn % len(having[caption])] for caption, turn in zip(captions, turns, strict=True)]
+    chosen = Measured(originals, drawings, measured.height, measured.width)
+    return comparison_sheet({"held out": list(chosen.real()), "drawn": list(chosen.drawn())}, captions)
 
 
 def set_metrics(measured: Measured, extractor: Extractor, batch_size: int, notes: list[str]) -> dict[str, float]:

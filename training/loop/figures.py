@@ -60,7 +60,7 @@ def panel(title: str, points: Sequence[tuple[float, float]]) -> Image.Image:
     return image.reduce(2)
 
 
-def compared(
+def comparison_sheet(
     rows: Mapping[str, Sequence[Image.Image | None]], captions: Sequence[str], columns: int = 8
 ) -> Image.Image:
     """Pictures of the same captions below each other, as often as `columns` of them need it.

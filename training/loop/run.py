@@ -62,7 +62,7 @@ class TrainingRun:
         self.history: list[dict[str, Any]] = []  # of settings that changed: when, step, setting, old, new
         self.looked_at = -1  # the step of the last samples
         self.model_bytes = 0  # of what will be saved at the end, where the trainer says so
-        self.shown_share = 1.0  # of the samples, that a dry run draws
+        self.shown_share = 1.0  # of the samples, that were drawn last
         self.draws_before = False  # whether samples are drawn before training too
         self.pace, self._estimated = estimate.Pace(), False
         self.checkpoints = Checkpoints(checkpoints, self.accelerator, settings.keep_checkpoints)
@@ -179,8 +179,10 @@ class TrainingRun:
     def looking(self) -> Iterator[None]:
         """Within, the averaged weights are in place, and time does not count as that of updates."""
         began = time.monotonic()
+        self._bar.set_description("drawing samples")
         with self.averaged():
             yield
+        self._bar.set_description()
         self.looked_at, self.stopping.has_shown = self.step, True
         self.pace.looked(time.monotonic() - began, self.shown_share)
 
@@ -195,7 +197,7 @@ class TrainingRun:
             logger.info("drawing samples of step %d; Ctrl-C leaves them out", self.step)
         began = time.monotonic()
         self.stopping.at_leisure(draw, at_stop=True)
-        self.pace.look = time.monotonic() - began
+        self.pace.looked(time.monotonic() - began, self.shown_share)
 
     def estimated(self) -> list[str]:
         """Lines about the time, memory and disk that the rest of the run takes."""

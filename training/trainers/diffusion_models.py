@@ -58,15 +58,18 @@ class DiffusionModel(ABC):
     ) -> ConditionSource:
         """What the network is given of the captions of `pictures`."""
 
-    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
-        """A picture of each prompt, with seed 0."""
-        return self._pictures(device, settings, list(prompts), guidance_scale=settings.sample_guidance_scale)
+    def draw(
+        self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device, seed: int = 0
+    ) -> list[Any]:
+        """A picture of each prompt, the first with `seed`, the next with the next."""
+        scale = settings.sample_guidance_scale
+        return self._pictures(device, settings, list(prompts), guidance_scale=scale, seed=seed)
 
     def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
         pipeline = self.pipeline().to(device)
         pipeline.set_progress_bar_config(disable=True)
         size = {"height": settings.resolution, "width": settings.resolution}
-        return pipeline(*args, **size, num_inference_steps=settings.sample_steps, seed=0, **call).images
+        return pipeline(*args, **size, num_inference_steps=settings.sample_steps, **call).images
 
 
 @dataclass
@@ -132,8 +135,10 @@ class UnconditionalModel(DiffusionModel):
     ) -> ConditionSource:
         return ConditionSource(NoConditioner())
 
-    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
-        return self._pictures(device, settings, batch_size=SAMPLES)
+    def draw(
+        self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device, seed: int = 0
+    ) -> list[Any]:
+        return self._pictures(device, settings, batch_size=SAMPLES, seed=seed)
 
 
 @dataclass
@@ -148,7 +153,9 @@ class GuidedModel(ClassModel):
             self.guided.unet, self.scheduler, self.guided.vqvae, self.network, id2label=names
         )
 
-    def draw(self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device) -> list[Any]:
+    def draw(
+        self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device, seed: int = 0
+    ) -> list[Any]:
         assert isinstance(settings, ClassifierSettings)
         return self._pictures(
             device,
@@ -156,6 +163,7 @@ class GuidedModel(ClassModel):
             list(prompts),
             guidance_scale=settings.sample_guidance_scale,
             classifier_scale=settings.sample_classifier_scale,
+            seed=seed,
         )
 
 

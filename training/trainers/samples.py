@@ -1,6 +1,7 @@
 """The samples of a run: the same prompts each time, beside the user's pictures and what was drawn before training."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.interchange.png import image_grid, read_settings, save_picture
 from latentdiff.training.data import CaptionedPicture, read_pixels
-from latentdiff.training.loop.figures import compared
+from latentdiff.training.loop.figures import comparison_sheet
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
 
 FEW = 4  # samples that a dry run draws
+SOON = 60.0  # seconds for samples that are drawn before training and soon after its beginning
 
 
 class Samples:
@@ -38,8 +40,8 @@ class Samples:
     ) -> None:
         self.run, self.settings, self.model, self.idle = run, settings, model, idle
         self.prompts: Sequence[str] = settings.sample_prompts or chosen_captions(run, pictures)
-        if settings.is_dry_run and not isinstance(model, UnconditionalModel):
-            run.shown_share = min(FEW, len(self.prompts)) / len(self.prompts)
+        self.count = len(self.prompts)
+        if settings.is_dry_run:
             self.prompts = self.prompts[:FEW]
         self.rows: dict[str, Sequence[Image.Image | None]] = {}
         if run.accelerator.is_main_process:
@@ -48,30 +50,46 @@ class Samples:
             self._add("before", [self._before(number) for number in range(len(self.prompts))])
 
     def draw_before(self) -> None:
-        """Draw and keep what the model draws before training."""
+        """Draw and keep what the model draws before training, as many as there is time for."""
         with self.run.averaged():
-            images = self._draw()
+            images = self._draw(SOON)
         if self.run.accelerator.is_main_process:
             for number, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
-                save_picture(image, self._file(number), {"caption": prompt})
+                if image is not None:
+                    save_picture(image, self._file(number), {"caption": prompt})
             self._add("before", images)
 
     def draw(self) -> None:
-        """A grid of the model as it is; of those that draw without prompts, of its pictures alone."""
-        images = self._draw()
+        """A grid of the model as it is; of those that draw without prompts, of its pictures alone.
+
+        What is drawn besides the settings' plan, soon after the beginning, is no more than there is time for.
+        """
+        images = self._draw(None if self.run.due(self.settings.sample_every) else SOON)
         if not self.run.accelerator.is_main_process:
             return
         if isinstance(self.model, UnconditionalModel):
-            self.run.show("samples", image_grid(images, 8))
+            self.run.show("samples", image_grid([image for image in images if image is not None], 8))
         else:
             rows = {**self.rows, f"step {self.run.step}": images}
-            self.run.show("samples", compared(rows, self.prompts))
+            self.run.show("samples", comparison_sheet(rows, self.prompts))
 
-    def _draw(self) -> list[Image.Image]:
-        images = self.model.draw(self.prompts, self.settings, self.run.device)
+    def _draw(self, within: float | None) -> list[Image.Image | None]:
+        """A sample of each prompt; of those that do not fit into so many seconds, but for the first, None."""
+        if isinstance(self.model, UnconditionalModel):
+            return self.model.draw((), self.settings, self.run.device)
+        images: list[Any] = []
+        wanted = 1 if within is not None and self.run.accelerator.num_processes == 1 else len(self.prompts)
+        began = time.monotonic()
+        while wanted > 0:
+            at = len(images)
+            images += self.model.draw(self.prompts[at : at + wanted], self.settings, self.run.device, seed=at)
+            spent = time.monotonic() - began
+            fitting = int(((within or 0.0) - spent) * len(images) / max(spent, 1e-9))
+            wanted = min(fitting, len(self.prompts) - len(images))
         for network in self.idle:
             network.to("cpu")
-        return images
+        self.run.shown_share = len(images) / self.count
+        return images + [None] * (len(self.prompts) - len(images))
 
     def _add(self, name: str, images: Sequence[Image.Image | None]) -> None:
         if any(images):

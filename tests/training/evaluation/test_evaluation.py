@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -88,6 +89,15 @@ def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixtur
     expected = frechet_distance(extractor.features(drawn), extractor.features(real))
     assert report["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
 
+    # The sheet has a held-out picture of each caption above what was drawn of it.
+    sheet = np.array(Image.open(output / "comparison.png"))
+    caption = read_settings(output / "samples" / "000000.png")["prompts"][0]
+    (original,) = [np.array(image) for image, one in zip(real, found, strict=True) if caption in one.captions][:1]
+    left = 130 + 56  # beside the names of the rows, in the middle of a cell
+    assert np.array_equal(sheet[:16, left : left + 16], original)
+    assert np.array_equal(sheet[16:32, left : left + 16], np.array(drawn[0].convert("RGB")))
+    assert str(output / "comparison.png") in caplog.text
+
     card = (model / "README.md").read_text(encoding="utf-8")
     assert "## Evaluation" in card
     assert f"| Fréchet distance (not FID) | {report['metrics']['frechet_distance']:.6g} |" in card
@@ -167,6 +177,10 @@ def test_nothing_of_somebody_else_is_changed(model: Path, pictures: Path, tmp_pa
     with pytest.raises(FileExistsError, match="was not written by latentdiff evaluate"):
         evaluate(model, pictures, output=str(out))
     assert [file.name for file in out.iterdir()] == ["evaluation.json"]
+    (out / "evaluation.json").rename(out / "comparison.png")
+    with pytest.raises(FileExistsError, match=r"comparison\.png exists and was not written by latentdiff evaluate"):
+        evaluate(model, pictures, output=str(out))
+    assert [file.name for file in out.iterdir()] == ["comparison.png"]
 
 
 def test_bad_pictures_are_left_out(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny import autoencoder_settings, tiny_pipeline
 from latentdiff import TextToImagePipeline
 from latentdiff.training.loop.checkpoints import step_reached
 from latentdiff.training.loop.estimate import dry_run
-from latentdiff.training.loop.figures import CELL, LINE, LINES, compared
+from latentdiff.training.loop.figures import CELL, LINE, LINES, comparison_sheet
 from latentdiff.training.settings import DenoiserSettings, FinetuneSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
@@ -39,7 +39,9 @@ def test_pictures_of_the_same_captions_stand_below_each_other() -> None:
     def image(colour: str) -> Image.Image:
         return Image.new("RGB", (140, 20), colour)
 
-    sheet = np.array(compared({"before": [image("red")] * 3, "now": [image("lime"), None, image("blue")]}, "abc", 2))
+    sheet = np.array(
+        comparison_sheet({"before": [image("red")] * 3, "now": [image("lime"), None, image("blue")]}, "abc", 2)
+    )
     height = 40 + LINES * LINE + 4
     assert sheet.shape[:2] == (2 * height + 2, 3 * 142 - 2)  # a column of names and two of pictures, twice
     assert sheet[10, 142 + 70].tolist() == [255, 0, 0]
@@ -47,7 +49,7 @@ def test_pictures_of_the_same_captions_stand_below_each_other() -> None:
     assert sheet[30, 2 * 142 + 70].tolist() == [238, 238, 238]  # there is none
     assert sheet[height + 2 + 30, 142 + 70].tolist() == [0, 0, 255]
     assert sheet[10, 100:136].min() < 128  # the name
-    alone = compared({"now": [Image.new("RGB", (20, 20))]}, ["a"])
+    alone = comparison_sheet({"now": [Image.new("RGB", (20, 20))]}, ["a"])
     assert alone.size == (CELL, 20 + LINES * LINE + 4)
 
 
@@ -78,10 +80,10 @@ def test_a_stopped_training_draws_after_all_is_saved(
     rarely = {"max_steps": 10**6, "sample_every": 10**6, "checkpoint_every": 10**6, "max_minutes": 1e-3}
     draw = TextModel.draw
 
-    def interrupted(model: TextModel, *arguments: Any) -> Any:
+    def interrupted(model: TextModel, *arguments: Any, **more: Any) -> Any:
         if (tmp_path / "out" / "model_index.json").exists():  # it is at the stop
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(model, *arguments)
+        return draw(model, *arguments, **more)
 
     out = finetune(tuned(pictures, tmp_path, **rarely))
     step = step_reached(out)
@@ -122,3 +124,19 @@ def test_dry_runs_write_nothing(
     assert "drawing 30 class pictures, before all else, takes about" in caplog.text
     assert "encoding all pictures, once and before the first step, takes about" in caplog.text
     assert "with samples and figures 2 times" in caplog.text  # before and after fine-tuning
+
+
+def test_samples_besides_the_plan_take_no_more_than_their_time(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.training.trainers.samples.SOON", 0.0)
+    monkeypatch.setattr("latentdiff.training.loop.stopping.FIRST_LOOK", 0.0)
+    out = finetune(tuned(pictures, tmp_path, max_steps=2))
+    assert [file.name for file in (out / "training" / "before").iterdir()] == ["00.png"]
+    assert len(list((out / "training" / "samples").iterdir())) == 2
+    for step, drawn in ((1, 1), (2, 10)):
+        with Image.open(out / "training" / "samples" / f"step-{step:08d}.png") as sheet:
+            pixels = np.array(sheet)
+        row = 2 * 16 + 8  # the middle of the third row: picture, before, this step
+        cells = [pixels[row + i // 8 * 93, 130 * (i % 8 + 1) + 5].tolist() for i in range(10)]
+        assert sum(cell != [238, 238, 238] for cell in cells) == drawn

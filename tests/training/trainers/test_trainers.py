@@ -263,7 +263,7 @@ def test_mistakes_are_explained(denoiser_settings: dict[str, object], tmp_path: 
     with pytest.raises(ValueError, match="resolution 17 is not divisible"):
         train(resolution=17)
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        train(prediction_type="epsilon")
+        train(prediction_type="epsilon", zero_terminal_snr=True)
     with pytest.raises(ValueError, match="resolution 15 is not divisible by the factor 2"):
         train_autoencoder(
             autoencoder_settings(Path(str(denoiser_settings["data"])), tmp_path / "y", resolution=15, max_steps=1)
