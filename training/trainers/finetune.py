@@ -46,6 +46,9 @@ USED_BY = {
 UNDISTILLED = {"num_inference_steps": 25, "guidance_scale": 2.0}
 """How a model draws that was distilled to at most `FEW_STEPS` steps without guidance, once it has been fine-tuned."""
 
+OF_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
+"""Schedulers that draw with distilled models alone."""
+
 Finish = Callable[[], None]
 """Prepares the pipeline for saving, and saves the files beside it."""
 
@@ -68,8 +71,15 @@ def finetune(settings: FinetuneSettings) -> Path:
     pipeline = load_model(settings.model)
     pipeline.set_progress_bar_config(disable=True)
     settings = complete(settings, pipeline)
+    if pipeline.guides_itself and settings.method != "textual-inversion":
+        raise ValueError(
+            f"{settings.model}: its UNet was distilled and takes the guidance scale as a condition, which fine-tuning "
+            f"would unlearn; fine-tune the model that it was made from, then 'latentdiff distill' that"
+        )
     if is_distilled(settings, pipeline):
         pipeline.register_defaults(**UNDISTILLED)
+        if type(pipeline.scheduler).__name__ in OF_FEW_STEPS:
+            pipeline.scheduler = process_from_config(pipeline.scheduler.config).scheduler()
         own = "%s draws in few steps without guidance; fine-tuned it takes %d steps with a guidance of %g"
         logger.info(own, settings.model, *UNDISTILLED.values())
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)

@@ -15,8 +15,9 @@ from tiny import draw, tiny_pipeline
 
 from latentdiff import TextToImagePipeline
 from latentdiff.interchange.png import read_settings
-from latentdiff.training.settings import DistillationSettings
+from latentdiff.training.settings import DistillationSettings, FinetuneSettings
 from latentdiff.training.trainers.distill import distill
+from latentdiff.training.trainers.finetune import UNDISTILLED, finetune
 
 SMALL = {"batch_size": 2, "max_steps": 3, "checkpoint_every": 3, "sample_every": 3, "learning_rate": 1e-2}
 METHODS: dict[str, dict[str, object]] = {
@@ -228,6 +229,22 @@ def test_teachers_that_cannot_be(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"FlowMatch|beta"):
         run(tmp_path / "flow", tmp_path / "out", data=str(pictures))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_fine_tuned_to_many_steps_or_not_at_all(pictures: Path, tmp_path: Path) -> None:
+    few = tiny_pipeline("clip")
+    few.scheduler = diffusers.LCMScheduler.from_config(few.scheduler.config)
+    few.register_defaults(num_inference_steps=4, guidance_scale=1.0)
+    few.save_pretrained(tmp_path / "few")
+    values = {"data": str(pictures), "lora_rank": 2, "max_steps": 1, "batch_size": 2, "output": str(tmp_path / "out")}
+    out = finetune(FinetuneSettings.load(None, {**values, "model": str(tmp_path / "few")}))
+    tuned = TextToImagePipeline.from_pretrained(out)
+    assert (type(tuned.scheduler), tuned.defaults) == (diffusers.DDIMScheduler, UNDISTILLED)
+    assert tuned.scheduler.config.prediction_type == "v_prediction"
+    told = save_tiny(tmp_path / "told", time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match="fine-tune the model that it was made from, then 'latentdiff distill' that"):
+        finetune(FinetuneSettings.load(None, {**values, "model": str(told), "output": str(tmp_path / "other")}))
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_teacher_does_not_go_on(pictures: Path, model: Path, tmp_path: Path) -> None:
