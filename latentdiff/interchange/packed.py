@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "latentdiff.folder"
+TOKENIZER_KEY = "latentdiff.tokenizer"
+"""Of the tokenizer, likewise, in a file of Stable Diffusion's layout, which has no place for one."""
+
 VERSION = 1
 MAX_FILES = 1000
 INDEX = "model_index.json"
@@ -49,7 +52,19 @@ def packed_content(file: Path) -> dict[str, Any] | None:
         names = list(stream.keys())
     if text is None:
         return None
-    content = parse_json_object(text, f"{file} is damaged: its {KEY}")
+    found = read_content(file, text, KEY)
+    if INDEX not in found["texts"]:
+        raise ValueError(f"{file} is damaged: it has no {INDEX}")
+    for name in names:
+        part, dot, _ = name.partition(".")
+        if not dot or part not in found["weights"]:
+            raise ValueError(f"{file} is damaged: its {name[:100]!r} is of no component")
+    return found
+
+
+def read_content(file: Path, text: str, key: str) -> dict[str, dict[str, str]]:
+    """``weights``, ``texts`` and ``binaries`` in a file's metadata. Raises ValueError if they are damaged."""
+    content = parse_json_object(text, f"{file} is damaged: its {key}")
     if content.get("version") != VERSION:
         raise ValueError(
             f"{file}: its layout has the version {str(content.get('version'))[:20]}, and this latentdiff reads version "
@@ -60,10 +75,6 @@ def packed_content(file: Path) -> dict[str, Any] | None:
         if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
             raise ValueError(f"{file} is damaged: its {group} should have a text for each name")
     check_names(file, found)
-    for name in names:
-        part, dot, _ = name.partition(".")
-        if not dot or part not in found["weights"]:
-            raise ValueError(f"{file} is damaged: its {name[:100]!r} is of no component")
     return found
 
 
@@ -81,8 +92,6 @@ def check_names(file: Path, content: dict[str, dict[str, str]]) -> None:
             raise ValueError(f"{file} is damaged: {path[:200]!r} is no name for a file of a pipeline's folder")
     if len({path.lower() for path in paths + others}) < len(paths + others) or len(others) > MAX_FILES:
         raise ValueError(f"{file} is damaged: it has files of one name, or too many of them")
-    if INDEX not in content["texts"]:
-        raise ValueError(f"{file} is damaged: it has no {INDEX}")
 
 
 def packed_index(file: Path) -> dict[str, Any] | None:
@@ -104,24 +113,64 @@ def pack(folder: Path, file: Path, dtype: "torch.dtype | None" = None) -> None:
 
     from latentdiff.interchange.adapter_files import save_whole
 
-    content: dict[str, dict[str, str]] = {"weights": {}, "texts": {}, "binaries": {}}
     tensors = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        for name, tensor in load_file(path).items():
+            cast = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            tensors[f"{path.parent.name}.{name}"] = cast
+    # safetensors writes several metadata in any order; of one the same model is the same file
+    save_whole(tensors, file, {KEY: content_text(folder)})
+
+
+def content_text(folder: Path) -> str:
+    """What the metadata of a file say of a folder.
+
+    Raises:
+        ValueError: there is a file of another kind in it.
+    """
+    content: dict[str, dict[str, str]] = {"weights": {}, "texts": {}, "binaries": {}}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = path.relative_to(folder).as_posix()
         if path.suffix == ".safetensors":
             content["weights"][path.parent.name] = path.name
-            for name, tensor in load_file(path).items():
-                cast = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-                tensors[f"{path.parent.name}.{name}"] = cast
             continue
         try:
             with path.open(encoding="utf-8", newline="") as stream:
                 content["texts"][place] = stream.read()
         except UnicodeDecodeError:
             content["binaries"][place] = base64.b64encode(path.read_bytes()).decode("ascii")
-    check_names(file, content)
-    # safetensors writes several metadata in any order; of one the same model is the same file
-    save_whole(tensors, file, {KEY: json.dumps({"version": VERSION, **content}, sort_keys=True)})
+    check_names(folder, content)
+    return json.dumps({"version": VERSION, **content}, sort_keys=True)
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """The files of a tokenizer, for the metadata of a file; see `TOKENIZER_KEY`."""
+    with tempfile.TemporaryDirectory(prefix="latentdiff-") as temporary:
+        tokenizer.save_pretrained(Path(temporary) / "tokenizer")
+        return content_text(Path(temporary))
+
+
+@contextmanager
+def unpacked_tokenizer(file: Path, text: str) -> Iterator[Path]:
+    """A temporary folder with the tokenizer in a file's metadata; see `unpacked`."""
+    with temporary_folder(file) as folder:
+        write_files(file, read_content(file, text, TOKENIZER_KEY), folder, ["tokenizer"])
+        yield folder / "tokenizer"
+
+
+def write_files(
+    file: Path, content: dict[str, dict[str, str]], folder: Path, parts: Collection[str] | None = None
+) -> None:
+    """Write what a file's metadata hold into a folder, of all or of these components."""
+    for path, text in {**content["texts"], **content["binaries"]}.items():
+        if is_of(path, parts):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content_of(text, path in content["texts"], f"{file} is damaged: its {path}"))
+
+
+def is_of(path: str, parts: Collection[str] | None) -> bool:
+    return parts is None or "/" not in path or path.split("/")[0] in parts
 
 
 def unpack(file: Path, folder: Path, parts: Collection[str] | None = None) -> None:
@@ -139,18 +188,11 @@ def unpack(file: Path, folder: Path, parts: Collection[str] | None = None) -> No
     if content is None:
         raise ValueError(f"{file} does not hold a pipeline's folder")
 
-    def is_wanted(path: str) -> bool:
-        return parts is None or "/" not in path or path.split("/")[0] in parts
-
-    for path, text in {**content["texts"], **content["binaries"]}.items():
-        if is_wanted(path):
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content_of(text, path in content["texts"], f"{file} is damaged: its {path}"))
+    write_files(file, content, folder, parts)
     with safe_open(file, "pt") as stream:
         names = list(stream.keys())
         for part, name in content["weights"].items():
-            if is_wanted(f"{part}/{name}"):
+            if is_of(f"{part}/{name}", parts):
                 (folder / part).mkdir(exist_ok=True)
                 own = [key for key in names if key.startswith(f"{part}.")]
                 tensors = {key.removeprefix(f"{part}."): stream.get_tensor(key) for key in own}
@@ -170,13 +212,20 @@ def unpacked(file: Path, parts: Collection[str] | None = None) -> Iterator[Path]
 
     Errors of the context that name something in the folder name the file instead.
     """
+    with temporary_folder(file) as folder:
+        unpack(file, folder, parts)
+        yield folder
+
+
+@contextmanager
+def temporary_folder(file: Path) -> Iterator[Path]:
+    """A temporary folder for the time of the context, whose errors name `file` instead of something in the folder."""
     with tempfile.TemporaryDirectory(prefix="latentdiff-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
         try:
             with failures_named(folder):
-                unpack(file, folder, parts)
-            yield folder
+                yield folder
         except Exception as error:
             if str(folder) not in str(error):
                 raise

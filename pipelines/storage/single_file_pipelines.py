@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from latentdiff.interchange.folders import check_model_files
-from latentdiff.interchange.packed import packed_content
+from latentdiff.interchange.packed import TOKENIZER_KEY, packed_content, tokenizer_text, unpacked_tokenizer
 from latentdiff.interchange.single_file import (
     HUB_OPTIONS,
     Checkpoint,
@@ -41,6 +41,7 @@ from latentdiff.pipelines.registry import kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
 from latentdiff.pipelines.storage.packed import PackedPipeline
 
+CLIP_WORDS = 49408
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
@@ -87,7 +88,8 @@ class SingleFilePipeline(PackedPipeline):
             attention_head_dim: the number of the UNet's attention heads, as diffusers' configs call it; likewise, else
                 8, and for Stable Diffusion 2 one for every 64 channels.
             original_config: the YAML file that was released with the model; only numbers are taken from it.
-            tokenizer: a tokenizer, or the folder or hub id of one; needed for Latent Diffusion (bert-base-uncased).
+            tokenizer: a tokenizer, or the folder or hub id of one; needed for the files in which Latent Diffusion was
+                released (bert-base-uncased).
             ema: take the averaged weights of the UNet, where the file has both.
             allow_pickle: read a ``.ckpt`` too, by ``torch.load(weights_only=True)``, which runs nothing.
             others: components instead of the file's: unet, text_encoder, scheduler and so on, and vae, which may also
@@ -132,7 +134,7 @@ class SingleFilePipeline(PackedPipeline):
             if name in known and name not in given:
                 given[name] = getattr(parts, name)()
         if tokenizer is not None or given["text_encoder"] is not None:
-            tokenizer = load_tokenizer(tokenizer, given["text_encoder"])
+            tokenizer = load_tokenizer(tokenizer, given["text_encoder"], parts.weights)
         if "max_noise_level" in known:
             given = {**parts.max_noise_level(), **given}
         pipeline: Any = cls(**{**given, "tokenizer": tokenizer})
@@ -143,8 +145,8 @@ class SingleFilePipeline(PackedPipeline):
         """Write the networks into one safetensors file with the names of the original checkpoints.
 
         The programs that read Stable Diffusion's files read it. Its header holds the configs, so `from_single_file`
-        brings the same pipeline back; a tokenizer other than CLIP's must be given to it then. A safety checker is not
-        written. Stable Diffusion 2's text encoder lacks the layer that it never uses (`original_text_encoder`).
+        brings the same pipeline back, with a tokenizer other than CLIP's in it too. A safety checker is not written.
+        Stable Diffusion 2's text encoder lacks the layer that it never uses (`original_text_encoder`).
 
         A model that such files cannot hold, with another text encoder or other networks, is written in a layout of
         this package's own (`latentdiff.interchange.packed`), with its tokenizer and all; a warning says so.
@@ -306,7 +308,13 @@ def header_of(pipeline: Any) -> dict[str, str]:
     if "low_res_scheduler" in configs:
         configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
     configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
-    return header_of_parts(configs)
+    header = header_of_parts(configs)
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    if (
+        tokenizer is not None and configs.get("text_encoder", {}).get("vocab_size") != CLIP_WORDS
+    ):  # nobody else has the tokenizer
+        header[TOKENIZER_KEY] = tokenizer_text(tokenizer)
+    return header
 
 
 def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
@@ -318,13 +326,16 @@ def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
         raise ValueError(f"{file}: its UNet takes {takes} channels and the latents have {latents}; {use}")
 
 
-def load_tokenizer(tokenizer: Any, text_encoder: Any) -> Any:
-    """A tokenizer that is given, or its folder or hub id; or CLIP's.
+def load_tokenizer(tokenizer: Any, text_encoder: Any, weights: Checkpoint | None = None) -> Any:
+    """A tokenizer that is given, or its folder or hub id; or that of a file which has its own; or CLIP's.
 
     Raises:
         ValueError: none is given, and the text encoder is not CLIP's.
     """
     if tokenizer is None:
+        if weights is not None and TOKENIZER_KEY in weights.metadata:
+            with unpacked_tokenizer(weights.file, weights.metadata[TOKENIZER_KEY]) as folder:
+                return load_tokenizer(folder, text_encoder)
         if type(text_encoder).__name__ == "LDMBertModel":
             raise ValueError(
                 "Latent Diffusion's text encoder needs the tokenizer of bert-base-uncased, which the file does not "

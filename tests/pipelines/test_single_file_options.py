@@ -11,6 +11,7 @@ import pytest
 import torch
 from kinds import VAE, make_model, same, weights
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff import InpaintPipeline, SuperResolutionPipeline, TextToImagePipeline, VQModel
@@ -260,6 +261,29 @@ def test_a_shape_without_values_is_refused(model: Callable[[str], Any], tmp_path
     torch.save({**state, "model.diffusion_model.out.2.bias": torch.empty(4, device="meta")}, tmp_path / "odd.ckpt")
     with pytest.raises(ValueError, match=r"out.2.bias has a shape, but no values"):
         TextToImagePipeline.from_single_file(tmp_path / "odd.ckpt", tokenizer=pipeline.tokenizer, allow_pickle=True)
+
+
+def test_another_tokenizer_than_clips_is_in_the_file(model: Callable[[str], Any], tmp_path: Path) -> None:
+    pipeline, file = model("sd1"), tmp_path / "model.safetensors"
+    pipeline.tokenizer.add_tokens("<new>")
+    pipeline.save_single_file(file)
+    again = TextToImagePipeline.from_single_file(file)
+    assert again.tokenizer.get_vocab() == pipeline.tokenizer.get_vocab()
+    assert again.tokenizer.model_max_length == pipeline.tokenizer.model_max_length
+    prompts = ["a <new> sun", "(b)"]
+    assert again.tokenizer(prompts).input_ids == pipeline.tokenizer(prompts).input_ids
+    with safe_open(file, "pt") as stream:
+        metadata = stream.metadata()
+    content = json.loads(metadata["latentdiff.tokenizer"])
+    for change, message in (
+        ({"../mark.json": "{}"}, r"'\.\./mark\.json' is no name for a file"),
+        ({"tokenizer/evil.py": ""}, "is no name for a file"),
+        ({"tokenizer/tokenizer.json": "no JSON"}, "tokenizer.json is damaged"),
+    ):
+        bad = json.dumps({**content, "texts": {**content["texts"], **change}})
+        save_file(load_file(file), tmp_path / "bad.safetensors", {**metadata, "latentdiff.tokenizer": bad})
+        with pytest.raises(ValueError, match=rf"bad\.safetensors.*{message}"):
+            TextToImagePipeline.from_single_file(tmp_path / "bad.safetensors")
 
 
 def test_a_loaded_lora_is_not_lost_in_silence(model: Callable[[str], Any], tmp_path: Path) -> None:
