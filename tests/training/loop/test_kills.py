@@ -86,7 +86,7 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
     def train(output: Path) -> None:
         values = {"max_steps": 300, "checkpoint_every": 2, "sample_every": 50, "log_every": 5, "num_workers": 0}
         values |= {"caption_dropout": 0.3, "crop": "random", "gradient_accumulation_steps": 2, "noise_offset": 0.1}
-        values |= {"cache_dir": str(output / "cache")}  # the calm one fills none for the others
+        os.environ["LATENTDIFF_CACHE"] = str(output / "cache")  # the calm one fills none for others
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
