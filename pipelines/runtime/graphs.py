@@ -30,6 +30,9 @@ BATCH = {0: "batch_size"}
 class DenoiserGraph(nn.Module):
     """``sample`` (B, C, h, w), ``timestep`` (1,) and the conditions that the network takes -> (B, C', h, w)."""
 
+    named_inputs = 2
+    """Before ``*conditions``."""
+
     def __init__(self, network: nn.Module, conditions: tuple[str, ...]) -> None:
         super().__init__()
         self.network, self.conditions = network, conditions

@@ -31,7 +31,7 @@ class RuntimeNetwork(ModelMixin, ConfigMixin):
         self.runtime, self.folder = runtime, folder
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         self.register_to_config(**{key: value for key, value in config.items() if not key.startswith("_")})
-        self._engines: dict[str, Engine] = {}
+        self.engines: dict[str, Engine] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,12 +66,16 @@ class RuntimeNetwork(ModelMixin, ConfigMixin):
 
     def run(self, part: str, **tensors: Tensor) -> list[Tensor]:
         """What the graph in a subfolder gives for these tensors, each brought to the type that it takes."""
-        if part not in self._engines:
+        given = {name: array_of(tensor) for name, tensor in tensors.items()}
+        return [torch.from_numpy(np.asarray(one, dtype=np.float32)) for one in self.engine(part)(given)]
+
+    def engine(self, part: str) -> Engine:
+        """Of the graph in a subfolder; opened when it is first used."""
+        if part not in self.engines:
             kind, runtime = self.runtime.kind, self.runtime
             options = (runtime.precision, torch.get_num_threads(), runtime.shape is not None)
-            self._engines[part] = kind.open(self.folder / part / kind.file, *options)
-        given = {name: array_of(tensor) for name, tensor in tensors.items()}
-        return [torch.from_numpy(np.asarray(one, dtype=np.float32)) for one in self._engines[part](given)]
+            self.engines[part] = kind.open(self.folder / part / kind.file, *options)
+        return self.engines[part]
 
 
 class RuntimeUNet(RuntimeNetwork):

@@ -50,15 +50,20 @@ def prepare(pipeline: Any, runtime: Runtime, folder: Path) -> None:
         ValueError: it has LoRAs, or an operation that the runtime does not know.
     """
     from latentdiff.pipelines.runtime.graphs import parts_of, write_graph
+    from latentdiff.pipelines.runtime.quantize import quantize, without_pictures
 
     names = ("unet", "text_encoder")
     refuse_loras({name: getattr(pipeline, name, None) for name in names}, f"run by {runtime.kind.title}")
+    if runtime.stored == "int8":
+        pipeline = without_pictures(pipeline)
     logger.warning("Making graphs for %s, once, in %s", runtime.kind.title, folder)
     report: dict[str, Any] = {"runtime": runtime.name, "precision": runtime.stored}
     try:
         with atomic_folder(folder) as new:
             for name, make in parts_of(pipeline):
                 write_graph(runtime.name, name, make(), new / name, half=runtime.stored == "float16")
+            if runtime.stored == "int8":
+                report |= quantize(pipeline, runtime, new)
             (new / DONE).write_text(json_text(report), encoding="utf-8")
     except OSError:
         if not ready(folder):  # another process was first

@@ -110,6 +110,12 @@ class Part(NamedTuple):
     outputs: Sequence[str]
     config: dict[str, Any]
 
+    @property
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """The axes as torch's exporter wants them: those of ``*arguments`` in a tuple of their own."""
+        axes, named = tuple(self.axes.values()), getattr(self.graph, "named_inputs", len(self.axes))
+        return axes if named == len(axes) else (*axes[:named], axes[named:])
+
 
 IMAGES = {0: "batch_size", 2: "height", 3: "width"}
 TOKENS = {0: "batch_size", 1: "sequence_length"}
@@ -277,7 +283,7 @@ def write_part(name: str, part: Part, folder: Path, opset: int) -> None:
                 dynamo=True,
                 input_names=list(part.inputs),
                 output_names=list(part.outputs),
-                dynamic_shapes=tuple(part.axes.values()),
+                dynamic_shapes=part.dynamic_shapes,
                 opset_version=opset,
                 external_data=weights > MAX_BYTES,
                 verbose=False,

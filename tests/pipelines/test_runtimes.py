@@ -1,5 +1,6 @@
 """Runtimes behind the same call: what they draw is torch's picture; what they cannot is refused with a sentence."""
 
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engines import check_shapes
 from latentdiff.pipelines.runtime.graphs import ChannelNorm
 from latentdiff.pipelines.runtime.prepared import cache_folder, folder_of
+from latentdiff.pipelines.runtime.quantize import without_pictures
 
 NEEDS = {"openvino": "openvino", "onnx": "onnxruntime"}
 CALL: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -157,6 +159,26 @@ def test_narrower_weights(models: Path, runtime: str, dtype: torch.dtype) -> Non
     sizes = [sum(file.stat().st_size for file in other.unet.folder.rglob("*") if file.is_file())]
     sizes.append(sum(file.stat().st_size for file in models.glob("*/*.safetensors")))
     assert dtype == torch.bfloat16 or sizes[0] < 10 * sizes[1]
+
+
+@pytest.mark.slow
+def test_int8_states_its_error(models: Path, runtime: str) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("nncf")
+    torchs, other = both(ImageToImagePipeline, models, runtime, dtype=torch.int8)  # calibrated from words alone
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    drawn = [one("a red thing", image=picture, strength=0.9, **CALL).images for one in (torchs, other)]
+    assert 0 < abs(drawn[1] - drawn[0]).mean() < 0.05
+    report = json.loads((other.unet.folder / "runtime.json").read_text())
+    assert 0 < report["prediction_error"] < 0.2
+    assert 0 < report["picture_difference"] < report["largest_picture_difference"] < 128
+    assert report["precision"] == other.unet.runtime.precision == "int8"
+
+
+def test_int8_is_not_calibrated_from_pictures() -> None:
+    pipeline = tiny_pipeline("bert", in_channels=9)
+    with pytest.raises(ValueError, match="int8 is calibrated by drawing, which a InpaintPipeline does from pictures"):
+        without_pictures(InpaintPipeline.from_pipe(pipeline))
 
 
 def test_unknown_choices_are_refused(models: Path) -> None:
