@@ -87,7 +87,7 @@ def train_and_say(what: str, train: Callable[[RunT], Path], settings: RunT, dry:
         if is_first_process():
             say(
                 f"Nothing was written in {settings.output}. There would be the {what}, its README.md, and in training/ "
-                f"checkpoints, samples, curves.png, metrics.jsonl, settings.yaml and what is encoded once"
+                f"checkpoints, samples, curves.png, metrics.jsonl and settings.yaml"
             )
         return
     output = train(settings)
