@@ -174,7 +174,9 @@ def test_many_evaluate_and_finetune_use_the_class_that_a_folder_names(
     assert [has_border(Image.open(file)) for file in Path("drawn").rglob("*.png")] == [True, True]
     evaluation = ["--data", "data", "--split", "train", "--count", "2"]
     assert run("evaluate", "model", *evaluation) == 0
-    assert [has_border(Image.open(file)) for file in Path("model/evaluation").rglob("*.png")] == [True, True]
+    drawn = Path("model/evaluation/samples").rglob("*.png")
+    assert [has_border(Image.open(file)) for file in drawn] == [True, True]
+    assert Path("model/evaluation/comparison.png").is_file()
     tuning = ["--model", "model", "--data", "data", "--output", "tuned", "--method", "full", *TUNING]
     assert run("finetune", *tuning) == 0
     assert json.loads(Path("tuned/model_index.json").read_text())["_class_name"] == "PostcardPipeline"

@@ -124,7 +124,7 @@ REFUSED = [
     ({"height": 17}, ValueError, "height=17 is not a multiple of 2; the nearest that this model draws: 16 or 18"),
     ({"width": 1}, ValueError, "width=1 is not a multiple of 2; .*: 2"),
     ({"width": -16}, ValueError, "width=-16"),
-    ({"height": 16.0}, ValueError, "height=16.0"),
+    ({"height": 16.5}, ValueError, "height=16.5"),
     ({"num_inference_steps": 0}, ValueError, r"num_inference_steps must lie in \[1, 1000\], not 0"),
     ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
     ({"num_inference_steps": 2.5}, TypeError, "num_inference_steps"),
