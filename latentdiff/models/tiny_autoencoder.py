@@ -216,12 +216,6 @@ class AutoencoderTiny(Autoencoder):
         model: Self = read_taesd(files, cls, dtype)
         return model
 
-    def save_single_file(self, file: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
-        """Write both parts into one safetensors file, with TAESD's names; see `SingleFileModel.save_single_file`."""
-        from latentdiff.interchange.single_file import taesd_weights, write_checkpoint
-
-        write_checkpoint(taesd_weights(self), {"format": "pt"}, file, dtype, overwrite)
-
     @property
     def last_weight(self) -> Tensor:
         weight: Tensor = self.decoder.layers[-1].weight

@@ -33,7 +33,7 @@ from latentdiff.interchange.single_file import (
     write_checkpoint,
 )
 from latentdiff.interchange.user_files import check_timesteps, faults_named
-from latentdiff.models import AutoencoderKL, GumbelVQModel, UNet2DConditionModel, VQModel
+from latentdiff.models import AutoencoderKL, AutoencoderTiny, GumbelVQModel, UNet2DConditionModel, VQModel
 from latentdiff.models.loras import refuse_loras, whole_network
 from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.core.call_options import refuse_unknown
@@ -44,7 +44,7 @@ from latentdiff.pipelines.storage.packed import PackedPipeline
 CLIP_WORDS = 49408
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel)}
+AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel, AutoencoderTiny)}
 
 
 class SingleFilePipeline(PackedPipeline):

@@ -1,5 +1,6 @@
 """``AutoencoderTiny`` is diffusers': one file for both, equal outputs and gradients."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from latentdiff import models
+from latentdiff.cli import application
 
 TINY: dict[str, Any] = {
     "encoder_block_out_channels": (8, 8, 8),
@@ -164,3 +167,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "more.safetensors", decoder=decoder)
     with pytest.raises(TypeError, match="unknown argument 'scaling_factor'"):
         read(encoder, decoder=decoder, scaling_factor=2.0)
+
+
+def test_one_file_keeps_what_weights_do_not_tell(tmp_path: Path) -> None:
+    model = models.AutoencoderTiny(**TINY, act_fn="silu", latent_magnitude=2)
+    model.save_single_file(tmp_path / "tiny.safetensors")
+    again = models.AutoencoderTiny.from_single_file(tmp_path / "tiny.safetensors")
+    assert (again.config.act_fn, again.config.latent_magnitude) == ("silu", 2)
+    with pytest.raises(ValueError, match=r"tiny.safetensors holds a TAESD; load it with AutoencoderTiny"):
+        models.AutoencoderKL.from_single_file(tmp_path / "tiny.safetensors")
+
+
+def test_convert_knows_taesds_files(tmp_path: Path) -> None:
+    model = models.AutoencoderTiny(**TINY)
+    model.save_pretrained(tmp_path / "folder")
+    places = [str(tmp_path / name) for name in ("folder", "tiny.safetensors", "back")]
+    for source, target in pairwise(places):
+        assert CliRunner().invoke(application(), ["convert", source, target]).exit_code == 0
+    peer = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(peer.state_dict()[key], weight) for key, weight in model.state_dict().items())

@@ -129,7 +129,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def has_vae(self) -> bool:
-        return any(name.startswith(VAE_PARTS[:2]) for name in self._places)
+        return self.is_taesd or any(name.startswith(VAE_PARTS[:2]) for name in self._places)
+
+    @property
+    def is_taesd(self) -> bool:
+        """Whether it holds both parts of a TAESD."""
+        return {"taesd_encoder.0.weight", "taesd_decoder.1.weight"} <= self._places.keys()
 
     def own_name(self, name: str) -> str:
         """The name of a weight in the file itself."""

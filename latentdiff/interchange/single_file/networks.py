@@ -19,6 +19,7 @@ from latentdiff.interchange.single_file.shapes import (
     unet_config,
     vae_config,
 )
+from latentdiff.interchange.single_file.taesd import read_taesd
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,10 @@ def read_autoencoder(
     if not weights.has_vae:
         check_checkpoint(weights)
         raise ValueError(f"{weights.file} has no autoencoder")
+    if weights.is_taesd:
+        if "AutoencoderTiny" not in kinds:
+            raise ValueError(f"{weights.file} holds a TAESD; load it with AutoencoderTiny.from_single_file")
+        return read_taesd({"encoder": weights, "decoder": weights}, kinds["AutoencoderTiny"], dtype)
     given = {"sample_size": sample_size, "scaling_factor": scaling_factor}
     given = {key: value for key, value in given.items() if value is not None}
     if original_config is not None:

@@ -30,14 +30,14 @@ def read_taesd(files: dict[str, Checkpoint], kind: Any, dtype: torch.dtype | Non
     """
     from latentdiff.models.network import check_finite  # which imports diffusers
 
-    config: dict[str, Any] = {}
+    config = dict(files["encoder"].header.get("vae", {}))
     state: dict[str, Tensor] = {}
     for part in PARTS:
         own = dict(layers_of(files[part], part))
         config |= shape_of(files[part], part, own)
         state |= {f"{part}.layers.{name}": files[part][place] for name, place in own.items()}
     with torch.device("meta"):
-        network = kind(**config)
+        network = kind.from_config({**config, "block_out_channels": config["decoder_block_out_channels"]})
     for name, weight in network.state_dict().items():
         file = files[name.split(".")[0]].file
         if name not in state:

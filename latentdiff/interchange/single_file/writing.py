@@ -12,6 +12,7 @@ from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.single_file.checkpoint import HEADER
 from latentdiff.interchange.single_file.names import LAYOUTS, VAE, Layout
 from latentdiff.interchange.single_file.settings import SPEC
+from latentdiff.interchange.single_file.taesd import taesd_weights
 
 
 class NoOriginalNamesError(ValueError):
@@ -94,6 +95,8 @@ def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
 
 def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
     """An autoencoder's weights as in files of autoencoders alone: without the prefix of their original names."""
+    if "num_decoder_blocks" in vae.config:
+        return taesd_weights(vae)
     return {name.removeprefix(VAE): tensor for name, tensor in original_autoencoder(vae).items()}
 
 
