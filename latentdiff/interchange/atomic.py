@@ -51,13 +51,29 @@ def atomic_file(file: Path, sync: bool = False) -> Iterator[Path]:
     try:
         with failures_named(file):
             partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)  # safetensors lets nobody but the owner read its files
             if sync:
                 with partial.open("rb+") as stream:
                     os.fsync(stream.fileno())
             os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def allow_as_usual(folder: Path) -> None:
+    """Let others do with the files in a new folder what the system lets them do with any new file.
+
+    safetensors lets nobody but the owner read what it writes.
+    """
+    probe = folder / f".partial-{secrets.token_hex(8)}"
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def write_text_whole(file: Path, text: str, sync: bool = False) -> None:
@@ -83,4 +99,5 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     with failures_named(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
         new = Path(temporary) / "new"
         yield new
+        allow_as_usual(Path(temporary))
         os.replace(new, folder)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
-from latentdiff.interchange.atomic import atomic_folder, failures_named
+from latentdiff.interchange.atomic import allow_as_usual, atomic_folder, failures_named
 from latentdiff.interchange.folders import (
     check_links,
     check_model_files,
@@ -213,6 +213,7 @@ def write_part(pipeline: Any, component: str, target: Path, variant: str | None,
         new = Path(temporary) / component
         getattr(pipeline, component).save_pretrained(new, variant=variant)
         tidy_configs(Path(temporary))
+        allow_as_usual(Path(temporary))
         if free:
             os.replace(new, target)
         else:

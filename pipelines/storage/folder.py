@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import DiffusionPipeline
 
-from latentdiff.interchange.atomic import failures_named, json_text
+from latentdiff.interchange.atomic import allow_as_usual, failures_named, json_text
 from latentdiff.interchange.folders import check_pipeline_folder, find_model
 from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
@@ -192,6 +192,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             new = Path(temporary) / folder.name
             super().save_pretrained(new, variant=variant, max_shard_size=max_shard_size)
             tidy_configs(new)
+            allow_as_usual(new)
             move_into(new, folder, variant)
         if push_to_hub:
             self.push_to_hub(options.pop("repo_id", folder.name), variant=variant, **options)

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.atomic import atomic_file, atomic_folder, write_text_whole
@@ -89,6 +91,17 @@ def test_full_disk_is_an_error_that_names_the_file(writer: str, tmp_path: Path) 
         WRITERS[writer](file)
     assert not file.exists()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes")
+def test_what_others_may_read_is_left_to_the_umask(tmp_path: Path) -> None:
+    save_whole({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with atomic_folder(tmp_path / "folder") as new:
+        (new / "unet").mkdir(parents=True)
+        save_file({"a": torch.zeros(2)}, new / "unet" / "a.safetensors")
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert [file.stat().st_mode for file in tmp_path.rglob("a.safetensors")] == [usual, usual]
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:

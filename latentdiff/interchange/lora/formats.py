@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
-from latentdiff.interchange.atomic import failures_named, json_text
+from latentdiff.interchange.atomic import allow_as_usual, failures_named, json_text
 from latentdiff.interchange.folders import check_links
 from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
@@ -234,6 +234,7 @@ def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> 
             else:
                 tensors, header = content
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial[name], header)
+        allow_as_usual(Path(temporary))
         for name, place in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial[name], place)
