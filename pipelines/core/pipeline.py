@@ -11,13 +11,14 @@ from weakref import WeakSet
 
 import diffusers
 from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.models import AutoencoderKL, AutoencoderTiny, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
-from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, is_far, place
+from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, as_list, is_far, place
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
@@ -241,7 +242,8 @@ class LatentPipeline(FolderPipeline):
     ) -> Placement:
         """At which size to draw from given pictures, and what is shown of them: see `input_pictures.place`.
 
-        With `mode` "default" they are not brought near the size that the UNet was trained on.
+        With `mode` "default" they are not brought near the size that the UNet was trained on. No call warns of a size
+        that the rule chose.
 
         Raises:
             TypeError, ValueError: as there; a side is no whole number, or no multiple of the autoencoder's factor.
@@ -251,7 +253,12 @@ class LatentPipeline(FolderPipeline):
         if width is not None:
             width = check_side("width", width, self.vae_scale_factor)
         trained = None if self.draws_any_size or mode == "default" else self.trained_size
-        return place(self.image_processor, image, height, width, trained, mode)
+        placed = place(self.image_processor, image, height, width, trained, mode)
+        if trained is not None and len(set(placed.sizes)) == 1 and not isinstance(as_list(image)[0], Tensor):
+            chosen = place(self.image_processor, image, trained=trained)  # maybe by us, and then given
+            if (chosen.height, chosen.width) == (placed.height, placed.width):
+                self._sizes_warned_of.add((placed.height, placed.width))
+        return placed
 
     @property
     def trained_size(self) -> tuple[int, int] | None:

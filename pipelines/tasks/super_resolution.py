@@ -120,21 +120,31 @@ class SuperResolutionPipeline(TextPipeline):
             others: as for `TextToImagePipeline`.
 
         Raises:
-            TypeError, ValueError: as there; the picture is none; the noise level is above ``max_noise_level``.
+            TypeError, ValueError: as there; the picture is none; the noise level is above ``max_noise_level``, or what
+                the UNet has embeddings for.
         """
         options = SmallPictureOptions.of(locals())
         self.check_channels(3, "a UNet for super-resolution takes latents and a picture with three channels")
         pixels = to_pixels(self.image_processor, image, self.placement(image, mode=options.resize_mode))
-        if not 0 <= options.noise_level <= self.config.max_noise_level:
-            raise ValueError(
-                f"noise_level must be a whole number in [0, {self.config.max_noise_level}], not {noise_level!r}"
-            )
+        most, why = self._most_noise()
+        if not 0 <= options.noise_level <= most:
+            raise ValueError(f"noise_level must be a whole number in [0, {most}], not {noise_level!r} ({why})")
         call = TextCall(self, options)
         schedule = call.timesteps()
         channels, labels = self._small_picture(call, pixels, options.noise_level)
         latents = call.first_latents((call.count, call.codec.channels, *pixels.shape[-2:]))
         denoiser = call.denoiser(call.conditioning.replace(channels=channels, labels=labels))
         return (yield from call.draw(denoiser, latents, schedule))
+
+    def _most_noise(self) -> tuple[int, str]:
+        """The largest noise level that a call takes, and what limits it."""
+        unet, limits = self.unet.config, [(self.config.max_noise_level, "the model's max_noise_level")]
+        if unet.num_class_embeds is not None:
+            steps = self.low_res_scheduler.config.num_train_timesteps
+            limits.append((steps - 1, f"its low_res_scheduler has {steps} timesteps"))
+            if unet.get("class_embed_type") is None:
+                limits.append((unet.num_class_embeds - 1, f"its UNet has {unet.num_class_embeds} class embeddings"))
+        return min(limits)
 
     def _small_picture(self, call: TextCall, pixels: Tensor, noise_level: int) -> tuple[Tensor, Tensor | None]:
         """The UNet's further channels (B, 3, h, w), and the noise level (B,) if it has class embeddings."""

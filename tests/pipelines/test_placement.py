@@ -133,5 +133,38 @@ def test_super_resolution_cuts_to_multiples(twins: Any) -> None:
     assert drawn != ours("sun", odd, **call, resize_mode="default").images
 
 
+@pytest.mark.parametrize("kind", [ImageToImagePipeline, InpaintPipeline])
+def test_a_size_that_the_rule_chose_is_not_warned_of(
+    kind: Any, pipeline: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    redraw, image = kind.from_pipe(pipeline), WIDE.resize((39, 7))
+    redraw.set_progress_bar_config(disable=True)
+    more = {"mask_image": LEFT.resize((39, 7))} if kind is InpaintPipeline else {}
+    for size in ({}, {"width": 38, "height": 6}):  # as commands give what the rule chose
+        drawn = redraw("sun", image, **more, **CALL, **size).images[0]
+        assert drawn.size == (38, 6)
+    assert caplog.text == ""
+    redraw("sun", image, **more, **CALL, width=64)
+    assert caplog.text.count("Drawing 64 x 12 pixels") == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "timesteps", "most", "reason"),
+    [(20, 1000, 19, "its UNet has 20 class embeddings"), (400, 12, 11, "its low_res_scheduler has 12 timesteps")],
+)
+def test_a_noise_level_that_the_networks_do_not_know_is_refused(
+    classes: int, timesteps: int, most: int, reason: str, twins: Any
+) -> None:
+    ours, _ = twins(
+        *(SuperResolutionPipeline, diffusers.StableDiffusionUpscalePipeline, None),
+        {"in_channels": 7, "num_class_embeds": classes},
+        low_res_scheduler=diffusers.DDPMScheduler(num_train_timesteps=timesteps),
+    )
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 0}
+    with pytest.raises(ValueError, match=rf"noise_level must be a whole number in \[0, {most}\], not 20 \({reason}"):
+        ours("sun", WIDE, **call)
+    assert ours("sun", WIDE, **call, noise_level=most).images[0].size == (64, 32)
+
+
 def test_a_placement_without_cut_shows_all() -> None:
     assert Placement(16, 16, [(16, 32)], "default").box(0, 8, 9) == (0, 0, 9, 8)

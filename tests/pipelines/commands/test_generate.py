@@ -319,6 +319,15 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
+def test_a_size_that_the_program_chose_is_not_warned_of(
+    model: str, run: Run, photo: Image.Image, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    photo.resize((39, 7)).save("flat.png")
+    assert run("generate", "a cup", "--model", model, "--image", "flat.png", "--steps", "2", "-o", "new.png") == 0
+    assert pixels("new.png").shape[0] * 4 < pixels("new.png").shape[1]
+    assert "far from that size" not in capsys.readouterr().err + caplog.text
+
+
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes(
     arguments: list[str], message: str, model: str, run: Run, photo: Image.Image, capsys: pytest.CaptureFixture[str]
