@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.folder import read_folder
 from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted
-from latentdiff.training.data.survey import leave_out, log_findings, read_manifest, sound_pictures
+from latentdiff.training.data.survey import Entry, leave_out, log_findings, read_manifest, sound_pictures
 from latentdiff.training.settings import Condition, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ def hold_out(
         condition: "class" if captions are classes.
     """
     below = min(share, MOST_HELD_OUT / max(1, len(pictures))) if len(pictures) >= FEWEST else 0.0
+    if below > 0:  # one at least, whatever chance says
+        below = max(below, (min(int(picture.digest[:8], 16) for picture in pictures) + 1) / 2**32)
     wanted = [int(picture.digest[:8], 16) < below * 2**32 for picture in pictures]
     rest = {picture.captions for picture, out in zip(pictures, wanted, strict=True) if not out}
     wanted = [out and (condition != "class" or p.captions in rest) for p, out in zip(pictures, wanted, strict=True)]
@@ -174,7 +177,7 @@ def prepare_pictures(
 
     Raises:
         FileNotFoundError: there is no such source, split or manifest, or nothing in it can be used.
-        ValueError: more than ``settings.max_bad_share`` of the pictures are unusable.
+        ValueError: more than ``settings.max_bad_share`` of the pictures are unusable, or the run was trained on others.
     """
     folder = settings.folder
     cache_dir = Path(settings.cache_dir or folder) / "stream"
@@ -184,6 +187,31 @@ def prepare_pictures(
         leave_out(source, read_manifest(Path(settings.manifest).expanduser()))
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in wanted.split)[:60] or "all"
     about = {"data": settings.data, "split": wanted.split}
-    good, refused = sound_pictures(source, folder / f"manifest-{name}.jsonl", about, settings.max_bad_share)
+    manifest, run = f"manifest-{name}.jsonl", Path(settings.output) / "training"
+    check = partial(refuse_other_pictures, run / manifest, settings.data) if split is None else None  # no held-out ones
+    good, refused = sound_pictures(source, folder / manifest, about, settings.max_bad_share, check)
     logger.info("%s (%s): %d pictures, %d left out", settings.data, wanted.split, len(good), len(refused))
     return good
+
+
+def refuse_other_pictures(manifest: Path, data: str, entries: Sequence[Entry]) -> None:
+    """See that a run goes on with its own pictures: at least half of them, whatever comes to them.
+
+    Args:
+        manifest: names the pictures that the run had; a run without checkpoints is none yet.
+        data: what `entries` are of, for the message.
+
+    Raises:
+        ValueError: fewer are there.
+    """
+    try:
+        before = read_manifest(manifest) if any((manifest.parent / "checkpoints").glob("step-*")) else {}
+    except (OSError, ValueError):  # the survey has said so
+        return
+    trained = {entry.digest for entry in before.values() if entry.use and entry.digest}
+    there = trained & {entry.digest for entry in entries}
+    if 2 * len(there) < len(trained):
+        raise ValueError(
+            f"{manifest.parent.parent} holds a run on other pictures: {len(there)} of its {len(trained)} are in "
+            f"{data}. Choose another --output for these, or name the --data of that run to go on with it"
+        )

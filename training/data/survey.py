@@ -189,13 +189,18 @@ def _warnings(name: str, decoded: Decoded) -> tuple[str, ...]:
 
 
 def sound_pictures(
-    source: Source, file: Path, about: Mapping[str, str], max_bad_share: float
+    source: Source,
+    file: Path,
+    about: Mapping[str, str],
+    max_bad_share: float,
+    check: Callable[[Sequence[Entry]], None] | None = None,
 ) -> tuple[list[CaptionedPicture], list[Finding]]:
     """Examine every picture of `source`: the usable ones, with digest and size, and what cannot be used.
 
     Args:
         file: what an earlier survey found is read from here, and what this one finds is kept here.
         about: for the first line of `file`: ``data`` and ``split``.
+        check: may refuse what was found, before it is kept.
 
     Raises:
         ValueError: more than the share `max_bad_share` is unusable.
@@ -209,7 +214,13 @@ def sound_pictures(
     except (OSError, ValueError) as error:
         logger.warning("%s; all pictures are examined again", error)
     keys = [source.key(picture.name) for picture in source.pictures]
-    entries = survey(source.pictures, keys, known, lambda found: write_manifest(file, found, about))
+
+    def keep(found: list[Entry]) -> None:
+        write_manifest(file, {**known, **{entry.name: entry for entry in found}}.values(), about)
+
+    entries = survey(source.pictures, keys, known, keep)
+    if check is not None:
+        check(entries)
     everything = [*entries, *(Entry(source.key(f.name), use=False, reason=f.reason) for f in source.refused)]
     if [known.get(entry.name) for entry in everything] != everything or len(known) != len(everything):
         write_manifest(file, everything, about)

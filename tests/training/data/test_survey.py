@@ -134,3 +134,26 @@ def test_interrupted_surveys_keep_what_they_found(pictures: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         survey(many, [str(i) for i in range(len(many))], keep=lambda entries: kept.append(len(entries)))
     assert kept == [512]
+
+
+def test_a_run_does_not_go_on_with_other_pictures(pictures: Path, tmp_path: Path) -> None:
+    prepare_pictures(settings(pictures))
+    others = tmp_path / "others"
+    others.mkdir()
+    for i in range(12):
+        (others / f"{i}.png").write_bytes(hostile.encode(hostile.noise(i, 16, 16)))
+        (others / f"{i}.txt").write_text("a thing")
+    run = {"data": str(others), "output": str(pictures.parent / "out")}
+    assert len(prepare_pictures(AutoencoderSettings(**run))) == 12  # there is no checkpoint, so no run yet
+    prepare_pictures(settings(pictures))
+    (pictures.parent / "out" / "training" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    before = manifest_of(pictures).read_bytes()
+    for _ in range(2):  # what was refused is not what the run has had from now on
+        with pytest.raises(
+            ValueError, match=r"out holds a run on other pictures: 0 of its 10 are in .*others\. Choose"
+        ):
+            prepare_pictures(AutoencoderSettings(**run))
+        assert manifest_of(pictures).read_bytes() == before
+    for i in range(4):  # fewer than half are gone, others have come
+        (pictures / f"{i}.png").write_bytes((others / f"{i}.png").read_bytes())
+    assert len(prepare_pictures(settings(pictures))) == 10
