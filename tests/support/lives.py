@@ -32,6 +32,9 @@ def start(work: Callable[[], object], log: Path, processes: int = 1) -> list[int
 
 def _live(work: Callable[[], object], log: Path, rank: int, processes: int, port: int) -> None:
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore signals: nohup, "&"
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     try:
         sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
         logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)

@@ -69,6 +69,17 @@ class Stopping:
         if in_main_thread and hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
             numbers.append(hangup)
         previous = {number: signal.signal(number, self._remember) for number in numbers}
+        child = getattr(signal, "SIGCHLD", None)  # nor this
+        watch = signal.getsignal(child) if child is not None else None
+        if (
+            in_main_thread and child is not None and callable(watch)
+        ):  # torch's, which raises when a loader's worker dies
+
+            def unless_stopping(number: int, frame: Any) -> None:
+                if not self.requested:  # a signal to the whole group ends the workers too
+                    watch(number, frame)
+
+            previous[child] = signal.signal(child, unless_stopping)
         try:
             yield
         finally:
