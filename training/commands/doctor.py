@@ -55,11 +55,11 @@ def doctor(
         raise ValueError("--drop-duplicates says something in the manifest; name one with --manifest FILE")
     if model is not None and sheet.exists() and (read_settings(sheet) or {}).get("made_by") != SHEET["made_by"]:
         raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
+    settings = DoctorSettings.load(config, given)
     place = None if model is None else find_model(model)
     resolution, step = (None, None) if place is None else model_shape(place)
-    if resolution is not None and "resolution" not in given and config is None:
-        given["resolution"] = resolution
-    settings = DoctorSettings.load(config, given)
+    if resolution is not None and "resolution" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"resolution": resolution})
     from latentdiff.training.data.doctor import examine_source, token_counter
 
     tokens = token_counter(model) if model is not None else None

@@ -39,6 +39,7 @@ class DataSettings(Settings):
 class DoctorSettings(DataSettings):
     """Settings of ``latentdiff doctor``."""
 
+    resolution: int = Field(128, ge=8, le=16_384, description="default: --model's own; 128, as of the packaged model")
     condition: Condition = Field("text", description="what captions are for; see DenoiserSettings")
 
 

@@ -8,9 +8,11 @@ import hostile
 import pytest
 import typer
 from click.testing import Result
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
+from latentdiff.interchange.folders import packaged_model
+from latentdiff.pipelines.commands.models import model_shape
 from latentdiff.training.commands.doctor import doctor
 from latentdiff.training.data import prepare_pictures, prepare_splits
 from latentdiff.training.settings import AutoencoderSettings
@@ -37,7 +39,7 @@ def album(tmp_path: Path) -> Path:
 
 def test_a_good_folder(album: Path) -> None:
     before = hostile.state(album.parent)
-    result = run(album)
+    result = run(album, "resolution=64")
     assert result.exit_code == 0, result.output
     assert "31 pictures: 31 can be used, 0 cannot." in result.output
     assert "byte for byte: 1 group, 2 pictures\n  00.png, 30.png" in result.output
@@ -109,7 +111,7 @@ def test_both_splits_and_what_no_table_lists(pictures: Path) -> None:
     assert "12 pictures: 12 can be used" in result.output
     assert "Training takes 10 and measures on 2, of the split 'validation'." in result.output
     assert "unlisted.png: is in the folder, but not in metadata.jsonl" in result.output
-    assert "12 with a side below resolution=64 will be enlarged" in result.output
+    assert "12 with a side below resolution=128 will be enlarged" in result.output
     assert "2 pictures: 2 can be used" in run(pictures, "split=validation").output
 
 
@@ -173,6 +175,34 @@ def test_a_model_that_cannot_hold_the_pictures(tmp_path: Path, monkeypatch: pyte
     assert "reconstructions.png exists and was not written by latentdiff doctor" in str(run(*options).exception)
     assert run(*options, "--sheet", "other.png").exit_code == 0
     assert run(*options, "--sheet", tmp_path / "noise" / "0.png").exit_code == 1
+
+
+def test_drawings_of_the_packaged_models_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()
+    for i, colour in enumerate(("#ffcc22", "#dd2e44", "#55acee")):
+        face = Image.new("RGB", (512, 512), "white")
+        draw = ImageDraw.Draw(face)
+        draw.ellipse((20, 20, 492, 492), fill=colour)
+        for x in (150, 300):
+            draw.ellipse((x, 150, x + 60, 240), fill="#664500")
+        draw.chord((130, 250, 380, 420), 0, 180, fill="#664500")
+        face.resize((128, 128), Image.Resampling.LANCZOS).save(tmp_path / "faces" / f"{i}.png")
+    output = run("faces", "--model", "emoji", "caption=a face").output
+    assert "gives 3 of these pictures back" in output
+    assert "these pictures poorly" not in output
+    assert "cannot hold" not in output
+
+
+def test_the_size_that_fine_tuning_takes(album: Path, tmp_path: Path) -> None:
+    config = tmp_path / "doctor.yaml"
+    config.write_text("max_bad_share: 0.2\n", encoding="utf-8")
+    packaged, _ = model_shape(packaged_model())
+    for options in ((), ("--config", config)):
+        assert f"with buckets=true at resolution={packaged}:" in run(album, *options).output
+    config.write_text("resolution: 32\n", encoding="utf-8")
+    assert "at resolution=32:" in run(album, "--config", config).output
+    assert "at resolution=48:" in run(album, "--config", config, "resolution=48").output
 
 
 def test_mistakes_are_explained(album: Path, tmp_path: Path) -> None:

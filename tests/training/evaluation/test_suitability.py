@@ -1,10 +1,12 @@
 """Whether an autoencoder can hold pictures."""
 
+import re
 from pathlib import Path
 
 import hostile
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentdiff.codec import Codec
@@ -51,6 +53,27 @@ def test_an_autoencoder_that_keeps_less_than_an_eighth(noise: list[CaptionedPict
     found = examine_autoencoder(Codec(Grey()), noise, 32)
     assert not found.suits
     assert "an autoencoder of your own" in found.advice("m")
+
+
+@pytest.mark.parametrize("keeps_colours", [False, True])
+def test_little_better_than_an_eighth_and_with_other_colours(
+    noise: list[CaptionedPicture], keeps_colours: bool
+) -> None:
+    class Duller(Worse):
+        def decode(self, z: Tensor, return_dict: bool = True) -> tuple[Tensor]:  # type: ignore[override]
+            patches = F.interpolate(F.avg_pool2d(z, 8), scale_factor=8)
+            return (z - 0.8 * (z - patches if keeps_colours else z),)
+
+    found = examine_autoencoder(Codec(Duller()), noise, 32)
+    assert found.shrunk + 1 < found.mean < found.shrunk + 3
+    assert found.suits == keeps_colours
+    if keeps_colours:
+        assert found.colours > 60
+        assert found.advice("m") == ""
+    else:
+        assert found.colours == pytest.approx(26, abs=0.5)  # means of 64 values are 1/8 away from 0: 0.8 of it, of 2
+        assert found.advice("m").startswith("m holds these pictures poorly: colours and detail will change")
+        assert re.search(r"are off by 1[23] of 255\.", found.advice("m"))
 
 
 def test_without_pictures(noise: list[CaptionedPicture]) -> None:
