@@ -21,7 +21,7 @@ HELD = 30.0  # dB, that are enough in any case, as for smooth pictures; the pack
 # Poorly held is what is little better than shrunk and has other colours too. Mean PSNR alone does not tell: white
 # backgrounds raise it, and Stable Diffusion's autoencoder has 23 to 24 dB on photographs, whose texture it changes. Of
 # the packaged model, eight at a time: Twemoji, which it was made for, are 3.5 to 8 dB better than shrunk (20 of 20
-# times above the limit); Tux Paint's stamps -1.2 to 3.6, their colours at 27 to 31 (17 of 20 below both limits);
+# times above the limit); Tux Paint's stamps -1.2 to 3.6, their colours mostly at 27 to 31 (16 of 20 below both limits);
 # photographs -2 to 0, their colours at 25.
 GOOD = 3.4  # dB, that an autoencoder with other colours must be better than shrinking
 COLOURS = 31.0  # dB PSNR of the means of squares of 8x8 pixels: 7 of 255 off
