@@ -91,12 +91,15 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         dtype = dtype_in(options) or torch.float32
         index = check_pipeline_folder(folder, options)
         wanted = {name: value for name, value in index.items() if name not in options}
-        if options.get("variant") is None:
+        asked = options.get("variant")
+        there = asked is None or any(f".{asked}" in file.name for file in folder.glob("*/*.safetensors"))
+        if asked is None:
             options["variant"] = only_variant(folder)
         with faults_named(folder, foreign=True):
             check_schedulers(folder, wanted)
             networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
-            pipeline = cls.assembled(folder, index, networks) if options.keys() <= UNUSED else None
+            simple = there and options.keys() <= UNUSED  # diffusers says which variants there are instead
+            pipeline = cls.assembled(folder, index, networks) if simple else None
             if pipeline is None:
                 options |= {**networks, "dtype": dtype, "use_safetensors": True}
                 pipeline = super().from_pretrained(str(folder), **options)

@@ -107,6 +107,12 @@ def test_precision(folder: Path, option: str) -> None:
     assert np.isfinite(half("a red car", seed=0, **DRAW).images).all()
 
 
+def test_a_variant_that_is_not_there_is_refused(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`variant=fp16`, but no such modeling files are available"):
+        TextToImagePipeline.from_pretrained(tmp_path, variant="fp16")
+
+
 def test_float32_unless_asked(pipeline: Any, folder: Path, tmp_path: Path) -> None:
     TextToImagePipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
     loaded = TextToImagePipeline.from_pretrained(tmp_path / "half")
