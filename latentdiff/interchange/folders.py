@@ -64,6 +64,25 @@ def packaged_model(name: str = DEFAULT_MODEL) -> Path:
     return models[name]
 
 
+def check_transformers_source(source: str, others: str) -> None:
+    """Raises FileNotFoundError unless this is a folder with a config.json, or what can be a hub id.
+
+    others: what else `source` could be, for the message.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
+    elif not HUB_ID.fullmatch(source) or folder.parent.exists():
+        raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
+
+
+def check_clip_source(source: str | None) -> None:
+    """Raises FileNotFoundError if there can be no CLIP that `latentdiff.metrics.clip.load_clip` would load."""
+    if source is not None and not source.startswith("open_clip:"):
+        check_transformers_source(source, "a CLIP is open_clip:NAME/PRETRAINED")
+
+
 def find_model(source: str | Path | None) -> Path | None:
     """A model's folder, by the name of a packaged model or by its path; None for the id of a model on the hub.
 

@@ -251,15 +251,12 @@ def transformers_model(source: str, others: str, optional: str = "") -> tuple[st
     """
     from transformers import AutoModel
 
-    from latentdiff.interchange.folders import HUB_ID, check_model_files
+    from latentdiff.interchange.folders import check_model_files, check_transformers_source
 
     folder = Path(source).expanduser()
+    check_transformers_source(source, others)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{source} is not a transformers model: it has no config.json")
         check_model_files(folder)
-    elif not HUB_ID.fullmatch(source) or folder.parent.exists():
-        raise FileNotFoundError(f"{source}: no such folder; {others}, a transformers model's folder or its owner/name")
     place = str(folder) if folder.is_dir() else source
     with loading(source):
         model, info = AutoModel.from_pretrained(

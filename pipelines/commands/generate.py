@@ -97,7 +97,9 @@ def generate(
     check_words(kind, prompts, source.classes, loading, drawing)
 
     from latentdiff.interchange.fingerprint import digest_in_background
+    from latentdiff.interchange.folders import check_clip_source
 
+    check_clip_source(drawing.reranker)
     digest = digest_in_background(place, loading.variant)
     started = time.perf_counter()
     load_module("latentdiff.pipelines.batch.draw")

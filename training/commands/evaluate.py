@@ -31,9 +31,10 @@ def evaluate(
     Pictures that were drawn already are kept, so a repeated command goes on where it stopped. The figures are shown,
     written to evaluation.json, and put into the model's card.
     """
-    from latentdiff.interchange.folders import find_model
+    from latentdiff.interchange.folders import check_clip_source, find_model
 
     local = find_model(settings.model)  # a missing model is reported before torch is loaded
+    check_clip_source(settings.clip)
     show_progress()
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
     from latentdiff.training.evaluation.held_out import textless_kind

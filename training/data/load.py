@@ -1,5 +1,6 @@
 """Captioned pictures from folders, tables, shards and datasets: one door for all of them."""
 
+import difflib
 import logging
 import os
 from collections.abc import Sequence
@@ -93,7 +94,25 @@ def _read(source: str, wanted: Wanted) -> Source:
         raise FileNotFoundError(f"{source}: not a folder; --data takes a folder of pictures, shards or a dataset name")
     from latentdiff.training.data.hf_datasets import read_dataset
 
-    return read_dataset(source, wanted)
+    try:
+        return read_dataset(source, wanted)
+    except FileNotFoundError as error:
+        near = None if isinstance(error, NoPicturesError) else _folder_like(folder)
+        if near is None:
+            raise
+        raise FileNotFoundError(
+            f"{source}: no such folder; did you mean {near!r}? (Nor could a dataset of that name be loaded.)"
+        ) from error
+
+
+def _folder_like(folder: Path) -> str | None:
+    """A folder beside it whose name is nearly the same."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return str(folder.with_name(near[0])) if near else None
 
 
 def _read_folder(folder: Path, wanted: Wanted) -> Source:

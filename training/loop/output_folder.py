@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,14 +26,15 @@ _held: dict[Path, BinaryIO] = {}
 """Open lock files by folder."""
 
 
-def open_output(settings: RunSettings, given: Mapping[str, str] | None = None) -> None:
-    """What a trainer does before it writes anything: see that the settings can be trained with, here and there.
+def open_output(settings: RunSettings, given: Mapping[str, str] | None = None, unsettled: Collection[str] = ()) -> None:
+    """What a trainer does before it loads or writes anything: see that the settings can be trained with, and here.
 
     A folder that holds a run is this process's from now on, and what killed processes left there is removed; a dry run
     only looks.
 
     Args:
         given: see `TrainingRun`, as far as it is known yet.
+        unsettled: settings that a model will change, so that they say nothing yet.
 
     Raises:
         ValueError: another process trains into the folder, its run cannot go on with these settings, or this machine
@@ -44,7 +45,7 @@ def open_output(settings: RunSettings, given: Mapping[str, str] | None = None) -
     is_main = processes().is_main_process and not settings.is_dry_run
     if is_main and folder.is_dir():
         hold(folder)
-    check_resumable(folder, settings, given or {})
+    check_resumable(folder, settings, given or {}, unsettled)
     if is_main:
         remove_leftovers(Path(settings.output))
 
@@ -99,17 +100,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=hold_nothing)
 
 
-def check_resumable(folder: Path, settings: RunSettings, given: Mapping[str, str]) -> None:
+def check_resumable(
+    folder: Path, settings: RunSettings, given: Mapping[str, str], unsettled: Collection[str] = ()
+) -> None:
     """Raises ValueError if `folder` holds a run that cannot go on with these settings, and with what is given.
 
-    Another network, process or order of pictures would be trained.
+    Another network, process or order of pictures would be trained; or the run is beyond `max_steps` already.
     """
     whole = whole_checkpoints(folder / "checkpoints")
     if not whole:
         return
     state = read_state(whole)
     before = state["settings"]
-    wrong = [f"{key} was {old!r}, now {new!r}" for key, old, new in changes(before, settings) if key in settings.fixed]
+    fixed = set(settings.fixed) - set(unsettled)
+    wrong = [f"{key} was {old!r}, now {new!r}" for key, old, new in changes(before, settings) if key in fixed]
     wrong += [f"another {name} than before" for name, digest in given.items() if state["given"].get(name) != digest]
     if before["trainer"] != type(settings).__name__:
         wrong = [f"it was trained by {before['trainer']}, not {type(settings).__name__}"]
@@ -117,6 +121,11 @@ def check_resumable(folder: Path, settings: RunSettings, given: Mapping[str, str
         raise ValueError(
             f"{whole[-1]}: does not fit the model these settings describe; use the settings of that run, or another "
             f"--output ({'; '.join(wrong)})"
+        )
+    if "max_steps" not in unsettled and int(state["step"]) > settings.max_steps:
+        raise ValueError(
+            f"{settings.output}: the run is at step {state['step']} already, so with max_steps={settings.max_steps} "
+            f"there is nothing to do; a larger max_steps trains on. Nothing was changed"
         )
 
 

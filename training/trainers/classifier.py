@@ -24,9 +24,10 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings, pictures or a model that cannot be trained for, and what to do.
     """
-    model = load_textless(settings.model)
     if Path(settings.output).resolve() == Path(settings.model).resolve():
         raise ValueError(f"{settings.output} is the model to be guided, which is not changed; choose another --output")
+    open_output(settings, unsettled=("resolution",))
+    model = load_textless(settings.model)
     if settings.resolution == 0:
         settings = settings.model_copy(update={"resolution": model.picture_size(None, None)[0]})
     if settings.resolution % model.vae_scale_factor:

@@ -33,6 +33,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings, pictures or models that cannot be trained on, and what to do.
     """
+    open_output(settings)
     codec = Codec(load_autoencoder(settings.autoencoder))
     if settings.resolution % codec.factor:
         raise ValueError(
@@ -40,7 +41,6 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         )
     process = build_process(settings, codec)
     text: Any = load_text_encoder(settings.text_encoder) if settings.condition == "text" else None
-    open_output(settings)
     data = load_data(settings, settings.condition)
     model = build_model(settings, codec, process, text, data)
     if settings.gradient_checkpointing:

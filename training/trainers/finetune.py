@@ -68,6 +68,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     """
     check_method(settings)
     check_output(settings)
+    open_output(settings)
     pipeline = load_model(settings.model)
     pipeline.set_progress_bar_config(disable=True)
     settings = complete(settings, pipeline)
@@ -83,7 +84,6 @@ def finetune(settings: FinetuneSettings) -> Path:
         own = "%s draws in few steps without guidance; fine-tuned it takes %d steps with a guidance of %g"
         logger.info(own, settings.model, *UNDISTILLED.values())
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
-    open_output(settings)
     data = load_data(settings)
     if settings.method == "dreambooth":
         data = with_class_pictures(settings, pipeline, data)

@@ -1,5 +1,6 @@
 """What ``latentdiff generate`` does beyond words to pictures; for that see tests/test_cli.py."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -326,6 +327,18 @@ def test_a_size_that_the_program_chose_is_not_warned_of(
     assert run("generate", "a cup", "--model", model, "--image", "flat.png", "--steps", "2", "-o", "new.png") == 0
     assert pixels("new.png").shape[0] * 4 < pixels("new.png").shape[1]
     assert "far from that size" not in capsys.readouterr().err + caplog.text
+
+
+@pytest.mark.parametrize("command", [["generate", "a", "--candidates", "2"], ["evaluate", "--data", "none"]])
+def test_a_missing_clip_is_said_before_the_model_is_loaded(
+    command: list[str], model: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, "broken")
+    for weights in Path("broken").rglob("*.safetensors"):
+        weights.write_bytes(b"these cannot be loaded")
+    place = ["./broken"] if command[0] == "evaluate" else ["--model", "./broken"]
+    assert run(*command, *place, "--clip", "./no-clip") == 2
+    assert "./no-clip: no such folder; a CLIP is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)

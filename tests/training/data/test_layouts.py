@@ -302,3 +302,12 @@ def test_folders_without_end(tmp_path: Path) -> None:
     found = read(tmp_path, caption="x")
     assert len(found.pictures) == 1
     assert "more than 100 folders deep" in found.warnings[0].reason
+
+
+@pytest.mark.parametrize("name", ["stamp", "below/stamp"])
+def test_a_folder_of_nearly_that_name_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    right = Path(name).with_name("stamps")
+    right.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"^{name}: no such folder; did you mean '{right}'"):
+        load_pictures(name)

@@ -25,7 +25,19 @@ from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.output_folder import changes, hold, open_output, state_of
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, FinetuneSettings, RunSettings
+from latentdiff.training.settings import (
+    AutoencoderSettings,
+    ClassifierSettings,
+    DenoiserSettings,
+    DistillationSettings,
+    FinetuneSettings,
+    RunSettings,
+)
+from latentdiff.training.trainers.autoencoder import train_autoencoder
+from latentdiff.training.trainers.classifier import train_classifier
+from latentdiff.training.trainers.denoiser import train_denoiser
+from latentdiff.training.trainers.distill import distill
+from latentdiff.training.trainers.finetune import finetune
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -145,6 +157,33 @@ def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     other = AutoencoderSettings(data="-", output=str(tmp_path))
     with pytest.raises(ValueError, match="it was trained by RunSettings, not AutoencoderSettings"):
         open_output(other)
+
+
+@pytest.mark.parametrize(
+    ("train", "kind", "missing"),
+    [
+        (finetune, FinetuneSettings, {"model": "nobody/nothing"}),
+        (distill, DistillationSettings, {"model": "nobody/nothing", "data": "-"}),
+        (train_denoiser, DenoiserSettings, {"autoencoder": "nothing"}),
+        (train_classifier, ClassifierSettings, {"model": "nothing"}),
+        (train_autoencoder, AutoencoderSettings, {"kind": "tiny", "teacher": "nothing"}),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused_before_models_are_loaded(
+    train: Any, kind: Any, missing: dict[str, Any], tmp_path: Path
+) -> None:
+    go(TrainingRun(settings(tmp_path), Line()))
+    with pytest.raises(ValueError, match=f"it was trained by RunSettings, not {kind.__name__}"):
+        train(kind.load(None, {"data": "-", "output": str(tmp_path), **missing}))
+
+
+def test_a_run_beyond_max_steps_is_left_alone(tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path, max_steps=30), Line()))
+    before = state(tmp_path)
+    with pytest.raises(ValueError, match=r"is at step 30 already, so with max_steps=24 there is nothing to do"):
+        TrainingRun(settings(tmp_path, max_steps=24, learning_rate=0.01), Line())
+    assert state(tmp_path) == before
+    assert TrainingRun(settings(tmp_path, max_steps=30), Line()).step == 30
 
 
 def test_fixed_settings_exist() -> None:
