@@ -195,8 +195,9 @@ class Autoencoder(SingleFileModel, Network):
         self.check_choice("up_block_types", UP_BLOCKS, levels)
         self.check_multiple("block_out_channels", channels, config.norm_num_groups, "norm_num_groups")
         size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        encoder = Encoder(config, encoder_channels)  # first: a seed's weights depend on the order
         decoder = Decoder(config, decoder_channels or config.out_channels)
-        self.set_coders(Encoder(config, encoder_channels), decoder, size)
+        self.set_coders(encoder, decoder, size)
 
     def set_coders(self, encoder: nn.Module, decoder: nn.Module, tile: int) -> None:
         """Take these as encoder and decoder, whole at first; tiles have this side in pixels."""

@@ -315,3 +315,13 @@ def test_loads_attention_names_from_before_2023(tmp_path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     images = pixels(BASE)
     close(models.AutoencoderKL.from_pretrained(tmp_path)(images).sample, model(images).sample, tolerance=0)
+
+
+def test_a_seed_gives_the_weights_that_diffusers_class_begins_with() -> None:
+    """Of the encoder's convolutions: the encoder comes first, as there."""
+    sides = [models.AutoencoderKL, diffusers.AutoencoderKL]
+    weights = []
+    for kind in sides:
+        torch.manual_seed(0)
+        weights.append(kind(block_out_channels=(8,), norm_num_groups=4).encoder.conv_in.weight)
+    assert torch.equal(*weights)
