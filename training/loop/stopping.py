@@ -125,5 +125,7 @@ class Stopping:
         if self.accelerator.num_processes > 1:
             found = torch.tensor([[self.signal, late, self.is_to_show]], device=self.accelerator.device)  # (1, 3)
             most = self.accelerator.gather(found).amax(0)
-            self.signal, late, self.is_to_show = int(most[0]), bool(most[1]), bool(most[2])
+            agreed, late, self.is_to_show = int(most[0]), bool(most[1]), bool(most[2])
+            self.signal = agreed or self.signal  # one that came meanwhile is for the next time
+            return agreed != 0 or late
         return self.requested or late

@@ -20,6 +20,7 @@ from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.figures import MARGINS, curves, panel
 from latentdiff.training.loop.optimization import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.loop.stopping import Stopping
 
 
 def rows(tmp_path: Path) -> list[dict[str, float]]:
@@ -200,6 +201,20 @@ def test_a_signal_ends_samples_at_once_and_a_late_ctrl_c_everything(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert not done
+
+
+def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time() -> None:
+    class TwoProcesses:
+        num_processes, is_main_process, device = 2, True, torch.device("cpu")
+
+        def gather(self, found: Tensor) -> Tensor:
+            os.kill(os.getpid(), signal.SIGTERM)  # too late for what is gathered
+            return torch.cat([found, found])
+
+    stopping = Stopping(TwoProcesses(), None)  # type: ignore[arg-type]
+    with stopping.signals():
+        assert not stopping.must_stop()
+        assert stopping.must_stop()
 
 
 def test_a_signal_after_the_last_step_is_no_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
