@@ -26,8 +26,8 @@ from torch import Tensor
 from latentdiff import TextToImagePipeline, UNet2DConditionModel
 from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines.runtime.choice import Runtime
+from latentdiff.pipelines.runtime.engine_networks import RuntimeUNet
 from latentdiff.pipelines.runtime.graphs import denoiser_part, write_graph
-from latentdiff.pipelines.runtime.networks import RuntimeUNet
 
 Work = Callable[[], Tensor]
 ROWS = ("torch", "torch-bfloat16", "onnx-float32", "onnx-int8")

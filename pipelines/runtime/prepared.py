@@ -12,7 +12,7 @@ from latentdiff.interchange.fingerprint import component_files, file_digest
 from latentdiff.interchange.folders import check_pipeline_folder
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.runtime.choice import Runtime
-from latentdiff.pipelines.runtime.networks import RuntimeAutoencoder, RuntimeUNet
+from latentdiff.pipelines.runtime.engine_networks import RuntimeAutoencoder, RuntimeUNet
 from latentdiff.pipelines.storage.loading import only_variant
 
 logger = logging.getLogger(__name__)

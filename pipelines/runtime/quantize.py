@@ -10,8 +10,8 @@ import numpy as np
 
 from latentdiff.pipelines.registry import kind_saved_as
 from latentdiff.pipelines.runtime.choice import Runtime
+from latentdiff.pipelines.runtime.engine_networks import RuntimeUNet
 from latentdiff.pipelines.runtime.engines import Engine, core, openvino, without_telemetry
-from latentdiff.pipelines.runtime.networks import RuntimeUNet
 
 logger = logging.getLogger(__name__)
 

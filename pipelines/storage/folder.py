@@ -20,7 +20,7 @@ from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
 from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
-from latentdiff.pipelines.runtime.networks import refuse_runtimes
+from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
 from latentdiff.pipelines.storage.loading import (
     OUR_CLASSES,
     check_schedulers,
@@ -203,7 +203,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
         """As in diffusers; what a runtime runs is as good as what torch does."""
-        from latentdiff.pipelines.runtime.networks import RuntimeAutoencoder, RuntimeUNet
+        from latentdiff.pipelines.runtime.engine_networks import RuntimeAutoencoder, RuntimeUNet
 
         types = super()._get_signature_types()
         more: dict[str, type] = {"unet": RuntimeUNet, "vae": RuntimeAutoencoder, "vqvae": RuntimeAutoencoder}

@@ -27,7 +27,7 @@ from latentdiff.interchange.lora.layers import (
 )
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
-from latentdiff.pipelines.runtime.networks import refuse_runtimes
+from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.moving_average import MovingAverage
-from latentdiff.training.loop.optimization import build_optimizer, learning_rate_at
+from latentdiff.training.loop.optimizers_and_schedules import build_optimizer, learning_rate_at
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 

@@ -18,7 +18,7 @@ from latentdiff.training.loop import estimate
 from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
-from latentdiff.training.loop.optimization import learning_rate_at
+from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.output_folder import hold, log_changes, open_output, release, state_of
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.loop.stopping import Stopping

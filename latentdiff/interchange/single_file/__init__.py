@@ -1,14 +1,14 @@
 """Checkpoints that hold a whole model in one file, as Stable Diffusion and Latent Diffusion were released.
 
 `checkpoint` finds and opens a file, `names` maps the names of weights both ways, `shapes` infers configs from weights,
-`settings` has what weights do not contain, `networks` reads networks, `writing` writes them, `adm` reads DDPM's and
-ADM's, `taesd` TAESD's.
+`settings` has what weights do not contain, `reading` builds networks from files, `writing` writes files, `adm` reads
+DDPM's and ADM's, `taesd` TAESD's.
 """
 
 # ruff: noqa: F401
 from latentdiff.interchange.single_file.adm import AdmCheckpoint, read_adm
 from latentdiff.interchange.single_file.checkpoint import HEADER, HUB_OPTIONS, ON_THE_HUB, Checkpoint, find_file
-from latentdiff.interchange.single_file.networks import (
+from latentdiff.interchange.single_file.reading import (
     build_autoencoder,
     build_text_encoder,
     build_unet,

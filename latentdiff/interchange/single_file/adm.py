@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.interchange.single_file.checkpoint import Checkpoint
 from latentdiff.interchange.single_file.names import LAYOUTS, UNET
-from latentdiff.interchange.single_file.networks import build
+from latentdiff.interchange.single_file.reading import build
 from latentdiff.interchange.single_file.shapes import Config, numbers
 
 

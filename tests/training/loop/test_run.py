@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.figures import MARGINS, curves, panel
-from latentdiff.training.loop.optimization import learning_rate_at
+from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.loop.stopping import Stopping
 

@@ -10,7 +10,7 @@ from latentdiff.cli import application
 from latentdiff.codec import Codec
 from latentdiff.models.identity import IdentityAutoencoder
 from latentdiff.training.commands.settings_arguments import load_settings, parse_overrides
-from latentdiff.training.loop.optimization import learning_rate_at
+from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.settings import (
     AutoencoderSettings,
     ClassifierSettings,
