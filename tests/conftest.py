@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,13 @@ def shared_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said() -> None:
+    """What is said once in a process is said in each test."""
+    if encode := sys.modules.get("latentdiff.text.encode"):
+        encode.warn_of_cut.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.text.tokenizing import tokenizing
-from latentdiff.text.tokens import count_chunks, tokenize, weigh
-from latentdiff.text.words import expand_words
+from latentdiff.text.tokens import Frame, count_chunks, tokenize, weigh
+from latentdiff.text.words import as_written, expand_words
 
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1_000_000  # transformers writes 1e30 for "the tokenizer does not know"
 LONG_PROMPTS = ("cut", "chunk")
+SHOWN = 300  # characters, at most, of what was cut
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class TextConditioner:
 
     All is done as in diffusers' ``StableDiffusionPipeline``: states are padded to one length, and padding is hidden
     from the encoder if its config says ``use_attention_mask``. A prompt that is too long is cut, with a warning that
-    shows the part.
+    shows the part, once for each text.
 
     Args:
         tokenizer, text_encoder: of transformers; CLIP, BERT and its kin, T5.
@@ -164,7 +166,7 @@ class TextConditioner:
             parts = tokenize(prompts, tokenizer, length, weights=self.prompt_weights, chunks=chunks)
             nothing = tokenize([""], tokenizer, length)
         for cut in parts.cut if self.warn else []:
-            warn_of_cut(cut, chunks * length)
+            warn_of_cut(as_written(cut, tokenizer), chunks * length)
         states = self._states(parts)  # (P chunks, L, D)
         if (parts.weights != 1).any():
             states = weigh(states, self._states(nothing), parts.weights)
@@ -264,14 +266,28 @@ def encode_prompts(
 
 
 def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> None:
-    for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids:
-        if len(ids) > max_length:
-            warn_of_cut(tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True).strip(), max_length)
+    for prompt in prompts:
+        warn_of_cut(as_written(cut_of(prompt, tokenizer, max_length), tokenizer), max_length)
 
 
+def cut_of(prompt: str, tokenizer: Any, max_length: int) -> str:
+    """What a prompt says after the last token that has a place; "" if all have. Its own characters if the tokenizer is
+    fast, which says where they are.
+    """
+    room, fast = Frame.of(tokenizer).room(max_length), bool(getattr(tokenizer, "is_fast", False))
+    more = {"return_offsets_mapping": True} if fast else {}
+    encoded = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False, **more)
+    if len(encoded.input_ids) <= room:
+        return ""
+    if not fast:
+        return str(tokenizer.decode(encoded.input_ids[room:], skip_special_tokens=True)).strip()
+    return prompt[encoded.offset_mapping[room][0] :].strip()
+
+
+@lru_cache(maxsize=1000)  # once for each text: a training draws the same prompts again and again
 def warn_of_cut(cut: str, length: int) -> None:
     if cut:
         logger.warning(
             "The text encoder takes %d tokens; this part of the prompt was cut: %r (long_prompts='chunk' keeps it)",
-            *(length, cut),
+            *(length, cut if len(cut) <= SHOWN else f"{cut[:SHOWN]} ..."),
         )

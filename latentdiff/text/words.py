@@ -65,6 +65,15 @@ def expand(prompt: str, words: dict[str, list[str]], tokenizer: Any) -> str:
     return "".join([*parts, prompt[place:]])
 
 
+def as_written(prompt: str, tokenizer: Any) -> str:
+    """A prompt, or the end of one, without the tokens that `expand_words` has put into it."""
+    for word, (first, *later) in long_words(tokenizer).items():
+        others = "|".join(re.escape(token) for token in sorted(later, key=len, reverse=True))
+        run = rf"(?:{re.escape(first)}\s+)?(?:{others})(?:\s+(?:{others}))*"
+        prompt = re.sub(run, word.replace("\\", r"\\"), prompt)
+    return prompt
+
+
 def added_tokens_in(prompt: str, tokenizer: Any) -> list[tuple[str | None, int]]:
     """The tokens in a prompt in their order, each with the place where it ends; None for what is not an added token."""
     added = tokenizer.added_tokens_encoder

@@ -111,6 +111,16 @@ def test_what_was_cut_is_said(bert: tuple[Any, Any], caplog: pytest.LogCaptureFi
     torch.testing.assert_close(cut, encode_prompts(["a red car house"], tokenizer, encoder))
 
 
+@torch.no_grad()
+def test_what_was_cut_is_said_once_in_the_words_of_the_prompt(
+    bert: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            encode_prompts(["a red car house Green, There's Blue"], *bert)
+    assert [record.getMessage().split("was cut: ")[1][:21] for record in caplog.records] == ['"Green, There\'s Blue"']
+
+
 def test_length_comes_from_tokenizer_or_encoder(bert: tuple[Any, Any], t5: tuple[Any, Any]) -> None:
     tokenizer, encoder = bert
     tokenizer.model_max_length = int(1e30)

@@ -14,9 +14,10 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from latentdiff.text.encode import encode_prompts
+from latentdiff.text.encode import cut_of, encode_prompts
 from latentdiff.text.open_clip import convert_tokenizer
 from latentdiff.text.tokens import Piece, count_chunks, parse_weights, tokenize
+from latentdiff.text.words import as_written, expand_words
 
 PARSED = {
     "a red car": [("a red car", 1.0)],
@@ -175,6 +176,15 @@ def test_words_of_several_vectors_work_in_weights() -> None:
     places = [rows.input_ids[0].tolist().index(number) for number in numbers]
     assert places == [2, 3]
     assert rows.weights[0, places].tolist() == pytest.approx([1.4, 1.4])
+
+
+def test_what_was_cut_has_words_of_several_vectors_as_they_were_written() -> None:
+    tokenizer = clip_parts(6)["tokenizer"]
+    tokenizer.add_tokens(["<thing>", "<thing>_1", "<thing>_2"])
+    prompt = expand_words(["ab <thing> cd"], tokenizer)[0]
+    assert prompt != "ab <thing> cd"
+    assert as_written(cut_of(prompt, tokenizer, 6), tokenizer) == "<thing> cd"
+    assert as_written(prompt, tokenizer) == "ab <thing> cd"
 
 
 def test_words_of_several_vectors_stay_in_one_chunk() -> None:
