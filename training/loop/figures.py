@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from latentdiff.interchange.png import image_grid
+from latentdiff.training.loop.lettering import lettering
 
 CURVES = {
     "loss": "training loss",
@@ -89,8 +90,10 @@ def cell(images: Sequence[Image.Image], caption: str, width: int) -> Image.Image
     for image in images:
         whole.paste(image, ((width - image.width) // 2, top))
         top += image.height
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=11)
-    lines = textwrap.wrap(caption, width // 6, max_lines=LINES, placeholder=" ...")
+    pen = ImageDraw.Draw(whole)
+    text, font = lettering(caption, 11)
+    letter = max(6.0, font.getlength(text) / max(1, len(text)))  # Chinese ones are wider
+    lines = textwrap.wrap(text, int(width // letter), max_lines=LINES, placeholder=" ...")
     for i, line in enumerate(lines):
         pen.text((width / 2, height + 2 + i * LINE), line, "black", font, "ma")
     return whole
@@ -99,5 +102,6 @@ def cell(images: Sequence[Image.Image], caption: str, width: int) -> Image.Image
 def named(name: str, width: int, height: int) -> Image.Image:
     """The name of a row, in the place of a picture."""
     image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((width - 8, height / 2), name, "black", ImageFont.load_default(size=13), "rm")
+    text, font = lettering(name, 13)
+    ImageDraw.Draw(image).text((width - 8, height / 2), text, "black", font, "rm")
     return image
