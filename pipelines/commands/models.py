@@ -14,20 +14,21 @@ from latentdiff.terminal import bytes_text, say
 
 DEEPEST = 4  # folders within folders that are looked into
 INDEX = "model_index.json"
+ORIGINAL_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # of Stable Diffusion's files
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model's folder. name: what ``--model`` takes."""
+    """A model's folder or single file. name: what ``--model`` takes."""
 
     name: str
-    folder: Path
+    place: Path
 
 
 def models(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for models besides.")] = Path("."),
 ) -> None:
-    """List the models that are here, packaged, in the hub's cache and in folders, and how to draw with each.
+    """List the models that are here, packaged, in the hub's cache, in folders and files, and how to draw with each.
 
     latentdiff models runs
     """
@@ -36,7 +37,7 @@ def models(
     from latentdiff.interchange.folders import packaged_models
 
     packaged = [Found(name, place) for name, place in packaged_models().items()]
-    here = [Found(shown(place), place) for place in model_folders(folder)]
+    here = [Found(shown(place), place) for place in model_places(folder)]
     for title, found in (("In the package", packaged), ("In the hub's cache", cached()), (f"In {folder}", here)):
         if found:
             say(f"{title}:")
@@ -56,15 +57,13 @@ def description(found: Found) -> list[str]:
     Raises:
         OSError, ValueError: a file that says so is damaged.
     """
-    from latentdiff.interchange.folders import read_json
-
-    index = read_json(found.folder / INDEX)
+    index = index_of(found.place)
     kind = kind_saved_as(str(index.get("_class_name")))
-    resolution, _ = model_shape(found.folder)
+    resolution, _ = model_shape(found.place)
     steps = dict(index.get("_generation_defaults") or {}).get("num_inference_steps")
     facts = [
         str(index.get("_class_name")) if kind is None else kind.name,
-        bytes_text(size_of(found.folder, index)),
+        bytes_text(size_of(found.place, index)),
         "" if resolution is None else f"{resolution} x {resolution} pixels",
         "" if steps is None else f"{steps} steps",
     ]
@@ -103,38 +102,96 @@ def cached() -> list[Found]:
     return sorted(found, key=lambda one: one.name)
 
 
-def model_folders(root: Path) -> Iterator[Path]:
-    """The folders below `root`, and itself, that hold a pipeline; hidden folders and links are left out."""
+def model_places(root: Path) -> Iterator[Path]:
+    """The folders below `root`, and itself, that hold a pipeline, and the single files beside them that do; hidden
+    folders and links to folders are left out.
+    """
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
         if INDEX in files:
             yield Path(place)
-        if INDEX in files or depth >= DEEPEST:
+            folders.clear()
+            continue
+        if depth >= DEEPEST:
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(Path(place, name) for name in files if name.endswith(".safetensors")):
+            if is_model(file):
+                yield file
+
+
+def is_model(file: Path) -> bool:
+    """Whether a safetensors file holds a whole model, and no LoRA, network or cache; no weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    from latentdiff.interchange.packed import KEY
+
+    try:
+        with safe_open(file, "np") as stream:
+            names = stream.keys()
+            if KEY in (stream.metadata() or {}):
+                return True
+            return all(any(name.startswith(part) for name in names) for part in ORIGINAL_PARTS)
+    except (OSError, SafetensorError):  # which may be anything
+        return False
+
+
+def index_of(place: Path) -> dict[str, Any]:
+    """The index of a pipeline's folder or single file; in Stable Diffusion's layout the latter has none, and its kind
+    is told by the pictures that its UNet takes.
+
+    Raises:
+        OSError, ValueError: it is damaged.
+    """
+    from latentdiff.interchange.folders import read_json
+    from latentdiff.interchange.packed import packed_index
+
+    if place.is_dir():
+        return read_json(place / INDEX)
+    found = packed_index(place)
+    if found is None:
+        from latentdiff.pipelines.storage.converting import checkpoint_kind
+
+        found = {"_class_name": checkpoint_kind(place).saved_as[0]}
+    return found
 
 
 def shown(place: Path) -> str:
-    """A folder as ``--model`` takes it: not as a name that a packaged model or one on the hub may have."""
+    """A folder or file as ``--model`` takes it: not as a name that a packaged model or one on the hub may have."""
     from latentdiff.interchange.folders import packaged_models
 
     return f"./{place}" if str(place) in packaged_models() else str(place)
 
 
-def size_of(folder: Path, index: dict[str, Any]) -> int:
+def size_of(place: Path, index: dict[str, Any]) -> int:
     """Bytes of the components that an index names."""
-    parts = [folder / name for name, value in index.items() if isinstance(value, list)]
+    if place.is_file():
+        return place.stat().st_size
+    parts = [place / name for name, value in index.items() if isinstance(value, list)]
     return sum(file.stat().st_size for part in parts if part.is_dir() for file in part.rglob("*") if file.is_file())
 
 
-def model_shape(folder: Path) -> tuple[int | None, int | None]:
-    """A pipeline's resolution and the pixels per latent, as far as its folder says; None for what it does not."""
-    from latentdiff.interchange.folders import read_json
-
-    unet, parts = folder / "unet" / "config.json", ("vae", "vqvae")
-    configs = [read_json(folder / part / "config.json") for part in parts if (folder / part / "config.json").is_file()]
-    if not unet.is_file():
+def model_shape(place: Path) -> tuple[int | None, int | None]:
+    """A pipeline's resolution and the pixels per latent, as far as its folder, or single file, says; None for what it
+    does not.
+    """
+    unet, *autoencoders = (config_of(place, part) for part in ("unet", "vae", "vqvae"))
+    configs = [one for one in autoencoders if one is not None]
+    if unet is None:
         return None, None
     factor = 2 ** (len(configs[0].get("block_out_channels", [0])) - 1) if configs else 1
-    size = read_json(unet).get("sample_size")
+    size = unet.get("sample_size")
     return (size * factor if isinstance(size, int) else None), factor
+
+
+def config_of(place: Path, part: str) -> dict[str, Any] | None:
+    """The config of a component in a pipeline's folder, or single file of our own layout; None if there is none."""
+    from latentdiff.interchange.folders import read_json
+    from latentdiff.interchange.packed import packed_content
+    from latentdiff.interchange.user_files import parse_json_object
+
+    name = f"{part}/config.json"
+    if place.is_dir():
+        return read_json(place / name) if (place / name).is_file() else None
+    text = ((packed_content(place) or {}).get("texts") or {}).get(name)
+    return None if text is None else parse_json_object(text, f"{place}: its {name}")

@@ -20,7 +20,7 @@ from latentdiff.interchange.folders import (
 from latentdiff.interchange.packed import packed_content, unpacked
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
 from latentdiff.models.loras import refuse_loras
-from latentdiff.pipelines.registry import KINDS, kind_saved_as, kinds_of_unet
+from latentdiff.pipelines.registry import KINDS, Kind, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import move_into, tidy_configs
 from latentdiff.pipelines.storage.loading import (
     OUR_CLASSES,
@@ -176,9 +176,20 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
     Raises:
         FileNotFoundError, ValueError, OSError: see ``from_single_file``.
     """
+    file = find_file(source, allow_pickle)
+    return (
+        checkpoint_kind(file, allow_pickle).load().from_single_file(file, allow_pickle=allow_pickle, ema=ema, **options)
+    )
+
+
+def checkpoint_kind(file: Path, allow_pickle: bool = False) -> Kind:
+    """The kind of pipeline that a file of Stable Diffusion's layout holds, as its UNet's channels show.
+
+    Raises:
+        ValueError: it lacks a UNet or an autoencoder, or holds something else.
+    """
     from latentdiff.interchange.single_file import check_checkpoint, unet_config, vae_config
 
-    file = find_file(source, allow_pickle)
     weights = Checkpoint(file, allow_pickle)
     check_checkpoint(weights)
     for name, has in (("unet", weights.has_unet), ("vae", weights.has_vae)):
@@ -187,8 +198,7 @@ def checkpoint_pipeline(source: str, allow_pickle: bool, ema: bool, **options: A
             raise ValueError(f"{file} has no {name}; convert what it has alone, with --component {other}")
     unet, vae = weights.header.get("unet") or unet_config(weights), weights.header.get("vae") or vae_config(weights)
     fitting = kinds_of_unet(unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    kind = fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
-    return kind.load().from_single_file(file, allow_pickle=allow_pickle, ema=ema, **options)
+    return fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
 
 
 def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bool) -> None:

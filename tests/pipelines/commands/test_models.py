@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from latentdiff.interchange.packed import pack
+
 Run = Callable[..., int]
 
 
@@ -59,3 +61,21 @@ def test_no_models_but_the_packaged_one(run: Run, capsys: pytest.CaptureFixture[
     assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == ["In the package:"]
     assert run("models", "none") == 2
     assert "none: no such folder" in capsys.readouterr().err
+
+
+def test_single_files_are_models_too(model: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").mkdir()
+    assert run("convert", model, "runs/old.safetensors") == 0
+    shutil.copytree(model, "textless")
+    index(Path("textless"), _class_name="DDPMPipeline", _generation_defaults={"num_inference_steps": 12})
+    pack(Path("textless"), Path("runs/any.safetensors"))
+    shutil.copy("textless/unet/diffusion_pytorch_model.safetensors", "runs/network.safetensors")
+    Path("runs/damaged.safetensors").write_bytes(b"\xff" * 20)
+    capsys.readouterr()
+    assert run("models", "runs") == 0
+    said = capsys.readouterr().out.partition("In runs:\n")[2]
+    assert "  runs/any.safetensors: UnconditionalPipeline, " in said
+    assert " kB, 16 x 16 pixels, 12 steps\n      latentdiff generate --model runs/any.safetensors -n 4\n" in said
+    assert "  runs/old.safetensors: TextToImagePipeline, " in said
+    assert 'latentdiff generate "a red car" --model runs/old.safetensors\n' in said
+    assert len(said.splitlines()) == 5
