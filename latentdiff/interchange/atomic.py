@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,19 @@ def atomic_file(file: Path, sync: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def allow_as_usual(folder: Path) -> None:
+def allow_as_usual(folder: Path, files: Iterable[Path] | None = None) -> None:
     """Let others do with the files in a new folder what the system lets them do with any new file.
 
     safetensors lets nobody but the owner read what it writes.
+
+    Args:
+        files: those that are new, where the folder is not.
     """
     probe = folder / f".partial-{secrets.token_hex(8)}"
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode
     probe.unlink()
-    for file in folder.rglob("*"):
+    for file in folder.rglob("*") if files is None else files:
         if file.is_file() and not file.is_symlink():
             file.chmod(mode)
 

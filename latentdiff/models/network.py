@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
+from latentdiff.interchange.atomic import allow_as_usual
 from latentdiff.interchange.folders import check_links, check_model_files
 from latentdiff.interchange.user_files import check_regular_files, faults_named
 from latentdiff.models.layers import Attention
@@ -132,6 +133,11 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """The weight files in a folder, and when each was written."""
+    return {file: file.lstat().st_mtime_ns for file in folder.glob("*.safetensors")}
+
+
 class Network(ModelMixin, StrictConfig):
     """A diffusers model with a strict config, whose attention is PyTorch's ``scaled_dot_product_attention`` only."""
 
@@ -178,13 +184,17 @@ class Network(ModelMixin, StrictConfig):
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look up which arguments it takes
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-        """As in diffusers.
+        """As in diffusers, but that others may read the files if they may read other new ones.
 
         Raises:
             ValueError: there are LoRAs in the network, whose names no loader would understand.
         """
         refuse_loras({type(self).__name__: self}, "saved")
+        folder = Path(save_directory)
+        before = times(folder)
         super().save_pretrained(save_directory, *args, **options)
+        if folder.is_dir():  # over a file diffusers writes nothing, and logs it
+            allow_as_usual(folder, [file for file, time in times(folder).items() if before.get(file) != time])
 
     def fuse_qkv_projections(self) -> None:
         """Let every attention compute queries, keys and values of one input by one product, as in diffusers.

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.atomic import atomic_file, atomic_folder, write_text_whole
 from latentdiff.interchange.png import save_picture
+from latentdiff.models import AutoencoderTiny
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -102,6 +103,19 @@ def test_what_others_may_read_is_left_to_the_umask(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
     assert [file.stat().st_mode for file in tmp_path.rglob("a.safetensors")] == [usual, usual]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes")
+def test_of_a_network_too_and_files_beside_it_stay(tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, other)
+    sides = {f"{side}_block_out_channels": (8,) for side in ("encoder", "decoder")}
+    network = AutoencoderTiny(**sides, num_encoder_blocks=(1,), num_decoder_blocks=(0,))
+    for _ in range(2):
+        network.save_pretrained(tmp_path)
+        modes = {file.name: file.stat().st_mode for file in tmp_path.iterdir()}
+        assert modes["diffusion_pytorch_model.safetensors"] == modes["config.json"]
+        assert modes["other.safetensors"] & 0o777 == 0o600
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
