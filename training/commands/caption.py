@@ -1,5 +1,6 @@
 """``latentdiff caption``."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,18 @@ from latentdiff.pipelines.commands.model_options import Device, DeviceOption, pi
 from latentdiff.terminal import say
 from latentdiff.training.commands.settings_arguments import show_progress
 
+EXAMPLE = "Salesforce/blip-image-captioning-base"
+
 
 def caption(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.")],
     model: Annotated[
-        str, typer.Option(help="An image-to-text model of transformers, such as BLIP or GIT: a folder, or owner/name.")
-    ],
+        str | None,
+        typer.Option(
+            show_default=False,
+            help=f"An image-to-text model of transformers, such as {EXAMPLE}: a folder, or owner/name on the hub.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="What captions begin with, as 'a drawing of', or what a chat model is asked."),
@@ -27,10 +34,15 @@ def caption(
 
     No file that exists is changed.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if model is None:
+        raise ValueError(
+            f"name the model that captions, a folder or owner/name on the hub, for instance: latentdiff caption "
+            f"{shlex.quote(str(folder))} --model {EXAMPLE}"
+        )
     show_progress()
     from latentdiff.training.data.captioner import Captioner, caption_folder
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
     written = caption_folder(folder, Captioner.load(model, pick_device(device)), prompt)
     say(f"{written} captions are in .txt files beside their pictures in {folder}; look them over")

@@ -56,6 +56,11 @@ def test_pictures_without_captions_get_some(model: Path, tmp_path: Path) -> None
     assert "0 captions are" in caption(folder, "--model", model)
 
 
+def test_without_a_model_one_that_works_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"latentdiff caption \S+ --model Salesforce/blip-image-captioning-base"):
+        caption(tmp_path)
+
+
 def test_a_prompt_begins_the_caption(model: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.png").write_bytes(hostile.encode(hostile.noise(1)))
