@@ -23,6 +23,7 @@ from latentdiff.models import (
     VQModel,
 )
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE
+from latentdiff.pipelines.storage.places import autoencoder_in, local_place
 from latentdiff.training.settings import AutoencoderSettings, ClassifierSettings, DenoiserSettings
 
 Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | AutoencoderTiny | IdentityAutoencoder
@@ -185,7 +186,7 @@ def build_classifier(settings: ClassifierSettings, codec: Codec, classes: int) -
 
 def load_autoencoder(folder: str) -> Autoencoder:
     """The autoencoder in `folder`, or in the ``vae`` or ``vqvae`` folder of a pipeline there, which may be a packaged
-    model's name; one that changes nothing for "pixels".
+    model's name; that of a single file; one that changes nothing for "pixels".
 
     Raises:
         FileNotFoundError: there is none.
@@ -195,7 +196,11 @@ def load_autoencoder(folder: str) -> Autoencoder:
 
     if folder == "pixels":
         return IdentityAutoencoder()
-    place = packaged_models().get(folder, Path(folder))
+    place = packaged_models().get(folder, Path(folder).expanduser())
+    if place.is_file():
+        autoencoder = autoencoder_in(cast(Path, local_place(folder)))
+        check_latents(place, autoencoder.config)
+        return cast(Autoencoder, autoencoder)
     for candidate in (place, place / "vae", place / "vqvae"):
         if (candidate / "config.json").is_file():
             kind = read_json(candidate / "config.json").get("_class_name")

@@ -17,11 +17,11 @@ from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
     LoadingOptions,
-    find_place,
     grouped,
     load_pipeline,
 )
 from latentdiff.pipelines.registry import find_kind, kind_in
+from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:

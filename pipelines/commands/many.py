@@ -17,12 +17,12 @@ from latentdiff.pipelines.commands.model_options import (
     Device,
     LoadingOptions,
     be_quiet,
-    find_place,
     grouped,
     load_pipeline,
     pick_device,
 )
 from latentdiff.pipelines.registry import Kind, kind_in
+from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typer.models import OptionInfo
 from latentdiff.imports import collector_paused
 from latentdiff.pipelines.batch.drawing_options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
+from latentdiff.pipelines.storage.places import local_place, open_place
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.text_to_image import TextPipeline
@@ -111,37 +112,6 @@ class LoadingOptions(Plain):
         return {"loras": loras, "embeddings": embeddings}
 
 
-def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Path:
-    """Where a model lies, a folder or a single file; one on the hub is downloaded if it has not been.
-
-    Args:
-        fetch: False looks for it in the hub's local cache only.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is a file, and no safetensors file.
-        OSError: the hub cannot be asked.
-    """
-    from latentdiff.interchange.folders import find_model
-
-    file = Path(model).expanduser()
-    if file.is_file():
-        if file.suffix != ".safetensors":
-            raise ValueError(
-                f"{model}: only .safetensors files are drawn with as they are, others can run code; see 'latentdiff "
-                f"convert --help' to make a folder of a checkpoint that you trust"
-            )
-        return file
-    folder = find_model(model)
-    if folder is None:
-        be_quiet()
-        from latentdiff.pipelines import TextToImagePipeline
-
-        options = {"use_safetensors": True, "variant": variant, "local_files_only": not fetch}
-        folder = Path(TextToImagePipeline.download(model, **options))
-    return folder
-
-
 @collector_paused()
 def load_pipeline(
     model: str | Path,
@@ -162,16 +132,13 @@ def load_pipeline(
         variant: such as "fp16", of a folder's weight files.
         runtime: "openvino" or "onnx" instead of torch.
     """
-    from latentdiff.interchange.folders import find_model
     from latentdiff.pipelines.core.scheduler_names import change_scheduler, find_scheduler
 
-    is_file = Path(model).is_file()
-    if not is_file:
-        find_model(model)  # errors that need no torch come before it is loaded
+    local_place(str(model))  # errors that need no torch come before it is loaded
     if scheduler is not None:
         find_scheduler(scheduler)
     if runtime is not None:
-        check_runtime(runtime, is_file, model, device)
+        check_runtime(runtime, model, device)
         device, place = Device.cpu, None
     elif precision is Precision.int8:
         raise ValueError("--precision int8: torch does not draw in int8; say --runtime openvino or onnx too")
@@ -180,19 +147,16 @@ def load_pipeline(
 
     be_quiet()
     pipeline_class, dtype = find_kind(kind).load(), getattr(torch, precision.value)
-    if is_file:
-        pipeline = pipeline_class.from_single_file(model, dtype=dtype)
-    else:
-        pipeline = pipeline_class.from_pretrained(model, dtype=dtype, variant=variant, runtime=runtime)
+    pipeline = open_place(pipeline_class, model, dtype=dtype, variant=variant, runtime=runtime)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if scheduler is not None:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, scheduler)
     return pipeline.to(place or pick_device(device))
 
 
-def check_runtime(runtime: str, is_file: bool, model: str | Path, device: Device) -> None:
+def check_runtime(runtime: str, model: str | Path, device: Device) -> None:
     """Raises ValueError for what a runtime does not draw from, and for where it does not compute."""
-    if is_file:
+    if Path(model).is_file():
         raise ValueError(
             f"--runtime {runtime}: {model} is a single file; make a folder of it: latentdiff convert {model} FOLDER"
         )

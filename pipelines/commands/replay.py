@@ -10,7 +10,8 @@ import typer
 from latentdiff import __version__
 from latentdiff.imports import load_module
 from latentdiff.pipelines.commands.generate import pipeline_kind
-from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, find_place, load_pipeline
+from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, load_pipeline
+from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:

@@ -45,9 +45,9 @@ def doctor(
     No picture or caption is changed. The exit status is 0 if there is enough to train on, and 1 if a larger share than
     max_bad_share cannot be used.
     """
-    from latentdiff.interchange.folders import find_model
     from latentdiff.interchange.png import read_settings
     from latentdiff.pipelines.commands.models import model_shape
+    from latentdiff.pipelines.storage.places import local_place
     from latentdiff.training.settings import DoctorSettings
 
     given: dict[str, object] = {**parse_overrides(overrides or []), "data": data}
@@ -56,7 +56,7 @@ def doctor(
     if model is not None and sheet.exists() and (read_settings(sheet) or {}).get("made_by") != SHEET["made_by"]:
         raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
     settings = DoctorSettings.load(config, given)
-    place = None if model is None else find_model(model)
+    place = None if model is None else local_place(model)
     resolution, step = (None, None) if place is None else model_shape(place)
     if resolution is not None and "resolution" not in settings.model_fields_set:
         settings = settings.model_copy(update={"resolution": resolution})
@@ -79,15 +79,15 @@ def doctor(
 def reconstructions(model: str, report: "DataReport", sheet: Path) -> list[str]:
     """How well the model's autoencoder holds the pictures, and what to take if it does not; a PNG shows it."""
     from latentdiff.codec import Codec
-    from latentdiff.interchange.folders import find_model
     from latentdiff.interchange.png import save_picture
     from latentdiff.models import AutoencoderKL
+    from latentdiff.pipelines.storage.places import local_place
     from latentdiff.training.evaluation.suitability import examine_autoencoder
     from latentdiff.training.starting_networks import load_autoencoder
 
-    folder = find_model(model)
-    on_hub = folder is None
-    autoencoder = AutoencoderKL.from_pretrained(model, subfolder="vae") if on_hub else load_autoencoder(str(folder))
+    place = local_place(model)
+    on_hub = place is None
+    autoencoder = AutoencoderKL.from_pretrained(model, subfolder="vae") if on_hub else load_autoencoder(str(place))
     found = examine_autoencoder(Codec(autoencoder), report.pictures, report.resolution)
     save_picture(found.sheet, sheet, SHEET)
     advice = [found.advice(model)] if not found.suits else []

@@ -7,12 +7,12 @@ from latentdiff.pipelines.commands.model_options import (
     DeviceOption,
     Precision,
     PrecisionOption,
-    find_place,
     grouped,
     load_pipeline,
     pick_device,
 )
 from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.storage.places import find_place, local_place
 from latentdiff.terminal import say
 from latentdiff.training.commands.settings_arguments import show_progress
 from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
@@ -31,17 +31,16 @@ def evaluate(
     Pictures that were drawn already are kept, so a repeated command goes on where it stopped. The figures are shown,
     written to evaluation.json, and put into the model's card.
     """
-    from latentdiff.interchange.folders import check_clip_source, find_model
+    from latentdiff.interchange.folders import check_clip_source
 
-    local = find_model(settings.model)  # a missing model is reported before torch is loaded
+    local_place(settings.model)  # a missing model is reported before torch is loaded
     check_clip_source(settings.clip)
     show_progress()
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
-    from latentdiff.training.evaluation.held_out import textless_kind
 
     folder = settings.folder()
-    kind = (local and textless_kind(settings.model)) or kind_in(local or find_place(settings.model))
-    pipeline = load_pipeline(settings.model, device, precision, None, kind.name)
+    place = find_place(settings.model)
+    pipeline = load_pipeline(place, device, precision, None, kind_in(place, textless=True).name)
     pipeline.set_progress_bar_config(disable=True)
     evaluate_pipeline(pipeline, settings)
     say(f"The figures are in {folder / 'evaluation.json'}")

@@ -55,7 +55,8 @@ def denoiser(
     data: Data = None,
     output: Output = None,
     autoencoder: Annotated[
-        str | None, typer.Option(help="Folder of the autoencoder, or of a pipeline; pixels: none.")
+        str | None,
+        typer.Option(help="Folder of the autoencoder or of a pipeline, or a .safetensors file; pixels: none."),
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -75,7 +76,8 @@ def classifier(
     data: Data = None,
     output: Output = None,
     model: Annotated[
-        str | None, typer.Option(help="Pipeline folder of the class-conditional or unconditional model.")
+        str | None,
+        typer.Option(help="Pipeline folder, or .safetensors file, of the class-conditional or unconditional model."),
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -95,7 +97,10 @@ def finetune(
     data: Data = None,
     output: Output = None,
     model: Annotated[
-        str | None, typer.Option(help="A packaged model (emoji is the default), a pipeline folder, or owner/name.")
+        str | None,
+        typer.Option(
+            help="A packaged model (emoji is the default), a pipeline folder, a .safetensors file, or owner/name."
+        ),
     ] = None,
     method: Annotated[
         Method | None, typer.Option(help="All weights, a LoRA (the default), one subject, or a new word.")
@@ -124,7 +129,8 @@ def distill(
     data: Data = None,
     output: Output = None,
     model: Annotated[
-        str | None, typer.Option(help="The teacher: a packaged model, a pipeline folder, or owner/name.")
+        str | None,
+        typer.Option(help="The teacher: a packaged model, a pipeline folder, a .safetensors file, or owner/name."),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="In place of data: a file of prompts, of which the teacher draws the pictures.")

@@ -293,12 +293,12 @@ def token_counter(model: str) -> Tokens:
     """How many tokens captions have for a model's text encoder, with those at both ends, and how many it reads.
 
     Args:
-        model: as `latentdiff.text.load_text_encoder` takes it.
+        model: as `latentdiff.text.load_text_encoder` takes it, or a single file.
     """
+    from latentdiff.pipelines.storage.places import text_encoder_at
     from latentdiff.text.encode import max_tokens
-    from latentdiff.text.load import load_text_encoder
 
-    tokenizer, text_encoder = load_text_encoder(model)
+    tokenizer, text_encoder = text_encoder_at(model)
 
     def count(captions: Sequence[str]) -> list[int]:
         found: Any = tokenizer(list(captions), truncation=False, padding=False, verbose=False)

@@ -12,7 +12,7 @@ from PIL import Image
 from latentdiff import __version__
 from latentdiff.codec import Codec
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.interchange.folders import find_model, packaged_models
+from latentdiff.interchange.folders import packaged_models
 from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
@@ -21,6 +21,7 @@ from latentdiff.metrics.distribution_distances import NEAREST
 from latentdiff.metrics.extractors import Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW, pictures_to_pixels
 from latentdiff.pipelines.registry import find_kind
+from latentdiff.pipelines.storage.places import local_place
 from latentdiff.training.card.card import last_part, update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.caption_checks import labels_of
@@ -300,8 +301,8 @@ def reconstruction_metrics(measured: Measured, pipeline: Any, batch_size: int) -
 
 def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
     """Put the evaluation into the card of a model in a folder, if latentdiff wrote it."""
-    folder = find_model(settings.model)
-    if folder is None or settings.model in packaged_models():
+    folder = local_place(settings.model)
+    if folder is None or folder.is_file() or settings.model in packaged_models():
         return
     if update_evaluation(folder, markdown(report)):
         logger.info("the evaluation is in %s", folder / "README.md")

@@ -14,10 +14,11 @@ from torch import Tensor
 from latentdiff import __version__
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.atomic import write_text_whole
-from latentdiff.interchange.folders import find_model, read_json
+from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.user_files import read_yaml
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
-from latentdiff.pipelines.registry import Kind, kind_saved_as
+from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.storage.places import find_place, local_place, open_place
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.card.card import last_part
 from latentdiff.training.data import CaptionedPicture, NoPicturesError, Wanted, read_source
@@ -109,8 +110,8 @@ def trained_without(model: str) -> float:
 
     A model without settings of ours, such as a packaged one, was trained on others: the share is the usual one.
     """
-    folder = find_model(model)
-    file = None if folder is None else folder / "training" / "settings.yaml"
+    place = local_place(model)
+    file = None if place is None else place / "training" / "settings.yaml"
     if file is None or not file.is_file():
         return HELD_OUT_SHARE
     found = read_yaml(file)
@@ -118,33 +119,24 @@ def trained_without(model: str) -> float:
     return float(share) if isinstance(share, int | float) else 0.0
 
 
-def textless_kind(model: str) -> Kind | None:
-    """The kind of pipeline that loads a folder with a model without text; None: it holds another.
-
-    Raises:
-        FileNotFoundError: there is no pipeline folder, here or among the packaged models.
-    """
-    folder = find_model(model)
-    if folder is None or not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{model}: no pipeline folder; train one with 'latentdiff train denoiser'")
-    kind = kind_saved_as(str(read_json(folder / "model_index.json").get("_class_name")))
-    return kind if kind is not None and kind.conditioned_by in ("class", "none") else None
-
-
 def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassConditionalPipeline | UnconditionalPipeline:
-    """A model without text, from its folder.
+    """A model without text: a pipeline folder, a single file, or on the hub.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is conditioned by text.
     """
-    kind = textless_kind(model)
-    if kind is None:
+    place = find_place(model)
+    if place.is_dir() and not (place / "model_index.json").is_file():
+        raise FileNotFoundError(f"{model}: no pipeline folder; train one with 'latentdiff train denoiser'")
+    kind = kind_in(place, textless=True)
+    if kind.conditioned_by not in ("class", "none"):
         raise ValueError(
             f"{model} is no model without text, such as 'latentdiff train denoiser' makes with condition=class or "
             f"none, and this needs one; 'latentdiff evaluate' measures any model"
         )
-    return kind.load().from_pretrained(find_model(model), dtype=dtype)
+    loaded: ClassConditionalPipeline | UnconditionalPipeline = open_place(kind.load(), place, dtype=dtype)
+    return loaded
 
 
 class HeldOutLoss:

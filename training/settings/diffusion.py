@@ -50,7 +50,7 @@ class DenoiserSettings(DiffusionSettings):
     )
 
     autoencoder: str = Field(
-        description="folder of a trained autoencoder, or a pipeline folder that has one; 'pixels': none"
+        description="folder of an autoencoder, a pipeline folder or .safetensors file with one; 'pixels': none"
     )
     condition: Condition = Field(
         "text", description="what the denoiser is conditioned on: the caption; the caption as a class; nothing"
@@ -133,7 +133,9 @@ class ClassifierSettings(DiffusionSettings):
         *("norm_num_groups", "pool", "resolution"),
     )
 
-    model: str = Field(description="pipeline folder of the class-conditional or unconditional model to be guided")
+    model: str = Field(
+        description="pipeline folder or .safetensors file of the class-conditional or unconditional model to be guided"
+    )
     block_out_channels: tuple[int, ...] = Field(
         (64, 128, 192), description="channels of each level; each is half as large as the one before"
     )
@@ -209,7 +211,9 @@ class FinetuneSettings(AdaptedSettings):
         *("placeholder_token", "initializer_token", "num_vectors"),
     )
 
-    model: str = Field("emoji", description="what to start from: a packaged model, a pipeline folder, a hub id")
+    model: str = Field(
+        "emoji", description="what to start from: a packaged model, a pipeline folder, a .safetensors file, a hub id"
+    )
     method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field(
         "lora", description="what is trained: all of the UNet, a LoRA, one subject, or a new word"
     )

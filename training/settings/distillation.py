@@ -38,7 +38,7 @@ class DistillationSettings(AdaptedSettings):
     teacher_steps: int = Field(
         25, ge=1, description="steps in which it draws them; default: 25, or what it is made for"
     )
-    model: str = Field(description="the teacher: a packaged model, a pipeline folder, a hub id")
+    model: str = Field(description="the teacher: a packaged model, a pipeline folder, a .safetensors file, a hub id")
     method: Literal["lcm", "consistency", "progressive", "adversarial", "dmd"] = Field(
         "lcm", description="how the student learns; docs/few-steps.md says when to take which"
     )

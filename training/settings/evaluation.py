@@ -11,7 +11,9 @@ from latentdiff.training.settings.base import Settings
 class HeldOutSettings(Settings):
     """What the commands that measure a model have in common."""
 
-    model: str = Field(description="A pipeline folder, a packaged model, or owner/name on the hub.")
+    model: str = Field(
+        description="A pipeline folder, a .safetensors file, a packaged model, or owner/name on the hub."
+    )
     data: str = Field(description="Folder of captioned pictures, *.tar shards, or a dataset's name.")
     split: str = Field("validation", description="Which of its pictures; best those the model was not trained on.")
     count: int | None = Field(None, ge=1, description="How many pictures, at most.")
@@ -27,13 +29,15 @@ class HeldOutSettings(Settings):
 
         Raises:
             ValueError: it has to be given, as the model is no folder of the user's.
+            FileNotFoundError: there is no such model.
         """
-        from latentdiff.interchange.folders import find_model, packaged_models
+        from latentdiff.interchange.folders import packaged_models
+        from latentdiff.pipelines.storage.places import local_place
 
         if self.output is not None:
             return Path(self.output).expanduser()
-        folder = find_model(self.model)
-        if folder is None or self.model in packaged_models():
+        folder = local_place(self.model)
+        if folder is None or folder.is_file() or self.model in packaged_models():
             raise ValueError(f"{self.model} is no folder of yours; say with --output where the evaluation should go")
         return folder / "evaluation"
 

@@ -10,7 +10,7 @@ from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.losses import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.process import Process, known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
-from latentdiff.text import load_text_encoder
+from latentdiff.pipelines.storage.places import text_encoder_at
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
 from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.loop.output_folder import open_output
@@ -40,7 +40,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
             f"resolution {settings.resolution} is not divisible by the autoencoder's factor {codec.factor}"
         )
     process = build_process(settings, codec)
-    text: Any = load_text_encoder(settings.text_encoder) if settings.condition == "text" else None
+    text: Any = text_encoder_at(settings.text_encoder) if settings.condition == "text" else None
     data = load_data(settings, settings.condition)
     model = build_model(settings, codec, process, text, data)
     if settings.gradient_checkpointing:

@@ -11,11 +11,11 @@ from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.process import process_from_config
-from latentdiff.interchange.folders import find_model
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.storage.places import find_place, local_place, open_place
 from latentdiff.text import max_tokens
 from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
@@ -113,7 +113,7 @@ def check_method(settings: FinetuneSettings) -> None:
 
 def check_output(settings: AdaptedSettings) -> None:
     """Raises ValueError if the output folder holds a model that is not of this command."""
-    output, model = Path(settings.output), find_model(settings.model)
+    output, model = Path(settings.output), local_place(settings.model)
     if model is not None and output.exists() and output.resolve() == model.resolve():
         raise ValueError(f"{output} is the model to start from, which is not changed; choose another --output")
     if (output / "model_index.json").exists() and not (output / "training" / "settings.yaml").exists():
@@ -121,16 +121,14 @@ def check_output(settings: AdaptedSettings) -> None:
 
 
 def load_model(model: str) -> TextToImagePipeline:
-    """The model to start from, as the class that its folder names.
+    """The model to start from, as the class that its folder, or single file, names.
 
     Raises:
         ValueError: a class that has other components, or makes its conditions in its own way.
         FileNotFoundError, OSError: see ``from_pretrained``.
     """
-    folder = find_model(model)
-    if folder is None:
-        folder = Path(TextToImagePipeline.download(model, use_safetensors=True))
-    kind: Any = kind_in(folder).load()
+    place = find_place(model)
+    kind: Any = kind_in(place).load()
     parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, TextToImagePipeline))
     methods = ("conditioner", "condition", "encode_prompt")
     if parts != usual or any(getattr(kind, name) is not getattr(TextToImagePipeline, name) for name in methods):
@@ -138,7 +136,8 @@ def load_model(model: str) -> TextToImagePipeline:
             f"{model} is a {kind.__name__}, which has components or conditions of its own; fine-tuning knows models "
             f"with one text encoder, an autoencoder and a UNet"
         )
-    return kind.from_pretrained(folder)
+    loaded: TextToImagePipeline = open_place(kind, place)
+    return loaded
 
 
 def is_distilled(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> bool:
