@@ -14,6 +14,7 @@ from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import save_picture
 from latentdiff.interchange.user_files import read_text
 from latentdiff.training.card.kinds import ModelKind
+from latentdiff.training.settings.run import PATHS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -26,13 +27,6 @@ FILE, GRID = "README.md", "samples.png"
 BEGIN, END = "<!-- latentdiff: {} (written anew; put your own text outside) -->", "<!-- latentdiff: end of {} -->"
 MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
 MODEL, EVALUATION = "model", "evaluation"
-# In a card of settings the names of these say something; where they lay says too much.
-PATHS = frozenset(
-    (
-        *("data", "picture_folder", "output", "autoencoder", "text_encoder", "model", "manifest"),
-        *("cache_dir", "perceptual_network"),
-    )
-)
 NOT_PUSHED = ("training/**", "evaluation/samples/**", "evaluation/pictures.jsonl", "**/.*", ".*")
 
 
@@ -214,7 +208,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """A setting's value as one line of YAML; of paths the last part."""
+    """A setting's value as one line of YAML; of paths the last part, for where they lay says too much."""
     import yaml
 
     if isinstance(value, PurePath) or (isinstance(value, str) and (name in PATHS or looks_like_path(value))):

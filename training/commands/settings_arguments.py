@@ -55,6 +55,8 @@ def load_settings(
 ) -> SettingsT:
     """Settings from a YAML file, ``key=value`` arguments, and those that have options of their own (None: not given).
 
+    Where they go on with a run, what is not given is as the run has it; that is said.
+
     Raises:
         ValueError: a setting is given twice, or see `Settings.load`.
     """
@@ -63,7 +65,48 @@ def load_settings(
         if value is not None and key in given:
             raise ValueError(f"setting {key!r} is given twice")
         given.setdefault(key, str(value) if isinstance(value, Path) else value)
-    return kind.load(file, given)
+    values = kind.values_of(file, given)
+    if issubclass(kind, RunSettings) and isinstance(values.get("output"), str):
+        return continued(kind, values)
+    return kind.of(values)
+
+
+def continued(kind: type[SettingsT], values: dict[str, Any]) -> SettingsT:
+    """Settings of `values`, and for the rest of the run in their output, if there is one.
+
+    Raises:
+        ValueError: they cannot be, or not together.
+    """
+    output = Path(values["output"])
+    if not any((output.expanduser() / "training" / "checkpoints").glob("step-*")):
+        return kind.of(values)
+    from latentdiff.training.loop.output_folder import given_before, is_usual
+
+    assert issubclass(kind, RunSettings)
+    before = {key: value for key, value in given_before(output, kind).items() if key not in values}
+    try:
+        settings = kind.of({**before, **values})
+    except ValueError as error:
+        refuse_alone(
+            kind, output, {key: before[key] for key in before if kind.model_fields[key].is_required()} | values
+        )
+        raise ValueError(f"{error}\nWhat was not given is as the run in {output} has it: {', '.join(before)}") from None
+    taken = [f"{key}={value}" for key, value in before.items() if not is_usual(kind, key, value)]
+    if taken and is_first_process():
+        shown = ", ".join(taken)
+        say(f"Going on with the run in {output}; what was not given is as it was there: {shown}")
+    return settings
+
+
+def refuse_alone(kind: type[RunT], output: Path, values: dict[str, Any]) -> None:
+    """Raises ValueError if `values` by themselves are not for this run, such as those of another method."""
+    from latentdiff.training.loop.output_folder import check_resumable
+
+    try:
+        settings = kind.of(values)
+    except ValueError:
+        return
+    check_resumable(output / "training", settings, {}, set(kind.fixed) - settings.model_fields_set | {"max_steps"})
 
 
 def show_progress() -> None:

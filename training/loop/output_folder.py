@@ -16,12 +16,22 @@ from latentdiff.pipelines.distributed import processes
 from latentdiff.training.loop.checkpoints import read_state, whole_checkpoints
 from latentdiff.training.loop.distributed import check_surroundings
 from latentdiff.training.settings import RunSettings
+from latentdiff.training.settings.run import PATHS
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LEFTOVER = re.compile(r"\.saving-\w{8}|\.partial-[0-9a-f]{16}(\.\w+)?")
 """What a killed process leaves of a folder or a file that it was writing aside."""
+ACTING_LATER = frozenset(
+    (
+        *("max_steps", "max_minutes", "push_to_hub", "report_to", "cache_dir", "cache_latents", "cache_text", "data"),
+        *("picture_folder", "manifest", "num_workers", "compile", "gradient_checkpointing", "keep_checkpoints"),
+        *("checkpoint_every", "sample_every", "log_every", "sample_prompts", "sample_steps", "sample_guidance_scale"),
+        *("sample_classifier_scale", "extractor", "latent_shift", "model", "autoencoder", "text_encoder", "teacher"),
+    )
+)
+"""Settings that say something still where all steps are made: of the end, or, as models, compared by content."""
 _held: dict[Path, BinaryIO] = {}
 """Open lock files by folder."""
 
@@ -129,9 +139,19 @@ def check_resumable(
         )
 
 
-def log_changes(before: Mapping[str, object], settings: RunSettings, step: int) -> list[dict[str, Any]]:
-    """Say in what the settings differ from those of a checkpoint at `step`; returns it for the run's history."""
-    found = changes(before, settings)
+def log_changes(state: Mapping[str, Any], settings: RunSettings) -> list[dict[str, Any]]:
+    """Say in what the settings differ from those of a checkpoint's state; returns it for the run's history.
+
+    Raises:
+        ValueError: some would change how it learns, and there is no step left to learn in.
+    """
+    found, step = changes(state["settings"], settings, state.get("places", {})), int(state["step"])
+    idle = [f"{key} {new!r} (was {old!r})" for key, old, new in found if key not in ACTING_LATER]
+    if idle and step >= settings.max_steps:
+        raise ValueError(
+            f"{settings.output}: the run is at step {step}, which is all of max_steps, so nothing would be trained "
+            f"with {', '.join(idle)}; a larger max_steps trains on with that. Nothing was changed"
+        )
     said = [f"{key} {new!r} (was {old!r})" for key, old, new in found if key != "max_steps"]
     if said:
         logger.info("the run goes on with other settings than before: %s", ", ".join(said))
@@ -139,15 +159,55 @@ def log_changes(before: Mapping[str, object], settings: RunSettings, step: int) 
     return [{"when": when, "step": step, "setting": key, "old": old, "new": new} for key, old, new in found]
 
 
-def changes(before: Mapping[str, object], settings: RunSettings) -> list[tuple[str, object, object]]:
-    """Key, old and new value of what differs from the settings of a checkpoint; it may lack those that are newer."""
+def changes(
+    before: Mapping[str, object], settings: RunSettings, places: Mapping[str, str] | None = None
+) -> list[tuple[str, object, object]]:
+    """Key, old and new value of what differs from the settings of a checkpoint; it may lack those that are newer.
+
+    places: of its paths, see `places_of`: a path that is written otherwise and leads to the same place is no change.
+    """
     now = state_of(settings)
-    return [(key, before[key], value) for key, value in now.items() if before.get(key, value) != value]
+    there, here = {**places_of(before), **(places or {})}, places_of(now)
+    same = {key for key, place in here.items() if there.get(key) == place}
+    return [(k, before[k], value) for k, value in now.items() if before.get(k, value) != value and k not in same]
+
+
+def places_of(values: Mapping[str, object]) -> dict[str, str]:
+    """Where the paths among settings lead, of those that there are."""
+    from latentdiff.interchange.folders import packaged_models
+
+    paths = {key: value for key, value in values.items() if key in PATHS and isinstance(value, str) and value}
+    found = {key: Path(value).expanduser() for key, value in paths.items() if value not in packaged_models()}
+    return {key: str(path.resolve()) for key, path in found.items() if path.exists()}
+
+
+def given_before(output: Path, kind: type[RunSettings]) -> dict[str, Any]:
+    """What the run in `output` was given, as defaults for going on with it; nothing if there is none of this kind.
+
+    Its time limit is not among it, for that is of one sitting. A relative path that leads elsewhere from here is whole.
+
+    Raises:
+        ValueError: see `read_state`.
+    """
+    whole = whole_checkpoints(output.expanduser() / "training" / "checkpoints")
+    state = read_state(whole) if whole else {"settings": {}}
+    before, usual = state["settings"], kind.model_fields
+    if before.get("trainer") != kind.__name__:
+        return {}
+    places, here = state.get("places", {}), places_of(before)
+    given = state.get("chosen", [key for key in usual if not is_usual(kind, key, before.get(key))])
+    values = {key: before[key] for key in given if key in usual and key in before and key != "max_minutes"}
+    return {key: value if here.get(key) == places.get(key) else places.get(key, value) for key, value in values.items()}
 
 
 def state_of(settings: RunSettings) -> dict[str, object]:
     """Settings as a checkpoint keeps them: without its place, with the name of their class."""
     return {"trainer": type(settings).__name__, **json.loads(settings.model_dump_json(exclude={"output"}))}
+
+
+def is_usual(kind: type[RunSettings], key: str, value: object) -> bool:
+    """Whether a setting from a checkpoint has its default."""
+    return (tuple(value) if isinstance(value, list) else value) == kind.model_fields[key].default
 
 
 def remove_leftovers(output: Path) -> None:

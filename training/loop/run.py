@@ -19,7 +19,7 @@ from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
-from latentdiff.training.loop.output_folder import hold, log_changes, open_output, release, state_of
+from latentdiff.training.loop.output_folder import hold, log_changes, open_output, places_of, release, state_of
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.loop.stopping import Stopping
 from latentdiff.training.objectives.objective import Objective, RealAndFake
@@ -265,6 +265,8 @@ class TrainingRun:
             "figures": self.figures,
             "optimization_step": self.learner.average.updates,
             "settings": state_of(self.settings),
+            "chosen": self.settings.given,
+            "places": places_of(state_of(self.settings)),
             "given": self.given,
             "history": self.history,
         }
@@ -279,7 +281,7 @@ class TrainingRun:
         """Go on from the newest checkpoint, if there is one."""
         state, averaged = self.checkpoints.load_latest()
         if state:
-            changed = log_changes(state["settings"], self.settings, int(state["step"]))
+            changed = log_changes(state, self.settings)
             self.history = [*state.get("history", []), *changed]
             self.step, self.learner.skipped = int(state["step"]), int(state["skipped"])
             self.learner.watch.restore(state["watch"])

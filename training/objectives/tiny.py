@@ -87,7 +87,7 @@ def load_teacher(settings: AutoencoderSettings) -> tuple[Codec | None, Autoencod
         "block_out_channels": settings.block_out_channels[:1] * levels,
     }
     follows = {key: value for key, value in wanted.items() if key not in settings.model_fields_set}
-    settings = settings.model_copy(update=follows)
+    settings = settings.completed(**follows)
     if (teacher.channels, teacher.factor) != (settings.latent_channels, settings.factor):
         raise ValueError(
             f"{name}: the teacher's latents have {teacher.channels} channels, and {teacher.factor} "

@@ -38,6 +38,11 @@ class Settings(BaseModel):
                 (the line is named).
             FileNotFoundError: `file` does not exist.
         """
+        return cls.of(cls.values_of(file, overrides))
+
+    @classmethod
+    def values_of(cls, file: str | os.PathLike[str] | None, overrides: dict[str, Any] | None) -> dict[str, Any]:
+        """What `load` is given by the settings' own names, unexamined. Raises as `load` where that cannot be read."""
         values: dict[str, Any] = {}
         if file is not None:
             values = read_yaml(Path(file)) or {}
@@ -48,7 +53,12 @@ class Settings(BaseModel):
             if isinstance(value, str) and key not in cls._plain():
                 values[key] = parse_yaml(value, f"setting {key!r}")
             elif value is not None:
-                values[key] = value
+                values[key] = None if value == "null" and cls._may_be_none(key) else value
+        return values
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Settings of these values. Raises ValueError as `load`."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -79,6 +89,11 @@ class Settings(BaseModel):
         return {name for name, field in cls.model_fields.items() if field.annotation in (str, str | None)}
 
     @classmethod
+    def _may_be_none(cls, key: str) -> bool:
+        """Whether a setting that is taken as it is typed has a default to go back to, null."""
+        return key in cls.model_fields and cls.model_fields[key].annotation == (str | None)
+
+    @classmethod
     def _explain(cls, item: Any) -> str:
         key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
@@ -91,6 +106,12 @@ class Settings(BaseModel):
             return f"setting {key} is needed: --{option}, or {item['loc'][0]}: in the file of --config"
         wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
+
+    def completed(self, **values: Any) -> Self:
+        """A copy with these values, found out from a model or the data; `model_fields_set` stays what was given."""
+        copy = self.model_copy(update=values)
+        copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)
+        return copy
 
     def follow(self, **defaults: Any) -> None:
         """Take these in place of the usual defaults, where nothing else was given: for a validator to call."""

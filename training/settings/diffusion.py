@@ -234,15 +234,10 @@ class FinetuneSettings(AdaptedSettings):
     initializer_token: str | None = Field(None, description="textual inversion: a word to start from, such as 'cup'")
     num_vectors: int = Field(1, ge=1, le=1000, description="textual inversion: tokens behind the new word")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _suit_the_method(cls, values: Any) -> Any:
-        rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
-        method = "lora" if values.get("lora_rank") else values.get("method", "lora")
-        return {"learning_rate": rates.get(method, 1e-4), **values}
-
     @model_validator(mode="after")
     def _check_method(self) -> Self:
+        rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
+        self.follow(learning_rate=rates["lora" if self.lora_rank else self.method])
         if self.method == "dreambooth" and not (self.caption and self.class_prompt):
             raise ValueError("dreambooth needs caption='a photo of sks dog' and class_prompt='a photo of a dog'")
         if self.method == "textual-inversion" and not (self.placeholder_token and self.initializer_token):

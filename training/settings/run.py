@@ -8,6 +8,13 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from latentdiff.training.settings.base import Settings
 
 HELD_OUT_SHARE = 0.05
+PATHS = frozenset(
+    (
+        *("data", "picture_folder", "output", "autoencoder", "text_encoder", "model", "manifest", "teacher", "prompts"),
+        *("cache_dir", "perceptual_network"),
+    )
+)
+"""Settings that may be paths."""
 Condition = Literal["text", "class", "none"]
 """What a model is conditioned on: the caption, the caption as the name of a class, or nothing."""
 
@@ -117,13 +124,18 @@ class RunSettings(DataSettings):
         return self._place or Path(self.output) / "training"
 
     @property
+    def given(self) -> list[str]:
+        """Which of them were given; the others follow from the defaults, the model or the data."""
+        return [key for key in type(self).model_fields if key in self.model_fields_set and key != "output"]
+
+    @property
     def is_dry_run(self) -> bool:
         """Whether nothing may be written in `output`."""
         return self._place is not None
 
     def in_place(self, folder: Path) -> Self:
         """These, for a dry run that writes into `folder` and tells nobody."""
-        copy = self.model_copy(update={"push_to_hub": None, "report_to": (), "cache_dir": None})
+        copy = self.completed(push_to_hub=None, report_to=(), cache_dir=None)
         copy._place = folder
         return copy
 

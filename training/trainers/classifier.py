@@ -29,7 +29,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     open_output(settings, unsettled=("resolution",))
     model = load_textless(settings.model)
     if settings.resolution == 0:
-        settings = settings.model_copy(update={"resolution": model.picture_size(None, None)[0]})
+        settings = settings.completed(resolution=model.picture_size(None, None)[0])
     if settings.resolution % model.vae_scale_factor:
         raise ValueError(
             f"resolution {settings.resolution} is not divisible by the autoencoder's factor {model.vae_scale_factor}"

@@ -202,7 +202,7 @@ def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> D
     for name in settings.model_fields_set & {"sample_steps", "sample_guidance_scale", "teacher_steps", "max_steps"}:
         if name != "sample_guidance_scale" or len(scales) == 2:  # a scale that is built in needs no guidance
             changes.pop(name, None)
-    return settings.model_copy(update=changes)
+    return settings.completed(**changes)
 
 
 def chosen_scales(
@@ -284,7 +284,7 @@ def with_drawings(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text_whole(folder / "metadata.jsonl", lines)
     state.wait_for_everyone()
-    return settings.model_copy(update={"data": str(folder)})
+    return settings.completed(data=str(folder))
 
 
 def student_of(settings: DistillationSettings, teacher: Any) -> Any:

@@ -193,7 +193,7 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
             changes["caption"] = settings.placeholder_token
         if "caption_dropout" not in given:
             changes["caption_dropout"] = 0.0  # without the new word there is nothing to learn
-    return settings.model_copy(update=changes)
+    return settings.completed(**changes)
 
 
 def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:

@@ -22,6 +22,7 @@ from straight_line import Line, go, settings
 
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
+from latentdiff.training.commands.settings_arguments import load_settings
 from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.output_folder import changes, hold, open_output, state_of
 from latentdiff.training.loop.run import TrainingRun
@@ -184,6 +185,72 @@ def test_a_run_beyond_max_steps_is_left_alone(tmp_path: Path) -> None:
         TrainingRun(settings(tmp_path, max_steps=24, learning_rate=0.01), Line())
     assert state(tmp_path) == before
     assert TrainingRun(settings(tmp_path, max_steps=30), Line()).step == 30
+
+
+def given(tmp_path: Path, *overrides: str, **options: Any) -> RunSettings:
+    return load_settings(RunSettings, None, list(overrides), output=tmp_path, **options)
+
+
+def test_what_is_not_given_again_is_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ("lr=0.5", "max_steps=20", "log_every=10", "report_to=[]", "checkpoint_every=5", "max_minutes=9")
+    go(TrainingRun(given(tmp_path, *first, data="-"), Line())).finish()
+    assert not capsys.readouterr().out
+    file = tmp_path / "mine.yaml"
+    file.write_text("checkpoint_every: 500\n")  # the default, given
+    again = load_settings(RunSettings, file, ["max_steps=30"], output=tmp_path)
+    assert (again.learning_rate, again.max_steps, again.checkpoint_every, again.data) == (0.5, 30, 500, "-")
+    assert again.max_minutes is None  # of one sitting
+    said = capsys.readouterr().out
+    assert said.count("what was not given is as it was there: data=-, learning_rate=0.5\n") == 1, said
+    go(TrainingRun(again, Line())).finish()
+    assert given(tmp_path, "lr=2e-4").learning_rate == 2e-4
+    assert given(tmp_path).checkpoint_every == 500  # the newest word counts
+
+
+def test_defaults_that_a_model_or_a_setting_gave_are_not_kept_as_given(tmp_path: Path) -> None:
+    begun = given(tmp_path, "max_steps=20", data="-").completed(sample_every=7)
+    assert (begun.sample_every, begun.warmup_steps) == (7, 2)
+    go(TrainingRun(begun, Line())).finish()
+    assert (given(tmp_path, "max_steps=500").warmup_steps, given(tmp_path).sample_every) == (100, 500)
+
+
+def test_what_does_not_go_with_a_run_is_said(tmp_path: Path) -> None:
+    go(TrainingRun(given(tmp_path, "max_steps=20", "decay_steps=15", data="-"), Line())).finish()
+    with pytest.raises(ValueError, match=r"seed was 0, now 3"):
+        given(tmp_path, "seed=3", "warmup_steps=100")
+    with pytest.raises(ValueError, match=r"more than\s+max_steps=20(.|\n)*is as the run in .* has it: .*decay_steps"):
+        given(tmp_path, "warmup_steps=10")
+
+
+def test_one_folder_written_otherwise_is_no_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stamps", "below", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    go(TrainingRun(settings(tmp_path / "out", data="stamps", max_steps=10), Line())).finish()
+    monkeypatch.chdir("below")
+    assert load_settings(RunSettings, None, [], output=tmp_path / "out").data == str(tmp_path / "stamps")
+    with caplog.at_level(logging.INFO, logger="latentdiff"):
+        run = go(TrainingRun(settings(tmp_path / "out", data="../stamps", max_steps=20), Line()))
+    assert "other settings" not in caplog.text
+    assert [one["setting"] for one in run.history] == ["max_steps"]
+    run.finish()
+    (tmp_path / "below" / "stamps").mkdir()  # the same words, another folder
+    assert load_settings(RunSettings, None, [], output=tmp_path / "out").data == "../stamps"
+    run = TrainingRun(settings(tmp_path / "out", data="../other", max_steps=30), Line())
+    assert [one["setting"] for one in run.history[1:]] == ["data", "max_steps"]
+
+
+def test_settings_that_nothing_would_be_trained_with_are_refused(tmp_path: Path) -> None:
+    go(TrainingRun(settings(tmp_path), Line())).finish()
+    before = state(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"at step 40, which is all of max_steps, .* with learning_rate 0.01 \(was 0.1"
+    ):
+        TrainingRun(settings(tmp_path, learning_rate=0.01), Line())
+    assert state(tmp_path) == before
+    assert TrainingRun(settings(tmp_path, sample_every=7), Line()).step == 40
 
 
 def test_fixed_settings_exist() -> None:
