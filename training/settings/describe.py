@@ -21,6 +21,8 @@ def as_yaml(kind: type[Settings], title: str) -> str:
 def _lines(kind: type[Settings]) -> Iterator[str]:
     schema = kind.model_json_schema()
     for name, about in schema["properties"].items():
+        if about.get("type") == "null":  # a setting of the base class that does nothing here
+            continue
         also = "".join(f"; also {alias}" for alias, key in ALIASES.items() if key == name)
         needed = "; needed" if name in schema.get("required", ()) else ""
         text = f"{description(kind, name)} ({type_name(about)}{needed}{also})"

@@ -30,7 +30,7 @@ class DistillationSettings(AdaptedSettings):
         *("solver_steps", "start_steps", "stage_steps", "discriminator_channels"),
     )
 
-    data: str = Field("", description="see DataSettings; needed, but with prompts")
+    data: str = Field("", description="as in training: folder of pictures, shards or dataset; not with prompts")
     prompts: str | None = Field(
         None, description="file of prompts (.txt, .jsonl, .csv): the teacher draws the pictures to learn from"
     )
