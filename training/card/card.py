@@ -42,6 +42,10 @@ def describe(run: "TrainingRun", kind: ModelKind, pictures: int, base_model: str
     settings = run.settings
     output = Path(settings.output)
     grids = sorted((run.folder / "samples").glob("step-*.png"))
+    seen = int(grids[-1].stem.removeprefix("step-")) if grids else run.step
+    if seen != run.step:
+        how = "; repeat the command to draw them" if run.step >= settings.max_steps else ""
+        logger.warning("samples.png is of step %d: samples of step %d were left out%s", seen, run.step, how)
     write_model_card(
         output,
         kind=kind,
@@ -52,6 +56,7 @@ def describe(run: "TrainingRun", kind: ModelKind, pictures: int, base_model: str
         steps=run.step,
         base_model=base_model,
         sample_grid=grids[-1] if grids else None,
+        sample_step=seen,
     )
     if settings.push_to_hub and run.step >= settings.max_steps:
         logger.info("pushed to %s", push_model(output, settings.push_to_hub))
@@ -67,6 +72,7 @@ def write_model_card(
     steps: int,
     base_model: str | None = None,
     sample_grid: Path | None = None,
+    sample_step: int | None = None,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write, or write anew, the card of the model in `folder`. A README.md without our marks stays as it is.
@@ -79,6 +85,7 @@ def write_model_card(
         steps: optimizer steps.
         base_model: what was fine-tuned: a hub id, a packaged model or a folder.
         sample_grid: a picture of samples, copied to ``samples.png``.
+        sample_step: of it, if it is another than `steps`.
         history: of settings that were changed during the run; see `TrainingRun`.
     """
     card = open_card(folder)
@@ -101,6 +108,7 @@ def write_model_card(
         "" if has_heading else f"# {folder.resolve().name or 'model'}",
         f"{kind.name[:1].upper()}{kind.name[1:]}, {made}",
         f"![Samples]({GRID})" if grid else "",
+        f"These samples are of step {sample_step:,}." if grid and sample_step not in (None, steps) else "",
         kind.usage,
         figures_table(figures, pictures),
         settings_list(settings),

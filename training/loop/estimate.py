@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FEW = 8  # pictures that a dry run takes, of each kind
 LONG_ENOUGH, MANY_ENOUGH = 10.0, 20  # seconds or updates, after which the pace is known
+SOON = 60.0  # seconds for samples that are drawn besides the plan: before training, and soon after its beginning
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
@@ -76,7 +77,8 @@ class Pace:
 
     def looked(self, seconds: float, share: float) -> None:
         """Samples and figures, or a share of them, took so long; it is not the updates' time."""
-        self.look = seconds / share
+        if share:
+            self.look = seconds / share
         self.aside += seconds
 
     @property
@@ -95,13 +97,35 @@ def looks(settings: RunSettings, step: int) -> int:
     return whole + (settings.max_steps % settings.sample_every > 0)
 
 
-def time_line(pace: Pace, steps: int, looks: int) -> str:
-    """steps, looks: that are left."""
+def time_needed(pace: Pace, steps: int, looks: int, short: int = 0) -> float:
+    """Seconds for what is left. short: looks of at most `SOON`."""
+    look = pace.look or 0.0
+    return steps * pace.seconds + looks * look + short * min(look, SOON)
+
+
+def time_line(pace: Pace, steps: int, looks: int, short: int = 0) -> str:
+    """steps, looks, short: see `time_needed`."""
+    needed, long = time_needed(pace, steps, looks, short), (pace.look or 0.0) > SOON
+    more = f", and {short} time{'s' * (short != 1)} a minute of it" if long and short else ""
+    looks += 0 if long else short
     each = f"of {duration(pace.look)} each" if pace.look is not None else "not counted"
     return (
-        f"Time: about {duration(steps * pace.seconds + looks * (pace.look or 0.0))} for {steps:,} steps of "
-        f"{duration(pace.seconds)}, with samples and figures {looks} time{'s' * (looks != 1)} ({each})."
+        f"Time: about {duration(needed)} for {steps:,} steps of "
+        f"{duration(pace.seconds)}, with samples and figures {looks} time{'s' * (looks != 1)} ({each}{more})."
     )
+
+
+def limit_lines(settings: RunSettings, step: int, needed: float, left: float) -> Iterator[str]:
+    """How far a run gets that is limited in time.
+
+    needed, left: seconds from `step` to the end, and until the limit.
+    """
+    if left < needed:
+        reached = step + int((settings.max_steps - step) * max(0.0, left) / needed)
+        yield (
+            f"max_minutes={settings.max_minutes:g} stops it before that: in about {duration(max(0.0, left))}, near "
+            f"step {reached:,} of {settings.max_steps:,}; the same command does the rest, in {duration(needed - left)}."
+        )
 
 
 def memory_line(device: torch.device) -> str:
@@ -117,7 +141,10 @@ def disk_lines(settings: RunSettings, checkpoint: int, model: int) -> Iterator[s
     needed, free = (kept + 1) * checkpoint + model, shutil.disk_usage(existing(Path(settings.output))).free
     parts = f"{kept} checkpoint{'s' * (kept > 1)} of {size(checkpoint)}, one more while it is written"
     whole = f", the model of {size(model)}" if model else ""
-    yield f"Disk: about {size(needed)} in {settings.output} ({parts}{whole}); {size(free)} are free."
+    yield (
+        f"Disk: about {size(needed)} in {settings.output} ({parts}{whole}); {size(free)} are free there. Samples, and "
+        f"the cache of what is encoded ('latentdiff cache'), are not counted."
+    )
     if needed > free:
         yield "That is more than is free: make room, choose another --output, or fewer keep_checkpoints."
 
@@ -146,8 +173,10 @@ def existing(path: Path) -> Path:
 
 def duration(seconds: float) -> str:
     """A time as people say it, such as "40 seconds" or "3 h 20 min"."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} seconds"
     if seconds < 120:
-        return f"{seconds:.3g} seconds"
+        return f"{seconds:.0f} seconds"
     minutes = round(seconds / 60)
     if minutes < 120:
         return f"{minutes} minutes"

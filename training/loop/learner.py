@@ -225,8 +225,12 @@ class LossWatch:
 
     def report(self) -> dict[str, float]:
         """Mean loss since the last report, if there was one."""
-        losses, self._since_report = self._since_report, []
-        return {"loss": sum(losses) / len(losses)} if losses else {}
+        found, self._since_report = self.so_far(), []
+        return found
+
+    def so_far(self) -> dict[str, float]:
+        """The same, and the next report is as if there were none."""
+        return {"loss": sum(self._since_report) / len(self._since_report)} if self._since_report else {}
 
     def state(self) -> dict[str, Any]:
         return {"mean": self.mean, "seen": self.seen, "since_report": list(self._since_report)}

@@ -58,7 +58,7 @@ class Records:
         """Keep a picture in ``samples``, and give it to the trackers that take some. A full disk costs the picture."""
         import numpy as np
 
-        file = self.folder / "samples" / f"step-{step:08d}.png"
+        file = self.sheet(step)
         try:
             save_picture(picture, file)
         except OSError as error:
@@ -69,6 +69,10 @@ class Records:
             elif tracker.name == "tensorboard":
                 array = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3)
                 tracker.log_images({name: array}, step=step, dataformats="NHWC")
+
+    def sheet(self, step: int) -> Path:
+        """The file of a step's picture."""
+        return self.folder / "samples" / f"step-{step:08d}.png"
 
     def draw_curves(self) -> None:
         """Draw what was recorded so far, as ``curves.png``. A full disk costs the picture."""

@@ -1,6 +1,7 @@
 """One run of a trainer: its steps, its checkpoints, and what it records."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop import estimate
 from latentdiff.training.loop.checkpoints import Checkpoints
 from latentdiff.training.loop.distributed import accelerator_of, log_start, spread_modules, whole_parameters
+from latentdiff.training.loop.estimate import SOON, duration
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.output_folder import hold, log_changes, open_output, places_of, release, state_of
@@ -150,6 +152,8 @@ class TrainingRun:
         self._bar.update()
         self._say_estimate()
         if not self.due(self.settings.log_every):
+            if self.step == 1:  # so that the curves of a run that is stopped early begin somewhere
+                self._record_now()
             return {}
         if self.accelerator.is_main_process:
             self._bar.set_postfix(self.progress())
@@ -157,6 +161,11 @@ class TrainingRun:
         rate = learning_rate_at(self.settings, self.step - 1)
         self.record(**self.learner.watch.report(), learning_rate=rate, **figures)
         return figures
+
+    def _record_now(self) -> None:
+        """Loss so far and learning rate, besides the plan of records, which goes on as if there were none."""
+        rate = learning_rate_at(self.settings, self.step - 1)
+        self.record(**self.learner.watch.so_far(), learning_rate=rate, **self.learner.figures())
 
     def due(self, every: int) -> bool:
         """Whether an update has just ended a stretch of `every` steps, or was the last."""
@@ -172,8 +181,8 @@ class TrainingRun:
 
     @property
     def has_stopped_unseen(self) -> bool:
-        """Whether updates were made, and none of the present weights was looked at."""
-        return self.first_step < self.step != self.looked_at
+        """Whether the present weights come of updates, and none has looked at them, in this sitting or another."""
+        return 0 < self.step != self.looked_at and not self.records.sheet(self.step).exists()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -194,7 +203,8 @@ class TrainingRun:
     def show_besides(self, draw: Callable[[], object]) -> None:
         """Draw samples before training, or after it."""
         if self.accelerator.is_main_process:
-            logger.info("drawing samples of step %d; Ctrl-C leaves them out", self.step)
+            most = SOON if self.pace.look is None else min(self.pace.look, SOON)
+            logger.info("drawing samples of step %d (about %s); Ctrl-C leaves them out", self.step, duration(most))
         began = time.monotonic()
         self.stopping.at_leisure(draw, at_stop=True)
         self.pace.looked(time.monotonic() - began, self.shown_share)
@@ -202,9 +212,13 @@ class TrainingRun:
     def estimated(self) -> list[str]:
         """Lines about the time, memory and disk that the rest of the run takes."""
         step = self.first_step if self.settings.is_dry_run else self.step
-        looks = estimate.looks(self.settings, step) + (self.settings.is_dry_run and self.draws_before and step == 0)
+        left = (self.pace, self.settings.max_steps - step, estimate.looks(self.settings, step))
+        short = int(self.settings.is_dry_run and self.draws_before and step == 0)
+        passed = 0.0 if self.settings.is_dry_run else time.monotonic() - self.started
+        seconds = math.inf if self.settings.max_minutes is None else 60 * self.settings.max_minutes - passed
         return [
-            estimate.time_line(self.pace, self.settings.max_steps - step, looks),
+            estimate.time_line(*left, short),
+            *estimate.limit_lines(self.settings, step, estimate.time_needed(*left), seconds),
             estimate.memory_line(self.device),
             *estimate.disk_lines(self.settings, estimate.checkpoint_bytes(self.learner), self.model_bytes),
         ]
@@ -331,8 +345,10 @@ class TrainingRun:
     # The end
 
     def end_training(self) -> None:
-        """Write the last checkpoint, and free what only training needs."""
+        """Write the last checkpoint, record where the losses are, and free what only training needs."""
         self.save(must=True)
+        if self.first_step < self.step < self.settings.max_steps and self.step % self.settings.log_every:
+            self._record_now()
         self.learner.optimizer.zero_grad()
         self.learner.optimizer.state.clear()
 

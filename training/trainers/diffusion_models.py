@@ -13,6 +13,7 @@ from latentdiff.conditioning import NoConditioner
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
+from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.cache import digest
 from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
 from latentdiff.training.batch.latents import latents_digest
@@ -67,7 +68,8 @@ class DiffusionModel(ABC):
 
     def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
         pipeline = self.pipeline().to(device)
-        pipeline.set_progress_bar_config(disable=True)
+        quiet = None if processes().is_main_process else True  # None: where nobody looks on
+        pipeline.set_progress_bar_config(disable=quiet, desc="drawing samples", leave=False, dynamic_ncols=True)
         size = {"height": settings.resolution, "width": settings.resolution}
         return pipeline(*args, **size, num_inference_steps=settings.sample_steps, **call).images
 

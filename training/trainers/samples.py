@@ -2,24 +2,28 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from latentdiff.interchange.atomic import write_text_whole
+from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.picture_files import to_pictures
 from latentdiff.interchange.png import image_grid, read_settings, save_picture
+from latentdiff.training.batch.cache import digest
 from latentdiff.training.data import CaptionedPicture, read_pixels
+from latentdiff.training.loop.distributed import spread_modules
+from latentdiff.training.loop.estimate import SOON
 from latentdiff.training.loop.figures import comparison_sheet
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
 
 FEW = 4  # samples that a dry run draws
-SOON = 60.0  # seconds for samples that are drawn before training and soon after its beginning
 
 
 class Samples:
@@ -50,14 +54,29 @@ class Samples:
             self._add("before", [self._before(number) for number in range(len(self.prompts))])
 
     def draw_before(self) -> None:
-        """Draw and keep what the model draws before training, as many as there is time for."""
+        """Draw and keep what the model draws before training, as many as there is time for.
+
+        What a start that was stopped has drawn by the same model is not drawn again.
+        """
+        about = {} if spread_modules(self.run.objective) else {"drawn_by": self._digest()}
+
+        def keep(number: int, image: Image.Image) -> None:
+            if self.run.accelerator.is_main_process:
+                save_picture(image, self._file(number), {"caption": self.prompts[number], **about})
+
+        kept = [self._before(number, about) for number in range(len(self.prompts))] if about else []
         with self.run.averaged():
-            images = self._draw(SOON)
+            images = self._draw(SOON, list(takewhile(lambda one: one is not None, kept)), keep)
         if self.run.accelerator.is_main_process:
-            for number, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
-                if image is not None:
-                    save_picture(image, self._file(number), {"caption": prompt})
             self._add("before", images)
+
+    def _digest(self) -> str:
+        """Of the model as it is, and of how it draws."""
+        model, settings = self.model, self.settings
+        trained = {key: value for key, value in self.run.objective.named_parameters() if value.requires_grad}
+        how = [settings.resolution, settings.sample_steps, settings.sample_guidance_scale, model.scheduler.config]
+        given = [*map("=".join, sorted(model.given().items())), weights_digest(trained), *map(str, how)]
+        return digest(*given)
 
     def draw(self) -> None:
         """A grid of the model as it is; of those that draw without prompts, of its pictures alone.
@@ -73,22 +92,33 @@ class Samples:
             rows = {**self.rows, f"step {self.run.step}": images}
             self.run.show("samples", comparison_sheet(rows, self.prompts))
 
-    def _draw(self, within: float | None) -> list[Image.Image | None]:
-        """A sample of each prompt; of those that do not fit into so many seconds, but for the first, None."""
+    def _draw(
+        self,
+        within: float | None,
+        kept: Sequence[Image.Image | None] = (),
+        keep: Callable[[int, Image.Image], None] = lambda number, image: None,
+    ) -> list[Image.Image | None]:
+        """A sample of each prompt; of those that do not fit into so many seconds, but for the first, None.
+
+        kept: of the first prompts. keep: gets the others' numbers and samples as they come.
+        """
         if isinstance(self.model, UnconditionalModel):
             return self.model.draw((), self.settings, self.run.device)
-        images: list[Any] = []
-        wanted = 1 if within is not None and self.run.accelerator.num_processes == 1 else len(self.prompts)
+        images: list[Any] = list(kept)
+        first = 1 if within is not None and self.run.accelerator.num_processes == 1 else len(self.prompts)
+        wanted = min(first, len(self.prompts) - len(kept))
         began = time.monotonic()
         while wanted > 0:
             at = len(images)
             images += self.model.draw(self.prompts[at : at + wanted], self.settings, self.run.device, seed=at)
+            for number in range(at, len(images)):
+                keep(number, images[number])
             spent = time.monotonic() - began
-            fitting = int(((within or 0.0) - spent) * len(images) / max(spent, 1e-9))
+            fitting = int(((within or 0.0) - spent) * (len(images) - len(kept)) / max(spent, 1e-9))
             wanted = min(fitting, len(self.prompts) - len(images))
         for network in self.idle:
             network.to("cpu")
-        self.run.shown_share = len(images) / self.count
+        self.run.shown_share = (len(images) - len(kept)) / self.count
         return images + [None] * (len(self.prompts) - len(images))
 
     def _add(self, name: str, images: Sequence[Image.Image | None]) -> None:
@@ -98,11 +128,12 @@ class Samples:
     def _file(self, number: int) -> Path:
         return self.run.folder / "before" / f"{number:02d}.png"
 
-    def _before(self, number: int) -> Image.Image | None:
-        """What was drawn of this prompt before a training that goes on."""
+    def _before(self, number: int, about: Mapping[str, str] | None = None) -> Image.Image | None:
+        """What was drawn of this prompt before a training that goes on; or, before any, of just this model."""
         file = self._file(number)
-        found = read_settings(file) if self.run.step > 0 else None
-        if found is None or found.get("caption") != self.prompts[number]:
+        found = read_settings(file) if self.run.step > 0 or about else None
+        wanted = {"caption": self.prompts[number], **(about or {})}
+        if found is None or any(found.get(key) != value for key, value in wanted.items()):
             return None
         with Image.open(file) as image:
             return image.convert("RGB")

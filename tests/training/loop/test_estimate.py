@@ -1,6 +1,7 @@
 """What a run says beforehand: its time, memory and disk, and dry runs, which leave nothing behind."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from straight_line import Line, Points, go, settings
 
 from latentdiff.training.loop import estimate
-from latentdiff.training.loop.estimate import Pace, checkpoint_bytes, disk_lines, dry_run, duration, looks, time_line
+from latentdiff.training.loop.estimate import (
+    Pace,
+    checkpoint_bytes,
+    disk_lines,
+    dry_run,
+    duration,
+    limit_lines,
+    looks,
+    time_line,
+)
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import RunSettings
 
@@ -17,7 +27,15 @@ ONES = Points(torch.ones(4, 2))
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.0312, "0.0312 seconds"), (90, "90 seconds"), (600, "10 minutes"), (12_060, "3 h 21 min"), (4e5, "4.6 days")],
+    [
+        (0.03123, "0.031 seconds"),
+        (9.46, "9.5 seconds"),
+        (12.34, "12 seconds"),
+        (90, "90 seconds"),
+        (600, "10 minutes"),
+        (12_060, "3 h 21 min"),
+        (4e5, "4.6 days"),
+    ],
 )
 def test_times_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
@@ -48,6 +66,22 @@ def test_the_time_of_steps_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         "Time: about 35 minutes for 1,000 steps of 2 seconds, with samples and figures 5 times (of 20 seconds each)."
     )
 
+    assert "5 times (of 20 seconds each)" in time_line(pace, 1000, 3, short=2)
+    pace.look = 240.0
+    line = time_line(pace, 1000, 1, short=1)  # 2000 s and 240 s, and no more than a minute before training
+    assert line.startswith("Time: about 38 minutes for")
+    assert line.endswith("1 time (of 4 minutes each, and 1 time a minute of it).")
+
+
+def test_a_limit_in_time_says_how_far_it_gets(tmp_path: Path) -> None:
+    limited = settings(tmp_path, max_steps=400, max_minutes=5)
+    (line,) = limit_lines(limited, 100, needed=900.0, left=240.0)
+    assert line == (
+        "max_minutes=5 stops it before that: in about 4 minutes, near step 180 of 400; the same command "
+        "does the rest, in 11 minutes."
+    )
+    assert not list(limit_lines(limited, 100, needed=230.0, left=240.0))
+
 
 @pytest.mark.parametrize(("step", "number"), [(0, 5), (20, 3), (39, 2), (40, 1), (44, 1)])
 def test_samples_that_are_left(step: int, number: int, tmp_path: Path) -> None:
@@ -73,6 +107,7 @@ def test_a_long_run_says_what_it_takes(
         go(TrainingRun(settings(tmp_path), Line()))
     assert caplog.text.count("Time: about") == caplog.text.count("Disk: about") == 1
     assert "for 19 steps of" in caplog.text  # of 40, once 21 have shown the pace
+    assert "max_minutes" not in caplog.text
 
 
 def test_samples_come_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +144,9 @@ def test_a_dry_run_leaves_a_run_as_it_is(tmp_path: Path, caplog: pytest.LogCaptu
                     pass
 
     with caplog.at_level(logging.INFO, "latentdiff"):
-        dry_run(train, settings(tmp_path, max_steps=1000, sample_every=1000, checkpoint_every=11))
-    assert "for 990 steps of" in caplog.text
+        dry_run(train, settings(tmp_path, max_steps=10**9, sample_every=10**9, checkpoint_every=11, max_minutes=0.5))
+    assert "for 999,999,990 steps of" in caplog.text
+    assert re.search("max_minutes=0.5 stops it before that: in about 30 seconds, near step [0-9,]+ of 1,0", caplog.text)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match="does not fit the model these settings describe"):
         dry_run(train, settings(tmp_path, max_steps=1000, seed=5))

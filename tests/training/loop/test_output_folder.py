@@ -309,7 +309,7 @@ def test_records_that_are_no_text_are_left_out(tmp_path: Path) -> None:
     file.write_bytes(b"".join([*rows[:3], b'{"step": 17, "loss": "\xff\xfe"}\n', *rows[3:], b'{"step": 4']))
     go(TrainingRun(settings(tmp_path, max_steps=50), Line()))
     found = [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()]
-    assert found == list(range(5, 51, 5))
+    assert found == [1, *range(5, 51, 5)]
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

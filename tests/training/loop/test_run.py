@@ -37,7 +37,7 @@ def with_a_bad_one(bad: float, at: int) -> Callable[[int], Tensor]:
 
 def test_it_learns_and_keeps_records(tmp_path: Path) -> None:
     run = go(TrainingRun(settings(tmp_path), Line()))
-    assert [row["step"] for row in rows(tmp_path)] == list(range(5, 41, 5))
+    assert [row["step"] for row in rows(tmp_path)] == [1, *range(5, 41, 5)]
     assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"] / 3
     assert set(run.progress()) == {"loss", "pictures/s", "memory"}
     assert [folder.name for folder in whole_checkpoints(run.checkpoints.folder)] == ["step-00000030", "step-00000040"]
@@ -254,7 +254,7 @@ def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
     run.finish()
     events = reader.EventAccumulator(str(tmp_path / "training" / "logs" / "latentdiff"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(5, 41, 5))
+    assert [event.step for event in events.Scalars("loss")] == [1, *range(5, 41, 5)]
     assert events.Images("samples")[0].step == 40
 
 
@@ -271,6 +271,32 @@ def test_every_run_draws_its_curves(tmp_path: Path) -> None:
     run.finish()
     assert Image.open(file).size == early.size == (882, 562)  # training loss, held-out loss, learning rate
     assert curves([{"step": 1, "pictures_per_second": 3.0}, {"step": 2, "loss": math.inf}]) is None
+
+
+def test_a_run_that_is_stopped_early_has_curves_and_the_same_rows_later(tmp_path: Path) -> None:
+    def interrupted(number: int) -> Tensor:
+        if number == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.full((4, 2), float(number % 3))
+
+    def batch(number: int) -> Tensor:
+        return torch.full((4, 2), float(number % 3))
+
+    run = go(TrainingRun(settings(tmp_path / "a", log_every=20), Line()), interrupted)
+    run.end_training()
+    with pytest.raises(KeyboardInterrupt):
+        run.finish()
+    early = rows(tmp_path / "a")
+    assert [row["step"] for row in early] == [1, 18]
+    assert all(row["loss"] >= 0 and row["learning_rate"] == 0.1 for row in early)
+    assert Image.open(tmp_path / "a" / "training" / "curves.png").size == (882, 280)
+    go(TrainingRun(settings(tmp_path / "a", log_every=20), Line()), batch).end_training()
+    go(TrainingRun(settings(tmp_path / "b", log_every=20), Line()), batch).end_training()
+    stopped, whole = (
+        [(row["step"], row["loss"]) for row in rows(tmp_path / name) if row["step"] != 18] for name in "ab"
+    )
+    assert stopped == whole
+    assert [step for step, _ in whole] == [1, 20, 40]
 
 
 def test_a_curve_goes_where_its_values_are() -> None:
@@ -325,4 +351,4 @@ def test_what_cannot_be_recorded_does_not_end_the_run(tmp_path: Path, caplog: py
     assert "metrics.jsonl: the figures of step 10 could not be written (Is a directory)" in caplog.text
     assert "samples/step-00000017.png could not be written" in caplog.text
     go(TrainingRun(settings(tmp_path, max_steps=50), Line()))
-    assert [row["step"] for row in rows(tmp_path)] == [5, 20, 25, 30, 35, 40, 45, 50]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 5, 20, 25, 30, 35, 40, 45, 50]

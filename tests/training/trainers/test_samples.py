@@ -97,7 +97,40 @@ def test_a_stopped_training_draws_after_all_is_saved(
     later = step_reached(out)
     assert later > step
     assert not (out / "training" / "samples" / f"step-{later:08d}.png").exists()
-    assert f"in {later:,} optimizer steps" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"in {later:,} optimizer steps" in card
+    assert f"These samples are of step {step:,}." in card
+    assert f"samples.png is of step {step}: samples of step {later} were left out" in caplog.text
+    monkeypatch.setattr(TextModel, "draw", draw)
+    last = {**rarely, "max_steps": later}
+    finetune(tuned(pictures, tmp_path, **last))  # nothing is trained, and what was left out is drawn
+    assert (out / "training" / "samples" / f"step-{later:08d}.png").exists()
+    assert "These samples are of" not in (out / "README.md").read_text()
+
+
+def test_what_was_drawn_before_a_training_is_not_drawn_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = TextModel.draw
+
+    def one_at_a_time(model: TextModel, prompts: Any, *arguments: Any, seed: int = 0, **more: Any) -> Any:
+        if seed == 1 and not drawn[1:]:
+            os.kill(os.getpid(), signal.SIGINT)
+        drawn.append(seed)
+        return draw(model, prompts, *arguments, seed=seed, **more)
+
+    monkeypatch.setattr(TextModel, "draw", one_at_a_time)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tuned(pictures, tmp_path))
+    first = tmp_path / "out" / "training" / "before" / "00.png"
+    assert [path.name for path in first.parent.iterdir()] == ["00.png"]
+    written = first.stat().st_mtime_ns
+    drawn.append(-1)
+    finetune(tuned(pictures, tmp_path, max_steps=1))
+    assert drawn[:3] == [0, -1, 1]
+    assert first.stat().st_mtime_ns == written
+    assert len(list(first.parent.iterdir())) == 10
 
 
 def test_an_autoencoder_that_is_stopped_shows_reconstructions(pictures: Path, tmp_path: Path) -> None:
