@@ -116,7 +116,8 @@ class Codec:
         return self.autoencoder.decode(self.unscaled(self._placed(latents)), return_dict=False)[0]
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(execution_device(self.autoencoder), self.autoencoder.dtype)
+        from_host = tensor.device.type == "cpu"
+        return tensor.to(execution_device(self.autoencoder), self.autoencoder.dtype, non_blocking=from_host)
 
 
 def execution_device(network: nn.Module) -> torch.device:

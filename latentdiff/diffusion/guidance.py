@@ -52,7 +52,8 @@ class ClassifierFreeGuidance:
         """(B, C, h, w) of both predictions -> the guided one, of the same shape."""
         scale: float | Tensor
         if isinstance(self.scale, tuple):
-            scale = torch.tensor(self.scale).to(conditional).clamp(min=1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+            scale = torch.tensor(self.scale).clamp(min=1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+            scale = scale.to(conditional, non_blocking=True)
         else:
             scale = self.scale
         guided = unconditional + scale * (conditional - unconditional)  # Ho & Salimans 2022, Eq. 6

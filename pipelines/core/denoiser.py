@@ -111,6 +111,8 @@ class GuidedDenoiser:
         """(B, C, h, w) -> the network's prediction, (B, C, h, w), or (B, 2C, h, w) with learned variances."""
         if given.channels is not None:
             latents = torch.cat([latents, given.channels], dim=1)
+        if isinstance(timestep, Tensor):
+            timestep = timestep.to(latents.device, non_blocking=True)  # or the GPU's work would be waited for
         with loras_at(self.lora_scale, self.network):
             if not self.in_parts:
                 return self.network(latents, timestep, return_dict=False, **given.arguments())[0]

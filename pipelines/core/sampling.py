@@ -55,6 +55,10 @@ class Sampler:
     ) -> Tensor:
         """Plan the sampling steps; `timesteps` or `sigmas` replace the scheduler's own plan. Returns (S,).
 
+        The plan stays in the processor's memory, where schedulers read it at every step without waiting for a GPU.
+
+        device: of the latents.
+
         A ``steps_offset`` that would lead beyond the process's T steps, as 1 does with T of them, is cut to fit.
 
         Raises:
@@ -62,6 +66,8 @@ class Sampler:
                 than one step, or more than T; or more than the scheduler can tell apart.
         """
         scheduler = self.scheduler
+        if device.type != "mps":  # which has no float64, as some plans are in; schedulers see to it
+            device = torch.device("cpu")
         own = {name: list(v) for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
         if len(own) == 2:
             raise ValueError("give either timesteps or sigmas, not both")
@@ -130,7 +136,7 @@ class Sampler:
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) as they are at `timestep`, in the scheduler's own scale."""
-        timesteps = timestep.reshape(1).repeat(len(latents))
+        timesteps = timestep.reshape(1).repeat(len(latents)).to(latents.device, non_blocking=True)
         if hasattr(self.scheduler, "add_noise"):
             return self.scheduler.add_noise(latents, noise, timesteps)
         return self.scheduler.scale_noise(latents, timesteps, noise)  # as schedulers of flow matching call it

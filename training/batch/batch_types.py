@@ -120,7 +120,8 @@ class DiffusionBatch:
     def times(self, process: Process) -> Tensor:
         """The process's times for the draws, (B,), on the device of the latents."""
         times = process.times(self.draws)
-        return times.to(self.latents.device, torch.float32 if times.is_floating_point() else None)
+        dtype = torch.float32 if times.is_floating_point() else None
+        return times.to(self.latents.device, dtype, non_blocking=True)
 
 
 @dataclass(frozen=True)

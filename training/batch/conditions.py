@@ -148,7 +148,9 @@ class ConditionSource:
         if isinstance(captions, Captions):
             assert self.encoder is not None
             captions = self.encoder(captions.texts)
-        return captions.to(device) if isinstance(captions, Tokens) else captions.to(device).to(dtype=torch.float32)
+        if isinstance(captions, Tokens):
+            return captions.to(device)
+        return captions.to(device, non_blocking=True).to(dtype=torch.float32)
 
 
 def read_states(cache: TextCache, captions: Sequence[str]) -> Conditioning:

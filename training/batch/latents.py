@@ -198,8 +198,8 @@ class LatentSource:
         """What was read to scaled latents (B, C, h, w) float32, drawn from the posterior by `noise` of that shape."""
         if self.cache is None:
             return self.codec.encode_with(pictures, noise)
-        mean, *std = pictures.to(self.device).float().unbind(1)  # (B, C, h, w) each
-        return self.codec.scaled(Posterior(mean, *std).sample(noise.to(self.device)))
+        mean, *std = pictures.to(self.device, non_blocking=True).float().unbind(1)  # (B, C, h, w) each
+        return self.codec.scaled(Posterior(mean, *std).sample(noise.to(self.device, non_blocking=True)))
 
 
 def latent_source(

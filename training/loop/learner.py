@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
@@ -92,7 +93,10 @@ class Learner:
         self._figures = dict(result.figures)
         if self.adversary is not None and result.for_adversary is not None:
             losses.append(self.adversary.backward(result.for_adversary))
-        return next((loss for loss in losses if not loss.isfinite()), result.watched)
+        watched = result.watched
+        for loss in reversed(losses):  # the first of them counts; on the device, so that nothing waits for it
+            watched = torch.where(loss.isfinite(), watched, loss.to(watched.dtype))
+        return watched
 
     def _update(self, step: int, names: Sequence[str]) -> None:
         """Clip, look whether loss and gradient are sound, and change the weights if so."""
@@ -101,16 +105,19 @@ class Learner:
             self.adversary.clip_gradients()
         own_loss = torch.stack(self._pass_losses).mean().float()
         self._pass_losses.clear()
-        loss = float(self.accelerator.reduce(own_loss, "mean"))
+        found = [self.accelerator.reduce(own_loss, "mean"), own_loss]
         # In float16 the scaler expects gradients that overflow now and then, and leaves such updates out by itself.
-        gradient_norm = 0.0 if norm is None or self.accelerator.scaler is not None else float(norm)
+        if norm is not None and self.accelerator.scaler is None:
+            found.append(norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm).to(own_loss))
+        loss, own, *norms = torch.stack([one.float() for one in found]).tolist()  # all at once: a GPU is waited for
+        gradient_norm = norms[0] if norms else 0.0
         fault = self.watch.fault(loss, gradient_norm)
         if fault is None:
             self._bad_in_a_row = 0
             self.watch.add(loss)
             self._change_weights(learning_rate_at(self.settings, step))
         else:
-            self._leave_out(f"{fault} at step {step} (of this process alone: {float(own_loss):.4g})", names)
+            self._leave_out(f"{fault} at step {step} (of this process alone: {own:.4g})", names)
         self.optimizer.zero_grad()
         if self.adversary is not None:
             self.adversary.optimizer.zero_grad()

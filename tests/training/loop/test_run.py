@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from straight_line import Line, Points, go, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.figures import MARGINS, curves, panel
@@ -67,6 +68,21 @@ def test_too_many_bad_updates_stop_the_run_all_the_same(tmp_path: Path) -> None:
     run = TrainingRun(settings(tmp_path, on_bad_loss="skip"), Line())
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         go(run, lambda number: torch.full((4, 2), math.nan))
+
+
+def test_an_update_reads_what_it_computed_only_once(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Reading(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "_local_scalar_dense":  # the one reading, of a list, is not among them
+                read.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    run = TrainingRun(settings(tmp_path), Line())
+    with Reading():
+        run.learner.learn(Points(torch.randn(4, 2)), 0)
+    assert read == []
 
 
 def test_what_is_frozen_is_neither_trained_nor_saved(tmp_path: Path) -> None:
