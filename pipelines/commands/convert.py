@@ -4,14 +4,17 @@ from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
 from latentdiff.pipelines.batch.drawing_options import Plain
-from latentdiff.pipelines.commands.model_options import Precision, be_quiet, grouped
+from latentdiff.pipelines.commands.model_options import Precision, RuntimeName, be_quiet, grouped
 from latentdiff.terminal import say
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.runtime.choice import Runtime
 
 
 class Form(StrEnum):
@@ -86,6 +89,10 @@ def convert(
     variant: Annotated[str | None, typer.Option(help="Part of the weight files' names to write, such as fp16.")] = None,
     from_variant: Annotated[str | None, typer.Option(help="The same of those to read.")] = None,
     component: Annotated[Component | None, typer.Option(help="Convert this network alone.")] = None,
+    runtime: Annotated[
+        RuntimeName | None,
+        typer.Option(help="Put this runtime's graphs into the folder, in --dtype; generate --runtime uses them."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")] = False,
 ) -> None:
     """Convert a model between a folder, a single file and ONNX; a LoRA or an embedding between formats.
@@ -97,6 +104,8 @@ def convert(
     latentdiff convert vq-f4/model.ckpt vq-f4-diffusers --ckpt
 
     latentdiff convert lora.safetensors kohya-lora.safetensors --to kohya
+
+    latentdiff convert sd15 sd15-openvino --runtime openvino
 
     What is written is written whole or not at all. Nothing is replaced without --overwrite.
     """
@@ -110,10 +119,10 @@ def convert(
     kind = kind_of_source(source, reading.ckpt)
     given = {"--" + name.replace("_", "-"): None if value is False else value for name, value in vars(reading).items()}
     given |= {"--dtype": dtype, "--variant": variant, "--from-variant": from_variant, "--component": component}
-    given |= {"--overwrite": overwrite or None}
+    given |= {"--runtime": runtime, "--overwrite": overwrite or None}
     check_form(to, kind, place)
-    if dtype is Precision.int8:
-        raise ValueError("--dtype int8: weights are not saved in int8; --runtime makes graphs of it when it draws")
+    if dtype is Precision.int8 and runtime is None:
+        raise ValueError("--dtype int8: weights are not saved in int8; say --runtime openvino or onnx, for its graphs")
     if kind in ("lora", "embedding"):
         refuse(f"a{'n' if kind == 'embedding' else ''} {kind}", given, set(given) - {"--ckpt", "--overwrite"})
         convert_adapter(kind, place, target, to, reading.ckpt, overwrite)
@@ -126,9 +135,12 @@ def convert(
     (check_target if form is Form.file else is_free)(target, overwrite)  # what cannot be written is refused first
     import torch
 
+    from latentdiff.pipelines.runtime.choice import Runtime
+
     precision = None if dtype is None else getattr(torch, dtype.value)
-    pipeline = read_model(source, kind, component, precision, from_variant, reading)
-    write_model(pipeline, form, target, variant, component, overwrite)
+    engine = None if runtime is None else Runtime.of(runtime.value, precision)
+    pipeline = read_model(source, kind, component, None if engine else precision, from_variant, reading)
+    write_model(pipeline, form, target, variant, component, overwrite, engine)
     say(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
 
 
@@ -167,11 +179,12 @@ def component_of(source: str, kind: str, component: Component | None, form: Form
 def check_options(kind: str, form: Form, component: Component | None, given: dict[str, Any]) -> None:
     """Raises ValueError for options that have nothing to act on."""
     if form is Form.file:
-        refuse("a single file", given, ("--variant",))
+        refuse("a single file", given, ("--variant", "--runtime"))
     if form is Form.onnx:
         refuse("ONNX", given, ("--variant", "--component", "--dtype", "--overwrite"))
+        refuse("--to onnx, which is for diffusers' own pipelines", given, ("--runtime",))
     if component is not None:
-        refuse(f"the {component} alone", given, set(READING) - set(USEFUL[component]))
+        refuse(f"the {component} alone", given, {*READING, "--runtime"} - set(USEFUL[component]))
     if kind in ("checkpoint", "packed"):
         refuse("a single file", given, ("--from-variant",))
     if kind != "checkpoint":
@@ -225,7 +238,13 @@ def read_model(
 
 
 def write_model(
-    pipeline: Any, form: Form, target: Path, variant: str | None, component: Component | None, overwrite: bool
+    pipeline: Any,
+    form: Form,
+    target: Path,
+    variant: str | None,
+    component: Component | None,
+    overwrite: bool,
+    engine: "Runtime | None" = None,
 ) -> None:
     from latentdiff.interchange.single_file import write_checkpoint
     from latentdiff.pipelines.storage import converting
@@ -238,7 +257,7 @@ def write_model(
     elif component is not None:
         converting.write_part(pipeline, component.value, target, variant, overwrite)
     elif form is Form.folder:
-        converting.write_folder(pipeline, target, variant, overwrite)
+        converting.write_folder(pipeline, target, variant, overwrite, engine)
     else:
         pipeline.save_single_file(target, overwrite=overwrite)
 

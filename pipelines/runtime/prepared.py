@@ -2,14 +2,17 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import component_files, file_digest
-from latentdiff.interchange.folders import check_pipeline_folder
+from latentdiff.interchange.folders import check_pipeline_folder, packaged_models
+from latentdiff.interchange.shared_cache import GRAPHS, GRAPHS_SAY, Hold, exclusive, trim
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engine_networks import RuntimeAutoencoder, RuntimeUNet
@@ -23,28 +26,35 @@ FORMAT = 1
 NETWORKS = ("unet", "vae", "vqvae")
 """The components that a runtime may run."""
 
-DONE = "runtime.json"
+DONE = GRAPHS_SAY
 """In a folder of graphs: what they were made for and, of int8, how far it is from float32."""
+
+_HOLDS: WeakKeyDictionary[Any, Hold] = WeakKeyDictionary()
+"""By the networks that read them, the claims to graphs in the cache, which is not cleared of them meanwhile."""
 
 
 def cache_folder() -> Path:
     """Where graphs are kept."""
-    return shared_folder() / "runtimes"
+    return shared_folder() / GRAPHS
 
 
 def folder_of(source: Path, runtime: Runtime, variant: str | None = None) -> Path:
-    """Where the graphs of a pipeline folder are, or will be, kept."""
-    parts = sorted(path.name for path in source.iterdir() if path.is_dir())
+    """Where the graphs of a pipeline folder are: in it, if `export` has put them there; or are kept, or will be."""
+    parts = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name != GRAPHS)
     kept = parts if runtime.stored == "int8" else [name for name in parts if name in NETWORKS]
     whole = hashlib.sha256(f"{FORMAT} {runtime.name} {runtime.stored}\n".encode())
     for name in kept:
         for file in component_files(source / name, variant):
             whole.update(f"{name}/{file.name} {file_digest(file)}\n".encode())
-    return cache_folder() / f"{runtime.name}-{runtime.stored}-{whole.hexdigest()[:32]}"
+    name = f"{runtime.name}-{runtime.stored}-{whole.hexdigest()[:32]}"
+    return source / GRAPHS / name if ready(source / GRAPHS / name) else cache_folder() / name
 
 
-def prepare(pipeline: Any, runtime: Runtime, folder: Path) -> None:
+def prepare(pipeline: Any, runtime: Runtime, folder: Path, model: str | None = None) -> None:
     """Write the graphs of a pipeline in torch for a runtime, the folder whole or not at all.
+
+    Args:
+        model: whose they are; written down with them.
 
     Raises:
         ValueError: it has LoRAs, or an operation that the runtime does not know.
@@ -56,8 +66,9 @@ def prepare(pipeline: Any, runtime: Runtime, folder: Path) -> None:
     refuse_loras({name: getattr(pipeline, name, None) for name in names}, f"run by {runtime.kind.title}")
     if runtime.stored == "int8":
         pipeline = without_pictures(pipeline)
-    logger.warning("Making graphs for %s, once, in %s", runtime.kind.title, folder)
     report: dict[str, Any] = {"runtime": runtime.name, "precision": runtime.stored}
+    if model is not None:
+        report["model"] = model
     try:
         with atomic_folder(folder) as new:
             for name, make in parts_of(pipeline):
@@ -99,8 +110,44 @@ def load(pipeline_class: Any, source: Path, runtime: Runtime, options: dict[str,
         if options.get(name) is not None:
             raise ValueError(f"from_pretrained: runtime= and {name}= do not go together; save the pipeline first")
     folder = folder_of(source, runtime, options.get("variant") or only_variant(source))
+    hold = None if source in folder.parents else held(folder)
     if not ready(folder):
-        prepare(pipeline_class.from_pretrained(source, **options), runtime, folder)
+        logger.warning("Making graphs for %s, once, in %s", runtime.kind.title, folder)
+        names = {place: name for name, place in packaged_models().items()}
+        model = names.get(source, str(source.absolute()))
+        prepare(pipeline_class.from_pretrained(source, **options), runtime, folder, model)
+        trim(shared_folder())
     autoencoder = "vqvae" if "vqvae" in index else "vae"
     networks = dict(networks_of(folder, runtime, autoencoder))
+    if hold is not None:
+        _HOLDS.update(dict.fromkeys(networks.values(), hold))
     return pipeline_class.from_pretrained(source, **networks, **options)
+
+
+def held(folder: Path) -> Hold | None:
+    """A claim to graphs in the cache, which are or will be there; None where it cannot be written to."""
+    try:
+        with exclusive(folder.parent):
+            hold = Hold(folder.parent)
+            hold.add([folder.name])
+            return hold
+    except OSError:
+        return None
+
+
+def export(pipeline_class: Any, folder: Path, runtime: Runtime, variant: str | None = None) -> None:
+    """Put graphs into a pipeline's folder, where `load` finds them; those in the cache are copied.
+
+    Raises:
+        ValueError: see `prepare`.
+    """
+    made = folder_of(folder, runtime, variant or only_variant(folder))
+    target = folder / GRAPHS / made.name
+    if made == target:
+        return
+    if ready(made):
+        with atomic_folder(target) as new:
+            shutil.copytree(made, new)
+    else:
+        logger.warning("Making graphs for %s", runtime.kind.title)
+        prepare(pipeline_class.from_pretrained(folder, variant=variant), runtime, target)

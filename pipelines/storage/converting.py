@@ -21,6 +21,8 @@ from latentdiff.interchange.packed import packed_content, unpacked
 from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.registry import KINDS, Kind, kind_saved_as, kinds_of_unet
+from latentdiff.pipelines.runtime.choice import Runtime
+from latentdiff.pipelines.runtime.prepared import export
 from latentdiff.pipelines.storage.folder import move_into, tidy_configs
 from latentdiff.pipelines.storage.loading import (
     OUR_CLASSES,
@@ -201,17 +203,28 @@ def checkpoint_kind(file: Path, allow_pickle: bool = False) -> Kind:
     return fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
 
 
-def write_folder(pipeline: Any, target: Path, variant: str | None, overwrite: bool) -> None:
+def write_folder(
+    pipeline: Any, target: Path, variant: str | None, overwrite: bool, runtime: Runtime | None = None
+) -> None:
     """Write a pipeline folder, whole or not at all; into an existing folder, file by file.
+
+    Args:
+        runtime: whose graphs come into it too.
 
     Raises:
         FileExistsError: there is something, and `overwrite` is False.
     """
+
+    def write(folder: Path) -> None:
+        pipeline.save_pretrained(folder, variant=variant)
+        if runtime is not None:
+            export(type(pipeline), folder, runtime, variant)
+
     if is_free(target, overwrite):
         with atomic_folder(target) as new:
-            pipeline.save_pretrained(new, variant=variant)
+            write(new)
     else:
-        pipeline.save_pretrained(target, variant=variant)
+        write(target)
 
 
 def write_part(pipeline: Any, component: str, target: Path, variant: str | None, overwrite: bool) -> None:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.cache_folder import shared_folder
-from latentdiff.training.batch.shared_cache import Hold, exclusive, trim
+from latentdiff.interchange.shared_cache import Hold, exclusive, trim
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import typer
 from latentdiff.terminal import bytes_text, say
 
 if TYPE_CHECKING:
-    from latentdiff.training.batch.shared_cache import Shard
+    from latentdiff.interchange.shared_cache import Shard
 
 UNKNOWN = "(not known)"
 
@@ -19,20 +19,21 @@ def cache(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="A dataset or a model: only what was made of it.")
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Delete it; what running trainings use stays.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete it; what running programs use stays.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
 ) -> None:
-    """Show what trainings keep of pictures and captions that they have encoded, or clear it away.
+    """Show what trainings keep of pictures and captions that they have encoded, and what --runtime made of models, or
+    clear it away.
 
     latentdiff cache
 
     latentdiff cache pictures --clear
 
     It is in your cache folder (LATENTDIFF_CACHE names another one) and holds at most 20 GB (LATENTDIFF_CACHE_GB): what
-    was used longest ago goes first. What is missing is encoded again when a training needs it.
+    was used longest ago goes first. What is missing is made again when it is needed.
     """
     from latentdiff.interchange.cache_folder import shared_folder
-    from latentdiff.training.batch.shared_cache import delete, shards, size_limit
+    from latentdiff.interchange.shared_cache import delete, shards, size_limit
 
     root, most = shared_folder(), size_limit()
     groups: dict[tuple[str, str, str], list[Shard]] = defaultdict(list)
@@ -48,7 +49,8 @@ def cache(
     say(f"{root}: {size_text(everything)}, and at most {most / 1e9:g} GB")
     for (what, data, model), some in sorted(found.items()):
         used = time.strftime("%Y-%m-%d", time.localtime(max(shard.used for shard in some)))
-        say(f"  {size_text(some):>8}  used {used}  {what} of {data}, by {model}")
+        of = f"for {data}, of {model}" if what == "graphs" else f"of {data}, by {model}"
+        say(f"  {size_text(some):>8}  used {used}  {what} {of}")
     if not clear:
         return None
     chosen = [shard for some in found.values() for shard in some]
@@ -57,17 +59,14 @@ def cache(
     freed, kept = delete(chosen)
     say(f"{bytes_text(freed)} deleted.")
     if kept:
-        say(f"{size_text(kept)} stay, for running trainings use them.")
+        say(f"{size_text(kept)} stay, for running trainings use them, or pipelines with a runtime.")
     return None
 
 
 def description(shard: "Shard") -> tuple[str, str, str]:
     """What was encoded, of which data, by which model."""
-    from latentdiff.training.batch.shared_cache import KINDS
-
     labels = shard.labels()
-    what = KINDS[shard.path.parent.parent.name]
-    return what, labels.get("data") or UNKNOWN, labels.get("model") or UNKNOWN
+    return shard.kind, labels.get("data") or UNKNOWN, labels.get("model") or UNKNOWN
 
 
 def is_of(name: str, key: tuple[str, str, str]) -> bool:

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.locks import lock
+from latentdiff.interchange.shared_cache import Shard, delete, exclusive, shards, size_limit, trim
+from latentdiff.pipelines.runtime.prepared import cache_folder, held
 from latentdiff.training.batch.cache import TensorStore, digest
-from latentdiff.training.batch.shared_cache import Shard, delete, exclusive, shards, size_limit, trim
 from latentdiff.training.commands.cache import cache
 
 FIRST, SECOND = digest("a model"), digest("another model")
@@ -73,6 +74,38 @@ def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LATENTDIFF_CACHE_GB", wrong)
         with pytest.raises(ValueError, match=f"LATENTDIFF_CACHE_GB={wrong}: a number of gigabytes is expected"):
             size_limit()
+
+
+def graphs(number: int, size: int = 1000) -> Path:
+    """A folder as graphs are kept in."""
+    folder = cache_folder() / f"openvino-float32-{number:032x}"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "openvino_model.bin").write_bytes(b"x" * size)
+    (folder / "runtime.json").write_text('{"model": "emoji", "precision": "float32", "runtime": "openvino"}')
+    return folder
+
+
+def test_graphs_are_counted_shown_and_cleared_unless_a_pipeline_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(FIRST, "a", data="/data/cats", model="birds")
+    one, two = graphs(1, SIZE), graphs(2, SIZE)
+    (cache_folder() / "mine").mkdir()
+    assert {one, two} < set(files())
+    said = told()
+    assert "3 MB, and at most 20 GB" in said
+    assert "graphs for openvino in float32, of emoji" in said
+    claim = held(one)
+    assert claim is not None
+    said = told("emoji", "--clear", "--yes")
+    assert "1 MB stay, for running trainings use them, or pipelines with a runtime." in said
+    assert one.is_dir()
+    assert not two.exists()
+    del claim
+    monkeypatch.setenv("LATENTDIFF_CACHE_GB", "0.0015")
+    used(100, one)
+    trim(shared_folder())
+    assert not one.exists()
+    assert (cache_folder() / "mine").is_dir()
+    assert len(files()) == 1
 
 
 def test_what_was_used_longest_ago_goes_first(

@@ -1,4 +1,4 @@
-"""The folder in which a user's runs share what they encode: where it is, how large it may become, what is in it.
+"""The folder in which a user's runs share what they encode, and graphs for runtimes: how large it may be, what it has.
 
 A run holds the files that it reads. Beyond the limit, and when the folder is cleared, only files go that nobody holds;
 beyond the limit those first that were used longest ago. Nothing but files of caches is ever deleted.
@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import time
 import uuid
 import weakref
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,11 @@ LIMIT_VARIABLE = "LATENTDIFF_CACHE_GB"
 LIMIT = 20.0  # GB, unless the variable says otherwise
 KINDS = {"latents": "pictures", "text": "captions"}
 """Folders in it, and what their files were encoded from."""
+GRAPHS = "runtimes"
+"""The folder with graphs in it, a folder for each model, runtime and precision."""
+GRAPHS_OF = re.compile(r"[a-z]+-[a-z0-9]+-[0-9a-f]{32}")
+GRAPHS_SAY = "runtime.json"
+"""In each of these, what it is of."""
 STORE = re.compile(r"[0-9a-f]{40}")
 SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 HELD = re.compile(r"\.held-[0-9a-f]{32}")
@@ -121,26 +128,41 @@ def held_names(store: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the cache. size: in bytes. used: when last, seconds since 1970."""
+    """A file of the cache, or a folder of graphs. size: in bytes. used: when last, seconds since 1970."""
 
     path: Path
     size: int
     used: float
 
+    @property
+    def kind(self) -> str:
+        """What was encoded, or "graphs"."""
+        return KINDS.get(self.path.parent.parent.name, "graphs")
+
     def labels(self) -> dict[str, str]:
-        """Of what and by what its content was made, "data" and "model", as far as it says."""
+        """Of what and by what its content was made, "data" and "model", as far as it says; of graphs, for what."""
         from safetensors import SafetensorError, safe_open
 
         try:
+            if self.kind == "graphs":
+                said = read_json(self.path / GRAPHS_SAY)
+                model = {"model": said["model"]} if isinstance(said.get("model"), str) else {}
+                return {"data": f"{said.get('runtime')} in {said.get('precision')}", **model}
             with safe_open(self.path, framework="np") as whole:
                 return dict(whole.metadata() or {})
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, ValueError):
             return {}
 
 
 def shards(root: Path) -> list[Shard]:
-    """All files of the caches in `root`, those first that were used longest ago."""
+    """All files of the caches in `root`, and folders of graphs, those first that were used longest ago."""
     found = []
+    for path in (root / GRAPHS).glob("*"):
+        if GRAPHS_OF.fullmatch(path.name) and not path.is_symlink():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (path / GRAPHS_SAY).stat()  # or it is no such folder
+                sizes = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
+                found.append(Shard(path, sum(sizes), path.stat().st_mtime))
     for kind in KINDS:
         for path in (root / kind).glob("*/*.safetensors"):
             if STORE.fullmatch(path.parent.name) and SHARD.fullmatch(path.name) and not path.is_symlink():
@@ -175,7 +197,13 @@ def delete(some: Sequence[Shard], enough: Callable[[int], bool] = lambda freed: 
             if names is None or shard.path.name in names:
                 kept.append(shard)
                 continue
-            shard.path.unlink(missing_ok=True)
+            if shard.kind == "graphs":
+                gone = store / f".gone-{uuid.uuid4().hex}"  # whole or not at all
+                with suppress(FileNotFoundError):
+                    os.rename(shard.path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+            else:
+                shard.path.unlink(missing_ok=True)
             freed += shard.size
     return freed, kept
 
@@ -191,7 +219,7 @@ def trim(root: Path) -> None:
         logger.info("%s: %.3g GB were deleted that were used longest ago", root, freed / 1e9)
     if total - freed > most:
         logger.warning(
-            "%s holds %.3g GB and may hold %.3g; running trainings use them. %s allows more, cache_dir=FOLDER keeps a "
-            "run's own elsewhere",
+            "%s holds %.3g GB and may hold %.3g; running trainings use them, or pipelines with a runtime. %s "
+            "allows more, cache_dir=FOLDER keeps a training's own elsewhere",
             *(root, (total - freed) / 1e9, most / 1e9, LIMIT_VARIABLE),
         )
