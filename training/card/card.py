@@ -107,6 +107,7 @@ def write_model_card(
     parts = [
         "" if has_heading else f"# {folder.resolve().name or 'model'}",
         f"{kind.name[:1].upper()}{kind.name[1:]}, {made}",
+        kind.note,
         f"![Samples]({GRID})" if grid else "",
         f"These samples are of step {sample_step:,}." if grid and sample_step not in (None, steps) else "",
         kind.usage,

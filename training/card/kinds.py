@@ -72,12 +72,14 @@ class ModelKind:
         task: the hub's name of what it does; "autoencoder" is none of the hub's, only a tag.
         usage: how to use it, in Markdown.
         lora: whether a LoRA lies beside the model.
+        note: what to know of it, a sentence or two.
     """
 
     name: str
     task: str
     usage: str
     lora: bool = False
+    note: str = ""
 
     @property
     def draws(self) -> bool:
@@ -105,7 +107,7 @@ def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = 
 
 
 def distilled_kind(
-    sample_prompts: Sequence[str], method: str, steps: int, guidance_scale: float, lora: bool = False
+    sample_prompts: Sequence[str], method: str, steps: int, guidance_scale: float, lora: bool = False, note: str = ""
 ) -> ModelKind:
     """steps, guidance_scale: which diffusers must be told; our pipelines know them from the folder."""
     kind = text_to_image_kind(sample_prompts, lora=lora)
@@ -113,7 +115,7 @@ def distilled_kind(
     before, found, after = kind.usage.rpartition(").images[0]")
     assert found
     name = f"text-to-image pipeline, distilled to {steps} steps ({method})"
-    return replace(kind, name=name, usage=f"{before}{call}{after}")
+    return replace(kind, name=name, usage=f"{before}{call}{after}", note=note)
 
 
 def class_conditional_kind(classes: Sequence[str], classifier: bool = False) -> ModelKind:

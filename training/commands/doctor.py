@@ -57,7 +57,9 @@ def doctor(
         raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
     settings = DoctorSettings.load(config, given)
     place = None if model is None else local_place(model)
-    resolution, step = (None, None) if place is None else model_shape(place)
+    resolution, step = (None, None) if model is None else model_shape(place or configs_of(model))
+    if model is not None and resolution is None and "resolution" not in settings.model_fields_set:
+        say(f"{model} does not say its resolution; judged at {settings.resolution}. resolution=... is another one.")
     if resolution is not None and "resolution" not in settings.model_fields_set:
         settings = settings.model_copy(update={"resolution": resolution})
     from latentdiff.training.data.doctor import examine_source, token_counter
@@ -74,6 +76,21 @@ def doctor(
         say(line)
     if not report.entries or report.bad_share > settings.max_bad_share:
         raise typer.Exit(1)
+
+
+def configs_of(model: str) -> Path:
+    """A folder with the configs of a model on the hub that say its size, as far as it has them.
+
+    Raises:
+        HubError: it is not there, or the hub cannot be asked.
+    """
+    from huggingface_hub import snapshot_download
+
+    from latentdiff.interchange.hub import asking_hub
+
+    with asking_hub(model):
+        names = [f"{part}/config.json" for part in ("unet", "vae", "vqvae")]
+        return Path(snapshot_download(model, allow_patterns=names))
 
 
 def reconstructions(model: str, report: "DataReport", sheet: Path) -> list[str]:

@@ -1,11 +1,22 @@
 """``latentdiff settings``."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+if TYPE_CHECKING:
+    from latentdiff.training.settings import Settings
+
 Kind = StrEnum("Kind", ["autoencoder", "denoiser", "classifier", "finetune", "distill", "doctor"])
+
+
+def settings_of(command: str) -> "type[Settings]":
+    """The settings of a command, by its own name."""
+    from latentdiff.training import settings as kinds
+
+    stem = "Distillation" if command == Kind.distill else command.capitalize()
+    return cast("type[Settings]", getattr(kinds, f"{stem}Settings"))
 
 
 def settings(
@@ -15,11 +26,8 @@ def settings(
 
     latentdiff settings finetune > mine.yaml
     """
-    from latentdiff.training import settings as kinds
     from latentdiff.training.settings.describe import as_yaml
 
-    stem = "Distillation" if command is Kind.distill else command.value.capitalize()
-    kind = getattr(kinds, f"{stem}Settings")
     of_train = command in (Kind.autoencoder, Kind.denoiser, Kind.classifier)
     name = f"train {command.value}" if of_train else command.value
-    typer.echo(as_yaml(kind, f"Settings of 'latentdiff {name}', with their defaults."), nl=False)
+    typer.echo(as_yaml(settings_of(command), f"Settings of 'latentdiff {name}', with their defaults."), nl=False)

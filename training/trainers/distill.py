@@ -22,6 +22,7 @@ from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text import encode_prompts
+from latentdiff.training.card.card import last_part
 from latentdiff.training.card.kinds import distilled_kind
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.loop.estimate import FEW, duration
@@ -115,12 +116,16 @@ def distill(settings: DistillationSettings) -> Path:
         pipeline.save_pretrained(settings.output)
 
     scale, is_lora = settings.sample_guidance_scale, settings.lora_rank > 0
-    kind = distilled_kind(settings.sample_prompts, settings.method, settings.few_steps, scale, lora=is_lora)
+    note = note_of_teacher(settings, pipeline)
+    kind = distilled_kind(settings.sample_prompts, settings.method, settings.few_steps, scale, is_lora, note)
     rate = settings.discriminator_learning_rate
     if settings.method == "dmd":
         rate = settings.follower_learning_rate or 2 * settings.learning_rate
     versus = (adversary, rate, Alarms("the student").add)
-    return train_diffusion(settings, student, data, objective, save, kind, settings.model, *versus)
+    output = train_diffusion(settings, student, data, objective, save, kind, settings.model, *versus)
+    if note:  # whoever comes back hours later has not read the beginning
+        logger.warning("%s", note)
+    return output
 
 
 def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
@@ -165,12 +170,25 @@ def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline,
         raise ValueError(
             f"start_steps={settings.start_steps}: the teacher takes twice as many, and has {process.num_timesteps}"
         )
-    if draws_in_few_steps(pipeline):
-        logger.warning(
-            "%s draws in %d steps without guidance, so it was distilled already: what it makes of a little less noise "
-            "is no step of a solver. A student learns more from the model that it was made from",
-            *(settings.model, pipeline.defaults["num_inference_steps"]),
-        )
+    if note := note_of_teacher(settings, pipeline):
+        logger.warning("%s", note)
+
+
+def note_of_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline) -> str:
+    """What comes of a teacher that was distilled itself; empty of any other."""
+    if not draws_in_few_steps(pipeline):
+        return ""
+    steps = pipeline.defaults["num_inference_steps"]
+    gain = (
+        f"In {settings.few_steps} steps this student is at best as good as that, so nothing is gained."
+        if settings.few_steps >= steps
+        else f"A student of {settings.few_steps} may be quicker, and not better."
+    )
+    return (
+        f"{last_part(settings.model)} draws in {steps} steps without guidance, so it was distilled already: what it "
+        f"makes of a little less noise is no step of a solver. {gain} A student learns more from the model that its "
+        f"teacher was made from, one of many steps."
+    )
 
 
 def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> DistillationSettings:

@@ -8,12 +8,14 @@ import hostile
 import pytest
 import typer
 from click.testing import Result
+from huggingface_hub import constants
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from latentdiff.interchange.folders import packaged_model
+from latentdiff.interchange.hub import HubError
 from latentdiff.pipelines.commands.models import model_shape
-from latentdiff.training.commands.doctor import doctor
+from latentdiff.training.commands.doctor import configs_of, doctor
 from latentdiff.training.data import prepare_pictures, prepare_splits
 from latentdiff.training.settings import AutoencoderSettings
 
@@ -217,3 +219,17 @@ def test_folders_that_are_classes(tmp_path: Path) -> None:
     assert "3 pictures: 0 can be used, 3 cannot." in run(tmp_path).output
     assert "3 pictures: 3 can be used, 0 cannot." in run(tmp_path, "condition=class").output
     assert "3 pictures: 3 can be used, 0 cannot." in run(tmp_path, "condition=none").output
+
+
+def test_a_model_on_the_hub_is_judged_at_its_own_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--one" / "snapshots" / "abc"
+    for part, config in (("unet", {"sample_size": 96}), ("vae", {"block_out_channels": [8, 8, 8, 8]})):
+        (snapshot / part).mkdir(parents=True)
+        (snapshot / part / "config.json").write_text(json.dumps(config))
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert model_shape(configs_of("some/one")) == (768, 8)
+    with pytest.raises(HubError, match=r"^some/other is not on this machine, and the hub cannot be reached"):
+        configs_of("some/other")

@@ -262,5 +262,9 @@ def test_a_teacher_of_few_steps_is_warned_of(pictures: Path, tmp_path: Path, cap
     pipeline.save_pretrained(tmp_path / "few")
     with caplog.at_level(logging.WARNING, "latentdiff"):
         out = run(tmp_path / "few", tmp_path / "out", data=str(pictures), max_steps=1)
-    assert "draws in 4 steps without guidance, so it was distilled already" in caplog.text
+    said = "few draws in 4 steps without guidance, so it was distilled already"
+    assert caplog.text.count(said) == 2  # before and after
+    assert caplog.text.count("In 4 steps this student is at best as good as that, so nothing is gained") == 2
+    card = (out / "README.md").read_text()
+    assert said in card
     assert unet(out).keys() == unet(tmp_path / "few").keys()  # no scale to be told
