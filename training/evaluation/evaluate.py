@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 REPORT, SHEET = "evaluation.json", "comparison.png"
 SHOWN, MADE_BY = 16, {"made_by": "latentdiff evaluate"}  # pictures of the sheet, and what its PNG says
 FEW = 200  # pictures of each kind, below which precision and recall are not shown
+MANY = 500  # pictures to draw, from which on it is said that fewer will do
 RECONSTRUCTED = 256  # real pictures through the autoencoder, at most
 NAMES = {
     "fid": "FID",
@@ -171,6 +172,8 @@ def call_settings(pipeline: Any, model: str, steps: int | None, guidance: float 
 def draw_missing(pipeline: Any, drawings: Sequence[Drawing], batch_size: int) -> int:
     """Draw what is not there yet, or was drawn otherwise. Returns how many."""
     absent = missing(drawings)
+    if len(absent) > MANY:
+        logger.info("%d pictures are to be drawn; --count draws fewer, and the rest later", len(absent))
 
     def output_of(batch: Sequence[Drawing]) -> Any:
         common = batch[0].settings

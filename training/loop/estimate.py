@@ -104,9 +104,9 @@ def time_needed(pace: Pace, steps: int, looks: int, short: int = 0) -> float:
 
 
 def time_line(pace: Pace, steps: int, looks: int, short: int = 0) -> str:
-    """steps, looks, short: see `time_needed`."""
+    """steps, looks, short: see `time_needed`; the short ones are before training."""
     needed, long = time_needed(pace, steps, looks, short), (pace.look or 0.0) > SOON
-    more = f", and {short} time{'s' * (short != 1)} a minute of it" if long and short else ""
+    more = "; those before training a minute at the most" if long and short else ""
     looks += 0 if long else short
     each = f"of {duration(pace.look)} each" if pace.look is not None else "not counted"
     return (
@@ -124,7 +124,8 @@ def limit_lines(settings: RunSettings, step: int, needed: float, left: float) ->
         reached = step + int((settings.max_steps - step) * max(0.0, left) / needed)
         yield (
             f"max_minutes={settings.max_minutes:g} stops it before that: in about {duration(max(0.0, left))}, near "
-            f"step {reached:,} of {settings.max_steps:,}; the same command does the rest, in {duration(needed - left)}."
+            f"step {reached:,} of {settings.max_steps:,}. The rest takes {duration(needed - left)}, by the same "
+            f"command."
         )
 
 

@@ -203,8 +203,9 @@ class TrainingRun:
     def show_besides(self, draw: Callable[[], object]) -> None:
         """Draw samples before training, or after it."""
         if self.accelerator.is_main_process:
-            most = SOON if self.pace.look is None else min(self.pace.look, SOON)
-            logger.info("drawing samples of step %d (about %s); Ctrl-C leaves them out", self.step, duration(most))
+            look = self.pace.look
+            how_long = "a minute at the most" if look is None else f"about {duration(min(look, SOON))}"
+            logger.info("drawing samples of step %d (%s); Ctrl-C leaves them out", self.step, how_long)
         began = time.monotonic()
         self.stopping.at_leisure(draw, at_stop=True)
         self.pace.looked(time.monotonic() - began, self.shown_share)

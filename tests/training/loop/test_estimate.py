@@ -70,15 +70,15 @@ def test_the_time_of_steps_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     pace.look = 240.0
     line = time_line(pace, 1000, 1, short=1)  # 2000 s and 240 s, and no more than a minute before training
     assert line.startswith("Time: about 38 minutes for")
-    assert line.endswith("1 time (of 4 minutes each, and 1 time a minute of it).")
+    assert line.endswith("1 time (of 4 minutes each; those before training a minute at the most).")
 
 
 def test_a_limit_in_time_says_how_far_it_gets(tmp_path: Path) -> None:
     limited = settings(tmp_path, max_steps=400, max_minutes=5)
     (line,) = limit_lines(limited, 100, needed=900.0, left=240.0)
     assert line == (
-        "max_minutes=5 stops it before that: in about 4 minutes, near step 180 of 400; the same command "
-        "does the rest, in 11 minutes."
+        "max_minutes=5 stops it before that: in about 4 minutes, near step 180 of 400. The rest takes 11 "
+        "minutes, by the same command."
     )
     assert not list(limit_lines(limited, 100, needed=230.0, left=240.0))
 
