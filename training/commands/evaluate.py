@@ -33,12 +33,12 @@ def evaluate(
     """
     from latentdiff.interchange.folders import check_clip_source
 
-    local_place(settings.model)  # a missing model is reported before torch is loaded
+    folder = settings.folder()  # what is missing is reported before torch is loaded
+    local_place(settings.model)
     check_clip_source(settings.clip)
     show_progress()
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
 
-    folder = settings.folder()
     place = find_place(settings.model)
     pipeline = load_pipeline(place, device, precision, None, kind_in(place, textless=True).name)
     pipeline.set_progress_bar_config(disable=True)
@@ -56,13 +56,13 @@ def likelihood(
 
     latentdiff likelihood runs/mine --data pictures --steps 25
     """
+    folder = settings.folder()
     import torch
 
     from latentdiff.training.evaluation.held_out import load_textless
     from latentdiff.training.evaluation.likelihood import evaluate_likelihood
 
     show_progress()
-    folder = settings.folder()
     pipeline = load_textless(settings.model, getattr(torch, precision.value)).to(pick_device(device))
     evaluate_likelihood(pipeline, settings)
     say(f"The figures are in {folder / 'likelihood.json'}")
