@@ -6,8 +6,9 @@ The cache keeps mean and deviation of the encoder's posterior, so that training 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PictureView = tuple[CaptionedPicture, View]
 
+PART = 1 << 20  # pictures whose latents are looked for and encoded at a time
 PIXELS = 1  # to be raised when `read_pixels` gives other pixels for the same view
 OF_THE_DECODER = (
     *("up_block_types", "out_channels", "use_post_quant_conv", "num_vq_embeddings", "lookup_from_codebook"),
@@ -65,7 +67,7 @@ class LatentCache:
 
     def fill(
         self,
-        wanted: Sequence[PictureView],
+        wanted: Iterable[PictureView],
         autoencoder: Any,
         accelerator: Accelerator,
         batch_size: int = 8,
@@ -74,15 +76,22 @@ class LatentCache:
         """Encode what is missing, each process its share; goes on where an interrupted one stopped.
 
         Args:
-            wanted: the same in each process. Pictures need their digest.
+            wanted: the same in each process; very many are gone through part by part. Pictures need their digest.
             autoencoder: the one that the cache was made for, on the device that encodes.
 
         Raises:
             ValueError: a picture cannot be read, or its latents are not finite; it is named.
             OSError: the disk is full.
         """
+        with evaluating(autoencoder):
+            left = iter(wanted)
+            while part := list(islice(left, PART)):
+                self._fill(part, Codec(autoencoder), accelerator, batch_size, num_workers)
+
+    def _fill(
+        self, wanted: Sequence[PictureView], codec: Codec, accelerator: Accelerator, batch_size: int, num_workers: int
+    ) -> None:
         by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
-        codec = Codec(autoencoder)
 
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
             for keys, pixels in load(by_key, batches, num_workers):
@@ -98,8 +107,7 @@ class LatentCache:
         def size(key: str) -> tuple[int, int]:
             return by_key[key][1].width, by_key[key][1].height
 
-        with evaluating(autoencoder):
-            fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
+        fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
 
 
 def load(by_key: Mapping[str, PictureView], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
@@ -203,9 +211,9 @@ class LatentSource:
 
 
 def latent_source(
-    run: TrainingRun, settings: DiffusionSettings, codec: Codec, wanted: Sequence[PictureView]
+    run: TrainingRun, settings: DiffusionSettings, codec: Codec, wanted: Callable[[], Iterable[PictureView]]
 ) -> LatentSource:
-    """The source that the settings ask for; a cache is filled with all of `wanted`.
+    """The source that the settings ask for; a cache is filled with all that `wanted` gives.
 
     The autoencoder is back on the CPU afterwards where it is not needed, so that a GPU's memory is the denoiser's.
     """
@@ -214,7 +222,7 @@ def latent_source(
         return LatentSource(codec, run.device)
     labels = cache_labels(settings, "autoencoder", "model")
     cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder, labels)
-    cache.fill(wanted, codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
+    cache.fill(wanted(), codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
     codec.autoencoder.to("cpu")
     return LatentSource(codec, run.device, cache)
 

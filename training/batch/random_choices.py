@@ -6,20 +6,25 @@ beforehand are limited in number: `ViewChoice.all` and `CaptionChoice.all` give 
 """
 
 import hashlib
-import re
 import struct
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from latentdiff.training.data import CaptionedPicture, assign_buckets
+from latentdiff.training.data.buckets import Sizes
+from latentdiff.training.data.caption_checks import has_sides
 from latentdiff.training.data.captioned_picture import View
+from latentdiff.training.data.picture_table import PictureTable
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 
 SAMPLE, STRATA, POSTERIOR = 0, 1, 2  # streams of random numbers, kept apart
+MOST_CATEGORIES = 1 << 24  # that torch draws among
 
 
 def seed_of(*numbers: int) -> int:
@@ -31,19 +36,6 @@ def seed_of(*numbers: int) -> int:
 def generator_of(*numbers: int) -> torch.Generator:
     """A CPU generator with the seed of `numbers`."""
     return torch.Generator().manual_seed(seed_of(*numbers))
-
-
-SIDES = re.compile(
-    r"\b((left|right)(s|wards?|most|[ -]?hand(ed)?)?|(counter|anti)?-?clockwise|letters?|lettering|alphabet|numerals?|"
-    r"digits?|texts?|words?|(hand)?writing|written|reads|say(s|ing)|spell(s|ing))\b",
-    re.IGNORECASE,
-)
-"""What captions have that would be wrong of a mirrored picture."""
-
-
-def has_sides(picture: CaptionedPicture) -> bool:
-    """Whether a caption speaks of left, right or text."""
-    return any(SIDES.search(caption) for caption in picture.captions)
 
 
 class PictureOrder:
@@ -63,19 +55,21 @@ class PictureOrder:
     """
 
     def __init__(
-        self, weights: Sequence[float], update_size: int, seed: int, buckets: Sequence[Hashable] | None = None
+        self,
+        weights: Sequence[float] | NDArray[np.float64],
+        update_size: int,
+        seed: int,
+        buckets: Sequence[Hashable] | None = None,
     ) -> None:
-        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
         if len(self.weights) == 0 or self.weights.sum() <= 0:
             raise ValueError("there are no pictures of positive weight to train on")
         self.update_size, self.seed = update_size, seed
-        members: dict[Hashable, list[int]] = {}
-        for index, bucket in enumerate(buckets if buckets is not None else [None] * len(weights)):
-            members.setdefault(bucket, []).append(index)
-        self._members = [torch.tensor(indices) for indices in members.values()]
-        self._shares = torch.stack([self.weights[m].sum() for m in self._members]) / self.weights.sum()
+        self._members = [torch.arange(len(self.weights))] if buckets is None else members(buckets)
+        shares = torch.stack([self.weights[m].sum() for m in self._members]) / self.weights.sum()
+        self._shares = shares.numpy()  # with which a step takes a tenth of torch's time, and there may be many
         self._turns: list[tuple[int, int]] = []  # (bucket, how many updates it had before) of the steps so far
-        self._counts = torch.zeros(len(self._members), dtype=torch.float64)
+        self._counts = np.zeros(len(self._members))
         self._rounds: dict[int, tuple[int, Tensor]] = {}  # the order last used of each bucket
 
     def update(self, step: int) -> list[int]:
@@ -103,9 +97,32 @@ class PictureOrder:
             if bool((weights == weights[0]).all()):
                 order = torch.randperm(len(members), generator=generator)
             else:
-                order = torch.multinomial(weights, len(members), replacement=True, generator=generator)
+                order = draw_in_proportion(weights, generator)
             self._rounds[bucket] = (number, order)
         return int(members[self._rounds[bucket][1][offset]])
+
+
+def members(buckets: Sequence[Hashable]) -> list[Tensor]:
+    """Indices of the pictures of each bucket, in the order in which buckets come first."""
+    if isinstance(buckets, Sizes):
+        numbers = buckets.numbers
+        firsts = {int(number): int((numbers == number).argmax()) for number in np.unique(numbers)}
+        return [
+            torch.from_numpy(np.flatnonzero(numbers == number)) for number in sorted(firsts, key=firsts.__getitem__)
+        ]
+    indices: dict[Hashable, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        indices.setdefault(bucket, []).append(index)
+    return [torch.tensor(some) for some in indices.values()]
+
+
+def draw_in_proportion(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """As many draws, with replacement, as there are weights. (N,)"""
+    if len(weights) < MOST_CATEGORIES:
+        return torch.multinomial(weights, len(weights), replacement=True, generator=generator)
+    sums = weights.cumsum(0)
+    uniform = torch.rand(len(weights), dtype=torch.float64, generator=generator)
+    return torch.searchsorted(sums, uniform * sums[-1], right=True).clamp_(max=int(weights.nonzero()[-1]))
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,14 @@ class Place:
     step: int
     slot: int
     index: int
+
+
+def flips(pictures: Sequence[CaptionedPicture], random_flip: "bool | str") -> "Sequence[bool] | NDArray[np.bool_]":
+    """Whether each picture may be mirrored. random_flip: see `RunSettings`."""
+    auto = random_flip == "auto"
+    if isinstance(pictures, PictureTable):
+        return ~pictures.column("has_sides") if auto else np.full(len(pictures), bool(random_flip))
+    return [bool(random_flip) and not (auto and has_sides(picture)) for picture in pictures]
 
 
 class ViewChoice:
@@ -130,8 +155,7 @@ class ViewChoice:
     ) -> None:
         self.buckets = assign_buckets(pictures, settings.resolution, step, settings.buckets)
         self.random_crop = settings.crop == "random"
-        auto = settings.random_flip == "auto"
-        self.flips = [bool(settings.random_flip) and not (auto and has_sides(picture)) for picture in pictures]
+        self.flips = flips(pictures, settings.random_flip)
         self.variants = variants
 
     def pick(self, index: int, uniform: Tensor) -> View:
@@ -140,7 +164,7 @@ class ViewChoice:
         if self.random_crop and self.variants:
             x, y = self._crop(int(x * self.variants))
         crop = (x, y) if self.random_crop else (0.5, 0.5)
-        return View(*self.buckets[index], crop=crop, flip=self.flips[index] and flip < 0.5)
+        return View(*self.buckets[index], crop=crop, flip=bool(self.flips[index]) and flip < 0.5)
 
     def all(self, index: int) -> list[View]:
         """Every view that `pick` can give, where their number is limited."""

@@ -2,9 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.decode import decode
+from latentdiff.training.data.picture_table import PictureTable
 
 Size = tuple[int, int]  # (width, height)
 
@@ -37,9 +42,33 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), bucket))
 
 
+class Sizes(Sequence[Size]):
+    """The bucket of each of very many pictures.
+
+    Args:
+        sizes: the buckets.
+        numbers: (N,) of each picture's.
+    """
+
+    def __init__(self, sizes: Sequence[Size], numbers: NDArray[Any]) -> None:
+        self.sizes, self.numbers = sizes, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Size: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Size]: ...
+    def __getitem__(self, index: int | slice) -> "Size | Sequence[Size]":
+        if isinstance(index, slice):
+            return Sizes(self.sizes, self.numbers[index])
+        return self.sizes[int(self.numbers[index])]
+
+
 def assign_buckets(
     pictures: Sequence[CaptionedPicture], resolution: int, step: int, enabled: bool, max_ratio: float = 2.0
-) -> list[Size]:
+) -> Sequence[Size]:
     """(width, height) that each picture is trained at: a square where not `enabled`, else the bucket nearest in shape.
 
     Args:
@@ -49,8 +78,15 @@ def assign_buckets(
         ValueError: `resolution` is not a multiple of `step`, or a picture without a size cannot be read.
     """
     if not enabled:
-        return [(resolution, resolution)] * len(pictures)
+        square = (resolution, resolution)
+        table = isinstance(pictures, PictureTable)
+        return Sizes([square], np.zeros(len(pictures), np.uint8)) if table else [square] * len(pictures)
     sizes = bucket_sizes(resolution, step, max_ratio)
+    if isinstance(pictures, PictureTable):
+        own = np.stack([pictures.column("width"), pictures.column("height")], axis=1)
+        found, numbers = np.unique(own.view(np.int64).reshape(-1), return_inverse=True)
+        buckets = [sizes.index(nearest((w, h), sizes)) for w, h in found.view(np.int32).reshape(-1, 2).tolist()]
+        return Sizes(sizes, np.array(buckets, dtype=np.uint16)[numbers])
     known: dict[Size, Size] = {}
     for size in {picture.size or _size(picture) for picture in pictures}:
         known[size] = nearest(size, sizes)

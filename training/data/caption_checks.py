@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
 
 LONGEST = 20_000  # characters; a text encoder reads some 300
 MANY_WORDS = 77  # a CLIP text encoder reads 77 tokens, and a word is at least one
+
+SIDES = re.compile(
+    r"\b((left|right)(s|wards?|most|[ -]?hand(ed)?)?|(counter|anti)?-?clockwise|letters?|lettering|alphabet|numerals?|"
+    r"digits?|texts?|words?|(hand)?writing|written|reads|say(s|ing)|spell(s|ing))\b",
+    re.IGNORECASE,
+)
+"""What captions have that would be wrong of a mirrored picture."""
 
 
 def decode_text(content: bytes, errors: str = "strict") -> str:
@@ -80,13 +88,16 @@ def class_names(pictures: Sequence["CaptionedPicture"]) -> list[str]:
     Raises:
         ValueError: a picture is of several classes, or of none, or all are of one.
     """
-    for picture in pictures:
+    from latentdiff.training.data.picture_table import PictureTable, first_captions  # which imports this
+
+    sound = isinstance(pictures, PictureTable) and pictures.is_each_of_one()
+    for picture in () if sound else pictures:
         if len(picture.captions) != 1 or not picture.captions[0]:
             raise ValueError(
                 f"{picture.name}: a picture is of one class, and this is of {len(picture.captions)}; name the column "
                 f"with the class by caption_column="
             )
-    found = {picture.captions[0] for picture in pictures}
+    found = first_captions(pictures)
     names = sorted(found, key=int if all(name.isdecimal() for name in found) else None)
     if len(names) < 2:
         raise ValueError(f"all pictures are of the class {names[0]!r}; with condition=none no class is needed")
@@ -106,6 +117,11 @@ def labels_of(pipeline: Any, pictures: Sequence["CaptionedPicture"]) -> list[int
         except ValueError as error:
             raise ValueError(f"{picture.name}: {error}; name the column with the class by --caption-column") from error
     return labels
+
+
+def has_sides(picture: "CaptionedPicture") -> bool:
+    """Whether a caption speaks of left, right or text."""
+    return any(SIDES.search(caption) for caption in picture.captions)
 
 
 def shorten(text: str, most: int = 80) -> str:

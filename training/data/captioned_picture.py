@@ -57,7 +57,7 @@ class FileReader:
 
     def stamp(self) -> str:
         """Changes when the file does."""
-        return _stamp(self.path)
+        return stamp_of(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,10 @@ class PartReader:
 
     def stamp(self) -> str:
         """Changes when the file does."""
-        return f"{_stamp(self.path)} {self.start} {self.length}"
+        return f"{stamp_of(self.path)} {self.start} {self.length}"
 
 
-def _stamp(path: str) -> str:
+def stamp_of(path: str) -> str:
     found = os.stat(path)
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 

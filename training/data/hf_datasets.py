@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,7 @@ def read_dataset(source: str, wanted: Wanted) -> Source:
             loaded = _copy_of_stream(source, wanted, folders)
         else:
             loaded = _load(source, wanted.split, streaming=False)
-        found = from_rows(loaded, name, wanted, folders)
-    found.prefix = f"{source} "
-    return found
+        return from_rows(loaded, name, wanted, folders, prefix=f"{source} ")
 
 
 def check_dataset_folder(folder: Path, allowed: Sequence[Path]) -> None:
@@ -145,7 +143,7 @@ def _split_of(loaded: Any, source: str, split: str) -> Any:
     return loaded
 
 
-def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...] = ()) -> Source:
+def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...] = (), prefix: str = "") -> Source:
     """The pictures of a `datasets.Dataset` (or dictionary of them), or of an `IterableDataset` by way of a copy.
 
     Args:
@@ -160,13 +158,13 @@ def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...]
     dataset = _split_of(dataset, name, wanted.split) if isinstance(dataset, dict) else dataset
     if isinstance(dataset, datasets.IterableDataset):
         dataset = _copy(dataset, [name, repr(dataset)], wanted, folders, reuse=False)
-    source = Source(prefix="")
+    source = Source(prefix)
     rows: Iterator[dict[str, Any]]
     if tuple(dataset.column_names) == COPY_COLUMNS and dataset.features["row"].dtype == "string":
         column, rows = "image", map(json.loads, dataset.with_format(None)["row"])
     else:
         column, rows = wanted.image_column, _rows(dataset, name, wanted)
-    images = dataset.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    reader = _row_reader(dataset, column, folders)
     for index, row in enumerate(rows):
         if source.is_full(wanted):
             break
@@ -175,11 +173,26 @@ def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...]
             if "refused" in row:
                 raise ValueError(row["refused"])
             captions = wanted.captions(row.get(wanted.caption_column))
-            reader = RowReader(images, column, index, folders)
-            source.pictures.append(CaptionedPicture(where, reader, captions, check_weight(row.get("weight"))))
+            weight = check_weight(row.get("weight"))
+            source.add(CaptionedPicture(where, replace(reader, index=index), captions, weight), wanted)
         except ValueError as error:
             source.refuse(where, error)
     return source
+
+
+def _row_reader(dataset: Any, column: str, folders: tuple[Path, ...]) -> RowReader:
+    """Of the first row; of any other by its index."""
+    import datasets
+
+    images = dataset.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return RowReader(images, column, 0, folders)
+
+
+def saved_rows(folder: Path, wanted: Wanted) -> RowReader:
+    """What reads the rows of a split that `read_dataset` has read before from a folder written by ``save_to_disk``."""
+    folders = wanted.allowed(folder)
+    check_dataset_folder(folder, folders)
+    return _row_reader(_load(str(folder), wanted.split, streaming=False), wanted.image_column, folders)
 
 
 def _rows(dataset: Any, name: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
@@ -235,7 +248,7 @@ def _copy(stream: Any, parts: list[str], wanted: Wanted, folders: tuple[Path, ..
     features = datasets.Features({"image": datasets.Image(decode=False), "row": datasets.Value("string")})
     folder = None if wanted.cache_dir is None else str(wanted.cache_dir)
     more: dict[str, Any] = {"fingerprint": key} if reuse else {}
-    given = {"stream": stream, "name": parts[0], "wanted": wanted, "folders": folders}
+    given = {"stream": stream, "name": parts[0], "wanted": replace(wanted, drain=None), "folders": folders}
     try:
         return datasets.Dataset.from_generator(
             stream_rows, features=features, cache_dir=folder, gen_kwargs=given, **more

@@ -1,23 +1,37 @@
 """Captioned pictures from folders, tables, shards and datasets: one door for all of them."""
 
 import difflib
+import hashlib
+import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.interchange.atomic import json_text, write_text_whole
+from latentdiff.interchange.folders import read_json
 from latentdiff.training.data.caption_checks import shorten
-from latentdiff.training.data.captioned_picture import CaptionedPicture
+from latentdiff.training.data.captioned_picture import CaptionedPicture, stamp_of
+from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.folder import read_folder
-from latentdiff.training.data.shards import find_folder_shards, find_shards, read_shards
+from latentdiff.training.data.hf_datasets import saved_rows
+from latentdiff.training.data.large import LargeSurvey, open_table
+from latentdiff.training.data.picture_table import PictureTable
+from latentdiff.training.data.shards import all_shards, find_folder_shards, find_shards, read_shards
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.survey import Entry, leave_out, log_findings, read_manifest, sound_pictures
 from latentdiff.training.settings import Condition, RunSettings
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 1000  # digests of a table that a run keeps
 FEWEST, MOST_HELD_OUT = 40, 512  # pictures, for some to be held out, and of these
 
 
@@ -77,9 +91,9 @@ def read_source(source: str, wanted: Wanted) -> Source:
         NoPicturesError: there is nothing, neither usable nor unusable.
     """
     found = _read(source, wanted)
-    if not found.pictures and not found.refused:
+    if not found.count and not found.refused:
         raise NoPicturesError(f"{source}: no captioned pictures found (split {wanted.split!r})")
-    logger.info("%s: %d pictures", source, len(found.pictures))
+    logger.info("%s: %d pictures", source, found.count)
     return found
 
 
@@ -116,9 +130,8 @@ def _folder_like(folder: Path) -> str | None:
 
 
 def _read_folder(folder: Path, wanted: Wanted) -> Source:
-    saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    found = None if saved else find_folder_shards(folder, wanted) or read_folder(folder, wanted)
-    if found is None or (not found.pictures and not found.tables and _holds_dataset(folder)):
+    found = None if is_saved_dataset(folder) else find_folder_shards(folder, wanted) or read_folder(folder, wanted)
+    if found is None or (not found.count and not found.tables and _holds_dataset(folder)):
         from latentdiff.training.data.hf_datasets import read_dataset
 
         try:
@@ -126,11 +139,16 @@ def _read_folder(folder: Path, wanted: Wanted) -> Source:
         except ValueError:
             if found is None or not found.refused:
                 raise
-    if found.pictures or found.refused or not (found.splits or wanted.split != TRAIN):
+    if found.count or found.refused or not (found.splits or wanted.split != TRAIN):
         return found
     splits = ", ".join(sorted(found.splits)) or "none"
     what = f"{found.tables[0]}: no rows" if len(found.tables) == 1 else f"{folder}: no pictures"
     raise NoPicturesError(f"{what} of split {wanted.split!r}; its splits: {splits}")
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of the `datasets` library has written it."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _holds_dataset(folder: Path) -> bool:
@@ -140,17 +158,16 @@ def _holds_dataset(folder: Path) -> bool:
 
 def prepare_splits(
     settings: RunSettings, condition: Condition = "text"
-) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+) -> tuple[Sequence[CaptionedPicture], Sequence[CaptionedPicture]]:
     """Pictures to train on, and others to measure on: those of the split "validation" that are not trained on, or, if
     there are none, a share that `hold_out` takes. See `prepare_pictures`.
     """
     pictures = prepare_pictures(settings, condition=condition)
-    seen = {picture.digest for picture in pictures}  # folders that know no splits give the same pictures again
     try:
         found = prepare_pictures(settings, "validation", condition)
     except NoPicturesError:
         found = []
-    held_out = [picture for picture in found if picture.digest not in seen]
+    held_out = unseen(found, pictures)  # folders that know no splits give the same pictures again
     if not held_out:
         pictures, held_out = hold_out(pictures, settings.held_out_share, condition)
         if held_out:
@@ -159,9 +176,17 @@ def prepare_splits(
     return pictures, held_out
 
 
+@overload
+def hold_out(
+    pictures: list[CaptionedPicture], share: float, condition: Condition = "text"
+) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]: ...
+@overload
 def hold_out(
     pictures: Sequence[CaptionedPicture], share: float, condition: Condition = "text"
-) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+) -> tuple[Sequence[CaptionedPicture], Sequence[CaptionedPicture]]: ...
+def hold_out(
+    pictures: Sequence[CaptionedPicture], share: float, condition: Condition = "text"
+) -> tuple[Sequence[CaptionedPicture], Sequence[CaptionedPicture]]:
     """Those to train on, and about the `share` of them to measure on, at most about `MOST_HELD_OUT`, in their order.
 
     A picture's bytes alone decide, so it stays where it is as others come, and copies go together. Of fewer than
@@ -172,6 +197,8 @@ def hold_out(
         condition: "class" if captions are classes.
     """
     below = min(share, MOST_HELD_OUT / max(1, len(pictures))) if len(pictures) >= FEWEST else 0.0
+    if isinstance(pictures, PictureTable):
+        return _hold_out_of_table(pictures, below, condition)
     if below > 0:  # one at least, whatever chance says
         below = max(below, (min(int(picture.digest[:8], 16) for picture in pictures) + 1) / 2**32)
     wanted = [int(picture.digest[:8], 16) < below * 2**32 for picture in pictures]
@@ -181,14 +208,74 @@ def hold_out(
     return [picture for picture, out in both if not out], [picture for picture, out in both if out]
 
 
+def _hold_out_of_table(pictures: PictureTable, below: float, condition: Condition) -> tuple[PictureTable, PictureTable]:
+    marks = pictures.marks()
+    if below > 0:
+        below = max(below, (int(marks.min()) + 1) / 2**32)
+    out = np.flatnonzero(marks < below * 2**32)
+    if condition == "class":
+        classes = Counter(tuple(one) for some in pictures.captions() for one in some.to_pylist())
+        own = [pictures[int(i)].captions for i in out]
+        classes.subtract(own)
+        out = out[[classes[caption] > 0 for caption in own]]
+    rest = np.ones(len(pictures), dtype=bool)
+    rest[out] = False
+    return pictures.select(np.flatnonzero(rest).astype(np.uint32)), pictures.select(out)
+
+
+def unseen(found: Sequence[CaptionedPicture], pictures: Sequence[CaptionedPicture]) -> Sequence[CaptionedPicture]:
+    """Those of `found` that are not among `pictures`, by their bytes."""
+    if len(found) and (isinstance(found, PictureTable) or isinstance(pictures, PictureTable)):
+        own = np.sort(_digests(found))
+        others = _digests(pictures)
+        others = others[own[np.searchsorted(own, others).clip(max=len(own) - 1)] == others]
+        new = np.flatnonzero(~np.isin(_digests(found), others))
+        return found.select(new) if isinstance(found, PictureTable) else [found[i] for i in new.tolist()]
+    wanted = {picture.digest for picture in found}
+    seen = {picture.digest for picture in pictures if picture.digest in wanted} if wanted else wanted
+    return [picture for picture in found if picture.digest not in seen]
+
+
+def _digests(pictures: Sequence[CaptionedPicture]) -> NDArray[Any]:
+    """(N,) the first eight bytes: among 20 million pictures two have the same with a chance of one in 100,000."""
+    if isinstance(pictures, PictureTable):
+        return pictures.digests(8).view(np.uint64)
+    return np.array([int(picture.digest[:16], 16) for picture in pictures], dtype=">u8").view(np.uint64)
+
+
+def refuse_another_table(file: Path, data: str, table: PictureTable) -> None:
+    """See that a run goes on with its own pictures, as `refuse_other_pictures` does, by a few of their digests.
+
+    Args:
+        file: keeps the digests.
+
+    Raises:
+        ValueError: less than half of them are there.
+    """
+    before = []
+    if file.is_file() and any((file.parent / "checkpoints").glob("step-*")):
+        before = read_json(file).get("digests", [])
+    there = np.isin(np.array([int(d[:16], 16) for d in before], dtype=">u8").view(np.uint64), _digests(table)).sum()
+    if 2 * there < len(before):
+        raise ValueError(
+            f"{file.parent.parent} holds a run on other pictures: of {len(before)} of them {there} are in {data}. "
+            f"Choose another --output for these, or name the --data of that run to go on with it"
+        )
+    some = [table[i * len(table) // REMEMBERED].digest for i in range(REMEMBERED)]
+    write_text_whole(file, json_text({"digests": some}))
+
+
 def prepare_pictures(
     settings: RunSettings, split: str | None = None, condition: Condition = "text"
-) -> list[CaptionedPicture]:
+) -> Sequence[CaptionedPicture]:
     """The usable pictures of ``settings.data``, each decoded once, with digest and size; always in the same order.
 
     What was found is kept in ``manifest-SPLIT.jsonl`` in the run's ``training/`` folder, so that a repeated run looks
     only at what changed. Pictures that cannot be used are counted and named, and left out. Those that
     ``settings.manifest`` says to leave out are left out too, and do not count as bad.
+
+    Of very many pictures in shards or a dataset the result is a `PictureTable` below ``settings.cache_dir``, or else
+    the run's ``training/`` folder. As long as the shards stay as they are the next start opens it and reads no shard.
 
     Args:
         split: by default ``settings.split``.
@@ -199,18 +286,53 @@ def prepare_pictures(
         ValueError: more than ``settings.max_bad_share`` of the pictures are unusable, or the run was trained on others.
     """
     folder = settings.folder
-    cache_dir = Path(settings.cache_dir or folder) / "stream"
-    wanted = Wanted.of(settings, split, condition=condition, cache_dir=cache_dir)
-    source = read_source(settings.data, wanted)
-    if settings.manifest is not None:
-        leave_out(source, read_manifest(Path(settings.manifest).expanduser()))
+    cache_dir = Path(settings.cache_dir or folder)
+    wanted = Wanted.of(settings, split, condition=condition, cache_dir=cache_dir / "stream")
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in wanted.split)[:60] or "all"
     about = {"data": settings.data, "split": wanted.split}
     manifest, run = f"manifest-{name}.jsonl", Path(settings.output) / "training"
+    left_out = None if settings.manifest is None else Path(settings.manifest).expanduser()
+    key, tables = table_key(settings.data, wanted, left_out), cache_dir / "pictures"
+    rows = partial(saved_rows, Path(settings.data).expanduser(), wanted)
+    table = None if key is None else open_table(tables, key, rows)
+    if table is None:
+        unwanted = {} if left_out is None else read_manifest(left_out)
+        large = LargeSurvey(folder / manifest, about, tables, {name for name, one in unwanted.items() if not one.use})
+        source = read_source(settings.data, replace(wanted, drain=None if key is None else large.take))
+        table = large.finish(source, key, settings.max_bad_share) if key is not None and large.is_used else None
+    if table is not None:
+        logger.info("%s (%s): %d pictures, in %s", settings.data, wanted.split, len(table), table.file)
+        if split is None:
+            refuse_another_table(run / f"pictures-{name}.json", settings.data, table)
+        return table
+    if left_out is not None:
+        leave_out(source, unwanted)
     check = partial(refuse_other_pictures, run / manifest, settings.data) if split is None else None  # no held-out ones
     good, refused = sound_pictures(source, folder / manifest, about, settings.max_bad_share, check)
     logger.info("%s (%s): %d pictures, %d left out", settings.data, wanted.split, len(good), len(refused))
     return good
+
+
+def table_key(data: str, wanted: Wanted, manifest: Path | None) -> str | None:
+    """What the table of very many pictures is found by: the files that hold them, as they are now, and what is wanted.
+
+    Args:
+        manifest: of what is left out.
+
+    Returns:
+        None: these are neither shards nor a dataset's folder, or there are pictures beside it.
+    """
+    folder = Path(data).expanduser()
+    if is_saved_dataset(folder):
+        shards = sorted(path for path in folder.rglob("*") if path.is_file())
+        if wanted.streaming or wanted.picture_folder or any(is_picture(path.name) for path in shards):
+            return None
+    else:
+        shards = all_shards(data, wanted)
+    files = [shard.resolve() for shard in shards] + ([] if manifest is None else [manifest.resolve()])
+    asked = {**asdict(replace(wanted, drain=None)), "cache_dir": None}
+    parts = [json.dumps(asked, sort_keys=True), *(f"{file} {stamp_of(str(file))}" for file in files)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32] if shards else None
 
 
 def refuse_other_pictures(manifest: Path, data: str, entries: Sequence[Entry]) -> None:

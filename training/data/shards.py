@@ -63,12 +63,22 @@ def find_folder_shards(folder: Path, wanted: Wanted) -> Source | None:
     Raises:
         NoPicturesError: they are of other splits than the one that is wanted.
     """
-    if metadata_of(folder) is not None:
-        return None
     splits = split_folders(folder, wanted)
-    places = [folder, *(place for place in sorted(splits) if metadata_of(place) is None)]
-    found = [shard for place in places for shard in find_shards(str(place))]
+    found = _folder_shards(folder, splits)
     return read_shards(found, wanted, folder, splits) if found else None
+
+
+def all_shards(source: str, wanted: Wanted) -> list[Path]:
+    """The tar files of all splits that a folder or pattern means."""
+    folder = Path(source).expanduser()
+    return _folder_shards(folder, split_folders(folder, wanted)) if folder.is_dir() else find_shards(source)
+
+
+def _folder_shards(folder: Path, splits: Splits) -> list[Path]:
+    if metadata_of(folder) is not None:
+        return []
+    places = [folder, *(place for place in sorted(splits) if metadata_of(place) is None)]
+    return [shard for place in places for shard in find_shards(str(place))]
 
 
 def read_shards(shards: list[Path], wanted: Wanted, whole: Path | None = None, splits: Splits | None = None) -> Source:
@@ -105,7 +115,7 @@ def _read_shard(shard: Path, wanted: Wanted, source: Source) -> None:
                 if source.is_full(wanted):
                     return
                 try:
-                    source.pictures.append(_sample(archive, shard, parts, wanted))
+                    source.add(_sample(archive, shard, parts, wanted), wanted)
                 except (ValueError, OSError, tarfile.TarError) as error:
                     source.refuse(f"{shard}/{key}", error)
     except (tarfile.TarError, OSError, EOFError) as error:

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -12,10 +12,12 @@ from typing import Any
 
 from latentdiff.training.data.caption_checks import check_captions, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
+from latentdiff.training.data.picture_table import ROWS
 from latentdiff.training.settings import Condition, DataSettings
 
 Names = dict[tuple[Path, bool], dict[str, str]]
 """Of folders: what files are called there, by what `normal` makes of it, or that in small letters."""
+LARGE = 200_000  # pictures of shards or a dataset, from which on they go into a table on the disk
 CAPTION_SUFFIXES = (".txt", ".caption")
 NO_CAPTION = "no caption"  # what the reason begins with where one is missing
 TRAIN = "train"  # the split of whatever names none
@@ -60,6 +62,7 @@ class Wanted:
         max_pictures: take this many of the first.
         cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
         picture_folder: a folder outside the source that paths in its tables may lead to as well.
+        drain: of shards and datasets, takes the pictures and findings out of the source whenever there are many.
     """
 
     split: str = TRAIN
@@ -71,6 +74,7 @@ class Wanted:
     max_pictures: int | None = None
     cache_dir: Path | None = None
     picture_folder: str | None = None
+    drain: "Callable[[Source], None] | None" = field(default=None, compare=False)
 
     @classmethod
     def of(cls, settings: DataSettings, split: str | None = None, **more: Any) -> "Wanted":
@@ -115,6 +119,7 @@ class Source:
         warnings: entries that can be used, but should be looked at.
         tables: those that the pictures are listed in.
         splits: other splits than the one that is wanted, where there are any.
+        drained: how many pictures were taken out.
     """
 
     prefix: str
@@ -123,6 +128,7 @@ class Source:
     warnings: list[Finding] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     splits: set[str] = field(default_factory=set)
+    drained: int = 0
 
     def key(self, name: str) -> str:
         """The name of an entry within the source."""
@@ -139,8 +145,18 @@ class Source:
         if len(self.splits) < 20:
             self.splits.add(shorten(name))
 
+    def add(self, picture: CaptionedPicture, wanted: Wanted) -> None:
+        """Add a picture that nothing refers to, so that it may be drained."""
+        self.pictures.append(picture)
+        if wanted.drain is not None and len(self.pictures) >= (ROWS if self.drained else LARGE):
+            wanted.drain(self)
+
+    @property
+    def count(self) -> int:
+        return self.drained + len(self.pictures)
+
     def is_full(self, wanted: Wanted) -> bool:
-        return wanted.max_pictures is not None and len(self.pictures) >= wanted.max_pictures
+        return wanted.max_pictures is not None and self.count >= wanted.max_pictures
 
 
 def inside(folder: Path, file_name: str, allowed: Sequence[Path], names: Names | None = None) -> Path:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -88,8 +88,11 @@ def write_manifest(file: Path, entries: Iterable[Entry], about: Mapping[str, Any
     """
     with atomic_file(file, sync=True) as partial, partial.open("w", encoding="ascii") as lines:
         lines.write(json.dumps({"format": FORMAT, **about}) + "\n")
-        for entry in entries:
-            lines.write(json.dumps(entry.row()) + "\n")
+        lines.writelines(map(manifest_line, entries))
+
+
+def manifest_line(entry: Entry) -> str:
+    return json.dumps(entry.row()) + "\n"
 
 
 def read_manifest(file: Path) -> dict[str, Entry]:
@@ -226,19 +229,32 @@ def sound_pictures(
         write_manifest(file, everything, about)
     good, bad = sort_out(source, entries)
     refused = source.refused + bad
-    total = len(good) + len(refused)
-    if refused and len(refused) > max_bad_share * total:
+    not_too_bad(about["data"], refused, len(refused), len(good), max_bad_share)
+    return good, refused
+
+
+def not_too_bad(data: str, refused: Sequence[Finding], bad: int, good: int, max_bad_share: float) -> None:
+    """Name what cannot be used.
+
+    Args:
+        refused: the first ones of it.
+        bad, good: how many there are of either.
+
+    Raises:
+        ValueError: more than the share `max_bad_share` is unusable.
+        NoPicturesError: all is.
+    """
+    if bad and bad > max_bad_share * (good + bad):
         named = "\n".join(f"  {shorten(f.name, 300)}: {shorten(f.reason, 500)}" for f in refused[:NAMED])
-        more = f"\n  and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
+        more = f"\n  and {bad - NAMED} more" if bad > NAMED else ""
         raise ValueError(
-            f"{about['data']}: {len(refused)} of {total} pictures cannot be used, more than "
+            f"{data}: {bad} of {good + bad} pictures cannot be used, more than "
             f"max_bad_share={max_bad_share:g} allows. 'latentdiff doctor' says more; repair or remove them, or allow "
             f"more.\n{named}{more}" + "".join(f"\n{line}" for line in advice(refused))
         )
-    log_findings(refused, "left out")
+    log_findings(refused, "left out", bad)
     if not good:
-        raise NoPicturesError(f"{about['data']}: nothing is left to train on")
-    return good, refused
+        raise NoPicturesError(f"{data}: nothing is left to train on")
 
 
 def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPicture], list[Finding]]:
@@ -254,18 +270,23 @@ def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPictur
 
 def leave_out(source: Source, manifest: dict[str, Entry]) -> None:
     """Take out of `source`, usable or not, what a manifest says not to use."""
-    unwanted = {name for name, entry in manifest.items() if not entry.use}
     before = len(source.pictures)
-    source.pictures = [picture for picture in source.pictures if source.key(picture.name) not in unwanted]
-    source.refused = [finding for finding in source.refused if source.key(finding.name) not in unwanted]
+    source.pictures, source.refused = without(source, {name for name, entry in manifest.items() if not entry.use})
     logger.info("left out as the manifest says: %d pictures", before - len(source.pictures))
     if manifest and not any(source.key(picture.name) in manifest for picture in source.pictures):
         logger.warning("the manifest names none of these pictures; is it of another folder?")
 
 
-def log_findings(findings: Sequence[Finding], what: str) -> None:
-    """Name the first `NAMED` of `findings` in warnings, and count the rest."""
+def without(source: Source, unwanted: Set[str]) -> tuple[list[CaptionedPicture], list[Finding]]:
+    """Pictures and refused entries of `source` whose names are not `unwanted`."""
+    pictures = [picture for picture in source.pictures if source.key(picture.name) not in unwanted]
+    return pictures, [finding for finding in source.refused if source.key(finding.name) not in unwanted]
+
+
+def log_findings(findings: Sequence[Finding], what: str, count: int | None = None) -> None:
+    """Name the first `NAMED` of `findings` in warnings, and count the rest; `count` if these are not all."""
     for finding in findings[:NAMED]:
         logger.warning("%s: %s: %s", what, shorten(finding.name, 300), shorten(finding.reason, 500))
-    if len(findings) > NAMED:
-        logger.warning("%s: %d more", what, len(findings) - NAMED)
+    count = len(findings) if count is None else count
+    if count > NAMED:
+        logger.warning("%s: %d more", what, count - NAMED)

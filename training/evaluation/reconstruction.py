@@ -21,6 +21,7 @@ from latentdiff.metrics.extractors import AUTO, Extractor, load_extractor
 from latentdiff.metrics.pixels import WINDOW
 from latentdiff.models.bottlenecks import usage
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.data.load import unseen
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.perceptual import PerceptualLoss
 from latentdiff.training.settings import AutoencoderSettings
@@ -61,8 +62,7 @@ class Reconstructions:
         pictures: Sequence[CaptionedPicture],
         perceptual: PerceptualLoss | None = None,
     ) -> None:
-        seen = {picture.digest for picture in pictures}  # folders that know no splits give the same pictures again
-        held_out = [picture for picture in held_out if picture.digest not in seen]
+        held_out = unseen(held_out, pictures)  # folders that know no splits give the same pictures again
         if not held_out:
             logger.warning("no held-out pictures (split 'validation'): figures are of training pictures")
         self.settings = settings

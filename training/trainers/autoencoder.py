@@ -15,6 +15,7 @@ from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.data import prepare_splits
+from latentdiff.training.data.picture_table import weights
 from latentdiff.training.evaluation.reconstruction import Reconstructions
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.estimate import module_bytes
@@ -63,7 +64,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     alarms = Alarms()
     reconstructions = Reconstructions(settings, held_out, pictures, objective.perceptual)
     views = ViewChoice(settings, pictures, settings.factor)
-    order = PictureOrder([p.weight for p in pictures], run.update_size, settings.seed, views.buckets)
+    order = PictureOrder(weights(pictures), run.update_size, settings.seed, views.buckets)
     for batch in batches(run, order, PixelSamples(settings, pictures, views), PixelBatch.cat):
         if figures := run.learn(batch.to(run.device)):
             alarms.add(figures)

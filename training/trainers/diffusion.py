@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from latentdiff.interchange.png import save_picture
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
-from latentdiff.training.batch.latents import latent_source
-from latentdiff.training.batch.random_choices import SIDES, PictureOrder, ViewChoice, has_sides
+from latentdiff.training.batch.latents import PictureView, latent_source
+from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.data import CaptionedPicture, prepare_splits
-from latentdiff.training.data.caption_checks import shorten
+from latentdiff.training.data.caption_checks import SIDES, shorten
+from latentdiff.training.data.picture_table import Joined, PictureTable, of_sides, weights
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
 from latentdiff.training.loop.distributed import spread_modules
@@ -32,6 +33,7 @@ from latentdiff.training.trainers.samples import Samples
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 10_000  # of very many pictures, that captions of samples are chosen from
 BANDS = 4  # of timesteps, for which the held-out loss is given separately
 
 
@@ -39,8 +41,8 @@ BANDS = 4  # of timesteps, for which the held-out loss is given separately
 class Data:
     """Pictures to train on, and others to measure on."""
 
-    pictures: list[CaptionedPicture]
-    held_out: list[CaptionedPicture]
+    pictures: Sequence[CaptionedPicture]
+    held_out: Sequence[CaptionedPicture]
 
 
 def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
@@ -55,11 +57,11 @@ def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Dat
 
 def say_mirrored(settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]) -> None:
     """Say which pictures are not mirrored, or should not be, because of their captions."""
-    found = [picture for picture in pictures if settings.random_flip and has_sides(picture)]
-    if not found:
+    found = of_sides(pictures) if settings.random_flip else []
+    if not len(found):
         return
     example = f"the captions of {len(found)} of {len(pictures)} pictures speak of left, right or text, such as "
-    example += repr(shorten(next(filter(SIDES.search, found[0].captions))))
+    example += repr(shorten(next(filter(SIDES.search, pictures[int(found[0])].captions))))
     if settings.random_flip == "auto":
         logger.info("%s; these are never mirrored (random_flip=true would mirror all, =false none)", example)
     else:
@@ -108,11 +110,12 @@ def train_diffusion(
     bands = min(BANDS, model.process.num_timesteps)
     held_out = reader.held_out(few.held_out, other_views, bands)
     loss = HeldOutLoss(model.process, bands)
-    samples = Samples(run, settings, model, data.pictures, reader.idle)
+    shown = spread(data.pictures, SHOWN) if isinstance(data.pictures, PictureTable) else data.pictures
+    samples = Samples(run, settings, model, shown, reader.idle)
     run.draws_before = base_model is not None
     if run.draws_before and run.step == 0 and not settings.is_dry_run and run.takes_part:
         run.show_besides(samples.draw_before)
-    order = PictureOrder([p.weight for p in few.pictures], run.update_size, settings.seed, views.buckets)
+    order = PictureOrder(weights(few.pictures), run.update_size, settings.seed, views.buckets)
     for batch in batches(run, order, reader.samples(few.pictures, views), SampleBatch.cat):
         figures = run.learn(reader.batch(batch))
         if figures and watch is not None:
@@ -161,13 +164,16 @@ def reader_of(
     step = factor * model.network.downscale_factor if settings.buckets else factor
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
     other_views = ViewChoice(settings, data.held_out, step)
-    wanted = [(picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i)]
-    wanted += [(picture, other_views.centred(i)) for i, picture in enumerate(data.held_out)]
+
+    def wanted() -> Iterator[PictureView]:
+        yield from ((picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i))
+        yield from ((picture, other_views.centred(i)) for i, picture in enumerate(data.held_out))
+
     reader = Reader(
         settings,
         model.codec,
         latent_source(run, settings, model.codec, wanted),
-        model.conditions(run, settings, data.pictures + data.held_out),
+        model.conditions(run, settings, Joined(data.pictures, data.held_out)),
         run.update_size,
         run.device,
     )

@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, has_sides, seed_of
+from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, seed_of
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.data.caption_checks import has_sides
 from latentdiff.training.settings import RunSettings
 
 
