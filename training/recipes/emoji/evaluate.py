@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.metrics import kernel_distance
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.training.loop.lettering import lettering
 
 from .drawings import Drawing, on_white, read_bundle
 from .ideals import Ideals
@@ -177,13 +178,14 @@ def labelled(pictures: Sequence[Image.Image], labels: Sequence[str], columns: in
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * (SIDE + GAP) + GAP, rows * (SIDE + LABEL + GAP) + GAP), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    pen = ImageDraw.Draw(page)
     for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         left = GAP + number % columns * (SIDE + GAP)
         top = GAP + number // columns * (SIDE + LABEL + GAP)
         page.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, top))
         pen.rectangle((left - 1, top - 1, left + SIDE, top + SIDE), outline="#dddddd")
-        lines = textwrap.wrap(label, 23)[:2]
+        written, font = lettering(label, 11)
+        lines = textwrap.wrap(written, 23)[:2]
         for line, text in enumerate(lines):
             pen.text((left + SIDE / 2, top + SIDE + 8 + 13 * line), text, fill="#333333", font=font, anchor="mm")
     return page
