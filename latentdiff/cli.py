@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from latentdiff.extensions import VARIABLE, extensions_of_environment, load_extensions
+from latentdiff.memory import is_lack_of_memory
 from latentdiff.terminal import printable_messages, say, show_traceback
 
 USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplementedError)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 app = typer.Typer(
     name="latentdiff",
@@ -93,8 +93,9 @@ def explain(error: Exception) -> tuple[str, bool]:
     text = str(error) or type(error).__name__
     if FULL_DISK.search(text):
         return f"the disk is full: {text}; make room and repeat the command", True
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(text)):
-        return f"there is not enough memory: {text}; ask for fewer at once, or for smaller ones", True
+    if is_lack_of_memory(error):
+        advice = "; ".join(getattr(error, "__notes__", ())) or "ask for fewer at once, or for smaller ones"
+        return f"there is not enough memory: {text}; {advice}", True
     ours = isinstance(error, ImportError) and error.name is None  # raised with what to install
     if isinstance(error, USER_MISTAKES) or ours:
         return text, True

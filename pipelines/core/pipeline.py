@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdiff.codec import Codec
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.memory import DRAWING, memory_advice
 from latentdiff.models import AutoencoderKL, AutoencoderTiny, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, as_list, is_far, place
@@ -182,7 +183,8 @@ class LatentPipeline(FolderPipeline):
         progress = None
         while True:
             try:
-                progress = next(drawing)
+                with memory_advice(DRAWING):
+                    progress = next(drawing)
             except StopIteration as end:
                 output = end.value if isinstance(end.value, ImagesOutput) else ImagesOutput(*end.value)
                 if progress is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdiff.codec import Generators
 from latentdiff.diffusion import Process, process_of
 from latentdiff.diffusion.schedulers import takes_variance
+from latentdiff.memory import DRAWING, memory_advice
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
 from latentdiff.pipelines.core.output import ImagesOutput
 
@@ -248,7 +249,8 @@ def whole(steps: Callable[Concatenate[Owner, P], Steps[Result]]) -> Callable[Con
         drawing = steps(self, *args, **kwargs)
         while True:
             try:
-                next(drawing)
+                with memory_advice(DRAWING):
+                    next(drawing)
             except StopIteration as end:
                 return end.value
 

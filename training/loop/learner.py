@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from latentdiff.memory import TRAINING, memory_advice
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
@@ -79,7 +80,8 @@ class Learner:
         accelerator, adversary = self.accelerator, self.adversary
         # Dropout, if the network has any, is drawn from the step too.
         torch.manual_seed(seed_of(self.settings.seed, step, len(self._pass_losses), accelerator.process_index))
-        with accelerator.accumulate(self.objective, *([] if adversary is None else [adversary.module])):
+        modules = [self.objective, *([] if adversary is None else [adversary.module])]
+        with memory_advice(TRAINING), accelerator.accumulate(*modules):
             self._pass_losses.append(self._backward(batch))
             if accelerator.sync_gradients:
                 self._update(step, batch.names)
