@@ -20,10 +20,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 WRAPPER = """
 import json, os, runpy, sys, time
+import torch
 from accelerate import Accelerator
 log = Accelerator.log
 def timed(self, values, step=None, **options):
@@ -31,6 +33,10 @@ def timed(self, values, step=None, **options):
     if loss is not None:
         with open(os.environ["STEPS_FILE"], "a") as file:
             file.write(json.dumps([time.perf_counter(), step, loss]) + chr(10))
+        if step >= int(os.environ["STEPS_STOP"]):
+            with open(os.environ["STEPS_FILE"] + ".memory", "w") as file:
+                file.write(str(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0))
+            os._exit(0)
     return log(self, values, step, **options)
 Accelerator.log = timed
 sys.argv = sys.argv[1:]
@@ -116,12 +122,18 @@ def clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=77)
 
 
-def measure(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a training; steps per second after the first fifth, peak memory in MiB, mean loss of the last half."""
+def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: float | None = None) -> dict[str, float]:
+    """Run a training; steps per second after the first fifth, peak memory in MiB, mean loss of the last half.
+
+    Args:
+        stop: the step after which it ends at once, with nothing saved; then the GPU's memory is among what is found.
+        timeout: seconds after which it is given up.
+    """
     steps_file = folder / "steps.jsonl"
     environment = {
         **os.environ,
         "STEPS_FILE": str(steps_file),
+        "STEPS_STOP": str(stop),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -130,13 +142,20 @@ def measure(command: list[str], folder: Path) -> dict[str, float]:
         process = subprocess.Popen(
             [sys.executable, "-c", WRAPPER, *command], env=environment, stdout=log, stderr=log, cwd=folder
         )
+        timer = None if timeout is None else Timer(timeout, process.kill)
+        if timer is not None:
+            timer.start()
         _, status, usage = os.wait4(process.pid, 0)
+        if timer is not None:
+            timer.cancel()
     if status != 0:
         raise SystemExit(f"{' '.join(command[:3])} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
     rows = [json.loads(line) for line in steps_file.read_text().splitlines()]
     kept = rows[len(rows) // 5 :]
     losses = [row[2] for row in rows[len(rows) // 2 :]]
+    memory = folder / "steps.jsonl.memory"
     return {
+        "gpu_memory_mib": float(memory.read_text()) if memory.exists() else 0.0,
         "steps_per_second": (len(kept) - 1) / (kept[-1][0] - kept[0][0]),
         "peak_memory_mib": usage.ru_maxrss / 1024,
         "seconds_in_all": time.perf_counter() - started,
@@ -164,6 +183,8 @@ def ours(model: Path, data: Path, out: Path, side: int, options: argparse.Namesp
         "sample_steps": 1,
         "sample_prompts": "[a red disc]",
         "seed": 1,
+        "mixed_precision": options.precision,
+        "num_workers": options.workers,
     }
     start = ["-m", "latentdiff.training", "finetune", "--model", str(model), "--data", str(data), "--output", str(out)]
     return [*start, "--method", "full", *(f"{key}={value}" for key, value in settings.items())]
@@ -186,6 +207,8 @@ def theirs(model: Path, data: Path, out: Path, side: int, options: argparse.Name
         "checkpointing_steps": options.steps,
         "seed": 1,
         "report_to": "tensorboard",
+        "mixed_precision": options.precision,
+        "dataloader_num_workers": options.workers,
     }
     flags = ["--center_crop", "--random_flip", "--use_ema", "--foreach_ema"]
     return [
@@ -203,6 +226,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
