@@ -271,7 +271,7 @@ def draw(report: Report, size: str, precision: str, batches: tuple[int, ...], wa
     """Rows of pictures, and where nothing is compiled of steps, for each batch size."""
     timer, (change, seconds) = Timer(report.device), WAYS[way]
     on_gpu = report.device.type == "cuda"
-    if report.left < seconds + 5 or not on_gpu and change not in ("", "blocks"):
+    if report.left < seconds + 5 or (not on_gpu and change not in ("", "blocks")):
         report.add(what="pictures", model=size, precision=precision, way=way, note="no time left")
         return
     pair = Pair(size, report.device, DTYPES[precision], options.tiny)
