@@ -144,14 +144,17 @@ def test_a_process_is_trained_on_drawn_with_and_replayed(
 ) -> None:
     """Through ``finetune``, on a model whose scheduler samples from the process."""
     pipeline = tiny_pipeline("clip")
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipeline.save_pretrained("model")
+    for scheduler, folder in ((diffusers.EDMEulerScheduler(), "edm"), (STRAIGHT(), "model")):
+        pipeline.scheduler = scheduler
+        pipeline.save_pretrained(folder)
     write_data()
     settings = ["batch_size=2", "max_steps=2", "checkpoint_every=2", "sample_every=2", "resolution=16"]
     command = ["finetune", "--model", "model", "--data", "data", "--output", "tuned", "--method", "full", *settings]
-    assert run(*command) == 2
+    assert run(*command[:2], "edm", *command[3:]) == 2
     assert "neither beta_schedule nor trained_betas" in capsys.readouterr().err
+    assert process.process_of(pipeline.scheduler).name == "flow"
     assert run("--extension", "straight_flow.py", *command) == 0
+    assert process.process_of(pipeline.scheduler).name == "straight_flow"
     losses = [json.loads(line)["loss"] for line in Path("tuned/training/metrics.jsonl").read_text().splitlines()]
     assert all(0.01 < loss < 10 for loss in losses)
     assert losses
@@ -161,6 +164,7 @@ def test_a_process_is_trained_on_drawn_with_and_replayed(
     assert "equal" in capsys.readouterr().out
 
 
+STRAIGHT = diffusers.FlowMatchEulerDiscreteScheduler
 TUNING = ["batch_size=2", "max_steps=1", "checkpoint_every=1", "sample_every=1", "resolution=16", "sample_steps=2"]
 
 
@@ -272,9 +276,10 @@ def test_a_flow_refuses_schedulers_of_betas(
     assert "cannot sample from a flow; use FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
     assert not Path("cup.png").exists()
     assert process.process_of(pipeline.scheduler).name == "straight_flow"
-    for other in (
-        diffusers.FlowMatchHeunDiscreteScheduler(),
-        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    assert process.process_of(diffusers.FlowMatchHeunDiscreteScheduler()).name == "flow"  # the package's
+    for other, message in (
+        (diffusers.EDMEulerScheduler(), "no noise levels of a diffusion process"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
     ):
-        with pytest.raises(ValueError, match=r"no noise levels of a diffusion process"):
+        with pytest.raises(ValueError, match=message):
             process.process_of(other)

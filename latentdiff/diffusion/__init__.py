@@ -1,7 +1,8 @@
 """Diffusion mathematics: the contract of a process, Gaussian diffusion, noise schedules, losses, guidance, samplers."""
 
 from latentdiff.diffusion.betas import make_betas, rescale_zero_terminal_snr
-from latentdiff.diffusion.gaussian import GaussianDiffusion  # registers itself, before any other process can
+from latentdiff.diffusion.flow import RectifiedFlow
+from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.losses import bits_per_dimension, training_losses
 from latentdiff.diffusion.process import (
     Process,
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianDiffusion",
     "LossSecondMoment",
     "Process",
+    "RectifiedFlow",
     "Target",
     "bits_per_dimension",
     "build_scheduler",

@@ -95,7 +95,7 @@ class GaussianDiffusion(GaussianProcess):
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
-        return samples_from_betas(config)
+        return samples_from_betas(config) and not config.get("use_flow_sigmas")
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:

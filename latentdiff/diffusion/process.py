@@ -181,6 +181,10 @@ class Process(ABC):
         signal, sigma = self.coefficients(times, clean)
         return signal * clean + sigma * noise
 
+    def held_out_times(self, uniform: Tensor) -> Tensor:
+        """The times at which a held-out loss is measured, (B,) -> (B,)."""
+        return self.times(uniform)
+
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """The correct prediction for ``mix(clean, noise, times)``. (B, C, ...)"""
         return self.predicts.of(clean, noise, *self.coefficients(times, clean))
@@ -223,7 +227,8 @@ class Process(ABC):
 
     def snr(self, times: Tensor) -> Tensor:
         """Signal-to-noise ratio signal^2 / sigma^2, (B,) float64."""
-        signal, sigma = self.coefficients(times, torch.empty(len(times), dtype=torch.float64, device=times.device))
+        exact = torch.float32 if times.device.type == "mps" else torch.float64
+        signal, sigma = self.coefficients(times, torch.empty(len(times), dtype=exact, device=times.device))
         return (signal / sigma).square()
 
     def min_snr_weight(self, times: Tensor, gamma: float = 5.0) -> Tensor:
@@ -306,5 +311,5 @@ def build_scheduler(process: Process, name: str = "DDIMScheduler") -> Any:
 
 
 def process_class(config: Mapping[str, Any]) -> type[Process]:
-    # Where none fits, the one registered first, Gaussian diffusion, says what is wrong with the config.
-    return next((process for process in PROCESSES if process.fits(config)), PROCESSES[-1])
+    # Where none fits, Gaussian diffusion says what is wrong with the config.
+    return next((process for process in PROCESSES if process.fits(config)), known_processes()["gaussian"])

@@ -28,6 +28,9 @@ SHORT_NAMES = {
 }
 """The schedulers that sample from a discrete process of betas and need no further package, by names easy to type."""
 
+OF_FLOWS = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun": "FlowMatchHeunDiscreteScheduler"}
+"""Those of flows, which the short names of the same solvers mean too where the model is one."""
+
 OF_THE_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 """Keys that say what is sampled from. diffusers' ``from_config`` takes the other class's default where a scheduler was
 made with its own, and LCM's and TCD's betas are others."""
@@ -39,8 +42,9 @@ def find_scheduler(name: str) -> str:
     Raises:
         ValueError: no such scheduler; the message lists them.
     """
-    known = {plain(key): class_name for key, class_name in SHORT_NAMES.items()}
-    known |= {plain(class_name): class_name for class_name in SHORT_NAMES.values()}
+    every = SHORT_NAMES | OF_FLOWS
+    known = {plain(key): class_name for key, class_name in every.items()}
+    known |= {plain(class_name): class_name for class_name in every.values()}
     if plain(name) not in known:
         raise ValueError(f"unknown scheduler {name!r}; the schedulers are {', '.join(SHORT_NAMES)}")
     return known[plain(name)]
@@ -53,7 +57,7 @@ def plain(name: str) -> str:
 def change_scheduler(scheduler: Any, name: str) -> Any:
     """Another scheduler for the process that `scheduler` samples from.
 
-    A process of an extension is asked for it, for settings of betas mean nothing there.
+    A process without betas is asked for it, for settings of betas mean nothing there.
 
     Raises:
         ValueError: no such scheduler, or it cannot sample from this process, or from one with zero terminal SNR and
@@ -67,7 +71,10 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
         if type(process_of(found)) is not type(process):
             raise ValueError(f"the {type(found).__name__} cannot sample from the {process.name} process")
         return found
-    scheduler_class = getattr(diffusers, find_scheduler(name))
+    class_name = find_scheduler(name)
+    if class_name in OF_FLOWS.values():
+        raise ValueError(f"the {class_name} samples from flows, and this model is of the {process.name} process")
+    scheduler_class = getattr(diffusers, class_name)
     if scheduler.config.get("rescale_betas_zero_snr") and not knows_zero_snr(scheduler_class):
         able = [short for short, class_name in SHORT_NAMES.items() if knows_zero_snr(getattr(diffusers, class_name))]
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff.diffusion import (
     GaussianDiffusion,
     Process,
+    RectifiedFlow,
     known_processes,
     process_from_config,
     process_of,
@@ -22,6 +23,7 @@ from latentdiff.diffusion import (
 from latentdiff.diffusion.process import PROCESSES, TARGETS
 
 TIMES = torch.tensor([3, 400, 999])
+FLOWS = {"straight": Straight, "flow": RectifiedFlow}
 
 
 @pytest.fixture
@@ -41,14 +43,14 @@ def test_a_scheduler_names_its_process(straight: Straight) -> None:
     assert type(process_of(straight.scheduler())) is Straight
     assert type(process_of(diffusers.DDIMScheduler())) is GaussianDiffusion
     assert type(process_from_config(diffusers.DDIMScheduler().config)) is GaussianDiffusion
-    assert set(known_processes()) == {"straight", "gaussian"}
+    assert set(known_processes()) == {"straight", "flow", "gaussian"}
     with pytest.raises(ValueError, match="neither beta_schedule nor trained_betas"):
         process_from_config({"_class_name": "EDMEulerScheduler"})
 
 
-@pytest.mark.parametrize("kind", [*TARGETS, "straight"])
+@pytest.mark.parametrize("kind", [*TARGETS, *FLOWS])
 def test_a_correct_prediction_is_the_picture_and_costs_nothing(kind: str) -> None:
-    process: Process = Straight() if kind == "straight" else GaussianDiffusion("cosine", prediction_type=kind)
+    process: Process = FLOWS[kind]() if kind in FLOWS else GaussianDiffusion("cosine", prediction_type=kind)
     clean, noise = pictures(3, 2, 4, 4)
     times = process.times(torch.tensor([0.003, 0.4, 0.9]))
     noisy, target = process.mix(clean, noise, times), process.target(clean, noise, times)
@@ -65,9 +67,9 @@ def test_a_correct_prediction_is_the_picture_and_costs_nothing(kind: str) -> Non
     )
 
 
-@pytest.mark.parametrize("kind", [*TARGETS, "straight"])
+@pytest.mark.parametrize("kind", [*TARGETS, *FLOWS])
 def test_a_gradient_moves_the_noise_alike_whatever_is_predicted(kind: str) -> None:
-    process: Process = Straight() if kind == "straight" else GaussianDiffusion("cosine", prediction_type=kind)
+    process: Process = FLOWS[kind]() if kind in FLOWS else GaussianDiffusion("cosine", prediction_type=kind)
     noisy, prediction = pictures(1, 2, 4, 4)
     gradient = torch.full_like(noisy, 0.3)
     time = torch.tensor(400)

@@ -101,11 +101,14 @@ def test_networks_are_found_by_module_and_name(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"process": "flow"}, r"no process 'flow'; there are gaussian, and those of modules given by --extension"),
+        (
+            {"process": "curved"},
+            r"no process 'curved'; there are gaussian, flow, and those of modules given by --extension",
+        ),
         ({"denoiser": "dit"}, r"no denoiser 'dit'; there are unet"),
-        ({"process": "flow", "prediction_type": "sample"}, r"prediction_type is for process=gaussian"),
+        ({"process": "curved", "prediction_type": "sample"}, r"prediction_type is for process=gaussian"),
         ({"denoiser": "dit", "layers_per_block": 2}, r"layers_per_block is for denoiser=unet"),
-        ({"process_options": {"shift": 2}}, r"process_options are for a process of an extension"),
+        ({"process_options": {"shift": 2}}, r"process_options are for another process"),
     ],
 )
 def test_what_does_nothing_is_refused(pictures: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

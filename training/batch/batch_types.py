@@ -117,9 +117,9 @@ class DiffusionBatch:
     loss_weight: Tensor
     names: tuple[str, ...] = ()
 
-    def times(self, process: Process) -> Tensor:
-        """The process's times for the draws, (B,), on the device of the latents."""
-        times = process.times(self.draws)
+    def times(self, process: Process, held_out: bool = False) -> Tensor:
+        """The process's times for the draws, (B,), on the device of the latents; or those of a held-out loss."""
+        times = process.held_out_times(self.draws) if held_out else process.times(self.draws)
         dtype = torch.float32 if times.is_floating_point() else None
         return times.to(self.latents.device, dtype, non_blocking=True)
 

@@ -198,7 +198,7 @@ class HeldOutLoss:
 
     def _add(self, sums: Tensor, batch: DiffusionBatch, found: Tensor) -> None:
         """found: (figures, B)"""
-        times = self.process.model_time(batch.times(self.process)).cpu()
+        times = self.process.model_time(batch.times(self.process, held_out=True)).cpu()
         bands = torch.bucketize(times, torch.tensor(self.edges[1:]), right=True)
         sums.index_add_(1, bands, torch.cat([found, torch.ones_like(found[:1])]))
 

@@ -54,7 +54,7 @@ class DenoiserObjective(Objective[DiffusionBatch]):
 
     def held_out_loss(self, batch: DiffusionBatch) -> Result:
         """``val_loss``: squared errors without any weight and without the bound, which can be compared between runs."""
-        times = batch.times(self.process)
+        times = batch.times(self.process, held_out=True)
         losses = self.process.error(self.predict(batch, times), batch.latents, batch.noise, times)
         return Result(losses.mean(), losses.mean().detach(), {"val_loss": losses})
 
@@ -119,21 +119,20 @@ class ClassifierObjective(Objective[DiffusionBatch]):
 
     def training_loss(self, batch: DiffusionBatch) -> Result:
         """The mean over B of loss_weight times each picture's loss."""
-        losses, _ = self._losses(batch)
+        losses, _ = self._losses(batch, batch.times(self.process))
         loss = (losses * batch.loss_weight).mean()
         return Result(loss, loss.detach(), {})
 
     def held_out_loss(self, batch: DiffusionBatch) -> Result:
         """``val_loss``, and ``val_accuracy``: whether the class was found."""
-        losses, found = self._losses(batch)
+        losses, found = self._losses(batch, batch.times(self.process, held_out=True))
         return Result(losses.mean(), losses.mean().detach(), {"val_loss": losses, "val_accuracy": found.to(losses)})
 
-    def _losses(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: DiffusionBatch, times: Tensor) -> tuple[Tensor, Tensor]:
         """Of each picture the loss, (B,) float32, and whether its class is the likeliest, (B,) bool."""
         assert isinstance(batch.condition, Conditioning)
         labels = batch.condition.labels
         assert labels is not None
-        times = batch.times(self.process)
         noisy = self.process.mix(batch.latents, batch.noise, times)
         logits = self.classifier(noisy, self.process.model_time(times))
         return F.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(1) == labels

@@ -74,8 +74,10 @@ class DenoiserSettings(DiffusionSettings):
     resample_type: Literal["conv", "resnet"] = Field(
         "conv", description="what halves and doubles; resnet: ADM's blocks (not with condition=text)"
     )
-    process: str = Field("gaussian", description="how noise is mixed in; gaussian, or one that an extension registers")
-    process_options: dict[str, Any] = Field({}, description="arguments of an extension's process")
+    process: str = Field("gaussian", description="how noise is mixed in; gaussian, flow (rectified), or an extension's")
+    process_options: dict[str, Any] = Field(
+        {}, description="arguments of another process than gaussian: with flow shift, times, weighting and more"
+    )
     denoiser: str = Field("unet", description="the network; unet, or one that an extension registers")
     denoiser_options: dict[str, Any] = Field({}, description="arguments of an extension's network")
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
@@ -105,6 +107,8 @@ class DenoiserSettings(DiffusionSettings):
             self.follow(zero_terminal_snr=False)
         if self.process == "gaussian":
             self.follow(sample_steps=min(self.sample_steps, self.num_train_timesteps))
+        if self.process == "flow":  # the papers' loss
+            self.follow(min_snr_gamma=None)
         self._check_extension("process", "gaussian", GAUSSIAN)
         self._check_extension("denoiser", "unet", UNET)
         if self.condition == "text" and self.resample_type != "conv":
@@ -115,7 +119,7 @@ class DenoiserSettings(DiffusionSettings):
         """Raises ValueError for a setting that would do nothing with this process or denoiser."""
         value, options = getattr(self, key), f"{key}_options"
         if value == ours and getattr(self, options):
-            raise ValueError(f"{options} are for a {key} of an extension; {key}={ours} has settings of its own")
+            raise ValueError(f"{options} are for another {key}; {key}={ours} has settings of its own")
         ignored = sorted(self.model_fields_set & set(keys)) if value != ours else []
         if ignored:
             raise ValueError(f"{ignored[0]} is for {key}={ours} and does nothing with {key}={value}; use {options}")
@@ -208,7 +212,7 @@ class FinetuneSettings(AdaptedSettings):
 
     fixed: ClassVar[tuple[str, ...]] = (
         *(*RunSettings.fixed, "method", "lora_rank", "lora_alpha", "lora_targets", "train_text_encoder"),
-        *("placeholder_token", "initializer_token", "num_vectors"),
+        *("placeholder_token", "initializer_token", "num_vectors", "process", "process_options"),
     )
 
     model: str = Field(
@@ -225,6 +229,10 @@ class FinetuneSettings(AdaptedSettings):
         description="default by method: full 1e-5, dreambooth 5e-6, textual-inversion 5e-3, a LoRA 1e-3",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1)
+    process: str = Field(
+        "model", description="how noise is mixed in: as the model knows it; or flow, gaussian, which it is then taught"
+    )
+    process_options: dict[str, Any] = Field({}, description="arguments of the process; see DenoiserSettings")
     lora_rank: int = Field(0, ge=0, description="0: 16 for method=lora, and no LoRA with dreambooth")
     train_text_encoder: bool = Field(False, description="train the text encoder too, by the same method")
     class_prompt: str | None = Field(None, description="dreambooth: what the subject is one of, such as 'a dog'")
@@ -238,6 +246,14 @@ class FinetuneSettings(AdaptedSettings):
     def _check_method(self) -> Self:
         rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
         self.follow(learning_rate=rates["lora" if self.lora_rank else self.method])
+        if self.process == "model" and self.process_options:
+            raise ValueError(
+                "process_options are for a process that is named; give process=flow or process=gaussian too"
+            )
+        if self.process != "model" and self.method == "textual-inversion":
+            raise ValueError(f"a new word does not teach process={self.process}; leave it out, or take method=full")
+        if self.process == "flow":
+            self.follow(min_snr_gamma=None)
         if self.method == "dreambooth" and not (self.caption and self.class_prompt):
             raise ValueError("dreambooth needs caption='a photo of sks dog' and class_prompt='a photo of a dog'")
         if self.method == "textual-inversion" and not (self.placeholder_token and self.initializer_token):

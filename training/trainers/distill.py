@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from latentdiff import __version__
+from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import weights_digest
@@ -134,6 +135,11 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
     Raises:
         ValueError: there is none for the teacher's process.
     """
+    if not isinstance(process, GaussianDiffusion):
+        raise ValueError(
+            f"{settings.model} is of the {process.name} process, and distillation knows models of noise levels alone; "
+            f"'latentdiff finetune' with process=gaussian makes it one"
+        )
     if settings.method == "progressive":
         scheduler = process.scheduler("DDIMScheduler")
     else:

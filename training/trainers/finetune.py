@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
-from latentdiff.diffusion.process import process_from_config
+from latentdiff.diffusion.flow import RectifiedFlow
+from latentdiff.diffusion.process import Process, known_processes, process_from_config
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
@@ -21,7 +23,7 @@ from latentdiff.training.card.kinds import text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
-from latentdiff.training.starting_networks import freeze, without_dropout
+from latentdiff.training.starting_networks import freeze, made_by, without_dropout
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.diffusion_models import TextModel
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
@@ -83,6 +85,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             pipeline.scheduler = process_from_config(pipeline.scheduler.config).scheduler()
         own = "%s draws in few steps without guidance; fine-tuned it takes %d steps with a guidance of %g"
         logger.info(own, settings.model, *UNDISTILLED.values())
+    process = taught_process(settings, pipeline)
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
     data = load_data(settings)
     if settings.method == "dreambooth":
@@ -90,7 +93,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     set_seed(settings.seed)  # the adapters' first weights
     finish = prepare(settings, pipeline, data)
     trains_text = settings.train_text_encoder or settings.method == "textual-inversion"
-    model = model_of(pipeline, trains_text)
+    model = replace(model_of(pipeline, trains_text), process=process)
     text_encoder = model.text_encoder if trains_text else None
     objective = DenoiserObjective(model.network, model.process, settings.min_snr_gamma, text_encoder)
 
@@ -193,7 +196,26 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
             changes["caption"] = settings.placeholder_token
         if "caption_dropout" not in given:
             changes["caption_dropout"] = 0.0  # without the new word there is nothing to learn
+    if "min_snr_gamma" not in given and isinstance(process_from_config(pipeline.scheduler.config), RectifiedFlow):
+        changes["min_snr_gamma"] = None if settings.process == "model" else settings.min_snr_gamma
     return settings.completed(**changes)
+
+
+def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Process:
+    """The process that the settings name, for which the pipeline gets a scheduler; or that of its own scheduler.
+
+    Raises:
+        ValueError: there is no such process, or it does not take these arguments.
+    """
+    own = process_from_config(pipeline.scheduler.config)
+    if settings.process == "model":
+        return own
+    process: Process = made_by(known_processes(), "process", settings.process, **settings.process_options)
+    if process.scheduler_config() != own.scheduler_config():
+        pipeline.scheduler = process.scheduler()
+        if type(process) is not type(own):
+            logger.info("%s is of the %s process, and is taught that of %s", settings.model, own.name, process.name)
+    return process
 
 
 def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:

@@ -45,9 +45,16 @@ def assert_alike(a: Path, b: Path) -> None:
         torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)
 
 
-def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["gaussian", "flow"])
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: str) -> None:
     def train(name: str, size: int, accumulation: int = 1) -> None:
-        values = {"max_steps": 6, "log_every": 1, "batch_size": size, "gradient_accumulation_steps": accumulation}
+        values = {
+            "objective": objective,
+            "max_steps": 6,
+            "log_every": 1,
+            "batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+        }
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(tmp_path / name)}))
 
     log = tmp_path / "log.txt"

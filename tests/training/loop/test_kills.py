@@ -81,11 +81,12 @@ def test_autoencoder(pictures: Path, tmp_path: Path, workers: int, kind: dict[st
     compare(train, tmp_path, kills=KILLS, longest=1.5)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "objective"), [(1, "gaussian"), (2, "gaussian"), (1, "flow")])
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: int, objective: str) -> None:
     def train(output: Path) -> None:
         values = {"max_steps": 300, "checkpoint_every": 2, "sample_every": 50, "log_every": 5, "num_workers": 0}
         values |= {"caption_dropout": 0.3, "crop": "random", "gradient_accumulation_steps": 2, "noise_offset": 0.1}
+        values |= {"objective": objective}
         os.environ["LATENTDIFF_CACHE"] = str(output / "cache")  # the calm one fills none for others
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
 
