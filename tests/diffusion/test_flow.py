@@ -12,6 +12,7 @@ from torch import Tensor
 from latentdiff.diffusion import GaussianDiffusion, RectifiedFlow, process_from_config, process_of
 from latentdiff.diffusion.flow import resolution_shift
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.diffusion.probability_flow import log_likelihood, random_signs
 from latentdiff.pipelines.core.sampling import Sampler, denoise
 from latentdiff.pipelines.core.scheduler_names import change_scheduler
 
@@ -135,7 +136,7 @@ class OfGaussian:
 
     guidance = ClassifierFreeGuidance(1.0)
 
-    def __init__(self, mean: float, deviation: float) -> None:
+    def __init__(self, mean: float | Tensor, deviation: float | Tensor) -> None:
         self.mean, self.deviation = mean, deviation
 
     def __call__(self, noisy: Tensor, timestep: Any, guided: bool = True) -> Tensor:
@@ -220,3 +221,39 @@ def test_times_out_of_range(time: float) -> None:
     clean, noise = pictures(1, 2, 4, 4)
     with pytest.raises(ValueError, match=r"times must lie in \[0, 1000\]"):
         RectifiedFlow().mix(clean, noise, torch.tensor([time]))
+
+
+def test_the_likelihood_is_that_of_a_gaussian() -> None:
+    """The true velocity of independent normal values with mean and deviation of their own, in closed form."""
+    mean, deviation = torch.linspace(-1, 1, 8).view(2, 2, 2), torch.linspace(0.2, 2, 8).view(2, 2, 2)
+    model, signs = OfGaussian(mean, deviation), [torch.Generator().manual_seed(i) for i in range(5)]
+    clean = mean + deviation * torch.randn(5, 2, 2, 2)
+    found = log_likelihood(
+        RectifiedFlow(shift=3.0),
+        lambda x, times: model(x, times.view(-1, 1, 1, 1)),
+        clean,
+        random_signs(clean, signs),
+        steps=40,
+    )
+    expected = torch.distributions.Normal(mean, deviation).log_prob(clean).flatten(1).sum(1)
+    torch.testing.assert_close(found.float(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_hutchinsons_estimate_has_no_bias() -> None:
+    """Of a Gaussian whose values depend on each other, single probes are wrong and their mean is not."""
+    spread = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
+    identity = torch.eye(2)
+
+    def velocity(x: Tensor, times: Tensor) -> Tensor:
+        t = times[0] / 1000
+        covariance = (1 - t) ** 2 * spread + t**2 * identity
+        return x @ torch.linalg.solve(covariance, t * identity - (1 - t) * spread)
+
+    clean = torch.tensor([[0.5, -1.0]]).repeat(4, 1)
+    every_sign = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    found = log_likelihood(RectifiedFlow(), velocity, clean, every_sign, steps=40)
+    expected = torch.distributions.MultivariateNormal(torch.zeros(2), spread).log_prob(clean[0])
+    assert found.std() > 0.05
+    torch.testing.assert_close(found.mean().float(), expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="steps=0 must be 1 or more"):
+        log_likelihood(RectifiedFlow(), velocity, clean, every_sign, steps=0)

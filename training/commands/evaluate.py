@@ -52,7 +52,7 @@ def likelihood(
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.float32,
 ) -> None:
-    """Measure the variational bound of held-out pictures, in bits per dimension: lower is better.
+    """Measure the likelihood of held-out pictures, or its bound, in bits per dimension: lower is better.
 
     latentdiff likelihood runs/mine --data pictures --steps 25
     """

@@ -68,7 +68,7 @@ class LikelihoodSettings(HeldOutSettings):
     data: str = Field(description="Folder of pictures, *.tar shards, or a dataset's name.")
     steps: str | None = Field(
         None,
-        description="Of the process: 25, or by sections 10,10,5, or ddim25. By default all, which is slow.",
+        description="Of the process: 25, or by sections 10,10,5, or ddim25. By default all, slow; of a flow 25.",
     )
     variance: Literal["learned_range", "fixed_small", "fixed_large"] | None = Field(
         None, description="Of the reverse steps; by default the model's."

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.cli import application
-from latentdiff.diffusion import GaussianDiffusion, build_scheduler
+from latentdiff.diffusion import GaussianDiffusion, RectifiedFlow, build_scheduler
 from latentdiff.models import UNet2DModel, VQModel
 from latentdiff.training.data import read_pixels
 from latentdiff.training.evaluation.evaluate import evaluate_pipeline
@@ -181,3 +181,33 @@ def test_evaluate_draws_without_text(labelled: Path, tmp_path: Path, kind: str) 
     if kind == "none":
         with pytest.raises(ValueError, match="draws without captions"):
             evaluate_pipeline(pipeline, settings.model_copy(update={"guidance": 2.0}))
+
+
+@pytest.mark.parametrize("batch_size", [3, 10])
+def test_a_flow_of_pixels_that_knows_mean_and_spread(pictures: Path, tmp_path: Path, batch_size: int) -> None:
+    """A network that takes every value for N(0.3, 0.8^2): its bits are the mean of a closed form, but for rounding."""
+    pipeline = UnconditionalPipeline(unet(), RectifiedFlow(shift=2.0).scheduler())
+
+    def velocity(x: torch.Tensor, timestep: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        t = (timestep / 1000).view(-1, 1, 1, 1)
+        share = ((1 - t) * 0.8**2 - t) / ((1 - t) ** 2 * 0.8**2 + t**2)
+        return (-share * (x - (1 - t) * 0.3) - 0.3,)
+
+    pipeline.unet.forward = velocity
+    found = likelihood(pipeline, pictures, tmp_path / "out", steps="20", batch_size=batch_size)
+    settings = LikelihoodSettings(model="given", data=str(pictures), split="train", output=str(tmp_path / "out"))
+    real = torch.stack([read_pixels(one, 16, 16) for one in held_out_pictures(settings, tmp_path)[0]])
+    nats = torch.distributions.Normal(0.3, 0.8).log_prob(real).mean().item()
+    assert found["bits_per_dimension"] == pytest.approx(math.log2(127.5) - nats / math.log(2), abs=2e-3)
+    assert (found["steps"], found["variance"], found["guessing"]) == (20, None, 8.0)
+    assert "terms" not in found
+
+
+def test_what_a_flow_does_not_have(pictures: Path, tmp_path: Path) -> None:
+    pipeline = UnconditionalPipeline(unet(), RectifiedFlow().scheduler())
+    with pytest.raises(ValueError, match="--variance fixed_small: the steps of a flow have none"):
+        likelihood(pipeline, pictures, tmp_path / "out", variance="fixed_small")
+    for steps in ("10,5", "ddim25", "0"):
+        with pytest.raises(ValueError, match=f"--steps {steps}: a flow is followed in a number of even steps"):
+            likelihood(pipeline, pictures, tmp_path / "out", steps=steps)
+    assert not (tmp_path / "out" / "likelihood.json").exists()

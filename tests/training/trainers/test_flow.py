@@ -96,7 +96,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def tune(pictures: Path, model: Path, output: Path, **changes: object) -> Path:
-    values = {"data": str(pictures), "batch_size": 2, "max_steps": 3, "checkpoint_every": 2, "sample_every": 3}
+    values = {"data": str(pictures), "batch_size": 2, "max_steps": 1, "checkpoint_every": 2, "sample_every": 3}
     values |= {"model": str(model), "output": str(output), "lora_rank": 2, **changes}
     return finetune(FinetuneSettings.load(None, values))
 
