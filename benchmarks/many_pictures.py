@@ -115,7 +115,10 @@ def start(folder: Path) -> None:
 
     def say(what: str) -> None:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in memory().items())
-        print(f"{time.perf_counter() - began:7.2f} s  {what}; GB: {figures}", flush=True)
+        print(
+            f"{time.perf_counter() - began:7.2f} s, {time.process_time():.2f} of the processor: {what}; GB: {figures}",
+            flush=True,
+        )
 
     say("torch and the package are imported")
     settings = settings_of(folder)

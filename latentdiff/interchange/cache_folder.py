@@ -1,10 +1,23 @@
 """Where a user's caches are: what is made again if it is missing."""
 
+import math
 import os
 import sys
 from pathlib import Path
 
 VARIABLE = "LATENTDIFF_CACHE"
+
+
+def gigabytes(variable: str, usual: float) -> int:
+    """Bytes that a variable of the environment allows. Raises ValueError if it is no number of gigabytes."""
+    text = os.environ.get(variable) or str(usual)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise ValueError(f"{variable}={text}: a number of gigabytes is expected, such as {usual:g}")
+    return int(limit * 1e9)
 
 
 def shared_folder() -> Path:

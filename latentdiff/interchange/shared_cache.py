@@ -5,7 +5,6 @@ beyond the limit those first that were used longest ago. Nothing but files of ca
 """
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from latentdiff.interchange.cache_folder import gigabytes
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 
@@ -41,14 +41,7 @@ PATIENCE = 60.0  # seconds to wait for a lock that is kept for moments
 
 def size_limit() -> int:
     """How many bytes the folder may hold. Raises ValueError if ``LATENTDIFF_CACHE_GB`` is no such number."""
-    text = os.environ.get(LIMIT_VARIABLE) or str(LIMIT)
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not 0 <= limit < math.inf:
-        raise ValueError(f"{LIMIT_VARIABLE}={text}: a number of gigabytes is expected, such as {LIMIT:g}")
-    return int(limit * 1e9)
+    return gigabytes(LIMIT_VARIABLE, LIMIT)
 
 
 class Hold:

@@ -16,6 +16,7 @@ import numpy as np
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.training.data.captioned_picture import PartReader
 from latentdiff.training.data.picture_table import FORMAT, PictureTable, TableWriter
+from latentdiff.training.data.remote import RemoteReader
 from latentdiff.training.data.source import Finding, Source
 from latentdiff.training.data.survey import (
     NAMED,
@@ -30,7 +31,7 @@ from latentdiff.training.data.survey import (
 
 logger = logging.getLogger(__name__)
 
-READERS = {kind.__name__: kind for kind in (PartReader,)}
+READERS = {kind.__name__: kind for kind in (PartReader, RemoteReader)}
 """Those that a later process can make again of what a file says."""
 ROW = "RowReader"  # which it has to be given
 

@@ -24,6 +24,7 @@ from latentdiff.training.data.folder import read_folder
 from latentdiff.training.data.hf_datasets import saved_rows
 from latentdiff.training.data.large import LargeSurvey, open_table
 from latentdiff.training.data.picture_table import PictureTable
+from latentdiff.training.data.remote import find_remote, is_remote, read_remote
 from latentdiff.training.data.shards import all_shards, find_folder_shards, find_shards, read_shards
 from latentdiff.training.data.source import TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.survey import Entry, leave_out, log_findings, read_manifest, sound_pictures
@@ -45,7 +46,7 @@ def load_pictures(source: str, split: str = "train", **options: Any) -> list[Cap
               column (a string, or but for CSV a list of them), and optionally ``weight`` and ``split``;
             - a folder with a ``.txt`` or ``.caption`` file beside each picture;
             - WebDataset shards: a folder of ``.tar`` files, one such file, or a pattern such as
-              ``shards/{000..099}.tar``;
+              ``shards/{000..099}.tar``, or such behind an address that fsspec reads;
             - a folder written by ``datasets.save_to_disk``, or a name for ``datasets.load_dataset``.
 
             A folder may have folders for its splits (``train``, ``validation`` or ``val``, ``test``), each with tables,
@@ -98,6 +99,8 @@ def read_source(source: str, wanted: Wanted) -> Source:
 
 
 def _read(source: str, wanted: Wanted) -> Source:
+    if is_remote(source):
+        return read_remote(source, wanted)
     folder = Path(source).expanduser()
     if folder.is_dir():
         return _read_folder(folder, wanted)
@@ -226,10 +229,8 @@ def _hold_out_of_table(pictures: PictureTable, below: float, condition: Conditio
 def unseen(found: Sequence[CaptionedPicture], pictures: Sequence[CaptionedPicture]) -> Sequence[CaptionedPicture]:
     """Those of `found` that are not among `pictures`, by their bytes."""
     if len(found) and (isinstance(found, PictureTable) or isinstance(pictures, PictureTable)):
-        own = np.sort(_digests(found))
-        others = _digests(pictures)
-        others = others[own[np.searchsorted(own, others).clip(max=len(own) - 1)] == others]
-        new = np.flatnonzero(~np.isin(_digests(found), others))
+        own = _digests(found)
+        new = np.flatnonzero(~np.isin(own, _among(own, _digests(pictures))))
         return found.select(new) if isinstance(found, PictureTable) else [found[i] for i in new.tolist()]
     wanted = {picture.digest for picture in found}
     seen = {picture.digest for picture in pictures if picture.digest in wanted} if wanted else wanted
@@ -241,6 +242,12 @@ def _digests(pictures: Sequence[CaptionedPicture]) -> NDArray[Any]:
     if isinstance(pictures, PictureTable):
         return pictures.digests(8).view(np.uint64)
     return np.array([int(picture.digest[:16], 16) for picture in pictures], dtype=">u8").view(np.uint64)
+
+
+def _among(few: NDArray[Any], many: NDArray[Any]) -> NDArray[Any]:
+    """Those of `many` that are one of `few`."""
+    few = np.sort(few)
+    return many[few[np.searchsorted(few, many).clip(max=len(few) - 1)] == many]
 
 
 def refuse_another_table(file: Path, data: str, table: PictureTable) -> None:
@@ -255,8 +262,9 @@ def refuse_another_table(file: Path, data: str, table: PictureTable) -> None:
     before = []
     if file.is_file() and any((file.parent / "checkpoints").glob("step-*")):
         before = read_json(file).get("digests", [])
-    there = np.isin(np.array([int(d[:16], 16) for d in before], dtype=">u8").view(np.uint64), _digests(table)).sum()
-    if 2 * there < len(before):
+    known = np.array([int(digest[:16], 16) for digest in before], dtype=">u8").view(np.uint64)
+    there = len(np.unique(_among(known, _digests(table)))) if before else 0
+    if 2 * there < len(set(before)):
         raise ValueError(
             f"{file.parent.parent} holds a run on other pictures: of {len(before)} of them {there} are in {data}. "
             f"Choose another --output for these, or name the --data of that run to go on with it"
@@ -323,16 +331,21 @@ def table_key(data: str, wanted: Wanted, manifest: Path | None) -> str | None:
         None: these are neither shards nor a dataset's folder, or there are pictures beside it.
     """
     folder = Path(data).expanduser()
-    if is_saved_dataset(folder):
+    stamps: list[str] = []
+    if is_remote(data):
+        shards, stamps = [], [repr(shard) for shard in find_remote(data)]
+    elif is_saved_dataset(folder):
         shards = sorted(path for path in folder.rglob("*") if path.is_file())
         if wanted.streaming or wanted.picture_folder or any(is_picture(path.name) for path in shards):
             return None
     else:
         shards = all_shards(data, wanted)
+    if not shards and not is_remote(data):
+        return None
     files = [shard.resolve() for shard in shards] + ([] if manifest is None else [manifest.resolve()])
     asked = {**asdict(replace(wanted, drain=None)), "cache_dir": None}
-    parts = [json.dumps(asked, sort_keys=True), *(f"{file} {stamp_of(str(file))}" for file in files)]
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32] if shards else None
+    parts = [json.dumps(asked, sort_keys=True), *stamps, *(f"{file} {stamp_of(str(file))}" for file in files)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def refuse_other_pictures(manifest: Path, data: str, entries: Sequence[Entry]) -> None:

@@ -16,6 +16,7 @@ from latentdiff.training.data.captioned_picture import CaptionedPicture
 
 FORMAT = 1  # to be raised when columns change, or what `has_sides` says
 ROWS = 1 << 16  # of a batch; all but the last have so many
+READS = 256  # pictures from anywhere, after which mapped memory is given back
 PLACES = {"start": 0, "length": 0, "index": 0}
 """Fields of readers in which the pictures of one shard or dataset differ."""
 Rows = NDArray[np.integer[Any]]
@@ -44,9 +45,10 @@ class PictureTable(Sequence[CaptionedPicture]):
 
     def __init__(self, file: Path, readers: Sequence[Any], rows: Rows | None = None) -> None:
         self.file, self.readers, self.rows = file, readers, rows
+        self._reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file, "readers": self.readers, "rows": self.rows}
+        return {"file": self.file, "readers": self.readers, "rows": self.rows, "_reads": 0}
 
     @cached_property
     def _batches(self) -> list[Any]:
@@ -61,9 +63,18 @@ class PictureTable(Sequence[CaptionedPicture]):
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _let_go(self) -> None:
-        """A whole column was read: what was mapped of it would count as this process's memory."""
+        """What is mapped of the file counts as this process's memory, and the system maps far more than is read."""
+        self._reads = 0
         if hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED)
+
+    def _passing(self) -> Iterator[Any]:
+        """The batches, each to be read once."""
+        for number, batch in enumerate(self._batches):
+            yield batch
+            if number % 16 == 0:
+                self._let_go()
+        self._let_go()
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -79,6 +90,9 @@ class PictureTable(Sequence[CaptionedPicture]):
             return self.select(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        self._reads += 1
+        if self._reads > READS:
+            self._let_go()
         index %= len(self)
         number, offset = divmod(index if self.rows is None else int(self.rows[index]), ROWS)
         return self._picture({name: self._batches[number][name][offset].as_py() for name in COLUMNS})
@@ -87,7 +101,7 @@ class PictureTable(Sequence[CaptionedPicture]):
         if self.rows is not None:
             yield from map(self.__getitem__, range(len(self)))
             return
-        for batch in self._batches:
+        for batch in self._passing():
             for start in range(0, batch.num_rows, 1024):
                 yield from map(self._picture, batch.select(COLUMNS).slice(start, 1024).to_pylist())
 
@@ -110,16 +124,14 @@ class PictureTable(Sequence[CaptionedPicture]):
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers. (N,)"""
-        parts = [batch[name].to_numpy(zero_copy_only=False) for batch in self._batches]
+        parts = [np.array(batch[name].to_numpy(zero_copy_only=False)) for batch in self._passing()]
         whole = np.concatenate(parts) if parts else np.zeros(0)
-        self._let_go()
         return whole if self.rows is None else whole[self.rows]
 
     def digests(self, size: int = 32) -> NDArray[np.void]:
         """The first `size` bytes of each picture's SHA-256. (N,)"""
-        parts = [_digest_bytes(batch["digest"])[:, :size] for batch in self._batches]
+        parts = [np.array(_digest_bytes(batch["digest"])[:, :size]) for batch in self._passing()]
         whole = np.ascontiguousarray(np.concatenate(parts)).view(f"V{size}").reshape(-1)
-        self._let_go()
         return whole if self.rows is None else whole[self.rows]
 
     def marks(self) -> NDArray[np.uint32]:
@@ -129,7 +141,7 @@ class PictureTable(Sequence[CaptionedPicture]):
     def captions(self) -> Iterator[Any]:
         """The captions of each picture, as Arrow lists, in the order of the file."""
         rows = None if self.rows is None else np.sort(self.rows)
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._passing()):
             if rows is None:
                 yield batch["captions"]
             else:

@@ -4,9 +4,9 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from latentdiff.training.data.caption_checks import LONGEST, check_weight, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, PartReader
@@ -18,6 +18,7 @@ from latentdiff.training.data.tables import json_object, metadata_of
 LONGEST_NAME = 1_000  # characters of an entry's name with its folders
 MOST_JSON = 2**22  # bytes of a sample's .json
 Parts = dict[str, tarfile.TarInfo]
+Place = TypeVar("Place")
 
 
 def find_shards(source: str) -> list[Path]:
@@ -31,10 +32,8 @@ def find_shards(source: str) -> list[Path]:
         return sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
     if not source.endswith(".tar"):
         return []
-    if "://" in source:
-        raise FileNotFoundError(f"{source}: shards are read from the disk; download them first")
     shards: list[Path] = []
-    for name in _expand(str(folder)):
+    for name in expand(str(folder)):
         found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
         if not found:
             raise FileNotFoundError(f"{name}: no such shard")
@@ -42,7 +41,7 @@ def find_shards(source: str) -> list[Path]:
     return list(dict.fromkeys(shards))
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand(pattern: str) -> Iterator[str]:
     """A pattern without its braces: ``{08..10}`` counts, ``{a,b}`` lists."""
     brace = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if brace is None:
@@ -54,7 +53,7 @@ def _expand(pattern: str) -> Iterator[str]:
     else:
         parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     for part in parts:
-        yield from _expand(pattern[: brace.start()] + part + pattern[brace.end() :])
+        yield from expand(pattern[: brace.start()] + part + pattern[brace.end() :])
 
 
 def find_folder_shards(folder: Path, wanted: Wanted) -> Source | None:
@@ -92,22 +91,39 @@ def read_shards(shards: list[Path], wanted: Wanted, whole: Path | None = None, s
         NoPicturesError: they are of other splits than the one that is wanted.
     """
     parent = whole or shards[0].parent
-    split_of = {shard: (splits or {}).get(shard.parent) or split_in_name(shard.name) for shard in shards}
-    if wanted.has_split(TRAIN) and TRAIN not in split_of.values():  # then only folders speak of splits, not names
-        split_of = {shard: (splits or {}).get(shard.parent, TRAIN) for shard in shards}
-    chosen = [shard for shard in shards if wanted.has_split(split_of[shard])]
-    if not chosen:
-        others = ", ".join(sorted(set(split_of.values())))
-        raise NoPicturesError(f"{parent}: no pictures of split {wanted.split!r}; its shards are of {others}")
+    folders = {shard: splits[shard.parent] for shard in shards if splits and shard.parent in splits}
+    chosen = of_split({shard: shard.name for shard in shards}, folders, wanted, parent)
     source = Source(f"{parent.resolve()}{os.sep}")
     for shard in chosen:
-        _read_shard(shard.resolve(), wanted, source)
+        read_shard(shard.resolve(), wanted, source)
         if source.is_full(wanted):
             break
     return source
 
 
-def _read_shard(shard: Path, wanted: Wanted, source: Source) -> None:
+def of_split(names: Mapping[Place, str], folders: Mapping[Place, str], wanted: Wanted, parent: object) -> list[Place]:
+    """The shards of the split that is wanted.
+
+    Args:
+        names: of the shards, which may say their split.
+        folders: the split that the folder of a shard is of.
+        parent: for the message.
+
+    Raises:
+        NoPicturesError: there are none.
+    """
+    split_of = {shard: folders.get(shard) or split_in_name(name) for shard, name in names.items()}
+    if wanted.has_split(TRAIN) and TRAIN not in split_of.values():  # then only folders speak of splits, not names
+        split_of = {shard: folders.get(shard, TRAIN) for shard in names}
+    chosen = [shard for shard in names if wanted.has_split(split_of[shard])]
+    if not chosen:
+        others = ", ".join(sorted(set(split_of.values())))
+        raise NoPicturesError(f"{parent}: no pictures of split {wanted.split!r}; its shards are of {others}")
+    return chosen
+
+
+def read_shard(shard: Path, wanted: Wanted, source: Source) -> None:
+    """Add the pictures in a tar file to a source."""
     try:
         with tarfile.open(shard, "r:") as archive:
             samples = _samples(archive, shard, source)

@@ -1,9 +1,7 @@
 """Very many pictures in a table on the disk are the pictures that a few in a list are."""
 
-import io
 import json
 import pickle
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tars import write
 
 from latentdiff.training.batch import random_choices
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, draw_in_proportion
@@ -35,14 +34,12 @@ def png(i: int) -> bytes:
 
 
 def write_shard(file: Path, numbers: Sequence[int], broken: Sequence[int] = ()) -> None:
-    with tarfile.open(file, "w") as archive:
-        for i in numbers:
-            about = {"text": ["the left one", f"thing {i % 4}"][i % 2], "weight": 1 + i % 3}
-            content = b"no picture" if i in broken else png(i)
-            for name, part in ((f"{i:04}.png", content), (f"{i:04}.json", json.dumps(about).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(part)
-                archive.addfile(info, io.BytesIO(part))
+    members = {}
+    for i in numbers:
+        about = {"text": ["the left one", f"thing {i % 4}"][i % 2], "weight": 1 + i % 3}
+        members[f"{i:04}.png"] = b"no picture" if i in broken else png(i)
+        members[f"{i:04}.json"] = json.dumps(about).encode()
+    write(file, members)
 
 
 @pytest.fixture
