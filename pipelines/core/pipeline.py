@@ -93,7 +93,7 @@ class LatentPipeline(FolderPipeline):
         )
         self._running: WeakSet[LatentPipeline] | None = WeakSet()
         self._stopped = False
-        self._sizes_warned_of: set[tuple[int, int]] = set()
+        self.sizes_warned_of: set[tuple[int, int]] = set()
         self._warned_of_steps = False
 
     # Calls
@@ -259,7 +259,7 @@ class LatentPipeline(FolderPipeline):
         if trained is not None and len(set(placed.sizes)) == 1 and not isinstance(as_list(image)[0], Tensor):
             chosen = place(self.image_processor, image, trained=trained)  # maybe by us, and then given
             if (chosen.height, chosen.width) == (placed.height, placed.width):
-                self._sizes_warned_of.add((placed.height, placed.width))
+                self.sizes_warned_of.add((placed.height, placed.width))
         return placed
 
     @property
@@ -274,10 +274,10 @@ class LatentPipeline(FolderPipeline):
     def warn_of_size(self, height: int, width: int) -> None:
         """Log a warning, once for each size in pixels, if it is far from what the UNet was trained on."""
         own = self.trained_size
-        if own is None or self.draws_any_size or (height, width) in self._sizes_warned_of:
+        if own is None or self.draws_any_size or (height, width) in self.sizes_warned_of:
             return
         if is_far((height, width), own):
-            self._sizes_warned_of.add((height, width))
+            self.sizes_warned_of.add((height, width))
             logger.warning(
                 "Drawing %d x %d pixels (width x height) with a model that was trained on %d x %d: far from that size "
                 "things come out doubled, joined or cut; draw at the default size and enlarge the picture",

@@ -26,11 +26,11 @@ def advice(refused: Iterable[Finding]) -> list[str]:
     if len(folders) > 1:
         more = [f"{len(folders) - NAMED} more"] if len(folders) > NAMED else []
         names = ", ".join([*(shorten(folder.name) for folder in folders[:NAMED]), *more])
-        found.append(f"Are the folders ({names}) classes? condition=class takes their names for them.")
+        found.append(f"Are the folders ({names}) classes? A training with condition=class takes their names for them.")
     return [
         *found,
-        "One caption for all pictures that have none: caption='a photo of sks dog', say. 'latentdiff caption' writes "
-        "one for each.",
+        "One caption for all pictures that have none, in a training: caption='a photo of sks dog', say. 'latentdiff "
+        "caption' writes one for each.",
     ]
 
 

@@ -248,9 +248,9 @@ def not_too_bad(data: str, refused: Sequence[Finding], bad: int, good: int, max_
         named = "\n".join(f"  {shorten(f.name, 300)}: {shorten(f.reason, 500)}" for f in refused[:NAMED])
         more = f"\n  and {bad - NAMED} more" if bad > NAMED else ""
         raise ValueError(
-            f"{data}: {bad} of {good + bad} pictures cannot be used, more than "
-            f"max_bad_share={max_bad_share:g} allows. 'latentdiff doctor' says more; repair or remove them, or allow "
-            f"more.\n{named}{more}" + "".join(f"\n{line}" for line in advice(refused))
+            f"{data}: {bad} of {good + bad} pictures cannot be used, more than a share of {max_bad_share:g} (in a "
+            f"training: max_bad_share=...). 'latentdiff doctor' says more; repair or remove them.\n{named}{more}"
+            + "".join(f"\n{line}" for line in advice(refused))
         )
     log_findings(refused, "left out", bad)
     if not good:

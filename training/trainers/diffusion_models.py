@@ -33,12 +33,16 @@ class DiffusionModel(ABC):
         network: that is trained: a denoiser, or a classifier.
         scheduler: that pipelines draw with.
         process: that the scheduler samples from.
+
+    Attributes:
+        sizes_warned_of: by the pipelines of these networks, of which there is one for each grid of samples.
     """
 
     codec: Codec
     network: Any
     scheduler: Any
     process: Process
+    sizes_warned_of: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     @property
     def saved_autoencoder(self) -> Any:
@@ -68,6 +72,7 @@ class DiffusionModel(ABC):
 
     def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
         pipeline = self.pipeline().to(device)
+        pipeline.sizes_warned_of = self.sizes_warned_of
         quiet = None if processes().is_main_process else True  # None: where nobody looks on
         pipeline.set_progress_bar_config(disable=quiet, desc="drawing samples", leave=False, dynamic_ncols=True)
         size = {"height": settings.resolution, "width": settings.resolution}

@@ -47,14 +47,14 @@ def test_other_files_and_captioned_pictures_are_not_spoken_of(tmp_path: Path) ->
     output = doctor(tmp_path)
     assert "did you mean" not in output
     assert "classes" not in output
-    assert "One caption for all pictures that have none: caption='a photo of sks dog'" in output
+    assert "One caption for all pictures that have none, in a training: caption='a photo of sks dog'" in output
     (tmp_path / "1.txt").write_text("a thing")
     assert "caption=" not in doctor(tmp_path)
 
 
 def test_folders_may_be_classes(tmp_path: Path) -> None:
     add(tmp_path, "cat/1.png", "dog/1.png")
-    assert "Are the folders (cat, dog) classes? condition=class takes their names" in doctor(tmp_path)
+    assert "Are the folders (cat, dog) classes? A training with condition=class takes their names" in doctor(tmp_path)
     assert "classes?" not in doctor(tmp_path, "condition=class")
 
 

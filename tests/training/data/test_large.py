@@ -109,7 +109,7 @@ def test_the_next_start_reads_no_shard(shards: Path, monkeypatch: pytest.MonkeyP
     changed = prepare_pictures(settings(shards, "run"))
     assert [picture.name.rpartition("/")[2] for picture in changed][-5:] == [f"{i:04}.png" for i in range(100, 105)]
     assert len(changed) == 44
-    with pytest.raises(ValueError, match="1 of 45 pictures cannot be used, more than max_bad_share=0 allows"):
+    with pytest.raises(ValueError, match="1 of 45 pictures cannot be used, more than a share of 0 "):
         prepare_pictures(settings(shards, "other", max_bad_share=0))
 
 

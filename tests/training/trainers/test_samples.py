@@ -74,6 +74,13 @@ def test_fine_tuning_shows_the_pictures_and_what_the_model_drew_before(pictures:
         assert np.array_equal(np.array(sheet)[16:32, 130 + 56 : 130 + 72], np.array(before))
 
 
+def test_a_training_warns_once_of_a_size_far_from_the_models(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finetune(tuned(pictures, tmp_path, resolution=48, sample_every=2, sample_prompts=["a cat"]))
+    assert sum("trained on 16 x 16: far from that size" in message for message in caplog.messages) == 1
+
+
 def test_a_stopped_training_draws_after_all_is_saved(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
