@@ -15,7 +15,7 @@ from latentdiff.memory import TRAINING, memory_advice
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
-from latentdiff.training.loop.moving_average import MovingAverage
+from latentdiff.training.loop.moving_average import average_of
 from latentdiff.training.loop.optimizers_and_schedules import build_optimizer, learning_rate_at
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
@@ -53,7 +53,7 @@ class Learner:
     ) -> None:
         self.accelerator, self.settings, self.checkpoints = accelerator, settings, checkpoints
         objective.train()
-        optimizer = build_optimizer(settings, [p for p in objective.parameters() if p.requires_grad])
+        optimizer = build_optimizer(settings, objective)
         if settings.compile:
             objective.compile()
         self.objective: Any
@@ -65,7 +65,7 @@ class Learner:
             if spread_modules(self.objective):
                 raise ValueError("FSDP cannot train against a discriminator; use several processes without FSDP")
             self.adversary = Adversary(accelerator, settings, adversary, adversary_rate)
-        self.average = MovingAverage(self.parameters, settings)
+        self.average = average_of(self.parameters, settings, self.optimizer)
         self.watch = LossWatch(settings.explosion)
         self.skipped, self._bad_in_a_row = 0, 0
         self._pass_losses: list[Tensor] = []
@@ -178,7 +178,7 @@ class Adversary:
         self.rate_ratio = rate / settings.learning_rate
         self.plain = objective
         self.module: Any
-        optimizer = build_optimizer(settings, list(objective.train().parameters()), rate)
+        optimizer = build_optimizer(settings, objective.train(), rate)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         self.figures: dict[str, Tensor] = {}
 

@@ -1,6 +1,7 @@
 """The moving average of weights, beside the trained ones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -58,6 +59,50 @@ class MovingAverage:
                 exchange(trained.to_local().detach(), averaged.to_local())
             else:
                 trained.data, averaged.data = averaged.data, trained.data
+
+
+class ScheduleFreeAverage(MovingAverage):
+    """The weights that a schedule-free optimizer averages by itself (Defazio et al. 2024, Eq. 3: x).
+
+    Training computes gradients at y = (1 - beta) z + beta x, and the optimizer keeps y and z. Its own change between y
+    and x rounds at every turn; here y is kept and comes back as it was.
+
+    Args:
+        optimizer: in training mode, and stays in it.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: RunSettings, optimizer: Any) -> None:
+        super().__init__(parameters, settings)
+        self.optimizer, self.beta = optimizer, settings.adam_beta1
+        self._bases: list[Tensor | None] = []  # z; the optimizer's state is cleared before the model is saved
+        self._kept: list[Tensor] | None = None
+
+    def update(self) -> None:
+        """Know the optimizer's z."""
+        self._bases = [self.optimizer.state.get(parameter, {}).get("z") for parameter in self.parameters]
+
+    def restore(self, weights: Sequence[Tensor], updates: int) -> None:
+        """The optimizer was restored with all there is."""
+        self.update()
+
+    def exchange(self) -> None:
+        """Put x instead of y, or back."""
+        if self._kept is not None:
+            for parameter, y in zip(self.parameters, self._kept, strict=True):
+                local(parameter).detach().copy_(y)
+            self._kept = None
+            return
+        self._kept = [local(parameter).detach().clone() for parameter in self.parameters]
+        for parameter, z in zip(self.parameters, self._bases, strict=False):
+            if z is not None:
+                local(parameter).detach().lerp_(local(z), 1 - 1 / self.beta)
+
+
+def average_of(parameters: Sequence[nn.Parameter], settings: RunSettings, optimizer: Any) -> MovingAverage:
+    """The averaged weights beside those that `optimizer` trains."""
+    if settings.optimizer == "schedulefree":
+        return ScheduleFreeAverage(parameters, settings, optimizer)
+    return MovingAverage(parameters, settings)
 
 
 def exchange(a: Tensor, b: Tensor) -> None:

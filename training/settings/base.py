@@ -20,6 +20,7 @@ SHOWN.maxstring = SHOWN.maxother = 100
 ALIASES = {
     **{"lr": "learning_rate", "steps": "max_steps", "rank": "lora_rank", "alpha": "lora_alpha"},
     **{"batch": "batch_size", "size": "resolution", "workers": "num_workers", "precision": "mixed_precision"},
+    **{"lr_warmup_steps": "warmup_steps"},  # diffusers' scripts
     **{"objective": "process", "objective_options": "process_options"},
 }
 """What settings are called elsewhere, where a class has no setting of that name."""

@@ -73,8 +73,10 @@ class RunSettings(DataSettings):
         1, ge=1, description="passes in one step, for a larger batch in the same memory"
     )
     max_steps: int = Field(10_000, ge=1, description="steps in all, each one update of the weights")
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = Field(
-        "adamw", description="adamw8bit and adafactor take less memory"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd", "muon", "prodigy", "schedulefree"] = Field(
+        "adamw",
+        description="adamw8bit and adafactor take less memory; muon is for the matrices of linear layers, with adamw "
+        "for the rest; prodigy finds its learning rate; schedulefree averages by itself",
     )
     learning_rate: float = Field(
         2e-4, gt=0, description="how far a step goes; lower it if the loss explodes or pictures fall apart"
@@ -88,6 +90,15 @@ class RunSettings(DataSettings):
     decay_shape: Literal["linear", "cosine"] = Field(
         "linear", description="how the learning rate falls over decay_steps"
     )
+    lr_scheduler: (
+        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] | None
+    ) = Field(
+        None,
+        description="diffusers' schedules over all steps after the warm-up, in place of decay_steps; constant has no "
+        "warm-up by default",
+    )
+    lr_num_cycles: int = Field(1, ge=1, description="falls of lr_scheduler=cosine_with_restarts")
+    lr_power: float = Field(1.0, gt=0, description="of lr_scheduler=polynomial")
     weight_decay: float = Field(0.01, ge=0, description="how strongly weights are pulled to 0")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of Adam's mean of gradients")
     adam_beta2: float = Field(0.99, gt=0, lt=1, description="memory of Adam's mean of squared gradients")
@@ -138,6 +149,34 @@ class RunSettings(DataSettings):
         copy = self.completed(push_to_hub=None, report_to=(), cache_dir=None)
         copy._place = folder
         return copy
+
+    def follow(self, **defaults: Any) -> None:
+        """Take these defaults; prodigy's learning rate is a share of the one that it finds."""
+        if "learning_rate" in defaults and self.optimizer == "prodigy":
+            defaults["learning_rate"] = 1.0
+        super().follow(**defaults)
+
+    @model_validator(mode="after")
+    def _check_learning(self) -> Self:
+        """What the optimizer and the schedule change in each other's settings."""
+        if self.optimizer == "prodigy":
+            self.follow(learning_rate=1.0)
+        if self.optimizer == "schedulefree":
+            self.follow(ema_decay=0.0)
+            if self.ema_decay:
+                raise ValueError("ema_decay is not for optimizer=schedulefree, which averages by itself; leave it out")
+            if not self.adam_beta1:
+                raise ValueError("optimizer=schedulefree needs an adam_beta1 above 0: it is the share of the average")
+        if self.lr_scheduler is not None and (self.decay_steps or self.decay_shape != "linear"):
+            raise ValueError(
+                f"lr_scheduler={self.lr_scheduler} is in place of decay_steps and decay_shape; leave them out"
+            )
+        for key, name in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            if key in self.model_fields_set and self.lr_scheduler != name and getattr(self, key) != 1:
+                raise ValueError(f"{key} is for lr_scheduler={name} and does nothing here")
+        if self.lr_scheduler == "constant":
+            self.follow(warmup_steps=0)
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
