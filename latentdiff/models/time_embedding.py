@@ -71,6 +71,40 @@ class FourierFeatures(nn.Module):
         return torch.cat(waves, dim=-1)
 
 
+class AddedEmbedding(TimestepEmbedding):
+    """A pooled embedding and numbers, such as sizes in pixels, as one embedding: SDXL (Podell et al. 2023), Sec. 2.2.
+
+    Args:
+        in_dim: width of the pooled embedding and of all sinusoids together.
+        features: makes the sinusoids of a number.
+    """
+
+    def __init__(self, in_dim: int, dim: int, features: Timesteps) -> None:
+        super().__init__(in_dim, dim)
+        self.features, self.in_dim = features, in_dim
+
+    def embed(self, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
+        """(B, D'), (B, N) -> (B, dim).
+
+        Raises:
+            ValueError: one of them is missing, or they are not as wide as the UNet was made for.
+        """
+        if pooled is None or time_ids is None:
+            missing = "the pooled embedding (text_embeds)" if pooled is None else "the sizes (time_ids)"
+            raise ValueError(
+                f"this UNet has addition_embed_type='text_time', as SDXL's, and {missing} of its conditions is missing"
+            )
+        numbers = self.features(time_ids.reshape(-1)).reshape(len(time_ids), -1).to(pooled.dtype)  # (B, N features)
+        if pooled.shape[-1] + numbers.shape[-1] != self.in_dim:
+            raise ValueError(
+                f"the UNet has projection_class_embeddings_input_dim={self.in_dim}; a pooled embedding "
+                f"{pooled.shape[-1]} wide with {time_ids.shape[-1]} numbers makes "
+                f"{pooled.shape[-1] + numbers.shape[-1]}: the text encoder is not the one this UNet was made for, or "
+                f"the numbers are too few or too many"
+            )
+        return self(torch.cat([pooled, numbers], dim=-1).to(self.linear_1.weight.dtype))
+
+
 class TimeConditioned(Network):
     """A network whose resnet blocks receive the embedding of a timestep."""
 
@@ -96,6 +130,10 @@ class TimeConditioned(Network):
             self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
         self.time_embedding = TimestepEmbedding(features, dim, config.get("time_cond_proj_dim"))
         self.class_embedding = class_embedding(config, features, dim)
+        self.add_embedding = None
+        if config.get("addition_embed_type") is not None:
+            sinusoids = Timesteps(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
+            self.add_embedding = AddedEmbedding(config.projection_class_embeddings_input_dim, dim, sinusoids)
         return dim * 2 if config.get("class_embeddings_concat") else dim
 
     @apply_forward_hook

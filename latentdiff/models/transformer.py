@@ -21,6 +21,8 @@ class TextStates(NamedTuple):
     """(B, L, D)"""
     mask: Tensor | None = None
     """(B, 1, 1, L), added to the attention scores; None if every token counts."""
+    added: Tensor | None = None
+    """(B, D), to be added to the time embedding: what SDXL makes of the pooled embedding and of the sizes."""
 
     def at(self, attention: int) -> Tensor:
         """The input of the cross-attention of that number: the same for all."""
@@ -36,6 +38,8 @@ class TextContext(NamedTuple):
     keys_values: tuple[KeyValue, ...]
     mask: Tensor | None = None
     """(B, 1, 1, L), added to the attention scores; None if every token counts."""
+    added: Tensor | None = None
+    """(B, D), to be added to the time embedding: what SDXL makes of the pooled embedding and of the sizes."""
 
     def at(self, attention: int) -> KeyValue:
         """The input of the cross-attention of that number."""
@@ -50,12 +54,14 @@ class TextContext(NamedTuple):
         """One batch after the other, such as [unconditional, conditional] for guidance; L must be the same."""
         pairs = zip(*(context.keys_values for context in contexts), strict=True)
         keys_values = tuple((torch.cat([k for k, _ in p]), torch.cat([v for _, v in p])) for p in map(list, pairs))
+        parts = [context.added for context in contexts if context.added is not None]
+        added = torch.cat(parts) if parts else None
         if all(context.mask is None for context in contexts):
-            return cls(keys_values)
+            return cls(keys_values, None, added)
         keys = keys_values[0][0]
         zeros = (keys.new_zeros(context.batch_size, 1, 1, keys.shape[2]) for context in contexts)
         masks = [zero if c.mask is None else c.mask for c, zero in zip(contexts, zeros, strict=True)]
-        return cls(keys_values, torch.cat(masks))
+        return cls(keys_values, torch.cat(masks), added)
 
     def select(self, index: slice | Tensor) -> "TextContext":
         """The batch's entries at ``index``: a slice, or a tensor of whole numbers or of truth values."""
@@ -71,7 +77,8 @@ class TextContext(NamedTuple):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TextContext":
         keys_values = tuple((change(k), change(v)) for k, v in self.keys_values)
-        return TextContext(keys_values, None if self.mask is None else change(self.mask))
+        mask, added = (None if tensor is None else change(tensor) for tensor in (self.mask, self.added))
+        return TextContext(keys_values, mask, added)
 
 
 Text = TextStates | TextContext

@@ -1,4 +1,4 @@
-"""The UNet, and ``UNet2DConditionModel``: the denoiser of Stable Diffusion 1.x and 2.x, with diffusers' names and keys.
+"""The UNet, and ``UNet2DConditionModel``: the denoiser of Stable Diffusion, with diffusers' names and keys.
 
 Latent Diffusion (Rombach et al. 2022), Sec. 3.3; the UNet itself is ADM's (Dhariwal & Nichol 2021), Sec. 3.
 """
@@ -76,7 +76,8 @@ class UNet(TimeConditioned):
         added within the blocks of the way down, one for each of the first blocks, and maybe one after the middle.
         """
         self._check_context(prepared)
-        time = F.silu(time)
+        added = None if prepared is None else prepared.added
+        time = F.silu(time if added is None else time + added)
         x = self.conv_in(sample)  # (B, channels, H, W)
         skips = [x]
         for i, down in enumerate(self.down_blocks):
@@ -167,6 +168,8 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: int | None = None,
         time_embedding_type: str = "positional",
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
         conv_in_kernel: int = 3,
         conv_out_kernel: int = 3,
         **others: Any,
@@ -179,33 +182,45 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
         """`encode_text` of the text states; class labels and an embedded guidance scale are `embed_time`'s.
 
         Raises:
-            ValueError: there are no text states, or a pooled embedding or time ids, which this UNet does not take.
+            ValueError: there are no text states; a pooled embedding or time ids are missing, or this UNet takes none.
         """
         if conditioning.states is None:
             raise ValueError("UNet2DConditionModel: the conditioning has no text states")
-        refuse_given(**{"a pooled embedding": conditioning.pooled, "time_ids": conditioning.time_ids})
-        return self.encode_text(conditioning.states, conditioning.mask)
+        if self.add_embedding is None:
+            refuse_given(**{"a pooled embedding": conditioning.pooled, "time_ids": conditioning.time_ids})
+        added = conditioning.arguments().get("added_cond_kwargs")
+        return self.encode_text(conditioning.states, conditioning.mask, added)
 
-    def prepared_by(self) -> list[Attention]:
+    def prepared_by(self) -> list[nn.Module]:
         """See `network.Denoiser`."""
-        return self.cross_attentions
+        return [*self.cross_attentions, *([] if self.add_embedding is None else [self.add_embedding])]
 
     @apply_forward_hook
-    def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> TextContext:
+    def encode_text(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+    ) -> TextContext:
         """Text states (B, L, D) -> the keys and values of every cross-attention.
 
-        ``encoder_attention_mask`` (B, L) is true, or 1, where a token counts.
+        ``encoder_attention_mask`` (B, L) is true, or 1, where a token counts. ``added_cond_kwargs``, for a UNet with
+        ``addition_embed_type="text_time"``: {"text_embeds": (B, D'), "time_ids": (B, N)}, as SDXL's.
+
+        Raises:
+            ValueError: what is given does not go with the UNet's config.
         """
         if not self.works_in_parts:
             raise ValueError(
                 "UNet2DConditionModel: with group offloading only plain calls are possible, unet(...), and so after "
                 "unet.compile()."
             )
-        states, mask = self._text_states(encoder_hidden_states, encoder_attention_mask)
-        return TextContext(tuple(attention.keys_values(states) for attention in self.cross_attentions), mask)
+        states, mask, added = self._text_states(encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
+        return TextContext(tuple(attention.keys_values(states) for attention in self.cross_attentions), mask, added)
 
-    def _text_states(self, states: Tensor, mask: Tensor | None) -> TextStates:
-        """Text states (B, L, D), with their mask (B, L) as it is added to the scores, (B, 1, 1, L)."""
+    def _text_states(self, states: Tensor, mask: Tensor | None, added: Mapping[str, Any] | None) -> TextStates:
+        """Text states (B, L, D), with their mask (B, L) as it is added to the scores, (B, 1, 1, L), and what is added
+        to the time."""
         width = self.config.cross_attention_dim
         if isinstance(width, int) and states.shape[-1] != width:
             raise ValueError(
@@ -213,7 +228,15 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
                 f"cross_attention_dim={width}; the text encoder is not the one this UNet was made for."
             )
         # as in diffusers -10000, not minus infinity
-        return TextStates(states, None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0)
+        mask = None if mask is None else (1 - mask[:, None, None].to(states.dtype)) * -10000.0
+        return TextStates(states, mask, self._embed_added(added))
+
+    def _embed_added(self, given: Mapping[str, Any] | None) -> Tensor | None:
+        """``added_cond_kwargs`` -> (B, D), to be added to the time embedding."""
+        if self.add_embedding is None:
+            refuse_given(added_cond_kwargs=given or None)
+            return None
+        return self.add_embedding.embed((given or {}).get("text_embeds"), (given or {}).get("time_ids"))
 
     @with_lora_scale
     def forward(
@@ -235,12 +258,13 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
         """Noisy latents (B, C, H, W), timestep (one, or (B,)), text states (B, L, D) -> ``.sample`` (B, C', H, W).
 
         The arguments are those of diffusers' class. ``cross_attention_kwargs`` may be {"scale": how strongly loaded
-        LoRAs act}; the additional residuals are a ControlNet's, those within blocks a T2I-Adapter's.
+        LoRAs act}; for ``added_cond_kwargs`` see `encode_text`; the additional residuals are a ControlNet's, those
+        within blocks a T2I-Adapter's.
 
         Raises:
             ValueError: one that is not supported is given.
         """
-        refuse_given(attention_mask=attention_mask, added_cond_kwargs=added_cond_kwargs or None)
+        refuse_given(attention_mask=attention_mask)
         residuals, mid_residual = down_block_additional_residuals, mid_block_additional_residual
         if (residuals is None) != (mid_residual is None):
             raise ValueError(
@@ -256,7 +280,7 @@ class UNet2DConditionModel(UNet, PeftAdapterMixin):
         time = self.embed_time(timestep, sample.device, sample.dtype, class_labels, timestep_cond)
         # Not `encode_text`: every cross-attention makes its keys and values when it runs, so that weights which are
         # offloaded or sharded block by block are there.
-        text = self._text_states(encoder_hidden_states, encoder_attention_mask)
+        text = self._text_states(encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
         sample = self.denoise(sample, time, text, residuals or (), mid_residual, within)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 

@@ -65,8 +65,6 @@ NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "num_attention_heads": (None,),  # diffusers refuses it too; attention_head_dim is the number of heads
     "dual_cross_attention": (False,),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,),
     "time_embedding_act_fn": (None,),
@@ -92,6 +90,7 @@ def text_unet_levels(network: Network) -> UNetLevels:
     kind, given = config.class_embed_type, config.projection_class_embeddings_input_dim
     if "projection" in str(kind) and given is None:
         network.refuse("class_embed_type", kind, "needs projection_class_embeddings_input_dim.")
+    check_added(network)
     channels, layers = check_shared(network), network.per_level("layers_per_block", count)
     heads = network.per_level("attention_head_dim", count)
     is_list = isinstance(config.only_cross_attention, (list, tuple))
@@ -110,6 +109,20 @@ def text_unet_levels(network: Network) -> UNetLevels:
         only_cross=tuple(each(config.only_cross_attention, count)),
     )
     return check_heads(network, levels)
+
+
+def check_added(network: Network) -> None:
+    """What a pooled embedding and sizes are embedded by, as SDXL's are."""
+    config = network.config
+    network.check_choice("addition_embed_type", (None, "text_time"))
+    if config.addition_embed_type is None:
+        return
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if config[key] is None:
+            network.refuse("addition_embed_type", config.addition_embed_type, f"needs {key}.")
+        network.per_level(key)
+    if config.class_embeddings_concat:
+        network.refuse("class_embeddings_concat", True, "is not possible together with addition_embed_type.")
 
 
 def transformer_depths(network: Network, layers: Sequence[int]) -> tuple[Depths, tuple[int, ...], Depths]:

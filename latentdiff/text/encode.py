@@ -73,7 +73,7 @@ class Prompts:
             return GuidedConditioning(positive)
         negative = Conditioning(states=self.negative_prompt_embeds)
         if self.negative_prompt_embeds is None:
-            encoder = replace(conditioner, clip_skip=None)
+            encoder = conditioner.without_skip()
             if texts is None:
                 encoder, chunks = encoder.of_length(shape[1])
             negative = encoder(negatives, chunks)
@@ -160,25 +160,34 @@ class TextConditioner:
                 )
                 if self.warn:
                     warn_of_cuts(prompts, tokenizer, length)
-            return Conditioning(states=self._states(tokens))
+            return self._encoded(tokens)
 
         with tokenizing(tokenizer):
             parts = tokenize(prompts, tokenizer, length, weights=self.prompt_weights, chunks=chunks)
             nothing = tokenize([""], tokenizer, length)
         for cut in parts.cut if self.warn else []:
             warn_of_cut(as_written(cut, tokenizer), chunks * length)
-        states = self._states(parts)  # (P chunks, L, D)
+        encoded = self._encoded(parts)
+        states = encoded.states  # (P chunks, L, D)
+        assert states is not None
         if (parts.weights != 1).any():
-            states = weigh(states, self._states(nothing), parts.weights)
-        return Conditioning(states=states.reshape(len(prompts), chunks * length, -1))
+            without = self._encoded(nothing).states
+            assert without is not None
+            states = weigh(states, without, parts.weights)
+        # of a prompt in parts the first one's embedding stands for the whole
+        pooled = None if encoded.pooled is None else encoded.pooled[::chunks]
+        return Conditioning(states=states.reshape(len(prompts), chunks * length, -1), pooled=pooled)
 
     @property
     def length(self) -> int:
         """L"""
         return self.max_length or max_tokens(self.tokenizer, self.text_encoder)
 
-    def _states(self, tokens: Any) -> Tensor:
+    def _encoded(self, tokens: Any) -> Conditioning:
         """``input_ids`` and ``attention_mask`` (B, L) -> states (B, L, D)."""
+        return Conditioning(states=self._states(tokens))
+
+    def _states(self, tokens: Any) -> Tensor:
         encoder, skip = self.text_encoder, self.clip_skip
         device = self.device or encoder.device
         mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
@@ -198,6 +207,10 @@ class TextConditioner:
             return 1
         with tokenizing(self.tokenizer):
             return count_chunks(prompts, self.tokenizer, self.length, self.prompt_weights)
+
+    def without_skip(self) -> "TextConditioner":
+        """One that takes the states of the usual layer."""
+        return replace(self, clip_skip=None)
 
     def of_length(self, tokens: int) -> tuple["TextConditioner", int]:
         """A conditioner, and a number of chunks, for states of `tokens` tokens: as many as given states have."""

@@ -118,7 +118,7 @@ def test_config_files_go_both_ways_key_by_key(kind: str, tmp_path: Path) -> None
         ("num_attention_heads", 8),
         ("dual_cross_attention", True),
         ("class_embed_type", "fourier"),
-        ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "text_image"),
         ("resnet_skip_time_act", True),
         ("time_embedding_type", "learned"),
         ("conv_in_kernel", 2),
@@ -132,6 +132,19 @@ def test_keys_that_ask_for_what_is_not_there(key: str, value: Any) -> None:
     assert repr(value) in str(refusal.value)
     with pytest.raises(ValueError, match=f"{key}=.* is not supported"):
         models.UNet2DConditionModel(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({}, "addition_embed_type='text_time' needs addition_time_embed_dim"),
+        ({"addition_time_embed_dim": 256}, "addition_embed_type='text_time' needs projection_class_embeddings_input"),
+        ({"addition_time_embed_dim": -1, "projection_class_embeddings_input_dim": 9}, "addition_time_embed_dim=-1"),
+    ],
+)
+def test_embedded_sizes_need_their_widths(config: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"UNet2DConditionModel: {why}"):
+        models.UNet2DConditionModel.from_config(STABLE_DIFFUSION_15 | {"addition_embed_type": "text_time"} | config)
 
 
 def test_only_cross_attention_is_one_truth_value_or_one_for_each_level() -> None:

@@ -11,7 +11,8 @@ from small import CODER
 from small import UNET as TINY
 from torch import Tensor
 
-from latentdiff.models import AutoencoderKL, UNet2DConditionModel
+from latentdiff.conditioning import Conditioning
+from latentdiff.models import AutoencoderKL, TextContext, UNet2DConditionModel
 
 UNEVEN = TINY | {
     "layers_per_block": 2,
@@ -21,7 +22,15 @@ UNEVEN = TINY | {
 }
 PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 7}
 SIMPLE = {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 7}
+TEXT_TIME = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 7 + 6 * 8,
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "sdxl": TINY | TEXT_TIME,
     "projection": TINY | PROJECTION,
     "simple_projection": TINY | SIMPLE,
     "beside_the_time": TINY | SIMPLE | {"class_embeddings_concat": True},
@@ -44,6 +53,9 @@ def batch(config: dict[str, Any]) -> dict[str, Tensor]:
         told = {"class_labels": torch.randn(2, 7)}
     elif "num_class_embeds" in config:
         told = {"class_labels": torch.tensor([4, 0])}
+    elif "addition_embed_type" in config:
+        sizes = torch.tensor([[768.0, 512, 0, 64, 768, 512], [1024, 1024, 0, 0, 1024, 1024]])
+        told = {"added_cond_kwargs": {"text_embeds": torch.randn(2, 7), "time_ids": sizes}}
     return told | {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([3, 900]),
@@ -68,9 +80,32 @@ def test_agrees_with_diffusers_in_output_and_gradients(name: str, pair: Callable
     parts = ours.denoise(
         inputs["sample"],
         ours.embed_time(inputs["timestep"], class_labels=inputs.get("class_labels")),
-        ours.encode_text(inputs["encoder_hidden_states"]),
+        ours.encode_text(inputs["encoder_hidden_states"], None, inputs.get("added_cond_kwargs")),
     )
     close(parts, found)
+
+
+def test_sdxls_conditions_are_prepared_once_joined_and_missed() -> None:
+    unet, inputs = UNet2DConditionModel(**TINY | TEXT_TIME), batch(TINY | TEXT_TIME)
+    added = inputs["added_cond_kwargs"]
+    given = Conditioning(inputs["encoder_hidden_states"], None, added["text_embeds"], added["time_ids"])
+    with torch.no_grad():
+        apart = [unet.prepare(given.select(slice(i, i + 1))) for i in range(2)]
+        time = unet.embed_time(inputs["timestep"])
+        joined = TextContext.concatenate(apart).repeat(1).select(slice(0, 2)).to(torch.float32)
+        close(unet.denoise(inputs["sample"], time, joined), unet(**inputs).sample)
+        changed = unet.prepare(given.replace(time_ids=added["time_ids"] + 100)).added
+        assert (changed - joined.added).abs().max() > 1e-3
+    assert unet.add_embedding in unet.prepared_by()
+    with pytest.raises(ValueError, match=r"the pooled embedding \(text_embeds\) of its conditions is missing"):
+        unet.prepare(given.replace(pooled=None))
+    with pytest.raises(ValueError, match=r"the sizes \(time_ids\) of its conditions is missing"):
+        unet.prepare(given.replace(time_ids=None))
+    with pytest.raises(ValueError, match="a pooled embedding 9 wide with 6 numbers makes 57"):
+        unet.prepare(given.replace(pooled=torch.randn(2, 9)))
+    plain = UNet2DConditionModel(**TINY)
+    with pytest.raises(ValueError, match="added_cond_kwargs is not supported, but was given"):
+        plain(**inputs)
 
 
 @pytest.mark.parametrize("name", ["beside_the_time", "labels_beside_the_time", "projection"])
