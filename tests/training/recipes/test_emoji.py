@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from tiny import tiny_pipeline
 
 from latentdiff.training.recipes.emoji import captions, colour, fetch, icons, package, prepare, text_encoder
 from latentdiff.training.recipes.emoji.evaluate import read_prompts
@@ -246,6 +247,20 @@ def test_a_settings_file_fits_its_trainer() -> None:
     assert denoiser.resolution == autoencoder.resolution
     assert list(denoiser.sample_prompts) == read_prompts()
     assert len(set(read_prompts())) == 20
+
+
+@pytest.mark.slow
+def test_the_student_of_the_recipe_is_made_by_the_trainer_that_users_have(pictures: Path, tmp_path: Path) -> None:
+    from latentdiff import TextToImagePipeline
+    from latentdiff.training.settings import DistillationSettings
+    from latentdiff.training.trainers.distill import distill
+
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    small = {"batch_size": 2, "max_steps": 3, "stage_steps": 1, "start_steps": 8, "sample_prompts": ["a disc"]}
+    given = {"data": str(pictures), "model": str(tmp_path / "base"), "output": str(tmp_path / "model")}
+    file = Path(prepare.__file__).with_name("few_steps.yaml")
+    pipeline = TextToImagePipeline.from_pretrained(distill(DistillationSettings.load(file, {**small, **given})))
+    assert pipeline.config["_generation_defaults"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
 
 
 def test_the_card_says_what_it_must(tmp_path: Path) -> None:
