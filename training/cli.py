@@ -5,6 +5,7 @@ import typer
 from latentdiff.training.commands.cache import cache
 from latentdiff.training.commands.caption import caption
 from latentdiff.training.commands.doctor import doctor
+from latentdiff.training.commands.encode import encode
 from latentdiff.training.commands.evaluate import evaluate, likelihood
 from latentdiff.training.commands.options import TrainingCommand
 from latentdiff.training.commands.settings import settings
@@ -18,12 +19,12 @@ train.command(cls=TrainingCommand)(denoiser)
 train.command(cls=TrainingCommand)(classifier)
 
 launched = typer.Typer(name="latentdiff.training", no_args_is_help=True, help=f"Training, on several devices. {AGAIN}")
-for command in (autoencoder, denoiser, classifier, finetune, distill):
+for command in (autoencoder, denoiser, classifier, finetune, distill, encode):
     launched.command(cls=TrainingCommand)(command)
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of training and measuring to the program's own."""
     app.add_typer(train, name="train")
-    for command in (finetune, distill, settings, caption, doctor, cache, evaluate, likelihood):
+    for command in (finetune, distill, settings, caption, encode, doctor, cache, evaluate, likelihood):
         app.command(cls=TrainingCommand)(command)

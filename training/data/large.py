@@ -5,7 +5,8 @@ import logging
 import threading
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -42,11 +43,12 @@ class Manifest(Mapping[str, Entry]):
     Lines can be appended. A last line that was cut off is removed.
 
     Args:
-        file: made if there is none. about: for its first line.
+        file: made if there is none.
+        about: for its first line; None: it is only read, as another process may write it.
     """
 
-    def __init__(self, file: Path, about: Mapping[str, str]) -> None:
-        if not file.exists():
+    def __init__(self, file: Path, about: Mapping[str, str] | None = None) -> None:
+        if about is not None and not file.exists():
             write_manifest(file, (), about)
         hashes, starts, end = array("q"), array("q"), 0
         with file.open("rb") as lines:
@@ -57,8 +59,9 @@ class Manifest(Mapping[str, Entry]):
                     hashes.append(hash(json.loads(line)["name"]))
                     starts.append(end)
                 end += len(line)
-        self._lock, self._stream = threading.Lock(), file.open("r+b")
-        self._stream.truncate(end)
+        self._lock, self._stream = threading.Lock(), file.open("rb" if about is None else "r+b")
+        if about is not None:
+            self._stream.truncate(end)
         found = np.asarray(hashes, dtype=np.int64)
         order = np.argsort(found, kind="stable")
         self._hashes, self._starts = found[order], np.asarray(starts, dtype=np.int64)[order]
@@ -104,10 +107,19 @@ class LargeSurvey:
         about: for its first line: ``data`` and ``split``.
         tables: the folder for the table.
         unwanted: names within the source that are left out.
+        others: manifests of other surveys of these pictures.
     """
 
-    def __init__(self, manifest: Path, about: Mapping[str, str], tables: Path, unwanted: Set[str]) -> None:
+    def __init__(
+        self,
+        manifest: Path,
+        about: Mapping[str, str],
+        tables: Path,
+        unwanted: Set[str],
+        others: Sequence[Path] = (),
+    ) -> None:
         self.manifest, self.about, self.tables, self.unwanted = manifest, about, tables, unwanted
+        self.others = others
         self.refused: list[Finding] = []  # the first ones
         self.bad = 0
         self._known: Manifest | None = None
@@ -117,6 +129,7 @@ class LargeSurvey:
         """What a source drains into; see `Wanted`."""
         if self._known is None or self._writer is None:
             self._known = Manifest(self.manifest, self.about)
+            self._seen = ChainMap[str, Entry](*map(Manifest, [self.manifest, *self.others]))  # type: ignore[arg-type]
             self.tables.mkdir(parents=True, exist_ok=True)
             for leftover in self.tables.glob(".partial-*.arrow"):
                 leftover.unlink()
@@ -134,7 +147,7 @@ class LargeSurvey:
             kept = len(found)
 
         part = Source(source.prefix, pictures)
-        entries = survey(pictures, [source.key(picture.name) for picture in pictures], known, keep)
+        entries = survey(pictures, [source.key(picture.name) for picture in pictures], self._seen, keep)
         keep(entries)
         keep([*entries, *(Entry(source.key(f.name), use=False, reason=f.reason) for f in findings)])
         good, bad = sort_out(part, entries)

@@ -274,7 +274,10 @@ def refuse_another_table(file: Path, data: str, table: PictureTable) -> None:
 
 
 def prepare_pictures(
-    settings: RunSettings, split: str | None = None, condition: Condition = "text"
+    settings: RunSettings,
+    split: str | None = None,
+    condition: Condition = "text",
+    part: tuple[int, int] | None = None,
 ) -> Sequence[CaptionedPicture]:
     """The usable pictures of ``settings.data``, each decoded once, with digest and size; always in the same order.
 
@@ -288,6 +291,7 @@ def prepare_pictures(
     Args:
         split: by default ``settings.split``.
         condition: what captions are for; with "none" every picture has the caption "".
+        part: (k, n) for the k-th of n parts, from 1: by shards, or else by content.
 
     Raises:
         FileNotFoundError: there is no such source, split or manifest, or nothing in it can be used.
@@ -296,27 +300,37 @@ def prepare_pictures(
     folder = settings.folder
     cache_dir = Path(settings.cache_dir or folder)
     wanted = Wanted.of(settings, split, condition=condition, cache_dir=cache_dir / "stream")
+    if part is not None and (is_remote(settings.data) or all_shards(settings.data, wanted)):
+        wanted = replace(wanted, part=part)
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in wanted.split)[:60] or "all"
     about = {"data": settings.data, "split": wanted.split}
-    manifest, run = f"manifest-{name}.jsonl", Path(settings.output) / "training"
+    own = "" if part is None else f"-{part[0]}-of-{part[1]}"
+    manifest, run = f"manifest-{name}{own}.jsonl", Path(settings.output) / "training"
+    others = sorted((cache_dir / "training").glob(f"manifest-{name}-*-of-*.jsonl"))  # of jobs that filled the cache
     left_out = None if settings.manifest is None else Path(settings.manifest).expanduser()
     key, tables = table_key(settings.data, wanted, left_out), cache_dir / "pictures"
     rows = partial(saved_rows, Path(settings.data).expanduser(), wanted)
     table = None if key is None else open_table(tables, key, rows)
     if table is None:
         unwanted = {} if left_out is None else read_manifest(left_out)
-        large = LargeSurvey(folder / manifest, about, tables, {name for name, one in unwanted.items() if not one.use})
+        large = LargeSurvey(
+            folder / manifest, about, tables, {name for name, one in unwanted.items() if not one.use}, others
+        )
         source = read_source(settings.data, replace(wanted, drain=None if key is None else large.take))
         table = large.finish(source, key, settings.max_bad_share) if key is not None and large.is_used else None
     if table is not None:
         logger.info("%s (%s): %d pictures, in %s", settings.data, wanted.split, len(table), table.file)
-        if split is None:
+        if split is None and part is None:
             refuse_another_table(run / f"pictures-{name}.json", settings.data, table)
+        if part is not None and wanted.part is None:
+            return table.select(np.flatnonzero(table.marks() % part[1] == part[0] - 1))
         return table
     if left_out is not None:
         leave_out(source, unwanted)
     check = partial(refuse_other_pictures, run / manifest, settings.data) if split is None else None  # no held-out ones
-    good, refused = sound_pictures(source, folder / manifest, about, settings.max_bad_share, check)
+    good, refused = sound_pictures(source, folder / manifest, about, settings.max_bad_share, check, others)
+    if part is not None and wanted.part is None:
+        good = [picture for picture in good if int(picture.digest[:8], 16) % part[1] == part[0] - 1]
     logger.info("%s (%s): %d pictures, %d left out", settings.data, wanted.split, len(good), len(refused))
     return good
 

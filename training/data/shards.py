@@ -119,7 +119,10 @@ def of_split(names: Mapping[Place, str], folders: Mapping[Place, str], wanted: W
     if not chosen:
         others = ", ".join(sorted(set(split_of.values())))
         raise NoPicturesError(f"{parent}: no pictures of split {wanted.split!r}; its shards are of {others}")
-    return chosen
+    number, parts = wanted.part or (1, 1)
+    if number > len(chosen):
+        raise NoPicturesError(f"{parent}: {len(chosen)} shards cannot be split {parts} ways")
+    return chosen[number - 1 :: parts]
 
 
 def read_shard(shard: Path, wanted: Wanted, source: Source) -> None:

@@ -62,6 +62,7 @@ class Wanted:
         max_pictures: take this many of the first.
         cache_dir: where a stream is copied to; by default where `datasets` keeps its own copies.
         picture_folder: a folder outside the source that paths in its tables may lead to as well.
+        part: (k, n): of shards, only the k-th of every n, from 1.
         drain: of shards and datasets, takes the pictures and findings out of the source whenever there are many.
     """
 
@@ -74,6 +75,7 @@ class Wanted:
     max_pictures: int | None = None
     cache_dir: Path | None = None
     picture_folder: str | None = None
+    part: tuple[int, int] | None = None
     drain: "Callable[[Source], None] | None" = field(default=None, compare=False)
 
     @classmethod

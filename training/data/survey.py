@@ -197,6 +197,7 @@ def sound_pictures(
     about: Mapping[str, str],
     max_bad_share: float,
     check: Callable[[Sequence[Entry]], None] | None = None,
+    others: Sequence[Path] = (),
 ) -> tuple[list[CaptionedPicture], list[Finding]]:
     """Examine every picture of `source`: the usable ones, with digest and size, and what cannot be used.
 
@@ -204,6 +205,7 @@ def sound_pictures(
         file: what an earlier survey found is read from here, and what this one finds is kept here.
         about: for the first line of `file`: ``data`` and ``split``.
         check: may refuse what was found, before it is kept.
+        others: manifests of other surveys of these pictures.
 
     Raises:
         ValueError: more than the share `max_bad_share` is unusable.
@@ -217,11 +219,14 @@ def sound_pictures(
     except (OSError, ValueError) as error:
         logger.warning("%s; all pictures are examined again", error)
     keys = [source.key(picture.name) for picture in source.pictures]
+    seen = dict(known)
+    for other in others:
+        seen = {**read_manifest(other), **seen}
 
     def keep(found: list[Entry]) -> None:
         write_manifest(file, {**known, **{entry.name: entry for entry in found}}.values(), about)
 
-    entries = survey(source.pictures, keys, known, keep)
+    entries = survey(source.pictures, keys, seen, keep)
     if check is not None:
         check(entries)
     everything = [*entries, *(Entry(source.key(f.name), use=False, reason=f.reason) for f in source.refused)]

@@ -1,0 +1,123 @@
+"""Filling the cache of latents and text states before a training, as jobs of its own."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latentdiff.codec import Codec
+from latentdiff.pipelines.distributed import processes
+from latentdiff.text import load_text_encoder
+from latentdiff.training.batch.conditions import TextCache
+from latentdiff.training.batch.latents import PART, LatentCache, PictureView, cache_labels
+from latentdiff.training.batch.random_choices import CaptionChoice, ViewChoice
+from latentdiff.training.data import CaptionedPicture, NoPicturesError
+from latentdiff.training.data.load import prepare_pictures
+from latentdiff.training.loop.distributed import accelerator_of
+from latentdiff.training.settings import Condition, DenoiserSettings, DiffusionSettings, FinetuneSettings
+from latentdiff.training.starting_networks import Conditions, build_denoiser, load_autoencoder
+from latentdiff.training.trainers.denoiser import build_process
+from latentdiff.training.trainers.finetune import complete, load_model
+
+logger = logging.getLogger(__name__)
+
+Part = tuple[int, int]
+
+
+def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -> Path:
+    """Encode the k-th of n parts of the pictures and captions into ``settings.output``; goes on where it stopped.
+
+    The folder is what trainings with the same settings take as ``cache_dir``. Several jobs may write to one folder at
+    once, and the files of several folders may be laid together, for each has a name of its own.
+
+    Args:
+        part: (k, n), from 1.
+
+    Returns:
+        ``settings.output``.
+
+    Raises:
+        ValueError, FileNotFoundError: see the trainings.
+        OSError: the disk is full.
+    """
+    output = Path(settings.output)
+    settings = settings.model_copy(update={"cache_dir": settings.output})
+    condition: Condition = "text"
+    text: tuple[Any, Any] | None
+    if isinstance(settings, FinetuneSettings):
+        pipeline = load_model(settings.model)
+        settings = complete(settings, pipeline)
+        codec, text = Codec(pipeline.vae), (pipeline.tokenizer, pipeline.text_encoder)
+        step = codec.factor * (pipeline.unet.downscale_factor if settings.buckets else 1)
+        if settings.train_text_encoder or settings.method == "textual-inversion":
+            text = None
+    else:
+        condition = settings.condition
+        codec = Codec(load_autoencoder(settings.autoencoder))
+        text = load_text_encoder(settings.text_encoder) if condition == "text" else None
+        step = codec.factor * (_downscale_factor(settings, codec, text) if settings.buckets else 1)
+    accelerator = accelerator_of(settings)
+    found = []
+    for split in (None, "validation"):
+        try:
+            with processes().main_process_first():
+                found.append((split, prepare_pictures(settings, split, condition, None if part == (1, 1) else part)))
+        except NoPicturesError:
+            if split is None:
+                raise
+    for split, pictures in found:
+        if settings.cache_latents:
+            _encode_pictures(settings, codec, pictures, step, split is not None, output, accelerator)
+        if text is not None and settings.cache_text:
+            _encode_captions(settings, text, pictures, output, accelerator)
+    return output
+
+
+def _downscale_factor(settings: DenoiserSettings, codec: Codec, text: tuple[Any, Any] | None) -> int:
+    width = text[1].config.hidden_size if text else 0
+    conditions = Conditions(text_width=width, classes=2 * (settings.condition == "class"))
+    return int(build_denoiser(settings, codec, build_process(settings, codec), conditions).downscale_factor)
+
+
+def _encode_pictures(
+    settings: DiffusionSettings,
+    codec: Codec,
+    pictures: Sequence[CaptionedPicture],
+    step: int,
+    is_held_out: bool,
+    output: Path,
+    accelerator: Accelerator,
+) -> None:
+    """All views that a training may take; a part does not know which of its pictures will be held out."""
+    views = ViewChoice(settings, pictures, step, settings.cached_variants)
+
+    def wanted() -> Iterator[PictureView]:
+        for i, picture in enumerate(pictures):
+            own = [] if is_held_out else views.all(i)
+            may_be = is_held_out or int(picture.digest[:8], 16) < settings.held_out_share * 2**32
+            own += [views.centred(i)] if may_be and views.centred(i) not in own else []
+            yield from ((picture, view) for view in own)
+
+    codec.autoencoder.to(accelerator.device)
+    cache = LatentCache(output / "latents", codec.autoencoder, cache_labels(settings, "autoencoder", "model"))
+    cache.fill(wanted(), codec.autoencoder, accelerator, min(8, settings.batch_size), settings.num_workers)
+
+
+def _encode_captions(
+    settings: DiffusionSettings,
+    text: tuple[Any, Any],
+    pictures: Sequence[CaptionedPicture],
+    output: Path,
+    accelerator: Accelerator,
+) -> None:
+    tokenizer, text_encoder = text
+    labels = cache_labels(settings, "text_encoder", "model")
+    cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels)
+    choice, left = CaptionChoice(settings), iter(pictures)
+    while some := list(islice(left, PART)):
+        captions = {caption for picture in some for caption in choice.all(picture.captions)}
+        captions |= {picture.captions[0] for picture in some} | {""}
+        cache.fill(sorted(captions), tokenizer, text_encoder, accelerator)
