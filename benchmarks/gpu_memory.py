@@ -7,10 +7,14 @@ and what the UNet keeps of a forward pass in bfloat16 for the backward one, by r
 not: CUDA itself (about half a GiB), the buffers of single operations, what is computed again under checkpointing, what
 the allocator leaves unused, and averaged weights (ema_decay: 4 bytes a weight). Text encoder and autoencoder are not on
 the GPU in training: what they give is cached.
+
+A second table has what drawing needs besides the weights: the most bytes of tensors alive at once, in float16, in a
+guided step of the UNet and in decoding, likewise found on the device "meta". Convolutions' own buffers are not counted.
 """
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from latentdiff import UNet2DConditionModel
+from latentdiff import AutoencoderKL, UNet2DConditionModel
 from latentdiff.interchange.folders import packaged_model
 
 SD1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -34,6 +40,13 @@ MODELS: dict[str, tuple[Any, int, float, float]] = {
     "Stable Diffusion 1, 512x512": (SD1, 77, 123.1, 83.7),
     "Stable Diffusion 2, 768x768": (SD2, 77, 340.4, 83.7),
     "the packaged model, 128x128": (packaged_model() / "unet", 32, 22.6, 0.0),
+}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "sample_size": 512,
 }
 BATCHES = (1, 4)
 GIB = 2**30
@@ -114,6 +127,57 @@ def row(name: str) -> str:
     return f"| {name} | " + " | ".join(f"{value:.1f}" for value in found) + " |"
 
 
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made within that are alive, and the most there were."""
+
+    now = most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                size = tensor.untyped_storage().nbytes()
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.freed, size)
+        return found
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+@torch.no_grad()
+def peak(work: Callable[[], Any]) -> float:
+    """GiB of tensors alive at once in `work`."""
+    usual = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, *rest, **more: q.new_empty(*q.shape[:-1], v.shape[-1])
+    try:
+        with Alive() as alive:
+            work()
+    finally:
+        F.scaled_dot_product_attention = usual
+    return alive.most / GIB
+
+
+def drawing_row(batch: int) -> str:
+    """Stable Diffusion 1 at 512x512: a guided step, and decoding whole, one by one, and in tiles."""
+    half = {"device": "meta", "dtype": torch.float16}
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**SD1).eval(), AutoencoderKL(**VAE).eval()
+    for network in (unet, vae):
+        nn.Module.to(network, dtype=torch.float16)
+    latents, states = torch.empty(batch, 4, 64, 64, **half), torch.empty(2 * batch, 77, 768, **half)
+    time, text = unet.embed_time(torch.empty((), device="meta")), unet.encode_text(states)
+    found = [peak(lambda: unet.denoise(torch.cat([latents] * 2), time, text))]
+    for prepare in (lambda: None, vae.enable_slicing, vae.enable_tiling):
+        prepare()
+        found.append(peak(lambda: vae.decode(latents)))
+    return f"| {batch} | " + " | ".join(f"{value:.2f}" for value in found) + " |"
+
+
 if __name__ == "__main__":
     heads = ["model", "drawing, float16", "float32"]
     heads += [
@@ -122,3 +186,7 @@ if __name__ == "__main__":
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for model in MODELS:
         print(row(model))
+    heads = ["pictures at once", "a guided step", "decoding", "with enable_slicing()", "and enable_tiling()"]
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for pictures in (1, 4, 8):
+        print(drawing_row(pictures))

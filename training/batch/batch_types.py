@@ -29,7 +29,7 @@ class Batch:
         return cls(**{name: joined([getattr(part, name) for part in parts]) for name in names})
 
     def to(self, device: torch.device) -> Self:
-        """With its tensors on another device."""
+        """With its tensors, also those of batches in it, on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
@@ -37,8 +37,14 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            match getattr(self, field.name):
+                case Tensor() as tensor:
+                    changed[field.name] = change(tensor)
+                case Batch() | Conditioning() as inner:  # text states are the largest part
+                    changed[field.name] = inner._map(change)
+        return replace(self, **changed)
 
 
 def joined(values: Sequence[Any]) -> Any:
