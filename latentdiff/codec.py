@@ -87,13 +87,21 @@ class Codec:
             return Posterior(encoded.latent_dist.mean, encoded.latent_dist.std)
         return Posterior(encoded.latents)
 
-    def encode(self, pixels: Tensor, generator: Generators = None, count: int | None = None) -> Tensor:
+    def encode(
+        self,
+        pixels: Tensor,
+        generator: Generators = None,
+        count: int | None = None,
+        noise_dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Pixels (P, 3, H, W), values in [-1, 1] -> scaled latents (count, C, h, w), each picture's in a row.
 
         A posterior with a spread is sampled: with a list of generators each of the `count` images separately, otherwise
         once for each picture.
 
-        count: a multiple of P; by default P.
+        Args:
+            count: a multiple of P; by default P.
+            noise_dtype: in which noise is drawn: other noise than in another one. By default the autoencoder's.
         """
         from diffusers.utils.torch_utils import randn_tensor  # not with the module: it takes a while
 
@@ -103,7 +111,8 @@ class Codec:
         if isinstance(generator, list):
             posterior, repeats = posterior.repeat(repeats), 1
         mean = posterior.mean
-        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        dtype = noise_dtype or mean.dtype
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=dtype).to(mean.dtype)
         return self.scaled(posterior.sample(noise).repeat_interleave(repeats, dim=0))
 
     def encode_with(self, pixels: Tensor, noise: Tensor) -> Tensor:

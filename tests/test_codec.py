@@ -127,3 +127,12 @@ def test_without_hooks_weights_say_where() -> None:
     assert execution_device(vae).type == "cpu"
     assert execution_device(vae.to("meta")).type == "meta"
     assert execution_device(nn.Identity()).type == "cpu"
+
+
+def test_noise_may_be_drawn_in_another_precision_than_the_network_computes() -> None:
+    """torch may draw other numbers in another one, and a seed is to mean the same picture in all."""
+    codec = Codec(autoencoder().to(torch.bfloat16))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    drawn = codec.encode(pixels(1), [torch.Generator().manual_seed(3)], noise_dtype=torch.float32)
+    assert drawn.dtype == torch.bfloat16
+    assert torch.equal(drawn, codec.encode_with(pixels(1), noise))

@@ -98,8 +98,13 @@ class Call:
 
         With seeds it is drawn in float32, so that a seed means the same in all precisions.
         """
-        dtype = self.pipeline.unet.dtype if self.seeds is None else torch.float32
+        dtype = self.noise_dtype or self.pipeline.unet.dtype
         return randn_tensor(shape, generator=generator or self.generator, device=self.device, dtype=dtype)
+
+    @property
+    def noise_dtype(self) -> torch.dtype | None:
+        """In which noise is drawn, where not in a network's own precision."""
+        return None if self.seeds is None else torch.float32
 
     def first_noise(self, shape: tuple[int, ...]) -> Tensor:
         """The noise that decides what the pictures look like, with the variation in it; or the latents given for it.

@@ -180,7 +180,7 @@ class TextCall(Call):
         if are_latents(pixels, self.codec.channels):
             latents = pixels.repeat_interleave(self.count // len(pixels), dim=0)
         else:
-            latents = self.codec.encode(pixels, self.generator, self.count)
+            latents = self.codec.encode(pixels, self.generator, self.count, self.noise_dtype)
         return latents.to(self.device, self.pipeline.unet.dtype)
 
     def choose(self, pixels: Tensor, output: ImagesOutput) -> Tensor:

@@ -128,11 +128,21 @@ class Learner:
         self.plain.after_update(fault is None)
 
     def _change_weights(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        if self.adversary is not None:
-            self.adversary.change_weights(learning_rate)
+        """One step of each optimizer whose side had a loss."""
+        optimizers = [(self.optimizer, learning_rate)]
+        if self.adversary is not None and self.adversary.had_a_loss:
+            optimizers.append((self.adversary.optimizer, learning_rate * self.adversary.rate_ratio))
+        for optimizer, rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        scaler = self.accelerator.scaler
+        for optimizer, _ in optimizers:
+            if scaler is None:
+                optimizer.step()
+            else:  # Accelerate's own step would let the scaler forget what it knows of the others
+                scaler.step(optimizer.optimizer)
+        if scaler is not None:
+            scaler.update()
 
     def _leave_out(self, fault: str, names: Sequence[str]) -> None:
         """Count and report an update that is not made, or raise FloatingPointError."""
@@ -190,14 +200,15 @@ class Adversary:
         return result.loss.detach()
 
     def clip_gradients(self) -> None:
-        self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        """After the other side's: with them, Accelerate has unscaled the gradients of all optimizers."""
+        plainly = self.accelerator.scaler is not None
+        clip = torch.nn.utils.clip_grad_norm_ if plainly else self.accelerator.clip_grad_norm_
+        clip(self.module.parameters(), self.max_grad_norm)
 
-    def change_weights(self, learning_rate: float) -> None:
-        """One optimizer step, if it had a loss. learning_rate: of the other objective."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * self.rate_ratio
-        if any(parameter.grad is not None for parameter in self.module.parameters()):
-            self.optimizer.step()
+    @property
+    def had_a_loss(self) -> bool:
+        """Whether there are gradients."""
+        return any(parameter.grad is not None for parameter in self.module.parameters())
 
 
 class LossWatch:
