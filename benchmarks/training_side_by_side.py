@@ -4,7 +4,8 @@
 
 The script is ``examples/text_to_image/train_text_to_image.py`` of diffusers' repository, unchanged. Both train the same
 UNet from the same weights on the same pictures with the same settings, each in a process of its own, in turn: ours with
-the cache, theirs, ours without the cache. Run it on a quiet machine.
+the cache, theirs, theirs with latents and text states computed beforehand (`cached_peer.py`, as sd-scripts does), ours
+without the cache. Without ``--script`` only those with a cache. Run it on a quiet machine.
 
 Models (``--model``), made here with random weights (the time does not depend on them):
   sd     Stable Diffusion 1's own autoencoder and text encoder with a UNet of 29M parameters, at 128x128
@@ -218,9 +219,23 @@ def theirs(model: Path, data: Path, out: Path, side: int, options: argparse.Name
     ]
 
 
+def peer(model: Path, data: Path, side: int, options: argparse.Namespace) -> list[str]:
+    settings = {
+        "model": model,
+        "data": data,
+        "resolution": side,
+        "batch": options.batch,
+        "steps": options.steps,
+        "learning-rate": options.learning_rate,
+        "precision": options.precision,
+    }
+    script = str(Path(__file__).with_name("cached_peer.py"))
+    return [script, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", type=Path, required=True, help="diffusers' train_text_to_image.py")
+    parser.add_argument("--script", type=Path, help="diffusers' train_text_to_image.py")
     parser.add_argument("--model", choices=["sd", "emoji"], default="sd")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
@@ -231,8 +246,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
-    options.script = options.script.resolve()
-    results: dict[str, list[dict[str, float]]] = {"ours, cached": [], "diffusers": [], "ours, no cache": []}
+    names = ["ours, cached", "diffusers, cached"]
+    if options.script:
+        options.script = options.script.resolve()
+        names = ["ours, cached", "diffusers", "diffusers, cached", "ours, no cache"]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         side = make_model(root / "model", options.model)
@@ -242,13 +260,18 @@ def main() -> None:
                 place = root / f"{name} {i}"
                 place.mkdir()
                 shared = (root / "model", root / "pictures", place / "out", side, options)
-                command = theirs(*shared) if name == "diffusers" else ours(*shared, cache="no cache" not in name)
+                if name == "diffusers":
+                    command = theirs(*shared)
+                elif name == "diffusers, cached":
+                    command = peer(root / "model", root / "pictures", side, options)
+                else:
+                    command = ours(*shared, cache="no cache" not in name)
                 rows.append(measure(command, place))
                 print(name, {key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
     print(f"\n{options.model}, batch {options.batch}, {options.steps} steps; median of {options.repeats}")
     print("| | steps/s | ratio | peak memory | loss, last half |")
     print("|---|---|---|---|---|")
-    base = statistics.median(row["steps_per_second"] for row in results["diffusers"])
+    base = statistics.median(row["steps_per_second"] for row in results[names[1]])
     for name, rows in results.items():
         rate = statistics.median(row["steps_per_second"] for row in rows)
         memory = statistics.median(row["peak_memory_mib"] for row in rows)
