@@ -1,6 +1,7 @@
 """Pipelines with a process that the package does not know: its scheduler, its guidance interval, its previews."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +79,14 @@ def test_pictures_are_changed_with_it(scheduler: Any, pipeline: Any) -> None:
 def test_another_scheduler_must_sample_from_the_process(straight: Straight) -> None:
     with pytest.raises(ValueError, match="the EulerDiscreteScheduler cannot sample from the straight process"):
         change_scheduler(straight.scheduler(), "euler")
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler"])
+def test_a_flow_in_a_single_file_is_the_same(pipeline: Any, tmp_path: Path, name: str) -> None:
+    pipeline.scheduler = change_scheduler(RectifiedFlow(2.0).scheduler(), name)
+    pipeline.save_single_file(tmp_path / "flow.safetensors")
+    again = type(pipeline).from_single_file(tmp_path / "flow.safetensors")
+    assert type(again.scheduler) is type(pipeline.scheduler)
+    assert process.process_of(again.scheduler).scheduler_config() == RectifiedFlow(2.0).scheduler_config()
+    call = {"seed": 0, "num_inference_steps": 2, "output_type": "latent"}
+    torch.testing.assert_close(again("a cup", **call).images, pipeline("a cup", **call).images)
