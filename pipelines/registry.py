@@ -13,6 +13,12 @@ from latentdiff.imports import load_module
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.packed import packed_index
 
+DEFAULTS: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 7.5}
+"""Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
+
+DEFAULTS_KEY = "_generation_defaults"
+"""The model's own, in its model_index.json; diffusers ignores keys that begin with _."""
+
 Conditions = Literal["text", "picture", "class", "none"]
 
 

@@ -4,9 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
@@ -26,9 +25,9 @@ from latentdiff.pipelines.batch.record import (
     UsedFile,
     record_of,
 )
-from latentdiff.pipelines.core.input_pictures import upright_pair, upright_rgb
-from latentdiff.pipelines.core.output import ImagesOutput
-from latentdiff.pipelines.core.previews import filmstrip
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.core.output import ImagesOutput
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, 
             picture, digest = read_picture(file)
             found[name] = picture
             used[name] = UsedFile(file=str(file), sha256=digest)
+    if not found:
+        return SourcePictures(), used
+    from latentdiff.pipelines.core.input_pictures import upright_pair, upright_rgb
+
     found["image"], mask_image = upright_pair(found.get("image"), found.get("mask"))
     if mask_image is not None:
         found["mask"] = upright_rgb(mask_image).convert("L")
@@ -182,11 +185,13 @@ def draw_filmstrip(
     pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, frames: int
 ) -> tuple[Image.Image, list[Drawn]]:
     """The drawing of `batch` as one picture, a row for each of its pictures; and the pictures."""
+    from latentdiff.pipelines.core.previews import filmstrip
+
     strip, output = filmstrip(pipeline.stream(**call_arguments(pipeline, settings, batch, inputs)), frames)
     return strip, drawn_of(output, 0)
 
 
-def drawn_of(output: ImagesOutput, batch: int) -> list[Drawn]:
+def drawn_of(output: "ImagesOutput", batch: int) -> list[Drawn]:
     """What a call gave, picture by picture."""
     withheld = output.nsfw_content_detected or [False] * len(output.images)
     spoilt = output.nan_detected or [False] * len(output.images)
@@ -297,6 +302,10 @@ def find_used(used: UsedFile, beside: Path) -> Path:
 
 def this_machine(pipeline: Any) -> Machine:
     """Where `pipeline` draws."""
+    if isinstance(known := getattr(pipeline, "machine", None), Machine):
+        return known
+    import torch
+
     device = pipeline.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return Machine(device=device.type, processor=name, threads=torch.get_num_threads(), torch=torch.__version__)

@@ -4,7 +4,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,9 +107,12 @@ def generate(
     from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
 
     inputs, used = read_inputs(source.image, source.mask)
-    pipeline = load_pipeline(
-        place, loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime
-    )
+    asked_for = (loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime)
+    load = partial(load_pipeline, place, *asked_for)
+    pipeline = None
+    if kind == "TextToImagePipeline" and target.filmstrip is None:
+        pipeline = light_pipeline(place, loading, prompts, (source, drawing), load)
+    pipeline = pipeline or load()
     if source.classes:
         pipeline.label_numbers(source.classes)  # those that there are not are refused before anything is drawn
     asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
@@ -139,13 +143,44 @@ def generate(
         raise typer.Exit(FAILED)
 
 
+PLAIN = {"model", "precision", "runtime", "seed", "height", "width"}
+PLAIN |= {"num_inference_steps", "guidance_scale", "negative_prompt"}
+"""The options that a drawing without torch takes."""
+
+
+def light_pipeline(
+    place: Path, loading: LoadingOptions, prompts: list[str], others: Sequence[Plain], load: Callable[[], Any]
+) -> Any:
+    """What draws this without torch, in a part of the time that it takes to load it; None if torch is needed."""
+    if loading.runtime is None or not place.is_dir():
+        return None
+    asked = {name: value for group in (loading, *others) for name, value in group if value != default_in(group, name)}
+    if not asked.keys() <= PLAIN:
+        return None
+    from latentdiff.pipelines.runtime.choice import Runtime
+    from latentdiff.pipelines.runtime.light.pipeline import TorchNeededError, open_light
+
+    pipeline = open_light(place, Runtime(loading.runtime.value, loading.precision.value), load)
+    names = ("height", "width", "num_inference_steps", "negative_prompt")
+    try:
+        if pipeline is not None:
+            pipeline.check_request(prompts, *(asked.get(name) for name in names))
+    except TorchNeededError:
+        return None
+    return pipeline
+
+
+def default_in(group: Plain, name: str) -> Any:
+    return type(group).model_fields[name].default
+
+
 def draw(writer: "PictureWriter", prompts: list[str], count: int, inputs: Any, filmstrip: Path | None) -> None:
     """Draw and write; after Ctrl-C the finished pictures stay, and are listed."""
-    from latentdiff.pipelines.core.candidates import best_of_each
-
     try:
         pictures = draw_pictures(writer, inputs, filmstrip)
         if writer.settings.candidates is not None:
+            from latentdiff.pipelines.core.candidates import best_of_each
+
             pictures = best_of_each(pictures, prompts, count, writer.settings, writer.pipeline.device)
         for one in pictures:
             writer.add(one)

@@ -90,6 +90,8 @@ class LoadingOptions(Plain):
         Raises:
             FileNotFoundError, ValueError: there is no such file, or it cannot be one.
         """
+        if not self.lora and not self.embedding:
+            return {"loras": [], "embeddings": []}
         from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES, find_adapter
         from latentdiff.interchange.fingerprint import file_digest
         from latentdiff.pipelines.batch.record import Embedding, Lora

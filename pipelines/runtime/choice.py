@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from latentdiff.extras import how_to_install
-from latentdiff.pipelines.core.call_options import whole_number
 from latentdiff.pipelines.runtime.engines import Engine, onnx_engine, openvino_engine, openvino_has
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-DTYPES = {getattr(torch, name): name for name in PRECISIONS}
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,10 @@ class Runtime:
             TypeError, ValueError: a dtype that is no precision, or a shape that is none.
             ImportError: the runtime is not installed.
         """
-        if dtype is not None and dtype not in DTYPES:
+        from latentdiff.pipelines.core.call_options import whole_number
+
+        precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+        if precision not in PRECISIONS:
             raise ValueError(
                 f"a runtime has one dtype of {', '.join(f'torch.{one}' for one in PRECISIONS)}, not {dtype}"
             )
@@ -110,7 +109,7 @@ class Runtime:
             if len(shape) != 3:
                 raise ValueError(f"runtime_shape is (pictures, height, width), not {tuple(shape)}")
             shape = tuple(whole_number(one, "runtime_shape") for one in shape)
-        return cls(name, DTYPES.get(dtype, "float32"), shape)  # type: ignore[arg-type]
+        return cls(name, precision, shape)  # type: ignore[arg-type]
 
 
 def dtype_in(options: dict[str, Any]) -> Any:
@@ -125,7 +124,7 @@ def runtime_of(options: dict[str, Any]) -> Runtime | None:
     if name is None:
         if shape is not None:
             raise ValueError("from_pretrained: runtime_shape is of a runtime; say runtime= too")
-        if torch.int8 in (options.get("dtype"), options.get("torch_dtype")):
+        if "torch.int8" in (str(options.get("dtype")), str(options.get("torch_dtype"))):
             raise ValueError("from_pretrained: torch does not draw in int8; say runtime='openvino' or 'onnx' too")
         return None
     if options.get("device_map") not in (None, "cpu"):

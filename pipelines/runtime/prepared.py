@@ -1,6 +1,5 @@
-"""Graphs made once, and kept: in a cache by the content of what they were made of."""
+"""Graphs made once, and kept where `places` says."""
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
@@ -10,44 +9,18 @@ from weakref import WeakKeyDictionary
 
 from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.interchange.cache_folder import shared_folder
-from latentdiff.interchange.fingerprint import component_files, file_digest
 from latentdiff.interchange.folders import check_pipeline_folder, packaged_models
-from latentdiff.interchange.shared_cache import GRAPHS, GRAPHS_SAY, Hold, exclusive, trim
+from latentdiff.interchange.shared_cache import GRAPHS, Hold, trim
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engine_networks import RuntimeAutoencoder, RuntimeUNet
+from latentdiff.pipelines.runtime.places import DONE, NETWORKS, folder_of, held, ready
 from latentdiff.pipelines.storage.loading import only_variant
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Of what is written; raised when the graphs of an older version must not be used any more."""
-
-NETWORKS = ("unet", "vae", "vqvae")
-"""The components that a runtime may run."""
-
-DONE = GRAPHS_SAY
-"""In a folder of graphs: what they were made for and, of int8, how far it is from float32."""
-
 _HOLDS: WeakKeyDictionary[Any, Hold] = WeakKeyDictionary()
 """By the networks that read them, the claims to graphs in the cache, which is not cleared of them meanwhile."""
-
-
-def cache_folder() -> Path:
-    """Where graphs are kept."""
-    return shared_folder() / GRAPHS
-
-
-def folder_of(source: Path, runtime: Runtime, variant: str | None = None) -> Path:
-    """Where the graphs of a pipeline folder are: in it, if `export` has put them there; or are kept, or will be."""
-    parts = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name != GRAPHS)
-    kept = parts if runtime.stored == "int8" else [name for name in parts if name in NETWORKS]
-    whole = hashlib.sha256(f"{FORMAT} {runtime.name} {runtime.stored}\n".encode())
-    for name in kept:
-        for file in component_files(source / name, variant):
-            whole.update(f"{name}/{file.name} {file_digest(file)}\n".encode())
-    name = f"{runtime.name}-{runtime.stored}-{whole.hexdigest()[:32]}"
-    return source / GRAPHS / name if ready(source / GRAPHS / name) else cache_folder() / name
 
 
 def prepare(pipeline: Any, runtime: Runtime, folder: Path, model: str | None = None) -> None:
@@ -61,6 +34,7 @@ def prepare(pipeline: Any, runtime: Runtime, folder: Path, model: str | None = N
     """
     from latentdiff.pipelines.runtime.graphs import parts_of, write_graph
     from latentdiff.pipelines.runtime.quantize import quantize, without_pictures
+    from latentdiff.pipelines.runtime.text_graph import write_text
 
     names = ("unet", "text_encoder")
     refuse_loras({name: getattr(pipeline, name, None) for name in names}, f"run by {runtime.kind.title}")
@@ -73,17 +47,13 @@ def prepare(pipeline: Any, runtime: Runtime, folder: Path, model: str | None = N
         with atomic_folder(folder) as new:
             for name, make in parts_of(pipeline):
                 write_graph(runtime.name, name, make(), new / name, half=runtime.stored == "float16")
+            write_text(pipeline, runtime.name, new)
             if runtime.stored == "int8":
                 report |= quantize(pipeline, runtime, new)
             (new / DONE).write_text(json_text(report), encoding="utf-8")
     except OSError:
         if not ready(folder):  # another process was first
             raise
-
-
-def ready(folder: Path) -> bool:
-    """Whether there are graphs in a folder."""
-    return (folder / DONE).is_file()
 
 
 def networks_of(folder: Path, runtime: Runtime, autoencoder: str = "vae") -> Iterator[tuple[str, Any]]:
@@ -122,17 +92,6 @@ def load(pipeline_class: Any, source: Path, runtime: Runtime, options: dict[str,
     if hold is not None:
         _HOLDS.update(dict.fromkeys(networks.values(), hold))
     return pipeline_class.from_pretrained(source, **networks, **options)
-
-
-def held(folder: Path) -> Hold | None:
-    """A claim to graphs in the cache, which are or will be there; None where it cannot be written to."""
-    try:
-        with exclusive(folder.parent):
-            hold = Hold(folder.parent)
-            hold.add([folder.name])
-            return hold
-    except OSError:
-        return None
 
 
 def export(pipeline_class: Any, folder: Path, runtime: Runtime, variant: str | None = None) -> None:

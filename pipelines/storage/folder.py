@@ -19,6 +19,7 @@ from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
+from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY
 from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
 from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
 from latentdiff.pipelines.storage.loading import (
@@ -34,15 +35,10 @@ from latentdiff.text.load import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}
-"""Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
-
 UNUSED = {"variant", "local_files_only", "force_download", "revision", "token", "cache_dir"}
 """Options of loading that mean nothing where the folder is here and its networks are loaded."""
 
 AS_IT_IS = object()  # a dtype that changes nothing
-
-DEFAULTS_KEY = "_generation_defaults"  # in model_index.json; diffusers ignores keys that begin with _
 
 
 class FolderPipeline(PackedPipeline, DiffusionPipeline):

@@ -17,7 +17,7 @@ from latentdiff.pipelines.runtime import choice
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engines import check_shapes
 from latentdiff.pipelines.runtime.graphs import ChannelNorm
-from latentdiff.pipelines.runtime.prepared import cache_folder, folder_of
+from latentdiff.pipelines.runtime.places import cache_folder, folder_of
 from latentdiff.pipelines.runtime.quantize import without_pictures
 
 NEEDS = {"openvino": "openvino", "onnx": "onnxruntime"}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.locks import lock
 from latentdiff.interchange.shared_cache import Shard, delete, exclusive, shards, size_limit, trim
-from latentdiff.pipelines.runtime.prepared import cache_folder, held
+from latentdiff.pipelines.runtime.places import cache_folder, held
 from latentdiff.training.batch.cache import TensorStore, digest
 from latentdiff.training.commands.cache import cache
 
