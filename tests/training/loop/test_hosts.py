@@ -94,7 +94,7 @@ def trained(output: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((output / "training" / "checkpoints").glob("step-*"))[-1] / "trained.safetensors")
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun"])
 def test_two_hosts_of_which_one_dies_train_what_one_process_does(
     launcher: str, hosts: list[str], denoiser_settings: dict[str, Any], tmp_path: Path
 ) -> None:
