@@ -1,5 +1,6 @@
 """Pictures of a class: under classifier guidance, classifier-free guidance, or both."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Unpack
@@ -246,8 +247,11 @@ def class_number(label: Any, names: Mapping[int, str], count: int) -> int:
             return found[0]
     if wanted.isascii() and wanted.isdecimal():
         return class_number(int(wanted), names, count)
-    known = ", ".join(list(names.values())[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    raise ValueError(f"there is no class {label!r}; {f'there are {known}' if names else 'give a number'}")
+    known = ", ".join(sorted(names.values())[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    single = {name.strip().lower(): name.strip() for own in names.values() for name in own.split(",")}
+    near = difflib.get_close_matches(wanted.lower()[:100], single, n=1)
+    hint = f"did you mean {single[near[0]]!r}? There are" if near else "there are"
+    raise ValueError(f"there is no class {label!r}; {f'{hint} {known}' if names else 'give a number'}")
 
 
 @dataclass

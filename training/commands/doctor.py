@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.pipelines.commands.model_options import be_quiet
 from latentdiff.terminal import say
 from latentdiff.training.commands.settings_arguments import Config, Overrides, parse_overrides
 
@@ -64,6 +65,8 @@ def doctor(
         settings = settings.model_copy(update={"resolution": resolution})
     from latentdiff.training.data.doctor import examine_source, token_counter
 
+    if model is not None:
+        be_quiet()
     tokens = token_counter(model) if model is not None else None
     step = step if step is not None and settings.resolution % step == 0 else math.gcd(settings.resolution, 8)
     report = examine_source(settings, manifest, step, tokens, drop_duplicates)
@@ -125,6 +128,6 @@ def verdict(report: "DataReport", max_bad_share: float, manifest: Path | None) -
     else:
         line = "Everything can be used."
     if manifest is None:
-        return [line, *report.advice, "--manifest FILE writes what was found of each picture, for training to honour."]
+        return [line, "--manifest FILE writes what was found of each picture, for training to honour."]
     how = f'Set "use" to false for what to leave out, and train with manifest={manifest}'
-    return [line, *report.advice, f"{manifest} describes each picture. {how}"]
+    return [line, f"{manifest} describes each picture. {how}"]

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from latentdiff.terminal import say
+
 if TYPE_CHECKING:
     from latentdiff.training.settings import Settings
 
@@ -19,15 +21,26 @@ def settings_of(command: str) -> "type[Settings]":
     return cast("type[Settings]", getattr(kinds, f"{stem}Settings"))
 
 
+def full_name(command: Kind) -> str:
+    """As it is typed after ``latentdiff``."""
+    return f"train {command}" if command in (Kind.autoencoder, Kind.denoiser, Kind.classifier) else str(command)
+
+
 def settings(
-    command: Annotated[Kind, typer.Argument(metavar="COMMAND", help=f"One of {', '.join(Kind)}.")],
+    command: Annotated[
+        Kind | None, typer.Argument(metavar="COMMAND", help=f"One of {', '.join(Kind)}.", show_default=False)
+    ] = None,
 ) -> None:
     """Show all settings of a command as a YAML file: what each means, its type and default.
 
     latentdiff settings finetune > mine.yaml
     """
+    if command is None:
+        say("Say of which command:")
+        for kind in Kind:
+            say(f"  latentdiff settings {kind.value:<12}  of 'latentdiff {full_name(kind)}'")
+        return
     from latentdiff.training.settings.describe import as_yaml
 
-    of_train = command in (Kind.autoencoder, Kind.denoiser, Kind.classifier)
-    name = f"train {command.value}" if of_train else command.value
-    typer.echo(as_yaml(settings_of(command), f"Settings of 'latentdiff {name}', with their defaults."), nl=False)
+    title = f"Settings of 'latentdiff {full_name(command)}', with their defaults."
+    typer.echo(as_yaml(settings_of(command), title), nl=False)

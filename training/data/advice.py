@@ -1,6 +1,7 @@
 """What to do about pictures without captions: what lies beside them was perhaps meant."""
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,10 +14,11 @@ NAMED = 3  # of each kind
 TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 
 
-def advice(refused: Iterable[Finding]) -> list[str]:
+def advice(refused: Iterable[Finding], data: str) -> list[str]:
     """Sentences about the entries among `refused` that lack a caption; none if none does.
 
     refused: with the whole paths of pictures as names.
+    data: the folder, as it was given.
     """
     lacking = lacking_captions(refused)
     if not lacking:
@@ -26,7 +28,12 @@ def advice(refused: Iterable[Finding]) -> list[str]:
     if len(folders) > 1:
         more = [f"{len(folders) - NAMED} more"] if len(folders) > NAMED else []
         names = ", ".join([*(shorten(folder.name) for folder in folders[:NAMED]), *more])
-        found.append(f"Are the folders ({names}) classes? A training with condition=class takes their names for them.")
+        found.insert(
+            0,
+            f"Are the folders ({names}) classes? A training with condition=class takes their names for them: "
+            f"latentdiff train denoiser --data {shlex.quote(data)} --autoencoder emoji --output runs/classes "
+            "condition=class",
+        )
     return [
         *found,
         "One caption for all pictures that have none, in a training: caption='a photo of sks dog', say. 'latentdiff "

@@ -19,6 +19,7 @@ from latentdiff.training.data.source import TRAIN, Finding, NoPicturesError, Sou
 from latentdiff.training.data.survey import (
     NAMED,
     Entry,
+    alike,
     leave_out,
     read_manifest,
     sort_out,
@@ -77,9 +78,11 @@ class DataReport:
         yield f"{_many(total, 'picture')}: {len(self.entries)} can be used, {len(self.refused)} cannot."
         if self.entries and self.splits is not None:
             yield self.splits
+        yield from self.advice
         for title, findings in (("Cannot be used", self.refused), ("Worth a look", self.warnings)):
-            named = [f"{_name(f.name)}: {shorten(f.reason, 500)}" for f in findings]
-            yield from _section(["", f"{title} ({len(findings)}):"], named, indent=2)
+            named, left = alike(findings)
+            more = [f"and {left} more"] if left else []
+            yield from _section(["", f"{title} ({len(findings)}):"], [*named, *more], indent=2, most=NAMED + 1)
         if self.entries:
             yield from self._duplicates()
             yield from self._captions()
@@ -214,7 +217,7 @@ def examine_source(
     warnings += [Finding(entry.name, text) for entry in usable for text in entry.warnings]
     warnings += _unlisted(source)
     report = DataReport(good, usable, refused, warnings, settings.resolution, step, tokens)
-    report.advice = advice(source.refused)
+    report.advice = advice(source.refused, settings.data)
     if settings.split == TRAIN:
         report.splits = _splits(good, of_validation, settings.condition)
     if manifest is not None:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "latentdiff manifest 1"
 NAMED = 20  # findings named in a log or report; the rest are counted
+ALIKE = 3  # findings with one reason that have a line each; more have one together
 CHUNK = 512  # pictures handed to the threads at once
 SAVE_SHARE = 20  # keeping results in between takes at most this fraction of the time, as 1 / n
 SAVE_EVERY = 60.0  # seconds, at least
@@ -250,16 +251,36 @@ def not_too_bad(data: str, refused: Sequence[Finding], bad: int, good: int, max_
         NoPicturesError: all is.
     """
     if bad and bad > max_bad_share * (good + bad):
-        named = "\n".join(f"  {shorten(f.name, 300)}: {shorten(f.reason, 500)}" for f in refused[:NAMED])
-        more = f"\n  and {bad - NAMED} more" if bad > NAMED else ""
+        lines, left = alike(refused)
+        left += bad - len(refused)
+        named = "\n".join(f"  {line}" for line in lines)
+        more = f"\n  and {left} more" if left else ""
         raise ValueError(
             f"{data}: {bad} of {good + bad} pictures cannot be used, more than a share of {max_bad_share:g} (in a "
-            f"training: max_bad_share=...). 'latentdiff doctor' says more; repair or remove them.\n{named}{more}"
-            + "".join(f"\n{line}" for line in advice(refused))
+            f"training: max_bad_share=...). 'latentdiff doctor' says more; repair or remove them."
+            + "".join(f"\n{line}" for line in advice(refused, data))
+            + f"\n{named}{more}"
         )
     log_findings(refused, "left out", bad)
     if not good:
         raise NoPicturesError(f"{data}: nothing is left to train on")
+
+
+def alike(findings: Sequence[Finding]) -> tuple[list[str], int]:
+    """A line for each finding, or for many with the same reason together; at most `NAMED` lines, and how many findings
+    are in none of them."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.reason.replace(PurePath(finding.name).stem, ""), []).append(finding)
+    rows: list[tuple[str, int]] = []
+    for group in groups.values():
+        reason = shorten(group[0].reason, 500)
+        if len(group) > ALIKE:
+            first = ", ".join(shorten(finding.name, 300) for finding in group[:ALIKE])
+            rows.append((f"{len(group)} alike, {first} and so on; the first: {reason}", len(group)))
+        else:
+            rows += [(f"{shorten(one.name, 300)}: {shorten(one.reason, 500)}", 1) for one in group]
+    return [line for line, _ in rows[:NAMED]], sum(count for _, count in rows[NAMED:])
 
 
 def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPicture], list[Finding]]:

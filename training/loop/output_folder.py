@@ -152,7 +152,7 @@ def log_changes(state: Mapping[str, Any], settings: RunSettings) -> list[dict[st
             f"{settings.output}: the run is at step {step}, which is all of max_steps, so nothing would be trained "
             f"with {', '.join(idle)}; a larger max_steps trains on with that. Nothing was changed"
         )
-    said = [f"{key} {new!r} (was {old!r})" for key, old, new in found if key != "max_steps"]
+    said = [f"{key} {new!r} (was {old!r})" for key, old, new in found]
     if said:
         logger.info("the run goes on with other settings than before: %s", ", ".join(said))
     when = time.strftime("%Y-%m-%d %H:%M")

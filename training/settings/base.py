@@ -24,6 +24,42 @@ ALIASES = {
     **{"objective": "process", "objective_options": "process_options"},
 }
 """What settings are called elsewhere, where a class has no setting of that name."""
+MEANT = {
+    "learning_rate": ("lrate", "learningrate", "l_rate"),
+    "max_steps": ("max_train_steps", "num_train_steps", "train_steps", "num_steps", "iterations", "iters"),
+    "batch_size": ("train_batch_size", "per_device_train_batch_size", "bs"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulate", "accumulation_steps"),
+    "mixed_precision": ("dtype", "fp16", "bf16", "amp", "half"),
+    "resolution": ("image_size", "img_size", "res", "width", "height"),
+    "caption": ("instance_prompt",),
+    "output": ("output_dir", "out", "logging_dir"),
+    "data": ("dataset", "dataset_name", "data_dir", "train_data_dir", "instance_data_dir", "pictures", "images"),
+    "model": ("pretrained_model_name_or_path", "base_model", "checkpoint"),
+    "checkpoint_every": ("save_every", "save_steps", "checkpointing_steps"),
+    "keep_checkpoints": ("checkpoints_total_limit", "save_total_limit"),
+    "sample_every": ("validation_steps", "validation_epochs", "eval_every", "eval_steps"),
+    "sample_prompts": ("validation_prompt", "validation_prompts", "prompt", "prompts"),
+    "lr_scheduler": ("scheduler", "schedule"),
+    "max_grad_norm": ("grad_clip", "clip", "gradient_clipping"),
+    "random_flip": ("flip", "mirror", "hflip"),
+    "num_workers": ("dataloader_num_workers", "threads"),
+    "max_pictures": ("max_train_samples", "limit"),
+    "ema_decay": ("ema", "use_ema"),
+    "max_minutes": ("minutes", "time_limit", "max_time"),
+}
+"""Settings, and other names by which people ask for them; these are not taken, for what they hold can differ."""
+NO_SETTING = {
+    **dict.fromkeys(
+        ("device", "devices", "gpu", "gpus", "cuda", "cpu"),
+        "a training takes a GPU if there is one; CUDA_VISIBLE_DEVICES=1 before the command chooses another one, and "
+        "CUDA_VISIBLE_DEVICES= the processor",
+    ),
+    **dict.fromkeys(
+        ("epochs", "epoch", "num_epochs", "max_epochs", "num_train_epochs"),
+        "a training is counted in steps: max_steps, each of batch_size pictures",
+    ),
+}
+"""What is said of keys that stand for no setting of ours."""
 
 
 class Settings(BaseModel):
@@ -99,15 +135,28 @@ class Settings(BaseModel):
     def _explain(cls, item: Any) -> str:
         key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
-            names = [*cls.model_fields, *(alias for alias, name in ALIASES.items() if name in cls.model_fields)]
-            near = difflib.get_close_matches(str(item["loc"][0])[:100], names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "'latentdiff settings' shows them all"
-            return f"unknown setting {key}; {hint}"
+            return f"unknown setting {key}; {cls._hint(str(item['loc'][0])[:100])}"
         if item["type"] == "missing":
             option = str(item["loc"][0]).replace("_", "-")
             return f"setting {key} is needed: --{option}, or {item['loc'][0]}: in the file of --config"
         wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
+
+    @classmethod
+    def _hint(cls, key: str) -> str:
+        """What to give in place of an unknown key: by its meaning, or the nearest name."""
+        if key.lower() in NO_SETTING:
+            return NO_SETTING[key.lower()]
+        meant = [name for name, others in MEANT.items() if key.lower() in others and name in cls.model_fields]
+        names = [*cls.model_fields, *(alias for alias, name in ALIASES.items() if name in cls.model_fields)]
+        near = meant or difflib.get_close_matches(key, names, n=1)
+        return f"did you mean {near[0]!r}?" if near else f"'latentdiff settings {cls.command()}' shows them all"
+
+    @classmethod
+    def command(cls) -> str:
+        """The command whose settings these are."""
+        stem = cls.__name__.removesuffix("Settings").lower()
+        return "distill" if stem == "distillation" else stem
 
     def completed(self, **values: Any) -> Self:
         """A copy with these values, found out from a model or the data; `model_fields_set` stays what was given."""

@@ -117,7 +117,7 @@ def test_many_of_anything(models: Path, run: Run, capsys: pytest.CaptureFixture[
 def test_mistakes_of_many(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("kinds.txt").write_text("cat\ncow\n")
     for model, arguments, message in (
-        ("classes", ["kinds.txt"], "there is no class 'cow'; there are cat, dog, hound, bird"),
+        ("classes", ["kinds.txt"], "there is no class 'cow'; there are bird, cat, dog, hound"),
         ("classes", ["-n", "3"], "say of which: --class NAME"),
         ("classes", ["--class", "cat", "--negative-prompt", "dog"], "--negative-prompt: the model"),
         ("any", ["kinds.txt"], "does not draw from words; leave the file out, and say with -n how many"),
@@ -131,7 +131,7 @@ def test_mistakes_of_many(models: Path, run: Run, capsys: pytest.CaptureFixture[
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("classes", [], "say of which: --class NAME"),
     ("classes", ["a cat"], "classes does not draw from words; say --class NAME"),
-    ("classes", ["--class", "cow"], "there is no class 'cow'; there are cat, dog, hound, bird"),
+    ("classes", ["--class", "cow"], "there is no class 'cow'; there are bird, cat, dog, hound"),
     ("classes", ["--class", "3"], "there is no class 3; they are numbered from 0 to 2"),
     ("classes", ["--class", "cat", "--negative-prompt", "dog"], "--negative-prompt: the model"),
     ("classes", ["--class", "cat", "--image", "in.png"], "draws without text, and starts from no picture"),

@@ -27,3 +27,9 @@ def test_what_is_nothing_is_refused_as_ever(command: str) -> None:
     result = CliRunner().invoke(application(), command.split())
     assert result.exit_code == 2
     assert "No such option" in result.output
+
+
+def test_settings_without_a_command_lists_them() -> None:
+    result = CliRunner().invoke(application(), ["settings"])
+    assert result.exit_code == 0
+    assert "latentdiff settings denoiser      of 'latentdiff train denoiser'" in result.output

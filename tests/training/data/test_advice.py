@@ -54,7 +54,13 @@ def test_other_files_and_captioned_pictures_are_not_spoken_of(tmp_path: Path) ->
 
 def test_folders_may_be_classes(tmp_path: Path) -> None:
     add(tmp_path, "cat/1.png", "dog/1.png")
-    assert "Are the folders (cat, dog) classes? A training with condition=class takes their names" in doctor(tmp_path)
+    add(tmp_path, *(f"cat/{i}.png" for i in range(2, 30)))
+    said = doctor(tmp_path)
+    assert "Are the folders (cat, dog) classes? A training with condition=class takes their names" in said
+    command = f"latentdiff train denoiser --data {tmp_path} --autoencoder emoji --output runs/classes condition=class"
+    assert command in said.partition("Cannot be used (30)")[0]  # the question, then what is wrong
+    assert "  30 alike, cat/1.png, cat/10.png, cat/11.png and so on; the first: no caption" in said
+    assert "cat/12.png" not in said
     assert "classes?" not in doctor(tmp_path, "condition=class")
 
 

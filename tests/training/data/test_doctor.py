@@ -69,7 +69,7 @@ def test_the_exit_status_is_whether_training_would_go_on(album: Path) -> None:
         file.unlink()
     result = run(album)
     assert result.exit_code == 1
-    assert "and 11 more" in result.output
+    assert "31 alike, 00.png, 01.png, 02.png and so on; the first: no caption; write one into 00.txt" in result.output
     assert "There is nothing to train on." in result.output
 
 

@@ -124,7 +124,7 @@ def test_other_changes_are_said_and_made(tmp_path: Path, caplog: pytest.LogCaptu
     go(TrainingRun(settings(tmp_path), Line()))
     with caplog.at_level(logging.INFO, logger="latentdiff"):
         run = TrainingRun(settings(tmp_path, max_steps=50, learning_rate=0.01), Line())
-    assert caplog.text.count("goes on with other settings than before: learning_rate 0.01 (was 0.1)") == 1
+    assert caplog.text.count("than before: max_steps 50 (was 40), learning_rate 0.01 (was 0.1)") == 1
     assert run.step == 40
 
 
@@ -233,7 +233,7 @@ def test_one_folder_written_otherwise_is_no_change(
     assert load_settings(RunSettings, None, [], output=tmp_path / "out").data == str(tmp_path / "stamps")
     with caplog.at_level(logging.INFO, logger="latentdiff"):
         run = go(TrainingRun(settings(tmp_path / "out", data="../stamps", max_steps=20), Line()))
-    assert "other settings" not in caplog.text
+    assert "other settings than before: max_steps 20 (was 10)\n" in caplog.text
     assert [one["setting"] for one in run.history] == ["max_steps"]
     run.finish()
     (tmp_path / "below" / "stamps").mkdir()  # the same words, another folder

@@ -53,6 +53,10 @@ def test_names_are_taken_as_typed() -> None:
     [
         ("bach_size=4", "unknown setting 'bach_size'; did you mean 'batch_size'"),
         ("lrr=4", "unknown setting 'lrr'; did you mean 'lr'"),
+        ("lrate=4", "unknown setting 'lrate'; did you mean 'learning_rate'"),
+        ("max_train_steps=4", "unknown setting 'max_train_steps'; did you mean 'max_steps'"),
+        ("device=cpu", "unknown setting 'device'; a training takes a GPU if there is one; CUDA_VISIBLE_DEVICES=1 "),
+        ("epochs=3", "unknown setting 'epochs'; a training is counted in steps: max_steps"),
         ("batch_size=four", "setting 'batch_size'.*'four'"),
         ("batch_size=0", "setting 'batch_size'"),
         ("learning_rate=-1", "setting 'learning_rate'"),
@@ -265,7 +269,7 @@ def test_settings_have_other_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="setting 'learning_rate' is given twice, as 'lr' too"):
         FinetuneSettings.load(None, {**NEEDED, "lr": "1", "learning_rate": "2"})
     assert EvaluationSettings.load(None, {"model": "m", "data": "d", "steps": 4}).steps == 4  # has one of that name
-    with pytest.raises(ValueError, match="unknown setting 'rank'; 'latentdiff settings' shows them all"):
+    with pytest.raises(ValueError, match="unknown setting 'rank'; 'latentdiff settings autoencoder' shows them all"):
         AutoencoderSettings.load(None, {**NEEDED, "rank": 4})
 
 
