@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 NOT_REACHED = re.compile(
     r"couldn't connect|cannot reach|connection error|offline mode|locate the file on the hub|not fully cached|"
@@ -41,6 +42,23 @@ def hub_failure(error: BaseException) -> str | None:
     if offline or any(NOT_REACHED.search(str(one)) for one in chain):
         return "is not on this machine, and the hub cannot be reached; name a folder, or repeat it with a network"
     return None
+
+
+def check_on_hub(name: str, kind: str = "model") -> None:
+    """Raises HubError for what is neither here nor on the hub, as far as that is known without loading anything heavy.
+
+    kind: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi, constants
+
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir():
+        return
+    with asking_hub(name):
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=10)
+        except Exception as error:
+            if hub_failure(error) is not None:
+                raise
 
 
 @contextmanager

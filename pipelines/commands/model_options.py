@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
+from latentdiff.extras import how_to_install
 from latentdiff.imports import collector_paused
 from latentdiff.pipelines.batch.drawing_options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
@@ -147,13 +149,14 @@ def load_pipeline(
 
     import torch
 
+    place = place or pick_device(device)
     be_quiet()
     pipeline_class, dtype = find_kind(kind).load(), getattr(torch, precision.value)
     pipeline = open_place(pipeline_class, model, dtype=dtype, variant=variant, runtime=runtime)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if scheduler is not None:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, scheduler)
-    return pipeline.to(place or pick_device(device))
+    return pipeline.to(place)
 
 
 def check_runtime(runtime: str, model: str | Path, device: Device) -> None:
@@ -164,6 +167,14 @@ def check_runtime(runtime: str, model: str | Path, device: Device) -> None:
         )
     if device not in (Device.auto, Device.cpu):
         raise ValueError(f"--runtime {runtime} computes on the processor; leave --device {device.value} out")
+    check_installed(runtime)
+
+
+def check_installed(runtime: str) -> None:
+    """Raises ImportError if a runtime is not installed: before torch is loaded, which `Runtime` needs to say it."""
+    module = {"onnx": "onnxruntime"}.get(runtime, runtime)
+    if find_spec(module) is None:
+        raise ImportError(f"the runtime {runtime} needs {module}; install with: {how_to_install(runtime)}")
 
 
 def be_quiet() -> None:

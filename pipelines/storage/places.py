@@ -36,6 +36,10 @@ def find_place(model: str, variant: str | None = None, fetch: bool = True) -> Pa
     """
     place = local_place(model)
     if place is None:
+        if fetch:
+            from latentdiff.interchange.hub import check_on_hub
+
+            check_on_hub(model)  # before torch is loaded
         from latentdiff.pipelines import TextToImagePipeline
 
         options = {"use_safetensors": True, "variant": variant, "local_files_only": not fetch}

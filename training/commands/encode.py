@@ -11,9 +11,9 @@ from latentdiff.training.commands.settings_arguments import (
     Config,
     Data,
     Overrides,
+    begin,
     is_first_process,
     load_settings,
-    show_progress,
 )
 
 
@@ -54,7 +54,7 @@ def encode(
         settings = load_settings(FinetuneSettings, config, overrides, data=data, output=output, model=model)
     if (Path(settings.output) / "training" / "checkpoints").is_dir():
         raise ValueError(f"--output {settings.output} holds a training; choose another folder")
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.encode import encode as fill
 
     folder = fill(settings, part)

@@ -14,7 +14,7 @@ from latentdiff.pipelines.commands.model_options import (
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place
 from latentdiff.terminal import say
-from latentdiff.training.commands.settings_arguments import show_progress
+from latentdiff.training.commands.settings_arguments import begin
 from latentdiff.training.settings import EvaluationSettings, LikelihoodSettings
 
 
@@ -36,7 +36,7 @@ def evaluate(
     folder = settings.folder()  # what is missing is reported before torch is loaded
     local_place(settings.model)
     check_clip_source(settings.clip)
-    show_progress()
+    begin(settings)
     from latentdiff.training.evaluation.evaluate import evaluate_pipeline
 
     place = find_place(settings.model)
@@ -57,12 +57,12 @@ def likelihood(
     latentdiff likelihood runs/mine --data pictures --steps 25
     """
     folder = settings.folder()
+    begin(settings)
     import torch
 
     from latentdiff.training.evaluation.held_out import load_textless
     from latentdiff.training.evaluation.likelihood import evaluate_likelihood
 
-    show_progress()
     pipeline = load_textless(settings.model, getattr(torch, precision.value)).to(pick_device(device))
     evaluate_likelihood(pipeline, settings)
     say(f"The figures are in {folder / 'likelihood.json'}")

@@ -8,9 +8,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from latentdiff.interchange.data_places import check_data
+from latentdiff.interchange.hub import check_on_hub
 from latentdiff.pipelines.commands.model_options import be_quiet
+from latentdiff.pipelines.storage.places import local_place
 from latentdiff.terminal import say
-from latentdiff.training.settings import RunSettings, Settings
+from latentdiff.training.settings import DataSettings, HeldOutSettings, RunSettings, Settings
+
+LARGE_RATE = 0.1  # of Adam
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 RunT = TypeVar("RunT", bound=RunSettings)
@@ -107,6 +112,27 @@ def refuse_alone(kind: type[RunT], output: Path, values: dict[str, Any]) -> None
     except ValueError:
         return
     check_resumable(output / "training", settings, {}, set(kind.fixed) - settings.model_fields_set | {"max_steps"})
+
+
+def begin(settings: DataSettings | HeldOutSettings) -> None:
+    """Refuse data and models that there are not, before anything heavy is loaded; then `show_progress`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such folder, file, dataset or model.
+    """
+    data, model = getattr(settings, "data", ""), getattr(settings, "model", None)
+    if data:
+        check_data(data)
+    if model is not None and local_place(model) is None:
+        check_on_hub(model)
+    show_progress()
+    rate, optimizer = getattr(settings, "learning_rate", 0.0), getattr(settings, "optimizer", "")
+    if optimizer.startswith("adam") and rate >= LARGE_RATE and is_first_process():
+        say(
+            f"learning_rate={rate:g} is very large: with {optimizer} every weight moves by about as much in each step, "
+            f"and little is left of the model; usual are 1e-5 to 1e-3",
+            err=True,
+        )
 
 
 def show_progress() -> None:

@@ -12,8 +12,8 @@ from latentdiff.training.commands.settings_arguments import (
     DryRun,
     Output,
     Overrides,
+    begin,
     load_settings,
-    show_progress,
     train_and_say,
 )
 
@@ -45,7 +45,7 @@ def autoencoder(
         raise FileNotFoundError(f"--config {config}: no such file, and ours are {', '.join(ours)}")
     file = ours.get(config, config) if config else None
     settings = load_settings(AutoencoderSettings, file, overrides, data=data, output=output)
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.autoencoder import train_autoencoder
 
     train_and_say("autoencoder", train_autoencoder, settings, dry_run)
@@ -66,7 +66,7 @@ def denoiser(
     from latentdiff.training.settings import DenoiserSettings
 
     settings = load_settings(DenoiserSettings, config, overrides, data=data, output=output, autoencoder=autoencoder)
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.denoiser import train_denoiser
 
     train_and_say("pipeline", train_denoiser, settings, dry_run)
@@ -87,7 +87,7 @@ def classifier(
     from latentdiff.training.settings import ClassifierSettings
 
     settings = load_settings(ClassifierSettings, config, overrides, data=data, output=output, model=model)
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.classifier import train_classifier
 
     train_and_say("pipeline with its classifier", train_classifier, settings, dry_run)
@@ -119,7 +119,7 @@ def finetune(
 
     chosen = method.value if method else None
     settings = load_settings(FinetuneSettings, config, overrides, data=data, output=output, model=model, method=chosen)
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.finetune import finetune as train
 
     train_and_say("pipeline", train, settings, dry_run)
@@ -150,7 +150,7 @@ def distill(
     settings = load_settings(
         DistillationSettings, config, overrides, data=data, output=output, model=model, prompts=prompts
     )
-    show_progress()
+    begin(settings)
     from latentdiff.training.trainers.distill import distill as train
 
     train_and_say("pipeline", train, settings, dry_run)

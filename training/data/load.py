@@ -1,10 +1,8 @@
 """Captioned pictures from folders, tables, shards and datasets: one door for all of them."""
 
-import difflib
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentdiff.interchange.atomic import json_text, write_text_whole
+from latentdiff.interchange.data_places import check_name, folder_like
 from latentdiff.interchange.folders import read_json
 from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, stamp_of
@@ -107,29 +106,18 @@ def _read(source: str, wanted: Wanted) -> Source:
     shards = find_shards(source)
     if shards:
         return read_shards(shards, wanted)
-    if os.path.isabs(folder) or source.startswith(".") or folder.exists():
-        raise FileNotFoundError(f"{source}: not a folder; --data takes a folder of pictures, shards or a dataset name")
+    check_name(source)
     from latentdiff.training.data.hf_datasets import read_dataset
 
     try:
         return read_dataset(source, wanted)
     except FileNotFoundError as error:
-        near = None if isinstance(error, NoPicturesError) else _folder_like(folder)
+        near = None if isinstance(error, NoPicturesError) else folder_like(folder)
         if near is None:
             raise
         raise FileNotFoundError(
             f"{source}: no such folder; did you mean {near!r}? (Nor could a dataset of that name be loaded.)"
         ) from error
-
-
-def _folder_like(folder: Path) -> str | None:
-    """A folder beside it whose name is nearly the same."""
-    try:
-        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-    except OSError:
-        return None
-    near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
-    return str(folder.with_name(near[0])) if near else None
 
 
 def _read_folder(folder: Path, wanted: Wanted) -> Source:

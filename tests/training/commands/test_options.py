@@ -1,9 +1,13 @@
 """What is said of options that a command of training or measuring has not."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from latentdiff.cli import application
+from latentdiff.training.commands.settings_arguments import begin
+from latentdiff.training.settings import FinetuneSettings
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,9 @@ def test_settings_without_a_command_lists_them() -> None:
     result = CliRunner().invoke(application(), ["settings"])
     assert result.exit_code == 0
     assert "latentdiff settings denoiser      of 'latentdiff train denoiser'" in result.output
+
+
+def test_a_learning_rate_that_destroys_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate, warned in ((5.0, True), (1e-3, False)):
+        begin(FinetuneSettings(data=str(tmp_path), output="out", learning_rate=rate))
+        assert (f"learning_rate={rate:g} is very large" in capsys.readouterr().err) is warned
