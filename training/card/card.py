@@ -110,7 +110,7 @@ def write_model_card(
         kind.note,
         f"![Samples]({GRID})" if grid else "",
         f"These samples are of step {sample_step:,}." if grid and sample_step not in (None, steps) else "",
-        kind.usage,
+        kind.usage.replace("THIS_FOLDER", called(folder, settings.get("push_to_hub"))),
         figures_table(figures, pictures),
         settings_list(settings),
         history_table(history),
@@ -189,6 +189,12 @@ def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool
     with Image.open(sample_grid) as image:
         save_picture(image.convert("RGB"), target)
     return True
+
+
+def called(folder: Path, hub_id: str | None) -> str:
+    """By what a model is loaded: on the hub, or from beside its folder; not a whole path, which says too much."""
+    name = folder.resolve().name
+    return hub_id or (name if re.fullmatch(r"\w[\w.-]*", name) else "THIS_FOLDER")
 
 
 def figures_table(figures: Mapping[str, float], pictures: int) -> str:

@@ -3,6 +3,12 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentdiff.training.data import CaptionedPicture
+
+SEEN, SHORT = 100, 60  # pictures whose captions are looked at, and characters
 
 AUTOENCODERS = {
     **{"kl": "AutoencoderKL", "vq": "VQModel", "gumbel": "GumbelVQModel", "fsq": "FSQModel"},
@@ -97,10 +103,21 @@ def autoencoder_kind(kind: str) -> ModelKind:
     return ModelKind("tiny autoencoder" if kind == "tiny" else f"{kind.upper()} autoencoder", "autoencoder", usage)
 
 
+def is_plain(prompt: str) -> bool:
+    """Whether a prompt needs no quoting but double quotes, in Python, a shell and Markdown."""
+    return prompt.isprintable() and not set(prompt) & set('"\\`$!')
+
+
+def short_captions(pictures: "Sequence[CaptionedPicture]") -> list[str]:
+    """A caption of the pictures to show how a model is drawn with: the first short and plain one, if there is any."""
+    some = (caption for i in range(min(len(pictures), SEEN)) for caption in pictures[i].captions)
+    return [caption for caption in some if 0 < len(caption) <= SHORT and is_plain(caption)][:1]
+
+
 def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = None, lora: bool = False) -> ModelKind:
     """method: of fine-tuning, if it was."""
     prompts = [*sample_prompts, "a red car"]
-    plain = next(prompt for prompt in prompts if not set(prompt) & set('"\\`$!\n'))  # needs no quoting in a shell
+    plain = next(prompt for prompt in prompts if is_plain(prompt))
     usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')
     name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
     return ModelKind(name, "text-to-image", usage, lora)

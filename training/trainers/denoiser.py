@@ -11,7 +11,13 @@ from latentdiff.diffusion.losses import discretized_gaussian_log_likelihood, gau
 from latentdiff.diffusion.process import Process, known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
 from latentdiff.pipelines.storage.places import text_encoder_at
-from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, text_to_image_kind, unconditional_kind
+from latentdiff.training.card.kinds import (
+    ModelKind,
+    class_conditional_kind,
+    short_captions,
+    text_to_image_kind,
+    unconditional_kind,
+)
 from latentdiff.training.data.caption_checks import class_names
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.diffusion import DenoiserObjective
@@ -62,7 +68,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         p2_gamma=settings.p2_gamma,
         timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
     )
-    return train_diffusion(settings, model, data, objective, save, kind_of(model, settings))
+    return train_diffusion(settings, model, data, objective, save, kind_of(model, settings, data))
 
 
 def build_process(settings: DenoiserSettings, codec: Codec) -> Process:
@@ -110,11 +116,11 @@ def build_model(settings: DenoiserSettings, codec: Codec, process: Process, text
     return UnconditionalModel(codec, network, scheduler, process)
 
 
-def kind_of(model: DiffusionModel, settings: DenoiserSettings) -> ModelKind:
+def kind_of(model: DiffusionModel, settings: DenoiserSettings, data: Data) -> ModelKind:
     """What is trained, for its card."""
     match model:
         case ClassModel():
             return class_conditional_kind(model.classes)
         case UnconditionalModel():
             return unconditional_kind()
-    return text_to_image_kind(settings.sample_prompts)
+    return text_to_image_kind([*settings.sample_prompts, *short_captions(data.pictures)])

@@ -24,7 +24,7 @@ from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text import encode_prompts
 from latentdiff.training.card.card import last_part
-from latentdiff.training.card.kinds import distilled_kind
+from latentdiff.training.card.kinds import distilled_kind, short_captions
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.loop.estimate import FEW, duration
 from latentdiff.training.loop.output_folder import open_output
@@ -118,7 +118,8 @@ def distill(settings: DistillationSettings) -> Path:
 
     scale, is_lora = settings.sample_guidance_scale, settings.lora_rank > 0
     note = note_of_teacher(settings, pipeline)
-    kind = distilled_kind(settings.sample_prompts, settings.method, settings.few_steps, scale, is_lora, note)
+    words = [*settings.sample_prompts, *short_captions(data.pictures)]
+    kind = distilled_kind(words, settings.method, settings.few_steps, scale, is_lora, note)
     rate = settings.discriminator_learning_rate
     if settings.method == "dmd":
         rate = settings.follower_learning_rate or 2 * settings.learning_rate

@@ -19,7 +19,7 @@ from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place, open_place
 from latentdiff.text import max_tokens
-from latentdiff.training.card.kinds import text_to_image_kind
+from latentdiff.training.card.kinds import short_captions, text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
@@ -88,6 +88,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     process = taught_process(settings, pipeline)
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
     data = load_data(settings)
+    prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
     if settings.method == "dreambooth":
         data = with_class_pictures(settings, pipeline, data)
     set_seed(settings.seed)  # the adapters' first weights
@@ -102,7 +103,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         finish()
         pipeline.save_pretrained(settings.output)
 
-    kind = text_to_image_kind(settings.sample_prompts, settings.method, lora=lora_rank(settings) > 0)
+    kind = text_to_image_kind(prompts, settings.method, lora=lora_rank(settings) > 0)
     return train_diffusion(settings, model, data, objective, save, kind, settings.model)
 
 

@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from latentdiff.training.card.card import push_model, update_evaluation, write_model_card
-from latentdiff.training.card.kinds import autoencoder_kind, text_to_image_kind
+from latentdiff.training.card.kinds import autoencoder_kind, short_captions, text_to_image_kind
+from latentdiff.training.data import CaptionedPicture
 
 SETTINGS = {
     "data": "/home/somebody/secret/pictures",
@@ -55,7 +56,9 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert "# mine" in text
     assert "from somebody/some-model on 1,234 pictures in 400 optimizer steps" in text
     assert 'pipeline("a blue cup", seed=0)' in text  # the first prompt would need quoting in a shell
-    assert 'latentdiff generate "a blue cup"' in text
+    assert 'latentdiff generate "a blue cup" --model mine -o' in text
+    assert "THIS_FOLDER" not in text
+    assert 'from_pretrained("me/mine")' in write(folder, settings={**SETTINGS, "push_to_hub": "me/mine"})
     assert "StableDiffusionPipeline" in text
     assert "| loss | 0.123457 |" in text
     block = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
@@ -299,3 +302,9 @@ def test_push_that_cannot_be(model: Path, tmp_path: Path) -> None:
         push_model(model, "mine")
     with pytest.raises(FileNotFoundError, match="holds no model"):
         push_model(tmp_path, "me/mine")
+
+
+def test_the_caption_that_a_card_draws_is_short_and_needs_no_escaping() -> None:
+    captions = ("x" * 61, 'a "quoted" cup', "two\nlines", "a green pear", "a cup")
+    assert short_captions([CaptionedPicture("0.png", bytes, captions)]) == ["a green pear"]
+    assert short_captions([]) == []
