@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.tasks.class_conditional import ClassConditionalPipeline
     from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
     from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
+    from latentdiff.pipelines.tasks.sdxl import (
+        SDXLImageToImagePipeline,
+        SDXLInpaintPipeline,
+        SDXLTextToImagePipeline,
+    )
     from latentdiff.pipelines.tasks.super_resolution import SuperResolutionPipeline
     from latentdiff.pipelines.tasks.text_to_image import TextToImagePipeline
     from latentdiff.pipelines.tasks.unconditional import UnconditionalPipeline
@@ -35,6 +40,9 @@ __all__ = [
     "InpaintPipeline",
     "LatentPipeline",
     "Progress",
+    "SDXLImageToImagePipeline",
+    "SDXLInpaintPipeline",
+    "SDXLTextToImagePipeline",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
     "UnconditionalPipeline",

@@ -40,6 +40,8 @@ class Kind:
     interchangeable: bool = False
     """Whether its folders are drawn from as other interchangeable kinds too, where other pictures are given: they have
     the same components."""
+    family: str = "Stable Diffusion"
+    """Kinds of one family are interchangeable with each other only."""
     single_file: bool = False
     """Whether it is loaded from single files too."""
     converted: bool = False
@@ -59,6 +61,7 @@ class Kind:
 
 TASKS = "latentdiff.pipelines.tasks"
 LIKE_STABLE_DIFFUSION: dict[str, Any] = {"interchangeable": True, "single_file": True, "converted": True}
+LIKE_SDXL: dict[str, Any] = {"interchangeable": True, "family": "SDXL", "single_file": True}
 KINDS: list[Kind] = [
     Kind(
         "TextToImagePipeline",
@@ -105,6 +108,24 @@ KINDS: list[Kind] = [
         pictures=("image",),
         converted=True,
     ),
+    Kind("SDXLTextToImagePipeline", f"{TASKS}.sdxl", ("StableDiffusionXLPipeline",), "text", **LIKE_SDXL),
+    Kind(
+        "SDXLImageToImagePipeline",
+        f"{TASKS}.sdxl",
+        ("StableDiffusionXLImg2ImgPipeline",),
+        "text",
+        pictures=("image",),
+        **LIKE_SDXL,
+    ),
+    Kind(
+        "SDXLInpaintPipeline",
+        f"{TASKS}.sdxl",
+        ("StableDiffusionXLInpaintPipeline",),
+        "text",
+        further_channels=("none", "mask and latents"),
+        pictures=("image", "mask_image"),
+        **LIKE_SDXL,
+    ),
     Kind("ClassConditionalPipeline", f"{TASKS}.class_conditional", ("ClassConditionalPipeline",), "class"),
     Kind("UnconditionalPipeline", f"{TASKS}.unconditional", ("DDPMPipeline", "DDIMPipeline", "LDMPipeline"), "none"),
 ]
@@ -130,6 +151,25 @@ def find_kind(name: str) -> Kind:
 def kind_saved_as(class_name: str) -> Kind | None:
     """The kind that loads folders with this ``_class_name``."""
     return next((kind for kind in KINDS if class_name in kind.saved_as), None)
+
+
+def kind_of_family(class_name: str, saved_as: object) -> Kind | None:
+    """The kind that does for folders of another family what the class of that name does for its own.
+
+    Args:
+        saved_as: ``_class_name`` in the folder.
+
+    Returns:
+        None if both are of one family, or either is in none.
+    """
+    own = next((kind for kind in KINDS if kind.name == class_name), None) or kind_saved_as(class_name)
+    theirs = kind_saved_as(str(saved_as))
+    if own is None or theirs is None or not (own.interchangeable and theirs.interchangeable):
+        return None
+    if own.family == theirs.family:
+        return None
+    alike = (kind for kind in KINDS if kind.family == theirs.family and kind.interchangeable)
+    return next((kind for kind in alike if kind.pictures == own.pictures), None)
 
 
 def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
@@ -161,7 +201,8 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
                 f"a {own.name} takes {takes} besides the prompt, and {' and '.join(sorted(wanted)) or 'none'} was given"
             )
     fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
-    return next((kind for kind in fitting if kind.interchangeable), fitting[0])
+    family = KINDS[0].family if own is None else own.family
+    return next((kind for kind in fitting if kind.interchangeable and kind.family == family), fitting[0])
 
 
 def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -> Kind:
@@ -189,4 +230,5 @@ def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -
 
 def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:
     """The kinds in single files whose UNet takes this many channels."""
-    return [kind for kind in KINDS if kind.single_file and kind.fits(unet_channels, latent_channels)]
+    known = [kind for kind in KINDS if kind.single_file and kind.converted]
+    return [kind for kind in known if kind.fits(unet_channels, latent_channels)]

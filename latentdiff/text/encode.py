@@ -27,18 +27,25 @@ class Prompts:
 
     Args:
         prompt_embeds, negative_prompt_embeds: (P, L, D), instead of texts.
+        pooled_prompt_embeds, negative_pooled_prompt_embeds: (P, D'), with those, for SDXL.
 
     Raises:
         TypeError: a prompt is not a string nor a list of strings.
-        ValueError: a prompt and its embeddings are both given, or neither.
+        ValueError: a prompt and its embeddings are both given, or neither; or a pooled embedding without the others.
     """
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for side in ("", "negative_"):
+            pooled, states = getattr(self, f"{side}pooled_prompt_embeds"), getattr(self, f"{side}prompt_embeds")
+            if pooled is not None and (states is None or len(states) != len(pooled)):
+                raise ValueError(f"{side}pooled_prompt_embeds needs {side}prompt_embeds of as many prompts with it")
         for name in ("prompt", "negative_prompt"):
             if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
                 raise ValueError(f"give either {name} or {name}_embeds, not both")
@@ -67,12 +74,15 @@ class Prompts:
         """
         texts, negatives = self.texts, self._negatives() if guided else []
         chunks = conditioner.chunks([*(texts or []), *negatives])
-        positive = Conditioning(states=self.prompt_embeds) if texts is None else conditioner(texts, chunks)
+        given = Conditioning(states=self.prompt_embeds, pooled=self.pooled_prompt_embeds)
+        positive = given if texts is None else conditioner(texts, chunks)
         shape = states_shape("prompt_embeds", positive)
         if not guided:
             return GuidedConditioning(positive)
-        negative = Conditioning(states=self.negative_prompt_embeds)
-        if self.negative_prompt_embeds is None:
+        negative = Conditioning(states=self.negative_prompt_embeds, pooled=self.negative_pooled_prompt_embeds)
+        if self.negative_prompt_embeds is None and self.negative_prompt is None and conditioner.zeros_for_none:
+            negative = Conditioning(**{name: torch.zeros_like(tensor) for name, tensor in positive.items()})
+        elif self.negative_prompt_embeds is None:
             encoder = conditioner.without_skip()
             if texts is None:
                 encoder, chunks = encoder.of_length(shape[1])
@@ -120,6 +130,7 @@ class TextConditioner:
         long_prompts: what becomes of a prompt longer than L: ``"cut"``, or ``"chunk"``, encoded in parts, one after the
             other, each with the special tokens of a whole one.
         warn: log what is cut.
+        zeros_for_none: where no negative prompt is given, zeros stand for its conditions; "" is encoded.
 
     Raises:
         ValueError: another ``long_prompts``.
@@ -133,6 +144,7 @@ class TextConditioner:
     prompt_weights: bool = False
     long_prompts: Literal["cut", "chunk"] = "cut"
     warn: bool = True
+    zeros_for_none: bool = False
 
     def __post_init__(self) -> None:
         if self.long_prompts not in LONG_PROMPTS:

@@ -22,6 +22,10 @@ UNSUPPORTED = ("ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments of diffusers' calls that must be None."""
 
 
+LONGEST_SIDE = 65536
+"""Pixels; a UNet may be told no longer one."""
+
+
 # Numbers of any library, NumPy's and torch's scalars among them
 
 
@@ -100,6 +104,14 @@ def are_several(value: Any) -> bool:
     return bool(getattr(value, "ndim", 0)) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
+def side_lengths(value: Any, name: str, least: int = 1) -> tuple[int, int]:
+    """Raises ValueError for what is not (height, width) in pixels."""
+    sides = tuple(whole_number(one, name) for one in value) if are_several(value) else ()
+    if len(sides) != 2 or not all(least <= side <= LONGEST_SIDE for side in sides):
+        raise ValueError(f"{name} must be two whole numbers from {least} to {LONGEST_SIDE}, not {value!r}")
+    return sides[0], sides[1]
+
+
 def noise_levels(value: Any, name: str) -> tuple[float, float]:
     """Raises ValueError for what is not two numbers."""
     levels = one_or_more(partial(real_number, infinite=True))(value, name)
@@ -158,6 +170,23 @@ class TextExtras(Extras, total=False):
     """Draw this many pictures of each prompt, and keep the ``num_images_per_prompt`` with the best CLIP score."""
     reranker: Any
     """A ``ClipScore``, or where to load one from; by default the pipeline's ``reranker``."""
+
+    pooled_prompt_embeds: Tensor | None
+    """SDXL: (prompts, D'), with ``prompt_embeds``."""
+    negative_pooled_prompt_embeds: Tensor | None
+    """SDXL: (prompts, D'), with ``negative_prompt_embeds``."""
+    original_size: Sequence[int] | None
+    """SDXL: (height, width) of the picture to draw before it was scaled and cut; by default what is drawn."""
+    crops_coords_top_left: Sequence[int] | None
+    """SDXL: (top, left), how much was cut there; by default (0, 0), nothing."""
+    target_size: Sequence[int] | None
+    """SDXL: (height, width) of the picture; by default what is drawn."""
+    negative_original_size: Sequence[int] | None
+    """SDXL: the same of what to keep away from; by default as above."""
+    negative_crops_coords_top_left: Sequence[int] | None
+    """By default as above; (0, 0) if both other negative ones are given."""
+    negative_target_size: Sequence[int] | None
+    """By default as above."""
 
 
 class PictureExtras(TextExtras, total=False):
@@ -237,6 +266,20 @@ class TextOptions(GuidedOptions):
     long_prompts: Literal["cut", "chunk"] = "cut"
     candidates: Annotated[int | None, positive_whole] = None
     reranker: Any = None
+    pooled_prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
+    negative_pooled_prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
+    original_size: Annotated[tuple[int, int] | None, side_lengths] = None
+    crops_coords_top_left: Annotated[tuple[int, int] | None, partial(side_lengths, least=0)] = None
+    target_size: Annotated[tuple[int, int] | None, side_lengths] = None
+    negative_original_size: Annotated[tuple[int, int] | None, side_lengths] = None
+    negative_crops_coords_top_left: Annotated[tuple[int, int] | None, partial(side_lengths, least=0)] = None
+    negative_target_size: Annotated[tuple[int, int] | None, side_lengths] = None
+
+    @property
+    def sdxl(self) -> dict[str, Any]:
+        """What only SDXL takes and was given."""
+        names = [name for name in TextExtras.__annotations__ if name.endswith(("_size", "_left")) or "pooled" in name]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def lora_scale(self) -> float | None:

@@ -14,12 +14,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from latentdiff.interchange.atomic import allow_as_usual, failures_named, json_text
-from latentdiff.interchange.folders import check_pipeline_folder, find_model
+from latentdiff.interchange.folders import check_pipeline_folder, find_model, read_json
 from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import real_number, whole_number
-from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY
+from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY, kind_of_family
 from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
 from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
 from latentdiff.pipelines.storage.loading import (
@@ -52,10 +52,14 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
     usual_defaults: ClassVar[dict[str, Any]] = DEFAULTS
     unet_classes: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     """Of a folder's UNet."""
+    for_runtimes: ClassVar[bool] = True
+    """Whether other runtimes than torch can run its networks."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any) -> Self:
         """Load a pipeline: a packaged model by its name, a folder, or an ``owner/name`` on the hub.
+
+        What the folder holds decides the class: of an SDXL folder this is the class for SDXL that does the same.
 
         Args:
             pretrained_model_name_or_path: None stands for the packaged default model.
@@ -73,13 +77,20 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             TypeError: an unknown option.
             OSError: the hub cannot be asked, or has no such model.
         """
+        source = pretrained_model_name_or_path
+        folder = find_model(source)
+        if folder is not None and (own := cls.of_folder(folder)) is not cls:
+            return own.from_pretrained(folder, **options)
         refuse_options(cls, options)
         runtime = runtime_of(options)
         device = options.pop("device_map", None)
-        source = pretrained_model_name_or_path
-        folder = find_model(source)
         if folder is None:
             folder = Path(cls.download(str(source), **{**options, "use_safetensors": True}))
+            if (own := cls.of_folder(folder)) is not cls:
+                again = {"runtime": runtime, "device_map": device}
+                return own.from_pretrained(folder, **options, **{k: v for k, v in again.items() if v is not None})
+        if runtime is not None and not cls.for_runtimes:
+            raise ValueError(f"runtime={runtime!r}: {cls.__name__} is drawn with by torch only; leave runtime out")
         if runtime is not None:
             from latentdiff.pipelines.runtime.prepared import load
 
@@ -99,10 +110,34 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             if pipeline is None:
                 options |= {**networks, "dtype": dtype, "use_safetensors": True}
                 pipeline = super().from_pretrained(str(folder), **options)
-            if "tokenizer" in wanted and getattr(pipeline, "tokenizer", None) is not None:
-                check_vocabulary(pipeline.tokenizer, str(folder / "tokenizer"), pipeline.text_encoder)
+            for number in ("", "_2"):
+                tokenizer = getattr(pipeline, f"tokenizer{number}", None)
+                if f"tokenizer{number}" in wanted and tokenizer is not None:
+                    encoder = getattr(pipeline, f"text_encoder{number}")
+                    check_vocabulary(tokenizer, str(folder / f"tokenizer{number}"), encoder)
             pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> type[Self]:
+        """This class, or the one that does the same for the family of models that the folder is of.
+
+        Raises:
+            ValueError: the folder is of another family than this class is for.
+        """
+        file = folder / "model_index.json"
+        index = read_json(file) if file.is_file() else {}
+        saved_as = index.get("_class_name")
+        kind = kind_of_family(cls.__name__, saved_as)
+        if kind is None:
+            return cls
+        found: type[Self] = kind.load()
+        if not issubclass(found, cls):
+            raise ValueError(
+                f"{folder} is of a {saved_as}, which {cls.__name__} cannot draw with: it is for another family of "
+                f"models, with other text encoders; load it with {kind.name}"
+            )
+        return found
 
     @classmethod
     def assembled(cls, folder: Path, index: dict[str, Any], networks: dict[str, Any]) -> Self | None:
@@ -143,6 +178,11 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         Raises:
             ValueError: `pipeline` lacks a component.
         """
+        kind = kind_of_family(cls.__name__, type(pipeline).__name__)
+        if kind is None:  # our classes are kinds by their own name
+            kind = kind_of_family(cls.__name__, getattr(pipeline, "saved_class_name", None))
+        if kind is not None and issubclass(own := kind.load(), cls):
+            return own.from_pipe(pipeline, **options)
         if options.get("dtype") is None and options.get("torch_dtype") is None:
             options = {**options, "dtype": AS_IT_IS, "torch_dtype": None}
         return super().from_pipe(pipeline, **options)
@@ -265,7 +305,7 @@ def tidy_configs(folder: Path) -> None:
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        if file.parent.name == "text_encoder":
+        if file.parent.name.startswith("text_encoder"):
             config["dtype"] = "float32"
         file.write_text(json_text(config), encoding="utf-8")
 

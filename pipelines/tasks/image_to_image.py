@@ -83,4 +83,4 @@ class ImageToImagePipeline(TextPipeline):
         start = call.start_latents(pixels)
         noise = call.first_noise(tuple(start.shape)).to(start)
         latents = call.sampler.noised(start, noise, schedule[0])
-        return (yield from call.draw(call.denoiser(), latents, schedule))
+        return (yield from call.draw(call.denoiser(latents=latents), latents, schedule))

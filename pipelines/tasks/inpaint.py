@@ -152,7 +152,8 @@ class InpaintPipeline(TextPipeline):
         schedule = call.timesteps(options.strength)
         first = call.first_painting(canvas, call.latents_shape(*canvas.mask.shape[-2:]), schedule, plain)
         keep = None if call.start is None or not plain else call.keep
-        output = yield from call.draw(call.denoiser(call.painted_conditioning()), first, schedule, keep)
+        denoiser = call.denoiser(call.painted_conditioning(), latents=first)
+        output = yield from call.draw(denoiser, first, schedule, keep)
         return output if canvas.crop is None else self._put_back(output, canvas)
 
     def _canvas(self, options: MaskOptions) -> Canvas:

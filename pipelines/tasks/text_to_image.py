@@ -134,6 +134,18 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
         with loras_at(lora_scale, self.text_encoder):
             return prompts.encode(conditioner, guided)
 
+    def with_sizes(
+        self, conditioning: GuidedConditioning, options: TextOptions, height: int, width: int
+    ) -> GuidedConditioning:
+        """With the sizes of pictures of this height and width, for a kind whose UNet takes them.
+
+        Raises:
+            ValueError: the call says something that only such a UNet takes.
+        """
+        for name in options.sdxl:
+            raise ValueError(f"{name} is for SDXL, and this is a {type(self).__name__}; leave it out")
+        return conditioning
+
 
 class TextCall(Call):
     """A call with prompts: B images, for each prompt in turn ``num_images_per_prompt``, or as many candidates.
@@ -157,7 +169,12 @@ class TextCall(Call):
         self.lora_scale = options.lora_scale
         self.kept = options.num_images_per_prompt or 1
         prompts = Prompts(
-            options.prompt, options.negative_prompt, options.prompt_embeds, options.negative_prompt_embeds
+            options.prompt,
+            options.negative_prompt,
+            options.prompt_embeds,
+            options.negative_prompt_embeds,
+            options.pooled_prompt_embeds,
+            options.negative_pooled_prompt_embeds,
         )
         super().__init__(pipeline, options, len(prompts), options.candidates or self.kept)
         self.view._clip_skip = options.clip_skip
@@ -166,9 +183,18 @@ class TextCall(Call):
         conditioning = pipeline.condition(prompts, conditioner, self.guidance.active, self.lora_scale)
         self.conditioning = conditioning.to(self.device, pipeline.unet.dtype).repeat(self.per_item)
 
-    def denoiser(self, conditioning: GuidedConditioning | None = None, **options: Any) -> GuidedDenoiser:
-        """The UNet with this call's prompts and guidance; `conditioning`: with more than that."""
-        return super().denoiser(conditioning or self.conditioning, lora_scale=self.lora_scale, **options)
+    def denoiser(
+        self, conditioning: GuidedConditioning | None = None, latents: Tensor | None = None, **options: Any
+    ) -> GuidedDenoiser:
+        """The UNet with this call's prompts and guidance; `conditioning`: with more than that.
+
+        latents: (B, C, h, w), of the size of the pictures, for a kind that tells its UNet that.
+        """
+        conditioning = conditioning or self.conditioning
+        if latents is not None:
+            height, width = (side * self.codec.factor for side in latents.shape[-2:])
+            conditioning = self.pipeline.with_sizes(conditioning, self.options, height, width)
+        return super().denoiser(conditioning, lora_scale=self.lora_scale, **options)
 
     def start_latents(self, pixels: Tensor) -> Tensor:
         """Given pictures (P, 3, H, W), or latents, as the scaled latents (B, C, h, w) of the images.
@@ -279,4 +305,4 @@ class TextToImagePipeline(TextPipeline):
         call = self.call_class(self, options)
         schedule = call.timesteps()
         latents = call.first_latents(call.latents_shape(*size))
-        return (yield from call.draw(call.denoiser(), latents, schedule))
+        return (yield from call.draw(call.denoiser(latents=latents), latents, schedule))

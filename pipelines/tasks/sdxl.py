@@ -1,0 +1,218 @@
+"""SDXL (Podell et al. 2023): two text encoders, and a UNet that is told how its pictures were scaled and cut."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import diffusers
+import torch
+from torch import Tensor
+
+from latentdiff.conditioning import GuidedConditioning
+from latentdiff.models import UNet2DConditionModel
+from latentdiff.pipelines.core.call_options import TextOptions, positive_whole, refuse
+from latentdiff.pipelines.core.pipeline import AnyAutoencoder
+from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
+from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
+from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
+from latentdiff.pipelines.tasks.text_to_image import TextPipeline, TextToImagePipeline
+from latentdiff.text.encode import Prompts, TextConditioner
+from latentdiff.text.two_encoders import JointTextConditioner
+
+USUAL = {"num_inference_steps": 50, "guidance_scale": 5.0}  # of diffusers' StableDiffusionXLPipeline
+
+
+class SDXLPipeline(TextPipeline):
+    """What SDXL's pipelines have besides Stable Diffusion's: `TextToImagePipeline` and its relatives say how to call.
+
+    ``TextToImagePipeline.from_pretrained`` of an SDXL folder gives such a pipeline. A call takes ``original_size``,
+    ``crops_coords_top_left``, ``target_size`` and ``pooled_prompt_embeds``, with the negative ones, too: see
+    ``TextExtras``.
+
+    Args:
+        vae: in half precision one whose config says ``force_upcast`` is brought to float32, where alone it is finite.
+        text_encoder, tokenizer: CLIP's; both None in a model with the second encoder alone.
+        text_encoder_2, tokenizer_2: CLIP's with a projection, which makes the pooled embedding.
+        unet: with ``addition_embed_type="text_time"``.
+        scheduler: any of diffusers' with ``step``.
+        image_encoder, feature_extractor: must be None (no IP-Adapter).
+        force_zeros_for_empty_prompt: zeros stand for a negative prompt that is not given.
+        add_watermarker: must not be true.
+
+    Raises:
+        ValueError: components that do not fit together.
+    """
+
+    text_encoder_2: Any
+    tokenizer_2: Any
+    safety_checker: Any = None
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    usual_defaults: ClassVar[dict[str, Any]] = USUAL
+    for_runtimes: ClassVar[bool] = False
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "image_encoder", "feature_extractor"]
+
+    def __init__(
+        self,
+        vae: AnyAutoencoder,
+        text_encoder: torch.nn.Module | None,
+        text_encoder_2: torch.nn.Module,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,
+        scheduler: Any,
+        image_encoder: torch.nn.Module | None = None,
+        feature_extractor: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        super(TextPipeline, self).__init__()
+        refuse(
+            image_encoder=image_encoder, feature_extractor=feature_extractor, add_watermarker=add_watermarker or None
+        )
+        if unet is not None and getattr(unet.config, "addition_embed_type", None) != "text_time":
+            raise ValueError(
+                f"a {type(self).__name__} needs a UNet with addition_embed_type='text_time', and this one has "
+                f"{getattr(unet.config, 'addition_embed_type', None)!r}: it is not SDXL's"
+            )
+        if text_encoder_2 is not None and not hasattr(text_encoder_2, "text_projection"):
+            raise ValueError(
+                f"text_encoder_2 must be a CLIPTextModelWithProjection, whose pooled embedding the UNet takes, not a "
+                f"{type(text_encoder_2).__name__}"
+            )
+        if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            vae.to(torch.float32)
+        self.register_parts(
+            scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, **options: Any) -> Self:
+        """Load from a file that ``save_single_file`` wrote; Stability's own single files are not read yet."""
+        return super(SingleFilePipeline, cls).from_single_file(source, **options)
+
+    def load_lora_weights(self, *args: Any, **options: Any) -> Any:
+        """Raises ValueError: LoRAs for SDXL cannot be loaded yet."""
+        raise ValueError(f"LoRAs cannot be loaded into a {type(self).__name__} yet; draw with them in diffusers")
+
+    def load_textual_inversion(self, *args: Any, **options: Any) -> None:
+        """Raises ValueError: words of textual inversion cannot be loaded into two encoders yet."""
+        raise ValueError(f"embeddings cannot be loaded into a {type(self).__name__} yet; draw with them in diffusers")
+
+    @torch.no_grad()
+    def encode_prompt(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        *,
+        prompt_weights: bool = False,
+        long_prompts: Literal["cut", "chunk"] = "cut",
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """States (B, L, D) of prompts and negative prompts, then the pooled embeddings (B, D') of both; as a call
+        makes them and, in this order, diffusers' method of this name.
+
+        Raises:
+            TypeError, ValueError: see `Prompts`.
+        """
+        conditioner = self.conditioner(device or self._execution_device, clip_skip, prompt_weights, long_prompts)
+        conditioning = self.condition(
+            Prompts(prompt, negative_prompt), conditioner, do_classifier_free_guidance, lora_scale
+        ).repeat(positive_whole(num_images_per_prompt, "num_images_per_prompt"))
+        positive, negative = conditioning.positive, conditioning.negative
+        if negative is None:
+            return positive.states, None, positive.pooled, None
+        return positive.states, negative.states, positive.pooled, negative.pooled
+
+    def conditioner(
+        self,
+        device: torch.device,
+        clip_skip: int | None = None,
+        prompt_weights: bool = False,
+        long_prompts: Literal["cut", "chunk"] = "cut",
+    ) -> JointTextConditioner:
+        """Of both text encoders."""
+        return JointTextConditioner(
+            self.tokenizer_2,
+            self.text_encoder_2,
+            device,
+            clip_skip=clip_skip,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
+            zeros_for_none=bool(self.config.force_zeros_for_empty_prompt),
+            first=None if self.text_encoder is None else (self.tokenizer, self.text_encoder),
+        )
+
+    def condition(
+        self, prompts: Prompts, conditioner: TextConditioner, guided: bool, lora_scale: float | None = None
+    ) -> GuidedConditioning:
+        """The conditions of P images, one of each prompt, but for the sizes.
+
+        Raises:
+            ValueError: states are given without the pooled embedding.
+        """
+        found = super().condition(prompts, conditioner, guided, lora_scale)
+        for side, part in (("", found.positive), ("negative_", found.negative)):
+            if part is not None and part.pooled is None:
+                raise ValueError(
+                    f"{side}prompt_embeds are given without {side}pooled_prompt_embeds, which SDXL's UNet takes too; "
+                    f"encode_prompt gives both"
+                )
+        return found
+
+    def with_sizes(
+        self, conditioning: GuidedConditioning, options: TextOptions, height: int, width: int
+    ) -> GuidedConditioning:
+        """With original size, crop and target size, (P, 6); see ``TextExtras`` for the defaults."""
+        drawn = (height, width)
+        original, target = options.original_size or drawn, options.target_size or drawn
+        crop = options.crops_coords_top_left or (0, 0)
+        both = options.negative_original_size is not None and options.negative_target_size is not None
+        without = (
+            *(options.negative_original_size or original),
+            *(options.negative_crops_coords_top_left or ((0, 0) if both else crop)),
+            *(options.negative_target_size or target),
+        )
+        sides = [(conditioning.positive, (*original, *crop, *target)), (conditioning.negative, without)]
+        positive, negative = (
+            None if part is None else part.replace(time_ids=told(numbers, part.pooled)) for part, numbers in sides
+        )
+        assert positive is not None
+        return GuidedConditioning(positive, negative)
+
+
+def told(numbers: tuple[int, ...], pooled: Tensor | None) -> Tensor:
+    """The same numbers for each of B images, (B, N), where their pooled embeddings are."""
+    assert pooled is not None
+    return torch.tensor(numbers, dtype=torch.float32, device=pooled.device).expand(len(pooled), -1)
+
+
+class SDXLTextToImagePipeline(SDXLPipeline, TextToImagePipeline):
+    """`TextToImagePipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLPipeline``."""
+
+    saved_class_name = "StableDiffusionXLPipeline"
+
+
+class SDXLImageToImagePipeline(SDXLPipeline, ImageToImagePipeline):
+    """`ImageToImagePipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLImg2ImgPipeline``."""
+
+    saved_class_name = "StableDiffusionXLImg2ImgPipeline"
+
+
+class SDXLInpaintPipeline(SDXLPipeline, InpaintPipeline):
+    """`InpaintPipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLInpaintPipeline``."""
+
+    saved_class_name = "StableDiffusionXLInpaintPipeline"
+    usual_defaults: ClassVar[dict[str, Any]] = {**USUAL, "guidance_scale": 7.5}
