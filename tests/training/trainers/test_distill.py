@@ -226,7 +226,7 @@ def test_teachers_that_cannot_be(pictures: Path, tmp_path: Path) -> None:
     flow = tiny_pipeline("clip")
     flow.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     flow.save_pretrained(tmp_path / "flow")
-    with pytest.raises(ValueError, match=r"FlowMatch|beta"):
+    with pytest.raises(ValueError, match=r"is of the flow process"):
         run(tmp_path / "flow", tmp_path / "out", data=str(pictures))
     assert not (tmp_path / "out").exists()
 
