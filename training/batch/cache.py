@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.shared_cache import Hold, exclusive, trim
+from latentdiff.training.loop.estimate import ProgressLines
 
 logger = logging.getLogger(__name__)
 
@@ -271,10 +272,18 @@ def fill(
     batches = plan(share(keys, accelerator.process_index, accelerator.num_processes), missing, batch_size, kind)
     total = sum(map(len, batches))
     hidden = True if not accelerator.is_main_process or not total else None  # None: unless there is no terminal
-    with ShardWriter(store) as writer, tqdm(total=total, desc=f"encoding {things}", disable=hidden) as bar:
-        for tensors in encode(batches):
-            writer.add(tensors)
-            bar.update(len(tensors))
+    progress = ProgressLines(total, f"{things} encoded")
+    try:
+        with ShardWriter(store) as writer, tqdm(total=total, desc=f"encoding {things}", disable=hidden) as bar:
+            for tensors in encode(batches):
+                writer.add(tensors)
+                bar.update(len(tensors))
+                progress.update(len(tensors), accelerator.is_main_process and bool(bar.disable))
+    except (KeyboardInterrupt, SystemExit):
+        if accelerator.is_main_process:
+            kept = len(keys) - len(store.missing(keys))
+            logger.warning("stopped while encoding; %d of %d %s are encoded and kept", kept, len(keys), things)
+        raise
     accelerator.wait_for_everyone()
     store.claim(keys)
     if accelerator.is_main_process:

@@ -107,7 +107,10 @@ class LatentCache:
         def size(key: str) -> tuple[int, int]:
             return by_key[key][1].width, by_key[key][1].height
 
-        fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things="pictures")
+        count = len({picture.digest for picture, _ in by_key.values()})
+        mirrored = ", as they are and mirrored," if any(view.flip for _, view in by_key.values()) else ""
+        things = "pictures" if count == len(by_key) else f"views of {count} pictures{mirrored}"
+        fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things=things)
 
 
 def load(by_key: Mapping[str, PictureView], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:

@@ -85,7 +85,7 @@ def continued(kind: type[SettingsT], values: dict[str, Any]) -> SettingsT:
     output = Path(values["output"])
     if not any((output.expanduser() / "training" / "checkpoints").glob("step-*")):
         return kind.of(values)
-    from latentdiff.training.loop.output_folder import given_before, is_usual
+    from latentdiff.training.loop.output_folder import check_resumable, given_before, is_usual
 
     assert issubclass(kind, RunSettings)
     before = {key: value for key, value in given_before(output, kind).items() if key not in values}
@@ -96,6 +96,7 @@ def continued(kind: type[SettingsT], values: dict[str, Any]) -> SettingsT:
             kind, output, {key: before[key] for key in before if kind.model_fields[key].is_required()} | values
         )
         raise ValueError(f"{error}\nWhat was not given is as the run in {output} has it: {', '.join(before)}") from None
+    check_resumable(output.expanduser() / "training", settings, {}, settings.unsettled)
     taken = [f"{key}={value}" for key, value in before.items() if not is_usual(kind, key, value)]
     if taken and is_first_process():
         shown = ", ".join(taken)
@@ -150,16 +151,25 @@ def train_and_say(what: str, train: Callable[[RunT], Path], settings: RunT, dry:
     """
     from latentdiff.training.loop.checkpoints import step_reached
     from latentdiff.training.loop.estimate import dry_run
+    from latentdiff.training.loop.stopping import in_order
+
+    def stopped(reason: str) -> None:
+        step = step_reached(Path(settings.output))
+        where = f"; the run is saved up to step {step}" if step else " before a step was saved"
+        if is_first_process():
+            say(f"Stopped by {reason}{'' if dry else where}. Repeat the command to go on", err=True)
 
     if dry:
-        dry_run(train, settings)
+        with in_order(stopped):
+            dry_run(train, settings)
         if is_first_process():
             say(
                 f"Nothing was written in {settings.output}. There would be the {what}, its README.md, and in training/ "
                 f"checkpoints, samples, curves.png, metrics.jsonl and settings.yaml"
             )
         return
-    output = train(settings)
+    with in_order(stopped):
+        output = train(settings)
     if is_first_process() and step_reached(output) >= settings.max_steps:
         say(f"The {what} is in {output}")
 

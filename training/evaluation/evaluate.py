@@ -315,7 +315,7 @@ def note_in_card(settings: EvaluationSettings, report: dict[str, Any]) -> None:
 
 def short_table(report: Mapping[str, Any]) -> list[str]:
     """What was compared, and one line for each figure."""
-    rows = [(NAMES[name], f"{value:.4g}") for name, value in worth_showing(report).items()]
+    rows = [(label(name, report), f"{value:.4g}") for name, value in worth_showing(report).items()]
     width = max(len(name) for name, _ in rows)
     return [
         f"{compared(report)}, features: {report['extractor']['name']}",
@@ -330,6 +330,13 @@ def worth_showing(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in report["metrics"].items() if not (few and name in ("precision", "recall"))}
 
 
+def label(name: str, report: Mapping[str, Any]) -> str:
+    """What a figure is, and whether it is one of too few pictures."""
+    fewest = min(report["drawn"]["pictures"], report["data"]["pictures"])
+    few = name in ("fid", "frechet_distance") and fewest <= report["extractor"]["dimensions"]
+    return NAMES[name] + ", of too few pictures" * few
+
+
 def compared(report: Mapping[str, Any]) -> str:
     data, drawn = report["data"], report["drawn"]
     return f"{drawn['pictures']:,} drawn pictures, {data['pictures']:,} real ones of {data['name']} ({data['split']})"
@@ -338,7 +345,7 @@ def compared(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """A section of a card."""
     data, drawn, extractor = report["data"], report["drawn"], report["extractor"]
-    rows = "\n".join(f"| {NAMES[name]} | {value:.6g} |" for name, value in worth_showing(report).items())
+    rows = "\n".join(f"| {label(name, report)} | {value:.6g} |" for name, value in worth_showing(report).items())
     lines = [
         f"Pictures drawn: {drawn['pictures']:,}, {drawn['width']}x{drawn['height']}, seeds from {drawn['seed']}, "
         f"{drawn['num_inference_steps']} steps of {drawn['scheduler']}, guidance {drawn['guidance_scale']:g}, "

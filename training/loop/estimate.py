@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 FEW = 8  # pictures that a dry run takes, of each kind
 LONG_ENOUGH, MANY_ENOUGH = 10.0, 20  # seconds or updates, after which the pace is known
 SOON = 60.0  # seconds for samples that are drawn besides the plan: before training, and soon after its beginning
+FIRST_LINE, LATER_LINES = 5.0, 30.0  # seconds until the first line about a long work, and between later ones
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
@@ -170,6 +171,28 @@ def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that there is."""
     path = path.expanduser().absolute()
     return next(one for one in (path, *path.parents) if one.exists())
+
+
+class ProgressLines:
+    """Says now and then how much of a work is done and how long the rest takes, where no bar shows it.
+
+    Args:
+        total: of the work.
+        what: is done, such as "pictures encoded".
+    """
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.done = total, what, 0
+        self.began, self.due = time.monotonic(), FIRST_LINE
+
+    def update(self, count: int, says: bool) -> None:
+        """Count what was done; says: whether this is where lines are wanted."""
+        self.done += count
+        passed = time.monotonic() - self.began
+        if says and self.done < self.total and passed >= self.due:
+            left = duration(passed / self.done * (self.total - self.done))
+            logger.info("%d of %d %s, about %s left", self.done, self.total, self.what, left)
+            self.due = passed + LATER_LINES
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,7 @@ CURVES = {
 """The figures that are drawn, where a run has them."""
 WIDTH, HEIGHT, MARGINS = 880, 560, (130, 60, 850, 500)  # of a panel before it is halved: left, top, right, bottom
 TICKS = 5
+LEAST = 64  # the least longer side of a picture on a sheet; smaller ones are enlarged
 CELL, LINES, LINE = 128, 3, 13  # the least width of a labelled picture; lines of a label, and the height of one
 
 
@@ -29,12 +31,15 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image | None:
         found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         points = [(step, value) for step, value in found if math.isfinite(value)]
         if points:
-            panels.append(panel(title, points))
+            panels.append(panel(title, points, in_steps=name == "learning_rate"))
     return image_grid(panels, 2) if panels else None
 
 
-def panel(title: str, points: Sequence[tuple[float, float]]) -> Image.Image:
-    """One curve through (step, value), in the order of their steps."""
+def panel(title: str, points: Sequence[tuple[float, float]], in_steps: bool = False) -> Image.Image:
+    """One curve through (step, value), in the order of their steps.
+
+    in_steps: a value holds until the next one, rather than the curve sloping to it.
+    """
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=22)
     left, top, right, bottom = MARGINS
@@ -55,7 +60,8 @@ def panel(title: str, points: Sequence[tuple[float, float]]) -> Image.Image:
         pen.text((x, bottom + 12), str(step), "black", font, "mt")
     pen.text(((left + right) / 2, top / 2), f"{title} by step", "black", font, "mm")
     places = [place(*point) for point in points]
-    pen.line(places, "#1f77b4", 4, "curve")
+    corners = [corner for (x, y), after in pairwise(places) for corner in ((x, y), (after[0], y))] + places[-1:]
+    pen.line(corners if in_steps else places, "#1f77b4", 4, "curve")
     for x, y in places if len(places) < 40 else places[-1:]:
         pen.ellipse((x - 5, y - 5, x + 5, y + 5), "#1f77b4")
     return image.reduce(2)
@@ -71,6 +77,10 @@ def comparison_sheet(
         captions: below the last row, cut off after `LINES` lines.
     """
     sizes = [image.size for row in rows.values() for image in row if image is not None]
+    times = math.ceil(LEAST / max(map(max, sizes)))
+    if times > 1:
+        large = {name: [image and enlarged(image, times) for image in row] for name, row in rows.items()}
+        return comparison_sheet(large, captions, columns)
     width, height = max(CELL, *(size[0] for size in sizes)), max(size[1] for size in sizes)
     cells: list[Image.Image] = []
     for start in range(0, len(captions), columns):
@@ -80,6 +90,11 @@ def comparison_sheet(
             images = [row[i] or Image.new("RGB", (width, height), "#eeeeee") for row in rows.values()]
             cells.append(cell(images, captions[i], width))
     return image_grid(cells, columns + (len(rows) > 1))
+
+
+def enlarged(image: Image.Image, times: int) -> Image.Image:
+    """`image` with each pixel a square of `times` x `times`."""
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def cell(images: Sequence[Image.Image], caption: str, width: int) -> Image.Image:

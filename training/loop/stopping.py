@@ -14,11 +14,45 @@ from accelerate import Accelerator
 
 SAME = 1.0  # seconds within which a second Ctrl-C is the first, which a terminal and a launcher both send
 FIRST_LOOK = 60.0  # seconds after which a run that has shown nothing yet draws samples
+LEFT_OUT = b"\nStopping: the samples are left out, and what was trained is saved.\n"
 ANSWER = b"\nStopping: the step under way is finished, and all is saved. Ctrl-C again leaves without that.\n"
 
 
 class Interrupted(BaseException):
     """A signal came during what can be left undone, such as samples."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came where no run heeds it."""
+
+
+def _terminate(number: int, _frame: Any) -> None:
+    raise Terminated(128 + number)
+
+
+@contextmanager
+def in_order(say: Callable[[str], object]) -> Iterator[None]:
+    """Within, a stop that no run has spoken of is said: what stopped the program goes to `say`.
+
+    SIGTERM ends a lone process as Ctrl-C does, so that what was encoded is kept; one of several may wait for the others
+    where no signal is heard, and dies at once.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    heeds = alone and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if heeds:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except Terminated:
+        say("SIGTERM")
+        raise
+    except KeyboardInterrupt as stop:
+        if not stop.args:  # see `Stopping.leave`
+            say("Ctrl-C")
+        raise
+    finally:
+        if heeds:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stopping:
@@ -52,7 +86,7 @@ class Stopping:
     def leave(self) -> None:
         """End the program as the signal would have done, if it was one; see `TrainingRun.finish`."""
         if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("the run has stopped")
         if self.signal:
             raise SystemExit(128 + self.signal)
 
@@ -94,7 +128,7 @@ class Stopping:
             self.signal, self._asked = number, time.monotonic()
             if self.accelerator.is_main_process and sys.stderr is not None:
                 with suppress(OSError):  # a terminal that has gone; not print, which a signal may have interrupted
-                    os.write(2, ANSWER)
+                    os.write(2, LEFT_OUT if self._interruptible else ANSWER)
         if self._interruptible:
             self._interruptible = False
             raise Interrupted

@@ -16,6 +16,7 @@ class AutoencoderSettings(RunSettings):
         *("norm_num_groups", "num_vq_embeddings", "codebook", "fsq_levels", "discriminator_channels"),
         *("discriminator_layers", "discriminator_norm"),
     )
+    unsettled = ("latent_channels", "block_out_channels")  # by a teacher
 
     kind: Literal["kl", "vq", "gumbel", "fsq", "tiny"] = Field(
         "kl",

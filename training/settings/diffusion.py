@@ -136,6 +136,7 @@ class ClassifierSettings(DiffusionSettings):
         *(*RunSettings.fixed, "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim"),
         *("norm_num_groups", "pool", "resolution"),
     )
+    unsettled = ("resolution",)
 
     model: str = Field(
         description="pipeline folder or .safetensors file of the class-conditional or unconditional model to be guided"

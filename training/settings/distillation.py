@@ -29,6 +29,7 @@ class DistillationSettings(AdaptedSettings):
         *(*RunSettings.fixed, "method", "lora_rank", "lora_alpha", "lora_targets", "few_steps", "guidance_scale"),
         *("solver_steps", "start_steps", "stage_steps", "discriminator_channels"),
     )
+    unsettled = ("guidance_scale", "max_steps")
 
     data: str = Field("", description="as in training: folder of pictures, shards or dataset; not with prompts")
     prompts: str | None = Field(

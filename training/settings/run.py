@@ -60,6 +60,8 @@ class RunSettings(DataSettings):
 
     fixed: ClassVar[tuple[str, ...]] = ("seed", "optimizer")
     """What an unfinished run began with and cannot go on without: anything else would be another training."""
+    unsettled: ClassVar[tuple[str, ...]] = ()
+    """Settings that a model may change, so that they say nothing before it is loaded."""
 
     held_out_share: float = Field(
         HELD_OUT_SHARE,

@@ -39,7 +39,7 @@ def train_autoencoder(settings: AutoencoderSettings) -> Path:
     Raises:
         ValueError, FileNotFoundError: settings or pictures that cannot be trained on; the message says what to do.
     """
-    open_output(settings, unsettled=("latent_channels", "block_out_channels") if settings.teacher else ())
+    open_output(settings, unsettled=settings.unsettled if settings.teacher else ())
     teacher, settings = load_teacher(settings)
     if settings.resolution % settings.factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the factor {settings.factor}")

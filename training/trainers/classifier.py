@@ -26,7 +26,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     """
     if Path(settings.output).resolve() == Path(settings.model).resolve():
         raise ValueError(f"{settings.output} is the model to be guided, which is not changed; choose another --output")
-    open_output(settings, unsettled=("resolution",))
+    open_output(settings, unsettled=settings.unsettled)
     model = load_textless(settings.model)
     if settings.resolution == 0:
         settings = settings.completed(resolution=model.picture_size(None, None)[0])

@@ -83,7 +83,7 @@ def distill(settings: DistillationSettings) -> Path:
     """
     check_output(settings)
     prompts = [one.prompt for one in read_prompts(Path(settings.prompts))] if settings.prompts else []
-    open_output(settings, unsettled=("guidance_scale", "max_steps"))
+    open_output(settings, unsettled=settings.unsettled)
     pipeline = load_model(settings.model)
     pipeline.set_progress_bar_config(disable=True)
     model = model_of(pipeline, trains_text=False)

@@ -1,6 +1,7 @@
 """The samples of a run: the same prompts each time, beside the user's pictures and what was drawn before training."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
@@ -22,6 +23,8 @@ from latentdiff.training.loop.figures import comparison_sheet
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 from latentdiff.training.trainers.diffusion_models import SAMPLES, DiffusionModel, UnconditionalModel
+
+logger = logging.getLogger(__name__)
 
 FEW = 4  # samples that a dry run draws
 
@@ -89,8 +92,10 @@ class Samples:
         if isinstance(self.model, UnconditionalModel):
             self.run.show("samples", image_grid([image for image in images if image is not None], 8))
         else:
+            drawn = [number for number, image in enumerate(images) if image is not None]
             rows = {**self.rows, f"step {self.run.step}": images}
-            self.run.show("samples", comparison_sheet(rows, self.prompts))
+            chosen = {name: [row[number] for number in drawn] for name, row in rows.items() if row}
+            self.run.show("samples", comparison_sheet(chosen, [self.prompts[number] for number in drawn]))
 
     def _draw(
         self,
@@ -118,6 +123,8 @@ class Samples:
             wanted = min(fitting, len(self.prompts) - len(images))
         for network in self.idle:
             network.to("cpu")
+        if len(images) < len(self.prompts) and self.run.accelerator.is_main_process:
+            logger.info("%d of %d samples were drawn, for which there was time", len(images), len(self.prompts))
         self.run.shown_share = (len(images) - len(kept)) / self.count
         return images + [None] * (len(self.prompts) - len(images))
 

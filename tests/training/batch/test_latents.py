@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentdiff import AutoencoderKL, VQModel
+from latentdiff.codec import Codec
 from latentdiff.training.batch import cache as filling
 from latentdiff.training.batch.cache import ShardWriter, TensorStore, digest
-from latentdiff.training.batch.latents import LatentCache, encoder_digest, key_of
+from latentdiff.training.batch.latents import LatentCache, encode, encoder_digest, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
 from latentdiff.training.data.captioned_picture import View
 
@@ -152,6 +154,34 @@ def test_only_what_is_missing_is_encoded(
     said = [record.getMessage() for record in caplog.records if "to encode" in record.getMessage()]
     assert said == ["5 pictures to encode, 0 are there already", "7 pictures to encode, 5 are there already"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
+
+def test_encoding_says_how_far_it_is_and_what_an_interruption_leaves(
+    wanted: Wanted,
+    autoencoder: AutoencoderKL,
+    accelerator: Accelerator,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("latentdiff.training.loop.estimate.FIRST_LINE", 0.0)
+    picture, view = wanted[0]
+    views = [(picture, replace(view, flip=flip)) for flip in (False, True)]
+    filled(tmp_path, views, autoencoder, accelerator, batch_size=1)
+    assert "2 views of 1 pictures, as they are and mirrored, to encode" in caplog.text
+    assert re.search(r"1 of 2 views of .* encoded, about [\d.]+ seconds left", caplog.text)
+    pixels = iter([pixels_of(*wanted[i]) for i in range(2)])
+
+    def interrupted(*_given: object) -> Tensor:
+        for some in pixels:
+            return encode(Codec(autoencoder), some)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentdiff.training.batch.latents.encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path / "other", wanted[:5], autoencoder, accelerator, batch_size=1)
+    assert "stopped while encoding; 2 of 5 pictures are encoded and kept" in caplog.text
 
 
 def test_state_of_the_run_does_not_depend_on_what_was_cached(

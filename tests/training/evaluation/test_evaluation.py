@@ -93,14 +93,14 @@ def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixtur
     sheet = np.array(Image.open(output / "comparison.png"))
     caption = read_settings(output / "samples" / "000000.png")["prompts"][0]
     (original,) = [np.array(image) for image, one in zip(real, found, strict=True) if caption in one.captions][:1]
-    left = 130 + 56  # beside the names of the rows, in the middle of a cell
-    assert np.array_equal(sheet[:16, left : left + 16], original)
-    assert np.array_equal(sheet[16:32, left : left + 16], np.array(drawn[0].convert("RGB")))
+    left = 130 + 32  # beside the names of the rows, in the middle of a cell
+    assert np.array_equal(sheet[:64:4, left : left + 64 : 4], original)
+    assert np.array_equal(sheet[64:128:4, left : left + 64 : 4], np.array(drawn[0].convert("RGB")))
     assert str(output / "comparison.png") in caplog.text
 
     card = (model / "README.md").read_text(encoding="utf-8")
     assert "## Evaluation" in card
-    assert f"| Fréchet distance (not FID) | {report['metrics']['frechet_distance']:.6g} |" in card
+    assert f"| Fréchet distance (not FID), of too few pictures | {report['metrics']['frechet_distance']:.6g} |" in card
 
 
 def test_pictures_are_drawn_for_captions_and_kept(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -218,6 +218,7 @@ def test_clip_score_and_another_extractor(model: Path, pictures: Path, tmp_path:
     assert report["metrics"]["clip_score"] == pytest.approx(float(expected), abs=1e-3)
     card = (model / "README.md").read_text(encoding="utf-8")
     assert "| CLIP score |" in card
+    assert "| Fréchet distance (not FID) |" in card  # of enough pictures for 8 dimensions
     assert "CLIP: transformers CLIPModel clip" in card
 
 
@@ -233,7 +234,7 @@ def test_only_inception_gives_fid(pictures: Path, tmp_path: Path) -> None:
     metrics = set_metrics(Measured(found, drawings, 16, 16), extractor, 4, notes)
     assert set(metrics) == {"fid", "kid", "precision", "recall"}
     assert not any("not FID" in note for note in notes)
-    assert "| FID |" in markdown(
+    assert "| FID, of too few pictures |" in markdown(
         {
             "metrics": metrics,
             "data": {"pictures": 10, "name": "x", "split": "train"},

@@ -214,10 +214,14 @@ def test_defaults_that_a_model_or_a_setting_gave_are_not_kept_as_given(tmp_path:
     assert (given(tmp_path, "max_steps=500").warmup_steps, given(tmp_path).sample_every) == (100, 500)
 
 
-def test_what_does_not_go_with_a_run_is_said(tmp_path: Path) -> None:
+def test_what_does_not_go_with_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     go(TrainingRun(given(tmp_path, "max_steps=20", "decay_steps=15", data="-"), Line())).finish()
     with pytest.raises(ValueError, match=r"seed was 0, now 3"):
         given(tmp_path, "seed=3", "warmup_steps=100")
+    for change, wrong in {"seed=3": "seed was 0, now 3", "max_steps=19": "step 20 already"}.items():
+        with pytest.raises(ValueError, match=wrong):
+            given(tmp_path, change)
+    assert "Going on" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"more than\s+max_steps=20(.|\n)*is as the run in .* has it: .*decay_steps"):
         given(tmp_path, "warmup_steps=10")
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.training.loop.checkpoints import whole_checkpoints
+from latentdiff.training.loop.distributed import accelerator_of
 from latentdiff.training.loop.figures import MARGINS, curves, panel
 from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.loop.stopping import Stopping
+from latentdiff.training.loop.stopping import Stopping, in_order
 
 
 def rows(tmp_path: Path) -> list[dict[str, float]]:
@@ -199,7 +200,7 @@ def test_a_signal_saves_and_stops(
 
 
 def test_a_signal_ends_samples_at_once_and_a_late_ctrl_c_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = TrainingRun(settings(tmp_path), Line())
     done = []
@@ -217,6 +218,24 @@ def test_a_signal_ends_samples_at_once_and_a_late_ctrl_c_everything(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert not done
+    said = capfd.readouterr().err
+    assert "the samples are left out" in said
+    assert "the step under way" not in said
+
+
+def test_a_stop_that_no_run_speaks_of_is_said() -> None:
+    said: list[str] = []
+    with pytest.raises(SystemExit) as stop, in_order(said.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt), in_order(said.append):
+        os.kill(os.getpid(), signal.SIGINT)
+    stopping = Stopping(accelerator_of(settings(Path("none"))), None)
+    stopping.signal = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt), in_order(said.append):
+        stopping.leave()  # of a run, which has said so itself
+    assert said == ["SIGTERM", "Ctrl-C"]
 
 
 def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time() -> None:
@@ -286,6 +305,9 @@ def test_every_run_draws_its_curves(tmp_path: Path) -> None:
         rest.write('{"step": 1')  # half a row
     run.finish()
     assert Image.open(file).size == early.size == (882, 562)  # training loss, held-out loss, learning rate
+    middle, bottom = (MARGINS[0] + MARGINS[2]) // 4, MARGINS[3] // 2
+    for in_steps, colour in ((True, (31, 119, 180)), (False, (221, 221, 221))):  # it holds, or slopes away
+        assert panel("rate", [(1, 0.0), (3, 1.0)], in_steps).getpixel((middle - 9, bottom)) == colour
     assert curves([{"step": 1, "pictures_per_second": 3.0}, {"step": 2, "loss": math.inf}]) is None
 
 

@@ -50,7 +50,7 @@ def test_pictures_of_the_same_captions_stand_below_each_other() -> None:
     assert sheet[height + 2 + 30, 142 + 70].tolist() == [0, 0, 255]
     assert sheet[10, 100:136].min() < 128  # the name
     alone = comparison_sheet({"now": [Image.new("RGB", (20, 20))]}, ["a"])
-    assert alone.size == (CELL, 20 + LINES * LINE + 4)
+    assert alone.size == (CELL, 80 + LINES * LINE + 4)  # each pixel is 4 x 4
 
 
 def test_fine_tuning_shows_the_pictures_and_what_the_model_drew_before(pictures: Path, tmp_path: Path) -> None:
@@ -64,14 +64,14 @@ def test_fine_tuning_shows_the_pictures_and_what_the_model_drew_before(pictures:
     with Image.open(kept[0]) as before, Image.open(out / "training" / "samples" / "step-00000004.png") as sheet:
         difference = np.abs(np.array(before, np.int16) - np.array(drawn, np.int16))
         assert difference.max() <= 1
-        assert sheet.height == 2 * (3 * 16 + LINES * LINE + 4) + 2  # picture, before, step 4
-        row = np.array(sheet)[16:32, 130 + 56 : 130 + 72]
+        assert sheet.height == 2 * (3 * 64 + LINES * LINE + 4) + 2  # picture, before, step 4
+        row = np.array(sheet)[64:128:4, 130 + 32 : 130 + 96 : 4]
     assert np.array_equal(row, np.array(before))
     before_file = kept[0].stat().st_mtime_ns
     finetune(tuned(pictures, tmp_path, sample_every=2, max_steps=6))
     assert kept[0].stat().st_mtime_ns == before_file
     with Image.open(out / "training" / "samples" / "step-00000006.png") as sheet:
-        assert np.array_equal(np.array(sheet)[16:32, 130 + 56 : 130 + 72], np.array(before))
+        assert np.array_equal(np.array(sheet)[64:128:4, 130 + 32 : 130 + 96 : 4], np.array(before))
 
 
 def test_a_training_warns_once_of_a_size_far_from_the_models(
@@ -167,8 +167,9 @@ def test_dry_runs_write_nothing(
 
 
 def test_samples_besides_the_plan_take_no_more_than_their_time(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("latentdiff.training.trainers.samples.SOON", 0.0)
     monkeypatch.setattr("latentdiff.training.loop.stopping.FIRST_LOOK", 0.0)
     out = finetune(tuned(pictures, tmp_path, max_steps=2))
@@ -177,6 +178,8 @@ def test_samples_besides_the_plan_take_no_more_than_their_time(
     for step, drawn in ((1, 1), (2, 10)):
         with Image.open(out / "training" / "samples" / f"step-{step:08d}.png") as sheet:
             pixels = np.array(sheet)
-        row = 2 * 16 + 8  # the middle of the third row: picture, before, this step
-        cells = [pixels[row + i // 8 * 93, 130 * (i % 8 + 1) + 5].tolist() for i in range(10)]
-        assert sum(cell != [238, 238, 238] for cell in cells) == drawn
+        assert pixels.shape[1] == 130 * (1 + min(drawn, 8)) - 2  # a column of names, and those that have a sample
+        row = 2 * 64 + 32  # the middle of the third row: picture, before, this step
+        cells = [pixels[row + i // 8 * 237, 130 * (i % 8 + 1) + 5].tolist() for i in range(drawn)]
+        assert [238, 238, 238] not in cells
+    assert caplog.text.count("1 of 10 samples were drawn, for which there was time") == 2
