@@ -55,8 +55,10 @@ def encode(
     if (Path(settings.output) / "training" / "checkpoints").is_dir():
         raise ValueError(f"--output {settings.output} holds a training; choose another folder")
     begin(settings)
+    from latentdiff.training.loop.stopping import in_order
     from latentdiff.training.trainers.encode import encode as fill
 
-    folder = fill(settings, part)
+    with in_order(lambda reason: say(f"Stopped by {reason}. Repeat the command to go on", err=True)):
+        folder = fill(settings, part)
     if is_first_process():
         say(f"Encoded; trainings use it with cache_dir={folder}")
