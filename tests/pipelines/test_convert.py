@@ -317,8 +317,8 @@ def test_what_cannot_be_meant_is_refused(model: Callable[[str], Any], bert: dict
         run("nowhere", tmp_path / "x")
     with pytest.raises(FileNotFoundError, match=r"is neither a pipeline folder, with a model_index.json, nor a LoRA's"):
         run(tmp_path / "tokenizer", tmp_path / "x")
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ValueError, match="is of a StableDiffusionXLPipeline; these can be converted"):
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="is of a FluxPipeline; these can be converted"):
         run(folder, file)
     TextToImagePipeline(**{**pipeline.components, **bert}).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"not a BertModel, .*; save_pretrained saves any pipeline as a folder"):

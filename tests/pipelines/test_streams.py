@@ -97,8 +97,8 @@ def test_noise_levels_between_timesteps_are_eulers() -> None:
     scheduler.set_timesteps(7)
     levels = [process_of(scheduler).noise_level(timestep) for timestep in scheduler.timesteps]
     np.testing.assert_allclose(levels, scheduler.sigmas[:-1], rtol=1e-4)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no noise levels"):
-        process_of(diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no noise levels"):
+        process_of(diffusers.EDMEulerScheduler())
 
 
 def test_previews_have_the_pictures_colours(pipeline: Any) -> None:

@@ -93,8 +93,9 @@ def test_denoiser_resumes_exactly_and_leaves_a_pipeline(denoiser_settings: dict[
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert pipeline("a red thing", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
     with Image.open(straight / "training" / "samples" / "step-00000005.png") as grid:
-        # The names of the rows, and ten pictures of 16 pixels with what was drawn of their captions, which stand below.
-        assert grid.size == (9 * 130 - 2, 2 * (2 * 16 + 43 + 2) - 2)
+        # The names of the rows, and ten pictures of 16 pixels, enlarged to 64, with what was drawn of their captions,
+        # which stand below.
+        assert grid.size == (9 * 130 - 2, 2 * (2 * 64 + 43 + 2) - 2)
 
 
 def test_half_precision_recomputation_and_buckets(denoiser_settings: dict[str, object], tmp_path: Path) -> None:
