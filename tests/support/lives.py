@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,6 +31,13 @@ def start(work: Callable[[], object], log: Path, processes: int = 1) -> list[int
     return children
 
 
+def _own_lock(bar: type) -> None:
+    """Forked processes have one lock for their progress bars; who is killed while holding it would stop all others."""
+    bar._lock = threading.RLock()  # type: ignore[attr-defined]
+    for kind in bar.__subclasses__():
+        _own_lock(kind)
+
+
 def _live(work: Callable[[], object], log: Path, rank: int, processes: int, port: int) -> None:
     code = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore signals: nohup, "&"
@@ -50,8 +58,10 @@ def _live(work: Callable[[], object], log: Path, rank: int, processes: int, port
                 "GLOO_SOCKET_IFNAME": "lo",
             }
         import torch
+        import tqdm.std
         from accelerate.state import AcceleratorState, GradientState
 
+        _own_lock(tqdm.std.tqdm)
         torch.set_num_threads(1)  # the parent's threads are not here
         AcceleratorState._reset_state(reset_partial_state=True)  # nor is its place among processes
         GradientState._reset_state()
