@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines import TextToImagePipeline
-from latentdiff.training.recipes.emoji import burst
+from latentdiff.training.recipes.emoji import burst, synonym_pairs
 from latentdiff.training.recipes.emoji.burst import clock, denoiser, distil, pool, sampling, text
 from latentdiff.training.recipes.emoji.burst.settings import BurstSettings
 from latentdiff.training.recipes.emoji.captions import read_concepts
@@ -171,15 +171,16 @@ def test_the_averaged_weights_are_there_within_alone() -> None:
 def test_a_teacher_of_one_substep_teaches_its_own_velocity() -> None:
     settings = BurstSettings(teacher_substeps=1, guidance_scale=1.0, few_steps=4)
     levels = sampling.Levels(denoiser.process_of(settings), CPU)
-    states = torch.randn(3, 1, 1)
+    noise, states = torch.randn(3, 2, 4, 4), torch.randn(3, 1, 1)
 
     def teacher(noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return (noisy * states.view(-1, 1, 1, 1) + timesteps.view(-1, 1, 1, 1) / 1000).tanh()
 
     plan = torch.tensor(sampling.trailing(4))
     for student in (None, teacher):
-        begins, ends = distil.trajectories(teacher, student, levels, states, states[:1], settings, (2, 4, 4))
+        begins, ends = distil.trajectories(teacher, student, levels, noise, states, states[:1], settings)
         assert begins.shape == ends.shape == (4, 3, 2, 4, 4)
+        assert torch.equal(begins[0], noise)
         for i in range(4):
             now, then = plan[i].expand(3), plan[i + 1].expand(3)
             wanted = levels.velocity_between(begins[i], ends[i], now, then)
@@ -194,11 +195,41 @@ def test_a_student_on_its_own_way_begins_where_it_ended() -> None:
     def network(value: float) -> sampling.Network:
         return lambda noisy, timesteps, states: torch.full_like(noisy, value)
 
-    states = torch.zeros(2, 1, 1)
-    begins, _ = distil.trajectories(network(0.1), network(0.7), levels, states, states[:1], settings, (1, 2, 2))
+    states, noise = torch.zeros(2, 1, 1), torch.randn(2, 1, 2, 2)
+    begins, _ = distil.trajectories(network(0.1), network(0.7), levels, noise, states, states[:1], settings)
     plan = sampling.trailing(2)
     expected = levels.step(begins[0], torch.full_like(begins[0], 0.7), *(torch.full((2,), t) for t in plan[:2]))
     torch.testing.assert_close(begins[1], expected)
+
+
+def test_errors_count_where_what_stands_where_is_settled() -> None:
+    settings = BurstSettings(snr_gamma=5.0, least_weight=0.15)
+    levels = sampling.Levels(denoiser.process_of(settings), CPU)
+    weights = denoiser.noise_weights(levels, settings)
+    ratios = (levels.alpha / levels.sigma).square()[:1000]
+    assert weights.shape == (1000,)
+    assert weights[999] == weights[0] == pytest.approx(0.15)  # pure noise counts too: drawing begins there
+    for least, most, expected in ((1.01, 4.9, 1.0), (0.05, 0.95, None), (6.0, 30.0, None)):
+        some = (ratios > least) & (ratios < most)
+        assert some.any()
+        wanted = ratios[some] ** 0.25 if most < 1 else 5 / ratios[some]
+        torch.testing.assert_close(weights[some], torch.full_like(wanted, expected) if expected else wanted)
+
+
+def test_captions_call_things_by_further_words_but_by_none_that_is_kept_apart(tmp_path: Path) -> None:
+    concepts = read_concepts()
+    jobs = [
+        Job("one", "flat", Icon("<g/>", (0, 0, 24, 24)), concept, 1.0, "train", "objects")
+        for concept in concepts.values()
+    ]
+    write_bundle(jobs, tmp_path / "bundle.xz")
+    named = {job.concept.hexcode: job.concept for job in pool.read_jobs(tmp_path / "bundle.xz")}
+    more = [word for code, concept in named.items() for word in concept.names[len(concepts[code].names) :]]
+    unseen = [word for concept in concepts.values() for word in concept.unseen]
+    assert len(more) > 1500
+    assert all(concept.names[: len(concepts[code].names)] == concepts[code].names for code, concept in named.items())
+    assert not [word for word in more if synonym_pairs.is_validation(word)]
+    assert not [word for word in more for held in unseen if synonym_pairs.is_form(word, held)]
 
 
 def test_fine_plans_join() -> None:

@@ -216,6 +216,22 @@ def test_left_right_above_below_are_true(composer: Composer) -> None:
     assert len(seen) == 5
 
 
+def test_the_first_of_two_things_stands_on_the_left_where_no_side_is_said(composer: Composer) -> None:
+    seen = set()
+    for plan in plans(composer, "pair", 3000):
+        (x, _), (other_x, _) = centres(plan)
+        names = [set(item.drawing.concept.names) for item in plan.items]
+        for text in plan.captions:
+            text = re.split(" on (?!the)", text)[0]
+            word = next((word for word in (" next to ", " beside ", " and ") if word in text), "")
+            if not word or (" and " in word and " on the " in text) or " at the " in text:
+                continue
+            first = text.split(word)[0]
+            assert any(first.endswith(name.removeprefix("~")) for name in names[0 if x < other_x else 1]), text
+            seen.add(word)
+    assert len(seen) == 3
+
+
 def test_things_are_apart_and_inside_and_of_the_size_said(composer: Composer) -> None:
     for kind, number in (("pair", 400), ("count", 400), ("three", 800), ("sizes", 800)):
         for plan in plans(composer, kind, number):

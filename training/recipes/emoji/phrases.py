@@ -128,30 +128,29 @@ def several(rng: random.Random, subject: Subject, number: int) -> list[str]:
 
 
 def beside(rng: random.Random, left: str, right: str) -> str:
-    """Two things in a row, with their articles."""
-    first, second = (left, right) if rng.random() < 0.5 else (right, left)
-    ways = [f"{first} next to {second}"] * 4 + [f"{first} and {second}"] * 4 + [f"{first} beside {second}"]
+    """Two things in a row, with their articles; where nothing is said of sides, the first stands on the left.
+
+    Were the sides left to chance, all that a denoiser could know of the noisiest latents is a mixture of both things.
+    """
+    ways = [f"{left} next to {right}"] * 4 + [f"{left} and {right}"] * 4 + [f"{left} beside {right}"]
     ways += [f"{left} to the left of {right}"] * 2 + [f"{right} to the right of {left}"] * 2
-    ways += [f"{left} on the left and {right} on the right", f"{left} left of {right}", f"{first} with {second}"]
+    ways += [f"{left} on the left and {right} on the right", f"{left} left of {right}", f"{left} with {right}"]
     return rng.choice(ways)
 
 
 def above(rng: random.Random, upper: str, lower: str) -> str:
     """Two things in a column."""
-    first, second = (upper, lower) if rng.random() < 0.5 else (lower, upper)
     ways = [f"{upper} above {lower}"] * 5 + [f"{lower} below {upper}"] * 4 + [f"{lower} under {upper}"] * 2
-    ways += [f"{first} and {second}"] * 2 + [f"{upper} over {lower}", f"{upper} at the top and {lower} at the bottom"]
+    ways += [f"{upper} over {lower}", f"{upper} at the top and {lower} at the bottom"]
     return rng.choice(ways)
 
 
 def together(rng: random.Random, things: Sequence[str]) -> str:
-    """Two or three things, wherever they are."""
-    order = list(things)
-    rng.shuffle(order)
-    if len(order) == 2:
-        return f"{order[0]} and {order[1]}"
+    """Two or three things, in the order of their places."""
+    if len(things) == 2:
+        return f"{things[0]} and {things[1]}"
     comma = "," if rng.random() < 0.3 else ""
-    return f"{', '.join(order[:-1])}{comma} and {order[-1]}"
+    return f"{', '.join(things[:-1])}{comma} and {things[-1]}"
 
 
 def sayable(names: Sequence[str], colour: str | None) -> str | None:

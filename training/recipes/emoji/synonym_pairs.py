@@ -7,12 +7,12 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 from . import phrases
-from .captions import Concept
+from .captions import Concept, read_concepts
 from .colour import COLOURS
 from .grammar import article, coloured, described, plural, says_colour
 from .held_out import base_colour, colour_held_out, pair_held_out
@@ -70,6 +70,22 @@ def read_synonyms(known: Collection[str], unseen: Iterable[str], path: Path | No
             if held := next((held for held in forbidden if is_form(word, held)), None):
                 raise ValueError(f"{where}: {word!r} is {held!r}, which is held out; take it away")
         found[name] = (*found.get(name, ()), *others)
+    return found
+
+
+def with_synonyms(concepts: Iterable[Concept]) -> dict[str, Concept]:
+    """By hexcode, the concepts with the words of `synonyms.txt` as further names, but for those that are kept apart.
+
+    Whoever learns from many words for one thing reads the sentence encoder's meaning, not the states of one name.
+    """
+    concepts = list(concepts)
+    known = {name.removeprefix("~") for concept in concepts for name in concept.names}
+    synonyms = read_synonyms(known, [name for concept in read_concepts().values() for name in concept.unseen])
+    found = {}
+    for concept in concepts:
+        words = [word for name in concept.names for word in synonyms.get(name.removeprefix("~"), ())]
+        fit = [word for word in words if not is_validation(word) and not says_colour(word.removeprefix("~"))]
+        found[concept.hexcode] = replace(concept, names=tuple(dict.fromkeys((*concept.names, *fit))))
     return found
 
 

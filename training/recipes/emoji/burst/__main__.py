@@ -6,8 +6,8 @@
     python -m latentdiff.training.recipes.emoji.burst both PACKED OUT --seconds 560 --weights EARLIER_OUT
 
 PACKED is a folder that `pack` wrote. `base` trains autoencoder and denoiser, `distil` the few-step student of the
-denoiser in OUT, `--state` or PACKED; `both` is one after the other, in one call. All leave half-precision weights of at
-most 16 MiB a file, `log.jsonl` and a page of pictures in OUT.
+denoiser in OUT, `--state` or PACKED; `both` is one after the other, in one call, and leaves the denoiser itself in
+`--state`. All leave half-precision weights of at most 16 MiB a file, `log.jsonl` and a page of pictures in OUT.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 
 from .settings import BurstSettings
 
-BASE = 0.64  # of the time, for the base, where both are trained
+BASE = 0.7  # of the time, for the base, where both are trained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,17 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     deadline = time.monotonic() + options.seconds
+    networks = None
     if options.what == "both":
         options.seconds *= BASE
     if options.what != "distil":
-        base(options, settings)
+        networks = base(options, settings)
     if options.what != "base":
         options.seconds = deadline - time.monotonic()
-        distil(options, settings)
+        distil(options, settings, networks)
 
 
-def base(options: argparse.Namespace, settings: BurstSettings) -> None:
-    """Compose, train the autoencoder, then the denoiser; the latter gets what is left of the time."""
+def base(options: argparse.Namespace, settings: BurstSettings) -> Any:
+    """Compose, train the autoencoder, then the denoiser; the latter gets what is left of the time.
+
+    Returns what `distil` trains, compiled while the denoiser was trained, or None where it is not to follow.
+    """
     deadline = time.monotonic() + options.seconds
     from .pool import Pool
 
@@ -77,22 +81,26 @@ def base(options: argparse.Namespace, settings: BurstSettings) -> None:
     child = context.Process(target=_denoise, args=(options, settings, pool, receiver, deadline))
     composer.start()
     child.start()
+    networks = None
     try:
         _autoencode(options, settings, pool, sender)
+        if options.what == "both":
+            networks = _ready_to_distil(options, settings)
         child.join()
     finally:  # no process outlives a failure
         composer.terminate()
         child.terminate()
     if child.exitcode:
         sys.exit(f"burst: the denoiser's process ended with {child.exitcode}")
+    return networks
 
 
 def _compose(options: argparse.Namespace, settings: BurstSettings, pool: Any, deadline: float) -> None:
-    from ..drawings import read_bundle, render_all
+    from ..drawings import render_all
     from ..scenes import Composer
-    from .pool import fill
+    from .pool import fill, read_jobs
 
-    drawings = render_all(read_bundle(options.packed / "bundle.xz"), settings.size, options.workers)
+    drawings = render_all(read_jobs(options.packed / "bundle.xz"), settings.size, options.workers)
     print(f"{len(drawings)} drawings, {deadline - time.monotonic():.0f} s left", flush=True)
     composer = Composer(drawings, settings.size, settings.seed, kinds=settings.kinds)
     for worker in fill(pool, composer, options.packed, options.workers):
@@ -140,7 +148,7 @@ def _denoise(options: argparse.Namespace, settings: BurstSettings, pool: Any, re
         unet = denoiser.build(settings, width, device)
     else:
         unet = denoiser.load(settings, width, [options.weights], device, "unet")
-    network = denoiser.warm_up(unet, settings, width, device, compiled)
+    network = denoiser.warm_up(unet, settings, settings.unet_batch, width, device, compiled)
     print(f"denoiser is warm, {deadline - time.monotonic():.0f} s left", flush=True)
     pool.wait(1.0)
     np.savez(options.state / "captions.npz", tokens=pool.tokens, counts=pool.counts)
@@ -151,29 +159,38 @@ def _denoise(options: argparse.Namespace, settings: BurstSettings, pool: Any, re
     reserve = 12.0 if compiled else 1.0  # for the page of pictures
     seconds = max(deadline - time.monotonic() - reserve, 1.0)
     print(f"denoiser begins: {len(latents)} pictures, {len(captions.states)} captions, {seconds:.0f} s", flush=True)
-    denoiser.train(unet, network, latents, captions, settings, seconds, options.output)
+    output = options.state if options.what == "both" else options.output
+    denoiser.train(unet, network, latents, captions, settings, seconds, output, options.output / "log.jsonl")
     save_half(unet.state_dict(), options.state, "unet")
     page(options, settings, denoiser.as_network(unet, False), captions, device, "base.png", 25, settings.guidance_scale)
 
 
-def distil(options: argparse.Namespace, settings: BurstSettings) -> None:
+def distil(options: argparse.Namespace, settings: BurstSettings, networks: Any = None) -> None:
     """Train the few-step student of the denoiser in `--state`, `output` or `packed`."""
     deadline = time.monotonic() + options.seconds
     import torch
 
     from . import denoiser
     from . import distil as distillation
+    from .clock import load_half
 
     device = torch.device(options.device)
-    folders = [options.output, options.state, options.packed]
-    unet = denoiser.load(settings, text_width(options.packed), folders, device, "unet")
+    networks = networks or _ready_to_distil(options, settings)
+    networks.begin(load_half([options.output, options.state, options.packed], "unet"))
     captions = read_captions(options, device)
-    compiled = device.type == "cuda"
-    reserve = 10.0 if compiled else 1.0  # for the page of pictures
+    reserve = 10.0 if device.type == "cuda" else 1.0  # for the page of pictures
     seconds = max(deadline - time.monotonic() - reserve, 1.0)
     print(f"distillation begins: {len(captions.states)} captions, {seconds:.0f} s", flush=True)
-    student = distillation.train(unet, captions, settings, seconds, options.output, compiled)
+    student = distillation.train(networks, captions, settings, seconds, options.output)
     page(options, settings, denoiser.as_network(student, False), captions, device, "student.png", settings.few_steps, 1)
+
+
+def _ready_to_distil(options: argparse.Namespace, settings: BurstSettings) -> Any:
+    import torch
+
+    from .distil import Networks
+
+    return Networks.warm(settings, text_width(options.packed), torch.device(options.device))
 
 
 def text_width(packed: Path) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 
-from .clock import Clock, Log, apply_update, autocast, averaged, load_half, optimizer, save_half
+from .clock import Clock, Log, autocast, averaged, descend, load_half, optimizer, repeated, save_half
 from .sampling import Levels, Network
 from .settings import BurstSettings
 
@@ -69,22 +69,32 @@ def as_network(unet: Any, compiled: bool) -> Network:
     forward = torch.compile(unet.forward, fullgraph=True, dynamic=False) if compiled else unet.forward
 
     def network(noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        laid_out = noisy.contiguous(memory_format=torch.channels_last)  # always the same, for one compilation
         with autocast(noisy.device):
-            prediction: Tensor = forward(noisy, timesteps, states.float(), return_dict=False)[0]
+            prediction: Tensor = forward(laid_out, timesteps, states.float(), return_dict=False)[0]
         return prediction
 
     return network
 
 
-def warm_up(unet: Any, settings: BurstSettings, text_width: int, device: torch.device, compiled: bool) -> Network:
-    """The UNet as a function, compiled for what training runs if that can be done; the weights stay as they are."""
-    batch, side = settings.unet_batch, settings.latent_size
+def warm_up(
+    unet: Any, settings: BurstSettings, batch: int, text_width: int, device: torch.device, compiled: bool
+) -> Network:
+    """The UNet as a function, compiled for what training runs if that can be done; the weights stay as they are.
+
+    A UNet without gradients is compiled for drawing.
+    """
+    side = settings.latent_size
     noisy = torch.randn(batch, settings.latent_channels, side, side, device=device)
     states = torch.randn(batch, settings.tokens, text_width, device=device, dtype=torch.float16)
     timesteps = torch.randint(0, 1000, (batch,), device=device)
+    learns = next(unet.parameters()).requires_grad
     network = as_network(unet, compiled)
     try:
-        network(_channels_last(noisy), timesteps, states).square().mean().backward()
+        with torch.set_grad_enabled(learns):
+            prediction = network(noisy, timesteps, states)
+        if learns:
+            prediction.square().mean().backward()
     except Exception as error:  # compilers fail in many ways, and a run that cannot be repeated goes on without
         if not compiled:
             raise
@@ -102,44 +112,66 @@ def train(
     settings: BurstSettings,
     seconds: float,
     output: Path,
+    log_file: Path,
     save_every: float = 120.0,
 ) -> None:
     """Train on latents (N, C, h, w) of deviation 1; the averaged weights go to `output/unet-*.safetensors`.
 
-    The loss is the squared error of v weighted by min(SNR, gamma) / (SNR + 1) (Min-SNR, Hang et al. 2023). At the end
-    `unet` has the averaged weights.
+    The loss is the squared error of v by `noise_weights`. At the end `unet` has the averaged weights.
     """
-    device = latents.device
-    levels = Levels(process_of(settings), device)
-    log = Log(output / "log.jsonl", "denoiser")
+    device, batch = latents.device, settings.unet_batch
+    levels, log = Levels(process_of(settings), device), Log(log_file, "denoiser")
     adam = optimizer(unet, settings.unet_rate, settings.weight_decay)
     average = EMAModel(unet.parameters(), 0.999, foreach=True)
     clock = Clock(seconds, settings.unet_rate, warmup=300, fall=0.5)
-    snr = (levels.alpha / levels.sigma.clamp(min=1e-8)).square()
-    weights = snr.clamp(max=settings.min_snr_gamma) / (snr + 1)
-    saved, running = 0.0, torch.zeros((), device=device)
-    while not clock.over:
-        index = torch.randint(0, len(latents), (settings.unet_batch,), device=device)
-        states = captions.draw(index, settings.caption_dropout)
-        clean, noise = latents[index].float(), torch.randn(index.shape + latents.shape[1:], device=device)
-        timesteps = torch.randint(0, 1000, index.shape, device=device)
+    weights = noise_weights(levels, settings)
+    noisy = torch.zeros(batch, *latents.shape[1:], device=device)
+    states = torch.zeros(batch, *captions.states.shape[1:], device=device, dtype=captions.states.dtype)
+    wanted, timesteps = torch.zeros_like(noisy), torch.zeros(batch, device=device, dtype=torch.long)
+    running = torch.zeros((), device=device)
+
+    def choose() -> None:
+        index = torch.randint(0, len(latents), (batch,), device=device)
+        states.copy_(captions.draw(index, settings.caption_dropout))
+        clean, noise = latents[index].float(), torch.randn(noisy.shape, device=device)
+        timesteps.random_(0, len(weights))
         alpha, sigma = levels(timesteps)
-        velocity = network(_channels_last(alpha * clean + sigma * noise), timesteps, states).float()
-        error = (velocity - (alpha * noise - sigma * clean)).square().mean((1, 2, 3))
-        loss = (weights[timesteps] * error).mean()
-        apply_update(loss, unet, adam, clock)
+        noisy.copy_(alpha * clean + sigma * noise)
+        wanted.copy_(alpha * noise - sigma * clean)
+
+    def update() -> None:
+        error = (network(noisy, timesteps, states).float() - wanted).square().mean((1, 2, 3))
+        descend((weights[timesteps] * error).mean(), unet, adam)
+        running.lerp_(error.detach().mean(), 0.01)
+
+    choose()
+    clock.begin_update(adam)
+    go_on, saved = repeated(update, device), 0.0
+    while not clock.over:
+        choose()
+        clock.begin_update(adam)
+        go_on()
         average.step(unet.parameters())
-        running = torch.lerp(running, error.detach().mean(), 0.01)
-        if clock.updates % 200 == 0:
-            log(updates=clock.updates, samples=clock.updates * settings.unet_batch, error=float(running))
+        if clock.updates % 10 == 0:
+            error = float(running)  # waits for the device, or the clock would run far behind it
+            if clock.updates % 200 == 0:
+                log(updates=clock.updates, samples=clock.updates * batch, error=error)
         if clock.share * seconds - saved > save_every:
             saved = clock.share * seconds
             with averaged(unet, average):
                 save_half(unet.state_dict(), output, "unet")
     average.copy_to(unet.parameters())
-    log(updates=clock.updates, samples=clock.updates * settings.unet_batch, error=float(running))
+    log(updates=clock.updates, samples=clock.updates * batch, error=float(running))
     save_half(unet.state_dict(), output, "unet")
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def noise_weights(levels: Levels, settings: BurstSettings) -> Tensor:
+    """How much the error of v counts at each timestep, (T,): min(SNR^(1/4), 1, gamma / SNR), or `least_weight`.
+
+    Almost no noise shows details alone, and pure noise nothing of the picture; but what stands where, and which word
+    belongs to which place, is settled where SNR is 0.003 to 0.3. Min-SNR's weight for v, min(SNR, gamma) / (SNR + 1)
+    (Hang et al. 2023), is 0.003 to 0.24 there, and 0 where drawing begins.
+    """
+    snr = (levels.alpha[:-1] / levels.sigma[:-1].clamp(min=1e-8)).square()
+    weights = torch.minimum(snr.pow(0.25).clamp(max=1), settings.snr_gamma / snr.clamp(min=1e-8))
+    return weights.clamp(min=settings.least_weight)

@@ -60,11 +60,12 @@ def pack(bundle: Path, output: Path, text: Path, sampled: int = 3000, features: 
 
 def caption_words(bundle: Path, sampled: int) -> Iterable[str]:
     """All names in the bundle, and the captions of so many scenes, which have the words between them."""
-    from ..drawings import read_bundle, render_all
+    from ..drawings import render_all
     from ..grammar import plural
     from ..scenes import Composer
+    from .pool import read_jobs
 
-    jobs = read_bundle(bundle)
+    jobs = read_jobs(bundle)
     for concept in {job.concept for job in jobs}:
         for name in (*concept.names, *concept.unseen):
             yield from (name[1:],) if name.startswith("~") else (name, plural(name))

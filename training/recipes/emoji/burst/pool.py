@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..drawings import Job, read_bundle
+from ..synonym_pairs import with_synonyms
 from .text import CutTokenizer
 
 CHUNK = 64  # pictures that a worker composes before it says so
@@ -53,6 +55,13 @@ class Pool:
             if time.monotonic() - begun > seconds:
                 raise RuntimeError(f"only {self.ready.mean():.1%} of the pictures were composed in {seconds:.0f} s")
             time.sleep(0.05)
+
+
+def read_jobs(bundle: Path) -> list[Job]:
+    """The drawings of a bundle; captions also call them by the words of `synonyms.txt`."""
+    jobs = read_bundle(bundle)
+    named = with_synonyms(job.concept for job in jobs)
+    return [replace(job, concept=named[job.concept.hexcode]) for job in jobs]
 
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

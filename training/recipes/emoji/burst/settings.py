@@ -15,6 +15,7 @@ class BurstSettings:
         max_captions: of one picture.
         tokens: L, the length that captions are padded to; what the text encoder's tokenizer says.
         equivariance: share of updates in which the latents are halved in size and must decode to the halved picture.
+        snr_gamma, least_weight: how much an error counts by its noise; see `denoiser.noise_weights`.
         few_steps: how many steps the distilled denoiser draws in.
         teacher_substeps: guided DDIM steps of the teacher within each of them.
         guidance_scale: of the teacher, and so of every distilled picture.
@@ -42,7 +43,8 @@ class BurstSettings:
     unet_rate: float = 8e-4
     weight_decay: float = 0.01
     caption_dropout: float = 0.1
-    min_snr_gamma: float = 5.0
+    snr_gamma: float = 5.0
+    least_weight: float = 0.15
     few_steps: int = 4
     teacher_substeps: int = 4
     guidance_scale: float = 3.5
