@@ -16,6 +16,9 @@ from latentdiff.interchange.packed import packed_index
 DEFAULTS: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
 
+LONGEST_SIDE = 65536
+"""Pixels; a UNet may be told no longer one."""
+
 DEFAULTS_KEY = "_generation_defaults"
 """The model's own, in its model_index.json; diffusers ignores keys that begin with _."""
 

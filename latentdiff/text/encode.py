@@ -28,10 +28,12 @@ class Prompts:
     Args:
         prompt_embeds, negative_prompt_embeds: (P, L, D), instead of texts.
         pooled_prompt_embeds, negative_pooled_prompt_embeds: (P, D'), with those, for SDXL.
+        prompt_2, negative_prompt_2: what the second text encoder reads instead, for SDXL; one for all, or one for each.
 
     Raises:
         TypeError: a prompt is not a string nor a list of strings.
-        ValueError: a prompt and its embeddings are both given, or neither; or a pooled embedding without the others.
+        ValueError: a prompt and its embeddings are both given, or neither; or a pooled embedding without the others, or
+            a prompt for the second encoder without the first's.
     """
 
     prompt: str | list[str] | None
@@ -40,6 +42,8 @@ class Prompts:
     negative_prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
     negative_pooled_prompt_embeds: Tensor | None = None
+    prompt_2: str | list[str] | None = None
+    negative_prompt_2: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         for side in ("", "negative_"):
@@ -53,6 +57,9 @@ class Prompts:
             if self.prompt is None:
                 raise ValueError("give a prompt, or prompt_embeds")
             object.__setattr__(self, "prompt", as_prompts(self.prompt))
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, f"{name}_2") is not None and getattr(self, name) is None:
+                raise ValueError(f"{name}_2 needs a {name}, which the first text encoder reads")
 
     @property
     def texts(self) -> list[str] | None:
@@ -73,9 +80,10 @@ class Prompts:
             TypeError, ValueError: a negative prompt is of a wrong type; numbers or shapes that do not match.
         """
         texts, negatives = self.texts, self._negatives() if guided else []
-        chunks = conditioner.chunks([*(texts or []), *negatives])
+        second, negatives_2 = self._second("prompt_2"), self._second("negative_prompt_2") if guided else []
+        chunks = conditioner.chunks([*(texts or []), *negatives, *second, *negatives_2])
         given = Conditioning(states=self.prompt_embeds, pooled=self.pooled_prompt_embeds)
-        positive = given if texts is None else conditioner(texts, chunks)
+        positive = given if texts is None else conditioner(texts, chunks, *([second] if second else []))
         shape = states_shape("prompt_embeds", positive)
         if not guided:
             return GuidedConditioning(positive)
@@ -86,7 +94,7 @@ class Prompts:
             encoder = conditioner.without_skip()
             if texts is None:
                 encoder, chunks = encoder.of_length(shape[1])
-            negative = encoder(negatives, chunks)
+            negative = encoder(negatives, chunks, *([negatives_2] if negatives_2 else []))
         negative_shape = states_shape("negative_prompt_embeds", negative)
         if shape != negative_shape:
             raise ValueError(
@@ -98,11 +106,21 @@ class Prompts:
         """A negative prompt for each prompt; none where its states are given."""
         if self.negative_prompt_embeds is not None:
             return []
-        negatives = as_prompts("" if self.negative_prompt is None else self.negative_prompt, "negative_prompt")
-        negatives = negatives * len(self) if len(negatives) == 1 else negatives
-        if len(negatives) != len(self):
-            raise ValueError(f"{len(negatives)} negative prompts were given for {len(self)} prompts; give one for each")
-        return negatives
+        return self._each("" if self.negative_prompt is None else self.negative_prompt, "negative_prompt")
+
+    def _second(self, name: str) -> list[str]:
+        """What the second text encoder reads for each prompt; none where it reads what the first does."""
+        value = getattr(self, name)
+        return [] if value is None else self._each(value, name)
+
+    def _each(self, value: str | list[str], name: str) -> list[str]:
+        texts = as_prompts(value, name)
+        texts = texts * len(self) if len(texts) == 1 else texts
+        if len(texts) != len(self):
+            kind = name.removesuffix("_2").replace("_", " ")
+            where = "" if name == "negative_prompt" else f" ({name})"
+            raise ValueError(f"{len(texts)} {kind}s{where} were given for {len(self)} prompts; give one for each")
+        return texts
 
 
 def states_shape(name: str, conditioning: Conditioning) -> tuple[int, ...]:

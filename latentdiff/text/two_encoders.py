@@ -56,11 +56,22 @@ class JointTextConditioner(TextConditioner):
         # what the first cuts the second cuts too
         return [PenultimateConditioner(*one, **options, warn=self.warn and i == 0) for i, one in enumerate(both)]
 
-    def __call__(self, prompts: Sequence[str], chunks: int | None = None) -> Conditioning:
-        """P prompts -> states (P, chunks L, D1 + D2) and a pooled embedding (P, D'); see `TextConditioner`."""
+    def __call__(
+        self, prompts: Sequence[str], chunks: int | None = None, second: Sequence[str] | None = None
+    ) -> Conditioning:
+        """P prompts -> states (P, chunks L, D1 + D2) and a pooled embedding (P, D'); see `TextConditioner`.
+
+        second: P prompts that the second encoder reads instead.
+
+        Raises:
+            ValueError: there is no first encoder, and ``second`` is given.
+        """
         prompts = as_prompts(prompts)
-        chunks = self.chunks(prompts) if chunks is None else chunks
-        encoded = [part(prompts, chunks) for part in self.parts]
+        if second is not None and self.first is None:
+            raise ValueError("this model has one text encoder, which reads the prompt; leave prompt_2 out")
+        texts = [prompts, prompts if second is None else second][-len(self.parts) :]
+        chunks = self.chunks([*prompts, *(second or [])]) if chunks is None else chunks
+        encoded = [part(text, chunks) for part, text in zip(self.parts, texts, strict=True)]
         states = torch.cat([one.states for one in encoded if one.states is not None], dim=-1)
         return Conditioning(states, pooled=encoded[-1].pooled)
 

@@ -7,9 +7,12 @@ argument of the pipeline's call.
 
 import reprlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.pipelines.registry import LONGEST_SIDE
 
 BATCH = 8  # images drawn at once; each has its own seed, so this changes memory, speed and last bits only
 MOST = 4096  # pictures in one file; more are a fault, or meant to do harm
@@ -21,6 +24,13 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] 
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise ValueError("two noise levels are expected, the lower one from 0 and first")
     return interval
+
+
+def check_sides(sides: tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
+    """Raises ValueError for what are no two sides that a UNet may be told."""
+    if sides is not None and not all(least <= side <= LONGEST_SIDE for side in sides):
+        raise ValueError(f"two numbers of pixels from {least} to {LONGEST_SIDE} are expected, the vertical one first")
+    return sides
 
 
 class Plain(BaseModel):
@@ -57,7 +67,46 @@ class RowOptions(Plain):
     width: int | None = Field(None, gt=0, description="In pixels; by default as the model was trained.")
 
 
-class DrawingOptions(RowOptions):
+class SDXLOptions(RowOptions):
+    """What SDXL takes besides: of the pictures drawn together, as its model was told of those it learnt from."""
+
+    prompt_2: str | None = Field(None, description="SDXL: what its second text encoder reads instead of the prompt.")
+    negative_prompt_2: str | None = Field(
+        None, description="SDXL: what its second text encoder reads instead of the negative prompt."
+    )
+    original_size: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: size of the picture before it was scaled and cut; by default what is drawn.", metavar="H W"),
+        AfterValidator(check_sides),
+    ] = None
+    crops_coords_top_left: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: pixels that were cut off at the top and the left; by default none.", "--crop", "TOP LEFT"),
+        AfterValidator(partial(check_sides, least=0)),
+    ] = None
+    target_size: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: size that it was cut to; by default what is drawn.", metavar="H W"),
+        AfterValidator(check_sides),
+    ] = None
+    negative_original_size: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: the same of what to keep away from; by default as --original-size.", metavar="H W"),
+        AfterValidator(check_sides),
+    ] = None
+    negative_crops_coords_top_left: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: the same of what to keep away from.", "--negative-crop", "TOP LEFT"),
+        AfterValidator(partial(check_sides, least=0)),
+    ] = None
+    negative_target_size: Annotated[
+        tuple[int, int] | None,
+        Option("SDXL: the same of what to keep away from; by default as --target-size.", metavar="H W"),
+        AfterValidator(check_sides),
+    ] = None
+
+
+class DrawingOptions(SDXLOptions):
     """What is the same for all pictures that are drawn together."""
 
     guidance_rescale: float = Field(

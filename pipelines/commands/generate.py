@@ -13,7 +13,16 @@ import typer
 from pydantic import Field
 
 from latentdiff.imports import load_module
-from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, DrawingOptions, GenerateOptions, Plain
+from latentdiff.pipelines.batch.drawing_options import (
+    BATCH,
+    MOST,
+    NOT_FINITE,
+    DrawingOptions,
+    GenerateOptions,
+    Plain,
+    RowOptions,
+    SDXLOptions,
+)
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
@@ -242,6 +251,7 @@ def check_words(
 ) -> None:
     """Raises ValueError or BadParameter unless what is given, prompts, classes or neither, is what this kind takes."""
     wanted, model = find_kind(kind).conditioned_by, loading.model
+    check_family(kind, model, drawing)
     if wanted == "text":
         if classes:
             raise ValueError(f"--class: the model {model} draws from words and has no classes; give a PROMPT instead")
@@ -263,6 +273,17 @@ def check_words(
     words |= {"--negative-prompt": drawing.negative_prompt, "--prompt-weights": drawing.prompt_weights or None}
     for name in [name for name, value in words.items() if value is not None]:
         raise ValueError(f"{name}: the model {model} draws without text; leave it out")
+
+
+def check_family(kind: str, model: str, drawing: DrawingOptions) -> None:
+    """Raises ValueError for an option that only SDXL takes, with a model that is not."""
+    if find_kind(kind).family == "SDXL":
+        return
+    for name in SDXLOptions.model_fields.keys() - RowOptions.model_fields.keys():
+        if getattr(drawing, name) is not None:
+            shown = next((note.flag for note in SDXLOptions.model_fields[name].metadata if hasattr(note, "flag")), None)
+            flag = shown or f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is for SDXL, and the model {model} is not; leave it out")
 
 
 def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | None) -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from latentdiff.codec import Generators
 from latentdiff.pipelines.core.input_pictures import Pictures, ResizeMode
+from latentdiff.pipelines.registry import LONGEST_SIDE
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """(pipeline, step, timestep, tensors) -> the tensors, changed or not."""
@@ -20,10 +21,6 @@ Seeds = int | Sequence[int] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 UNSUPPORTED = ("ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments of diffusers' calls that must be None."""
-
-
-LONGEST_SIDE = 65536
-"""Pixels; a UNet may be told no longer one."""
 
 
 # Numbers of any library, NumPy's and torch's scalars among them
@@ -171,6 +168,10 @@ class TextExtras(Extras, total=False):
     reranker: Any
     """A ``ClipScore``, or where to load one from; by default the pipeline's ``reranker``."""
 
+    prompt_2: str | list[str] | None
+    """SDXL: what the second text encoder reads instead of the prompt: one for all, or one for each."""
+    negative_prompt_2: str | list[str] | None
+    """SDXL: the same of the negative prompt."""
     pooled_prompt_embeds: Tensor | None
     """SDXL: (prompts, D'), with ``prompt_embeds``."""
     negative_pooled_prompt_embeds: Tensor | None
@@ -266,6 +267,8 @@ class TextOptions(GuidedOptions):
     long_prompts: Literal["cut", "chunk"] = "cut"
     candidates: Annotated[int | None, positive_whole] = None
     reranker: Any = None
+    prompt_2: str | list[str] | None = None
+    negative_prompt_2: str | list[str] | None = None
     pooled_prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
     negative_pooled_prompt_embeds: Annotated[Tensor | None, finite_tensor] = None
     original_size: Annotated[tuple[int, int] | None, side_lengths] = None
@@ -278,7 +281,8 @@ class TextOptions(GuidedOptions):
     @property
     def sdxl(self) -> dict[str, Any]:
         """What only SDXL takes and was given."""
-        names = [name for name in TextExtras.__annotations__ if name.endswith(("_size", "_left")) or "pooled" in name]
+        ends = ("_size", "_left", "_2")
+        names = [name for name in TextExtras.__annotations__ if name.endswith(ends) or "pooled" in name]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property

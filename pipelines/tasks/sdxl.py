@@ -24,9 +24,9 @@ USUAL = {"num_inference_steps": 50, "guidance_scale": 5.0}  # of diffusers' Stab
 class SDXLPipeline(TextPipeline):
     """What SDXL's pipelines have besides Stable Diffusion's: `TextToImagePipeline` and its relatives say how to call.
 
-    ``TextToImagePipeline.from_pretrained`` of an SDXL folder gives such a pipeline. A call takes ``original_size``,
-    ``crops_coords_top_left``, ``target_size`` and ``pooled_prompt_embeds``, with the negative ones, too: see
-    ``TextExtras``.
+    ``TextToImagePipeline.from_pretrained`` of an SDXL folder gives such a pipeline. A call takes ``prompt_2``,
+    ``original_size``, ``crops_coords_top_left``, ``target_size`` and ``pooled_prompt_embeds``, with the negative ones,
+    too: see ``TextExtras``.
 
     Args:
         vae: in half precision one whose config says ``force_upcast`` is brought to float32, where alone it is finite.
@@ -49,6 +49,7 @@ class SDXLPipeline(TextPipeline):
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     usual_defaults: ClassVar[dict[str, Any]] = USUAL
     for_runtimes: ClassVar[bool] = False
+    for_sdxl: ClassVar[bool] = True
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "image_encoder", "feature_extractor"]
 
     def __init__(
@@ -118,6 +119,8 @@ class SDXLPipeline(TextPipeline):
         lora_scale: float | None = None,
         clip_skip: int | None = None,
         *,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
         prompt_weights: bool = False,
         long_prompts: Literal["cut", "chunk"] = "cut",
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -129,7 +132,10 @@ class SDXLPipeline(TextPipeline):
         """
         conditioner = self.conditioner(device or self._execution_device, clip_skip, prompt_weights, long_prompts)
         conditioning = self.condition(
-            Prompts(prompt, negative_prompt), conditioner, do_classifier_free_guidance, lora_scale
+            Prompts(prompt, negative_prompt, prompt_2=prompt_2, negative_prompt_2=negative_prompt_2),
+            conditioner,
+            do_classifier_free_guidance,
+            lora_scale,
         ).repeat(positive_whole(num_images_per_prompt, "num_images_per_prompt"))
         positive, negative = conditioning.positive, conditioning.negative
         if negative is None:

@@ -47,6 +47,9 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
 
+    for_sdxl: ClassVar[bool] = False
+    """Whether a call takes what only SDXL takes."""
+
     reranker: Any = None
     """What ``candidates`` are compared with: a ``ClipScore``, or where to load one from."""
 
@@ -137,13 +140,7 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
     def with_sizes(
         self, conditioning: GuidedConditioning, options: TextOptions, height: int, width: int
     ) -> GuidedConditioning:
-        """With the sizes of pictures of this height and width, for a kind whose UNet takes them.
-
-        Raises:
-            ValueError: the call says something that only such a UNet takes.
-        """
-        for name in options.sdxl:
-            raise ValueError(f"{name} is for SDXL, and this is a {type(self).__name__}; leave it out")
+        """With the sizes of pictures of this height and width, for a kind whose UNet takes them."""
         return conditioning
 
 
@@ -162,6 +159,8 @@ class TextCall(Call):
     reranker: Any = None
 
     def __init__(self, pipeline: TextPipeline, options: TextOptions) -> None:
+        for name in () if pipeline.for_sdxl else options.sdxl:
+            raise ValueError(f"{name} is for SDXL, and this is a {type(pipeline).__name__}; leave it out")
         if options.candidates is not None or options.reranker is not None:
             from latentdiff.pipelines.core.candidates import reranker_of_call
 
@@ -175,6 +174,8 @@ class TextCall(Call):
             options.negative_prompt_embeds,
             options.pooled_prompt_embeds,
             options.negative_pooled_prompt_embeds,
+            options.prompt_2,
+            options.negative_prompt_2,
         )
         super().__init__(pipeline, options, len(prompts), options.candidates or self.kept)
         self.view._clip_skip = options.clip_skip

@@ -9,46 +9,18 @@ import pytest
 import torch
 from compare import largest_difference
 from PIL import Image
-from tiny import VAE, clip_parts
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from tiny import VAE
+from tiny_sdxl import tiny_sdxl
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from latentdiff.pipelines.registry import kind_in, kind_taking
-
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
-    "cross_attention_dim": 16 + 24,
-    "norm_num_groups": 8,
-    "attention_head_dim": 2,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 20 + 6 * 8,
-}
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of diffusers' StableDiffusionXLPipeline."""
-    torch.manual_seed(4)
-    first, second = clip_parts(), clip_parts()
-    config = CLIPTextConfig(**{**first["text_encoder"].config.to_dict(), "hidden_size": 24, "projection_dim": 20})
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=diffusers.AutoencoderKL(**VAE),
-        **first,
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer_2=second["tokenizer"],
-        unet=diffusers.UNet2DConditionModel(**UNET),
-        scheduler=diffusers.EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
     folder = tmp_path_factory.mktemp("sdxl") / "model"
-    pipeline.save_pretrained(folder)
+    tiny_sdxl().save_pretrained(folder)
     return folder
 
 
@@ -69,6 +41,7 @@ CALLS: list[dict[str, Any]] = [
     {"prompt": "a car", "negative_prompt": "blue", "clip_skip": 1},
     {"prompt": "a car", "guidance_scale": 1.0, "height": 24},
     {"prompt": "a car", "original_size": (40, 32), "crops_coords_top_left": (3, 5), "target_size": (16, 24)},
+    {"prompt": ["a car", "sun"], "prompt_2": ["red", "in the sun"], "negative_prompt": "sun", "negative_prompt_2": "x"},
     {"prompt": "a car", "negative_original_size": (8, 9), "negative_target_size": (32, 8), "original_size": (64, 8)},
 ]
 
@@ -139,6 +112,8 @@ def test_half_precision_keeps_the_autoencoder_finite(sdxl: Path) -> None:
         ({"crops_coords_top_left": (-1, 0)}, "crops_coords_top_left must be two whole numbers from 0"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 40)}, "without pooled_prompt_embeds"),
         ({"pooled_prompt_embeds": torch.zeros(1, 20)}, "pooled_prompt_embeds needs prompt_embeds"),
+        ({"negative_prompt_2": "sun"}, "negative_prompt_2 needs a negative_prompt, which the first text encoder reads"),
+        ({"prompt_2": ["a", "b"]}, r"2 prompts \(prompt_2\) were given for 1 prompts; give one for each"),
         ({"clip_skip": 7}, r"clip_skip must lie in \[0, 1\]"),
     ],
 )
@@ -151,8 +126,9 @@ def test_bad_parts(sdxl: Path, pipeline: Any, caplog: pytest.LogCaptureFixture) 
     caplog.set_level(logging.ERROR)
     with pytest.raises(ValueError, match="needs a UNet with addition_embed_type='text_time', and this one has None"):
         TextToImagePipeline.from_pretrained(sdxl, unet=pipeline.unet)
-    with pytest.raises(ValueError, match="original_size is for SDXL, and this is a TextToImagePipeline"):
-        pipeline("a car", original_size=(8, 8), num_inference_steps=1)
+    for name, value in (("original_size", (8, 8)), ("prompt_2", "sun")):
+        with pytest.raises(ValueError, match=f"{name} is for SDXL, and this is a TextToImagePipeline"):
+            pipeline("a car", **{name: value}, num_inference_steps=1)
     with pytest.raises(ValueError, match="is drawn with by torch only; leave runtime out"):
         TextToImagePipeline.from_pretrained(sdxl, runtime="onnx")
     ours = TextToImagePipeline.from_pretrained(sdxl)
