@@ -24,6 +24,8 @@ class Conditioning:
     """(B, D'), one vector for the whole prompt."""
     time_ids: Tensor | None = None
     """(B, N), numbers embedded as timesteps are: SDXL's sizes and crops."""
+    sizes: Tensor | None = None
+    """(B, 3), height and width in pixels and their ratio, for PixArt."""
     labels: Tensor | None = None
     """(B,) long, classes; or (B,) or (B, D) for networks that embed other labels, such as a noise level."""
     guidance: Tensor | None = None
@@ -91,6 +93,8 @@ class Conditioning:
         }
         arguments: dict[str, Any] = {names[name]: tensor for name, tensor in self.items() if name in names}
         added = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        if self.sizes is not None:
+            added |= {"resolution": self.sizes[:, :2], "aspect_ratio": self.sizes[:, 2:]}
         added = {name: tensor for name, tensor in added.items() if tensor is not None}
         return {**arguments, "added_cond_kwargs": added} if added else arguments
 

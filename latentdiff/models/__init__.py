@@ -1,4 +1,4 @@
-"""The networks: autoencoders, UNets and a classifier, with diffusers' class names, config keys and weights."""
+"""The networks: autoencoders, UNets, transformers, a classifier; with diffusers' names, config keys and weights."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
     from latentdiff.models.classifier import NoisyClassifier
     from latentdiff.models.codes import FSQModel, GumbelVQModel, VQModel
+    from latentdiff.models.dit import DiTTransformer2DModel
     from latentdiff.models.identity import IdentityAutoencoder
+    from latentdiff.models.pixart import PixArtTransformer2DModel
     from latentdiff.models.tiny_autoencoder import AutoencoderTiny
     from latentdiff.models.transformer import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
@@ -20,10 +22,12 @@ _HOMES = {
     "AutoencoderTiny": "tiny_autoencoder",
     "BottleneckOutput": "bottlenecks",
     "DiagonalGaussianDistribution": "bottlenecks",
+    "DiTTransformer2DModel": "dit",
     "FSQModel": "codes",
     "GumbelVQModel": "codes",
     "IdentityAutoencoder": "identity",
     "NoisyClassifier": "classifier",
+    "PixArtTransformer2DModel": "pixart",
     "TextContext": "transformer",
     "UNet2DConditionModel": "unet",
     "UNet2DModel": "unet_textless",
@@ -34,11 +38,13 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
     "BottleneckOutput",
+    "DiTTransformer2DModel",
     "DiagonalGaussianDistribution",
     "FSQModel",
     "GumbelVQModel",
     "IdentityAutoencoder",
     "NoisyClassifier",
+    "PixArtTransformer2DModel",
     "TextContext",
     "UNet2DConditionModel",
     "UNet2DModel",

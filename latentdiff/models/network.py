@@ -39,11 +39,17 @@ class StrictConfig(ConfigMixin):
     """
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    own: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Like ``neutral``, keys that diffusers' class does not know: they are in the config only where they differ from
+    the first value, for diffusers warns of them."""
     ignore_for_config: ClassVar[list[str]] = ["others"]
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        return ConfigMixin._get_init_keys(input_class) | set(getattr(input_class, "neutral", {}))
+        return ConfigMixin._get_init_keys(input_class) | {
+            *getattr(input_class, "neutral", {}),
+            *getattr(input_class, "own", {}),
+        }
 
     @classmethod
     def extract_init_dict(
@@ -73,12 +79,14 @@ class StrictConfig(ConfigMixin):
         """
         self._check_values()
         self._refuse_unknown(others)
+        known = {**self.neutral, **self.own}
         for key, value in others.items():
             values = value if isinstance(value, (list, tuple)) else (value,)
-            if any(v not in self.neutral[key] for v in values):
-                neutral = repr(self.neutral[key][0])
+            if any(v not in known[key] for v in values):
+                neutral = repr(known[key][0])
                 self.refuse(key, value, f"is not supported; leave {key} out or set it to {neutral}.")
-        self.register_to_config(**{key: others.get(key, values[0]) for key, values in self.neutral.items()})
+        own = {key: others[key] for key, values in self.own.items() if others.get(key, values[0]) != values[0]}
+        self.register_to_config(**{key: others.get(key, values[0]) for key, values in self.neutral.items()}, **own)
 
     def _check_values(self) -> None:
         """Refuse numbers that are not finite, a ``scaling_factor`` of 0, and a ``sample_size`` that is no size."""
