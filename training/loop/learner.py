@@ -151,10 +151,11 @@ class Learner:
         if names:
             fault += f"; the last batch of process {self.accelerator.process_index} was {name_batch(names)}"
         if self.settings.on_bad_loss == "stop" or self._bad_in_a_row >= MOST_BAD_IN_A_ROW:
+            precise = "use mixed_precision=bf16 or no, " if self.settings.mixed_precision == "fp16" else ""
+            good = f" The last good checkpoint is in {self.checkpoints}" if any(self.checkpoints.glob("step-*")) else ""
             raise FloatingPointError(
-                f"{fault}. The weights were not changed by it. Lower learning_rate, use mixed_precision=bf16 or no, "
-                f"look at these pictures, or leave such updates out with on_bad_loss=skip. The last good checkpoint is "
-                f"in {self.checkpoints}"
+                f"{fault}. The weights were not changed by it. Lower learning_rate, {precise}look at these pictures, "
+                f"or leave such updates out with on_bad_loss=skip.{good}"
             )
         logger.warning("%s. The update was left out.", fault)
         if self.accelerator.scaler is not None:  # it must know of every update whose gradients it has seen

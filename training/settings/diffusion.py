@@ -87,6 +87,12 @@ class DenoiserSettings(DiffusionSettings):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
         "v_prediction", description="what the network predicts: the noise, v or the clean latents"
     )
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="limit on the weight of little noise (min-SNR), which leaves pure noise none; null: none; "
+        "default without zero_terminal_snr: 5",
+    )
     zero_terminal_snr: bool = Field(
         True, description="let the last timestep be noise alone, so that pictures may be all dark or bright"
     )
@@ -107,8 +113,8 @@ class DenoiserSettings(DiffusionSettings):
             self.follow(zero_terminal_snr=False)
         if self.process == "gaussian":
             self.follow(sample_steps=min(self.sample_steps, self.num_train_timesteps))
-        if self.process == "flow":  # the papers' loss
-            self.follow(min_snr_gamma=None)
+        if self.process != "flow" and not (self.process == "gaussian" and self.zero_terminal_snr):
+            self.follow(min_snr_gamma=5.0)
         self._check_extension("process", "gaussian", GAUSSIAN)
         self._check_extension("denoiser", "unet", UNET)
         if self.condition == "text" and self.resample_type != "conv":

@@ -1,5 +1,6 @@
 """Which pictures are trained on, and what every training run has."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +16,8 @@ PATHS = frozenset(
     )
 )
 """Settings that may be paths."""
+PROPORTIONAL = ("warmup_steps", "decay_steps", "discriminator_start", "gumbel_steps")
+"""Settings that say when in a run something begins or ends."""
 Condition = Literal["text", "class", "none"]
 """What a model is conditioned on: the caption, the caption as the name of a class, or nothing."""
 
@@ -74,7 +77,11 @@ class RunSettings(DataSettings):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="passes in one step, for a larger batch in the same memory"
     )
-    max_steps: int = Field(10_000, ge=1, description="steps in all, each one update of the weights")
+    max_steps: int = Field(
+        10_000,
+        ge=1,
+        description="steps in all, each one update of the weights; fewer than --config says shorten its warm-up too",
+    )
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd", "muon", "prodigy", "schedulefree"] = Field(
         "adamw",
         description="adamw8bit and adafactor take less memory; muon is for the matrices of linear layers, with adamw "
@@ -151,6 +158,17 @@ class RunSettings(DataSettings):
         copy = self.completed(push_to_hub=None, report_to=(), cache_dir=None)
         copy._place = folder
         return copy
+
+    @classmethod
+    def values_of(cls, file: str | os.PathLike[str] | None, overrides: dict[str, Any] | None) -> dict[str, Any]:
+        """As `Settings.values_of`; where `overrides` shorten a file's run, what it counts in steps shrinks with it."""
+        values, whole = super().values_of(file, overrides), super().values_of(file, None)
+        steps, planned = values.get("max_steps"), whole.get("max_steps")
+        if isinstance(steps, int) and isinstance(planned, int) and 0 < steps < planned:
+            for key in set(PROPORTIONAL) & set(whole) - set(cls._by_name(overrides or {})):
+                if isinstance(whole[key], int):
+                    values[key] = whole[key] * steps // planned
+        return values
 
     def follow(self, **defaults: Any) -> None:
         """Take these defaults; prodigy's learning rate is a share of the one that it finds."""

@@ -91,6 +91,31 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert learning_rate_at(settings, 99) == pytest.approx(0.05)
 
 
+def test_a_shorter_run_shortens_what_its_config_counts_in_steps(tmp_path: Path) -> None:
+    file = tmp_path / "long.yaml"
+    file.write_text("max_steps: 10000\nwarmup_steps: 100\ndecay_steps: 2500\ndiscriminator_start: 6000\n", "utf-8")
+
+    def steps(**given: str) -> tuple[int, ...]:
+        settings = AutoencoderSettings.load(file, {**NEEDED, **given})
+        return settings.max_steps, settings.warmup_steps, settings.decay_steps, settings.discriminator_start
+
+    assert steps() == (10000, 100, 2500, 6000)
+    assert steps(max_steps="300") == (300, 3, 75, 180)
+    assert steps(steps="300", warmup_steps="20") == (300, 20, 75, 180)
+    assert steps(max_steps="20000") == (20000, 100, 2500, 6000)
+    assert (
+        AutoencoderSettings.load(None, {**NEEDED, "max_steps": 300}).discriminator_start == 2000
+    )  # no config: as ever
+
+
+def test_min_snr_is_off_where_pure_noise_would_not_count() -> None:
+    given = {**NEEDED, "autoencoder": "pixels"}
+    assert DenoiserSettings.load(None, given).min_snr_gamma is None
+    assert DenoiserSettings.load(None, {**given, "zero_terminal_snr": False}).min_snr_gamma == 5
+    assert DenoiserSettings.load(None, {**given, "prediction_type": "epsilon"}).min_snr_gamma == 5
+    assert DenoiserSettings.load(None, {**given, "min_snr_gamma": 5.0}).min_snr_gamma == 5
+
+
 def test_defaults_follow_what_they_depend_on() -> None:
     def warmup(**given: int) -> int:
         return AutoencoderSettings.load(None, {**NEEDED, **given}).warmup_steps
