@@ -90,6 +90,12 @@ class Runtime:
         """The precision of what is written: bfloat16 is computed with the weights of float32."""
         return "float32" if self.precision == "bfloat16" else self.precision
 
+    def precision_of(self, part: str) -> str:
+        """Of a network, by its folder. In int8 is the denoiser, and then the decoder in bfloat16 where that is fast."""
+        if self.precision != "int8" or part == "unet":
+            return self.precision
+        return "bfloat16" if part == "vae_decoder" and self.name == "openvino" and openvino_has("BF16") else "float32"
+
     @classmethod
     def of(cls, name: str, dtype: Any = None, shape: Sequence[int] | None = None) -> "Runtime":
         """As options of ``from_pretrained`` say it.

@@ -73,7 +73,7 @@ class RuntimeNetwork(ModelMixin, ConfigMixin):
         """Of the graph in a subfolder; opened when it is first used."""
         if part not in self.engines:
             kind, runtime = self.runtime.kind, self.runtime
-            options = (runtime.precision, torch.get_num_threads(), runtime.shape is not None)
+            options = (runtime.precision_of(part), torch.get_num_threads(), runtime.shape is not None)
             self.engines[part] = kind.open(self.folder / part / kind.file, *options)
         return self.engines[part]
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ Shapes = tuple[tuple[int, ...], ...]
 
 FIXED = 3
 """How many shapes get a graph of their own, which is faster by a quarter; further ones share one for any shape."""
+
+_IMPORTING = RLock()
 
 
 class Engine(Protocol):
@@ -46,16 +48,20 @@ def check_shapes(file: Path, inputs: Mapping[str, tuple[int | None, ...]], array
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Within, what OpenVINO and NNCF use to report to their makers is not found, so they do not report."""
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "openvino_telemetry"}
-    for name in before:
-        del sys.modules[name]
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["openvino_telemetry"]
-        sys.modules.update(before)
+    """Within, what OpenVINO and NNCF use to report to their makers is not found, so they do not report.
+
+    Threads are within one after another.
+    """
+    with _IMPORTING:
+        before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "openvino_telemetry"}
+        for name in before:
+            del sys.modules[name]
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del sys.modules["openvino_telemetry"]
+            sys.modules.update(before)
 
 
 @lru_cache(maxsize=1)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.models.layers import Upsample2D, double, doubling_kernel
 from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.runtime.engines import openvino, without_telemetry
 from latentdiff.pipelines.storage.onnx import (
@@ -109,7 +111,7 @@ def openvino_model(name: str, part: Part) -> Any:
     Raises:
         ValueError: it has an operation that torch cannot export, or OpenVINO does not know.
     """
-    graph = with_channel_norms(part.graph)
+    graph = in_faster_layers(part.graph)
     try:
         with torch.no_grad(), warnings.catch_warnings(), without_telemetry():
             warnings.simplefilter("ignore")  # about torch's own insides
@@ -147,14 +149,31 @@ class ChannelNorm(nn.Module):
         return grouped.expand(-1, -1, size).reshape(-1, channels, 1, 1)
 
 
-def with_channel_norms(graph: nn.Module) -> nn.Module:
-    """A copy in which normalisations of feature maps are `ChannelNorm`; it shares the weights."""
+class Doubling(Upsample2D):
+    """`Upsample2D` as one transposed convolution: 4/9 of the products, where no size is asked for but the double."""
+
+    def __init__(self, upsample: Upsample2D) -> None:
+        nn.Module.__init__(self)
+        self.conv = upsample.conv
+        self.kernel = nn.Parameter(doubling_kernel(self.conv.weight.detach()))
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W) or (B, C, *size)."""
+        if size is not None:  # odd sides end otherwise, and one graph is for all sizes
+            return self.conv(double(x, size))
+        return F.conv_transpose2d(x, self.kernel, self.conv.bias, stride=2, padding=1)
+
+
+def in_faster_layers(graph: nn.Module) -> nn.Module:
+    """A copy in which normalisations of feature maps are `ChannelNorm`, doublings `Doubling`; it shares the weights."""
     shared = {id(tensor): tensor for tensor in [*graph.parameters(), *graph.buffers()]}
     changed = copy.deepcopy(graph, shared)
     for module in list(changed.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.GroupNorm and name != "group_norm":  # which attention gives tokens
                 setattr(module, name, ChannelNorm(child))
+            elif type(child) is Upsample2D and type(child.conv) is nn.Conv2d:
+                setattr(module, name, Doubling(child))
     return changed
 
 

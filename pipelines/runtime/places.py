@@ -8,7 +8,7 @@ from latentdiff.interchange.fingerprint import component_files, file_digest
 from latentdiff.interchange.shared_cache import GRAPHS, GRAPHS_SAY, Hold, exclusive
 from latentdiff.pipelines.runtime.choice import Runtime
 
-FORMAT = 2
+FORMAT = 3
 """Of what is written; raised when the graphs of an older version must not be used any more."""
 
 NETWORKS = ("unet", "vae", "vqvae")

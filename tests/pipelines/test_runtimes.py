@@ -2,8 +2,10 @@
 
 import json
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ from tiny import tiny_pipeline
 from torch import nn
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
+from latentdiff.models.layers import Upsample2D
 from latentdiff.pipelines.runtime import choice
 from latentdiff.pipelines.runtime.choice import Runtime
-from latentdiff.pipelines.runtime.engines import check_shapes
-from latentdiff.pipelines.runtime.graphs import ChannelNorm
+from latentdiff.pipelines.runtime.engines import check_shapes, core, without_telemetry
+from latentdiff.pipelines.runtime.graphs import ChannelNorm, Doubling, openvino_model
 from latentdiff.pipelines.runtime.places import cache_folder, folder_of
 from latentdiff.pipelines.runtime.quantize import without_pictures
+from latentdiff.pipelines.storage.onnx import decoder_part
 
 NEEDS = {"openvino": "openvino", "onnx": "onnxruntime"}
 CALL: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -174,6 +178,14 @@ def test_int8_states_its_error(models: Path, runtime: str) -> None:
     assert 0 < report["prediction_error"] < 0.2
     assert 0 < report["picture_difference"] < report["largest_picture_difference"] < 128
     assert report["precision"] == other.unet.runtime.precision == "int8"
+    if runtime == "openvino":  # uneven activations have no range for all; the weights are int8 all the same
+        graph = core().read_model(other.unet.folder / "unet" / "openvino_model.xml")
+        uneven = [one for one in graph.get_ops() if ".ff.net.2/" in one.get_friendly_name()]
+        products = [one for one in uneven if one.get_type_name() == "MatMul"]
+        assert products
+        assert all(one.input_value(0).get_node().get_type_name() != "FakeQuantize" for one in products)
+        kinds = {str(one.get_element_type()) for one in graph.get_ops() if one.get_friendly_name().endswith("2.weight")}
+        assert kinds == {"<Type: 'int8_t'>"}
 
 
 def test_int8_is_not_calibrated_from_pictures() -> None:
@@ -211,6 +223,35 @@ def test_missing_extra_and_processor_without_bfloat16(models: Path, monkeypatch:
             TextToImagePipeline.from_pretrained(models, runtime=name)
 
 
+def test_precision_of_each_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice, "openvino_has", lambda capability: True)
+    parts = ("unet", "vae_decoder", "vae_encoder")
+    int8, half = Runtime("openvino", "int8"), Runtime("openvino", "bfloat16")
+    assert [int8.precision_of(part) for part in parts] == ["int8", "bfloat16", "float32"]
+    assert [half.precision_of(part) for part in parts] == ["bfloat16"] * 3
+    assert [Runtime("onnx", "int8").precision_of(part) for part in parts] == ["int8", "float32", "float32"]
+    monkeypatch.setattr(choice, "openvino_has", lambda capability: False)
+    assert [int8.precision_of(part) for part in parts] == ["int8", "float32", "float32"]
+
+
+def test_threads_may_import_runtimes_at_once() -> None:
+    inside, left = Event(), Event()
+
+    def second() -> None:
+        with without_telemetry():
+            inside.set()
+            left.wait(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with without_telemetry():
+            other = pool.submit(second)
+            inside.wait(0.05)
+        left.set()
+        other.result()
+    assert sys.modules.get("openvino_telemetry", sys) is not None
+
+
 def test_graphs_name_what_does_not_fit() -> None:
     inputs: dict[str, tuple[int | None, ...]] = {"sample": (2, 4, None, None), "timestep": (1,)}
     time = np.zeros(1)
@@ -229,3 +270,23 @@ def test_channel_norm_is_group_norm() -> None:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     torch.testing.assert_close(ChannelNorm(norm)(x), norm(x), atol=2e-6, rtol=1e-5)
+
+
+def test_doubling_is_upsampling() -> None:
+    torch.manual_seed(0)
+    upsample, x = Upsample2D(6), torch.randn(2, 6, 5, 7)
+    doubling = Doubling(upsample)
+    with torch.no_grad():
+        expected = upsample.conv(nn.functional.interpolate(x, scale_factor=2.0))
+        torch.testing.assert_close(doubling(x), expected, atol=2e-6, rtol=1e-5)
+        odd = upsample.conv(nn.functional.interpolate(x, size=(9, 14)))
+        torch.testing.assert_close(doubling(x, (9, 14)), odd, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.slow  # OpenVINO is imported
+def test_openvino_doubles_by_one_transposed_convolution() -> None:
+    pytest.importorskip("openvino")
+    model = openvino_model("decoder", decoder_part(tiny_pipeline("bert")))
+    kinds = [one.get_type_name() for one in model.get_ordered_ops()]
+    assert "ConvolutionBackpropData" in kinds
+    assert "Interpolate" not in kinds

@@ -102,7 +102,7 @@ class LightPipeline:
         self.scheduler = self.scheduler_of(self.defaults["num_inference_steps"])
         self.threads = usable_threads()
         self.check()
-        names = {"text_encoder": "float32", "unet": runtime.precision, "vae_decoder": runtime.precision}
+        names = {"text_encoder": "float32"} | {one: runtime.precision_of(one) for one in ("unet", "vae_decoder")}
         with ThreadPoolExecutor(len(names)) as pool:
             opened = {
                 name: pool.submit(runtime.kind.open, folder / name / runtime.kind.file, precision, self.threads)
