@@ -36,16 +36,21 @@ HELD_OUT_SEEDS = 1 << 40  # where the seeds of held-out pictures begin
 
 
 def batches(
-    run: TrainingRun, order: PictureOrder, samples: Dataset[AnyBatch], cat: Callable[[list[AnyBatch]], AnyBatch]
+    run: TrainingRun,
+    order: PictureOrder,
+    samples: Dataset[AnyBatch],
+    cat: Callable[[list[AnyBatch]], AnyBatch],
+    batch_of: Callable[[int], int] = int,
 ) -> Iterator[AnyBatch]:
     """A batch for every pass of this process that the run still has to do; ends when the run must stop.
 
     Args:
         samples: by `Place`, each a batch of one, which `cat` joins.
+        batch_of: see `Objective`.
     """
     loader = DataLoader(
         samples,
-        batch_sampler=places(run, order),
+        batch_sampler=places(run, order, batch_of),
         collate_fn=cat,
         num_workers=run.settings.num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
@@ -59,11 +64,11 @@ def batches(
             raise
 
 
-def places(run: TrainingRun, order: PictureOrder) -> Iterator[list[Place]]:
+def places(run: TrainingRun, order: PictureOrder, batch_of: Callable[[int], int]) -> Iterator[list[Place]]:
     """What the remaining passes of this process train on."""
     per_step = run.settings.gradient_accumulation_steps
     for number in run.remaining():
-        step = number // per_step
+        step = batch_of(number // per_step)
         indices = order.update(step)
         yield [Place(step, slot, indices[slot]) for slot in run.slots(number)]
 

@@ -213,6 +213,26 @@ class LatentSource:
         return self.codec.scaled(Posterior(mean, *std).sample(noise.to(self.device, non_blocking=True)))
 
 
+@dataclass(frozen=True)
+class NoLatents(LatentSource):
+    """What an objective takes that looks at no pictures: none is read, and latents are zeros."""
+
+    @property
+    def read(self) -> Callable[[PictureView], Tensor]:
+        return read_nothing
+
+    @property
+    def idle(self) -> tuple[nn.Module, ...]:
+        return (self.codec.autoencoder,)
+
+    def latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        return torch.zeros_like(noise, device=self.device)
+
+
+def read_nothing(_: PictureView) -> Tensor:
+    return torch.zeros(0)
+
+
 def latent_source(
     run: TrainingRun, settings: DiffusionSettings, codec: Codec, wanted: Callable[[], Iterable[PictureView]]
 ) -> LatentSource:

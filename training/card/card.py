@@ -103,7 +103,7 @@ def write_model_card(
     before = card.text.partition(BEGIN.format(MODEL))[0].splitlines()
     has_heading = any(line.startswith("# ") for line in before)  # of the user's, before our section
     source = f" from {last_part(base_model)}" if base_model else ""
-    made = f"trained with latentdiff{source} on {pictures:,} pictures in {steps:,} optimizer steps."
+    made = f"trained with latentdiff{source} on {pictures:,} {kind.learned_from} in {steps:,} optimizer steps."
     parts = [
         "" if has_heading else f"# {folder.resolve().name or 'model'}",
         f"{kind.name[:1].upper()}{kind.name[1:]}, {made}",
@@ -111,7 +111,7 @@ def write_model_card(
         f"![Samples]({GRID})" if grid else "",
         f"These samples are of step {sample_step:,}." if grid and sample_step not in (None, steps) else "",
         kind.usage.replace("THIS_FOLDER", called(folder, settings.get("push_to_hub"))),
-        figures_table(figures, pictures),
+        figures_table(figures, pictures, kind.learned_from),
         settings_list(settings),
         history_table(history),
     ]
@@ -197,11 +197,11 @@ def called(folder: Path, hub_id: str | None) -> str:
     return hub_id or (name if re.fullmatch(r"\w[\w.-]*", name) else "THIS_FOLDER")
 
 
-def figures_table(figures: Mapping[str, float], pictures: int) -> str:
+def figures_table(figures: Mapping[str, float], pictures: int, learned_from: str) -> str:
     if not figures:
         return ""
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(figures.items()))
-    return f"## Figures of training\n\n| what | figure |\n|---|---|\n{rows}\n| training pictures | {pictures:,} |"
+    return f"## Figures of training\n\n| what | figure |\n|---|---|\n{rows}\n| training {learned_from} | {pictures:,} |"
 
 
 def settings_list(settings: Mapping[str, Any]) -> str:

@@ -79,6 +79,7 @@ class ModelKind:
         usage: how to use it, in Markdown.
         lora: whether a LoRA lies beside the model.
         note: what to know of it, a sentence or two.
+        learned_from: what it was trained on.
     """
 
     name: str
@@ -86,6 +87,7 @@ class ModelKind:
     usage: str
     lora: bool = False
     note: str = ""
+    learned_from: str = "pictures"
 
     @property
     def draws(self) -> bool:

@@ -65,16 +65,18 @@ class Pace:
 
     def __init__(self, look: float | None = None) -> None:
         self.began = time.monotonic()
-        self.updates, self.aside, self.total = 0, 0.0, 0.0
+        self.updates, self.counted, self.aside, self.total = 0, 0.0, 0.0, 0.0
         self.look = look  # seconds that the last samples and figures took
 
-    def tick(self) -> None:
-        """An update is made."""
+    def tick(self, relative_time: float = 1.0) -> None:
+        """An update is made. relative_time: that it should have taken; see `Objective`."""
         now = time.monotonic()
         self.total = now - self.began - self.aside
         self.updates += 1
         if self.updates == 1:
-            self.first, self.began, self.aside = self.total, now, 0.0
+            self.first, self.began, self.aside = self.total / relative_time, now, 0.0
+        else:
+            self.counted += relative_time
 
     def looked(self, seconds: float, share: float) -> None:
         """Samples and figures, or a share of them, took so long; it is not the updates' time."""
@@ -88,8 +90,8 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Of an update."""
-        return self.total / (self.updates - 1) if self.updates > 1 else self.first
+        """Of the mean update."""
+        return self.total / self.counted if self.updates > 1 else self.first
 
 
 def looks(settings: RunSettings, step: int) -> int:

@@ -147,8 +147,8 @@ class TrainingRun:
         """
         if not self.learner.learn(batch, self.step):
             return {}
+        self.pace.tick(self.learner.plain.relative_time(self.step))
         self.step += 1
-        self.pace.tick()
         self._bar.update()
         self._say_estimate()
         if not self.due(self.settings.log_every):

@@ -37,7 +37,12 @@ class Objective(nn.Module, ABC, Generic[Batch]):
     """A loss with the networks that minimise it: the module that a `TrainingRun` trains.
 
     Its parameters that require a gradient are trained, averaged and kept in checkpoints, its buffers kept too.
+
+    Attributes:
+        takes_latents: whether it looks at the pictures, and not at their captions alone.
     """
+
+    takes_latents = True
 
     def forward(self, batch: Batch, held_out: bool = False) -> Result:
         """`training_loss`, or with `held_out` `held_out_loss`: wrappers of several processes pass only this on."""
@@ -50,6 +55,14 @@ class Objective(nn.Module, ABC, Generic[Batch]):
     def held_out_loss(self, batch: Batch) -> Result:
         """Losses by which runs can be compared: figures (B,) of each picture, without any weight of training's."""
         raise NotImplementedError(f"{type(self).__name__} has no held-out loss")
+
+    def batch_of(self, update: int) -> int:
+        """Which batch in the order of the data an update learns from: by default each from one of its own."""
+        return update
+
+    def relative_time(self, update: int) -> float:
+        """How long an update takes, about, in terms of the mean one."""
+        return 1.0
 
     def after_update(self, made: bool) -> None:
         """Called after every update; `made` is False where it was left out because of a bad loss."""

@@ -79,14 +79,3 @@ class ProgressiveObjective(DistillationObjective):
                 wanted = self.clean_between(noisy, ended, times, end)
         answer = self.guess(self.student, noisy, times, self.told(self.student, condition, scales)).clean
         return (answer - wanted).square().flatten(1).mean(1), times
-
-    def grid(self, steps: int) -> Tensor:
-        """The times of a plan, evenly spaced to the last one, from the least: (steps + 1,) long; -1 is clean."""
-        spaced = torch.arange(steps + 1, device=self.empty.device) * (self.process.num_timesteps / steps)
-        return spaced.round().long() - 1
-
-    def clean_between(self, begin: Tensor, end: Tensor, start_times: Tensor, end_times: Tensor) -> Tensor:
-        """The x_0 with which a single DDIM step leads from `begin` to `end`. Salimans & Ho, Alg. 2 and App. G."""
-        (signal, sigma), (then_signal, then_sigma) = (self.levels(t, begin) for t in (start_times, end_times))
-        ratio = then_sigma / sigma
-        return (end - ratio * begin) / (then_signal - ratio * signal)

@@ -7,17 +7,21 @@ from pydantic import Field, model_validator
 from latentdiff.training.settings.diffusion import AdaptedSettings
 from latentdiff.training.settings.run import RunSettings
 
+HUBER_C = 0.03  # of a whole picture, for trajectory
+
 USED_BY = {
     "solver_steps": ("lcm", "consistency"),
     "loss": ("lcm", "consistency"),
-    "huber_c": ("lcm", "consistency"),
+    "huber_c": ("lcm", "consistency", "trajectory"),
     "target_decay": ("lcm", "consistency"),
     "start_steps": ("progressive",),
     "stage_steps": ("progressive",),
-    "guidance_scale": ("lcm", "progressive", "adversarial", "dmd"),
+    "guidance_scale": ("lcm", "trajectory", "progressive", "adversarial", "dmd"),
     **dict.fromkeys(("distillation_weight", "discriminator_weight", "discriminator_start"), ("adversarial",)),
     **dict.fromkeys(("discriminator_channels", "discriminator_learning_rate", "r1_weight"), ("adversarial",)),
     "follower_learning_rate": ("dmd",),
+    **dict.fromkeys(("teacher_substeps", "trajectory_repeats", "own_states_after"), ("trajectory",)),
+    **dict.fromkeys(("prompt_pictures", "noise_offset"), ("lcm", "consistency", "progressive", "adversarial", "dmd")),
 }
 """Settings that not every method knows."""
 
@@ -28,19 +32,22 @@ class DistillationSettings(AdaptedSettings):
     fixed: ClassVar[tuple[str, ...]] = (
         *(*RunSettings.fixed, "method", "lora_rank", "lora_alpha", "lora_targets", "few_steps", "guidance_scale"),
         *("solver_steps", "start_steps", "stage_steps", "discriminator_channels"),
+        *("teacher_substeps", "trajectory_repeats", "own_states_after"),
     )
     unsettled = ("guidance_scale", "max_steps")
 
     data: str = Field("", description="as in training: folder of pictures, shards or dataset; not with prompts")
     prompts: str | None = Field(
-        None, description="file of prompts (.txt, .jsonl, .csv): the teacher draws the pictures to learn from"
+        None,
+        description="file of prompts (.txt, .jsonl, .csv): the teacher draws the pictures to learn from; with "
+        "trajectory none are needed",
     )
     prompt_pictures: int = Field(1000, ge=1, description="how many pictures the teacher draws of the prompts")
     teacher_steps: int = Field(
         25, ge=1, description="steps in which it draws them; default: 25, or what it is made for"
     )
     model: str = Field(description="the teacher: a packaged model, a pipeline folder, a .safetensors file, a hub id")
-    method: Literal["lcm", "consistency", "progressive", "adversarial", "dmd"] = Field(
+    method: Literal["lcm", "trajectory", "consistency", "progressive", "adversarial", "dmd"] = Field(
         "lcm", description="how the student learns; docs/few-steps.md says when to take which"
     )
     few_steps: int = Field(4, ge=1, le=64, description="steps that the student draws in by default")
@@ -53,7 +60,11 @@ class DistillationSettings(AdaptedSettings):
         50, ge=2, description="lcm, consistency: steps of the teacher's solver from noise to clean"
     )
     loss: Literal["huber", "l2"] = Field("huber", description="lcm, consistency: distance of two answers")
-    huber_c: float = Field(0.001, gt=0, description="lcm, consistency: below it huber is squared, above it linear")
+    huber_c: float = Field(
+        0.001,
+        gt=0,
+        description="below it huber is squared, above it linear; default with trajectory, of whole pictures: 0.03",
+    )
     target_decay: float = Field(
         0.95,
         ge=0,
@@ -63,6 +74,21 @@ class DistillationSettings(AdaptedSettings):
     )
     start_steps: int = Field(32, ge=1, description="progressive: the student's steps in the first of its halvings")
     stage_steps: int = Field(1000, ge=1, description="progressive: updates between two halvings")
+    teacher_substeps: int = Field(
+        4, ge=1, description="trajectory: guided steps of the teacher that each of the student's ends with"
+    )
+    trajectory_repeats: int = Field(
+        3,
+        ge=1,
+        description="trajectory: how often every step of a trajectory is learned from before new ones are drawn",
+    )
+    own_states_after: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="trajectory: share of max_steps after which the student's own steps lead from state to state, and "
+        "no longer the teacher's; 1: never",
+    )
     distillation_weight: float = Field(1.0, ge=0, description="adversarial: of the distance to the teacher's answer")
     discriminator_weight: float = Field(0.1, ge=0, description="adversarial: of the discriminator's part in the loss")
     discriminator_start: int = Field(0, ge=0, description="adversarial: steps before the discriminator begins")
@@ -92,6 +118,8 @@ class DistillationSettings(AdaptedSettings):
             self.follow(learning_rate=1e-4)
         if self.lora_rank or self.method == "consistency":
             self.follow(target_decay=0.0)
+        if self.method == "trajectory":
+            self.follow(huber_c=HUBER_C)
         self._check_guidance()
         if self.method == "progressive":
             self._check_stages()

@@ -13,7 +13,7 @@ from latentdiff.interchange.png import save_picture
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
-from latentdiff.training.batch.latents import PictureView, latent_source
+from latentdiff.training.batch.latents import NoLatents, PictureView, latent_source
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind
@@ -102,11 +102,12 @@ def train_diffusion(
         raise ValueError(
             "under FSDP only a whole UNet can be trained: no LoRA, no text encoder, and no distillation; use DDP"
         )
-    if run.step == 0 and run.accelerator.is_main_process and not model.codec.is_identity:
+    looks = objective.takes_latents
+    if looks and run.step == 0 and run.accelerator.is_main_process and not model.codec.is_identity:
         show_suitability(run, settings, model.codec, data.pictures)
     run.model_bytes = module_bytes(*model.pipeline().components.values())
-    few = some_of(run, settings, model, data) if settings.is_dry_run else data
-    reader, views, other_views = reader_of(run, settings, model, few)
+    few = some_of(run, settings, model, data, looks) if settings.is_dry_run else data
+    reader, views, other_views = reader_of(run, settings, model, few, looks)
     bands = min(BANDS, model.process.num_timesteps)
     held_out = reader.held_out(few.held_out, other_views, bands)
     loss = HeldOutLoss(model.process, bands)
@@ -116,7 +117,7 @@ def train_diffusion(
     if run.draws_before and run.step == 0 and not settings.is_dry_run and run.takes_part:
         run.show_besides(samples.draw_before)
     order = PictureOrder(weights(few.pictures), run.update_size, settings.seed, views.buckets)
-    for batch in batches(run, order, reader.samples(few.pictures, views), SampleBatch.cat):
+    for batch in batches(run, order, reader.samples(few.pictures, views), SampleBatch.cat, objective.batch_of):
         figures = run.learn(reader.batch(batch))
         if figures and watch is not None:
             watch(figures)
@@ -145,11 +146,11 @@ def look(run: TrainingRun, measure: Callable[[], dict[str, float]], samples: Sam
     run.accelerator.wait_for_everyone()
 
 
-def some_of(run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data) -> Data:
+def some_of(run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data, looks: bool) -> Data:
     """A few pictures for a dry run, already encoded; says how long all of them would take."""
     few = Data(spread(data.pictures, FEW), spread(data.held_out, FEW))
     began = time.monotonic()
-    reader_of(run, settings, model, few)
+    reader_of(run, settings, model, few, looks)
     each = (time.monotonic() - began) / (len(few.pictures) + len(few.held_out))
     seconds = duration(each * (len(data.pictures) + len(data.held_out)))
     logger.info("encoding all pictures, once and before the first step, takes about %s", seconds)
@@ -157,9 +158,12 @@ def some_of(run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel
 
 
 def reader_of(
-    run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data
+    run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data, looks: bool
 ) -> tuple[Reader, ViewChoice, ViewChoice]:
-    """What reads the pictures, once the caches are filled with them, and the views of both splits."""
+    """What reads the pictures, once the caches are filled with them, and the views of both splits.
+
+    looks: at the pictures; else captions alone are read.
+    """
     factor = model.codec.factor
     step = factor * model.network.downscale_factor if settings.buckets else factor
     views = ViewChoice(settings, data.pictures, step, settings.cached_variants if settings.cache_latents else 0)
@@ -172,7 +176,7 @@ def reader_of(
     reader = Reader(
         settings,
         model.codec,
-        latent_source(run, settings, model.codec, wanted),
+        latent_source(run, settings, model.codec, wanted) if looks else NoLatents(model.codec, run.device),
         model.conditions(run, settings, Joined(data.pictures, data.held_out)),
         run.update_size,
         run.device,

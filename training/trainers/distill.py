@@ -1,10 +1,11 @@
 """Distillation: a student that draws in few steps learns from a model that draws in many."""
 
 import copy
+import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from latentdiff.pipelines.distributed import processes
 from latentdiff.text import encode_prompts
 from latentdiff.training.card.card import last_part
 from latentdiff.training.card.kinds import distilled_kind, short_captions
+from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.data.load import hold_out
 from latentdiff.training.drawings import Drawing, draw, missing
 from latentdiff.training.loop.estimate import FEW, duration
 from latentdiff.training.loop.output_folder import open_output
@@ -38,10 +41,11 @@ from latentdiff.training.objectives.distillation import DistillationObjective
 from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective, FollowerObjective
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.objectives.progressive import ProgressiveObjective
+from latentdiff.training.objectives.trajectory import TrajectoryObjective
 from latentdiff.training.settings import DistillationSettings
 from latentdiff.training.starting_networks import freeze
 from latentdiff.training.trainers.autoencoder import Alarms
-from latentdiff.training.trainers.diffusion import load_data, train_diffusion
+from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
 from latentdiff.training.trainers.diffusion_models import TextModel
 from latentdiff.training.trainers.finetune import (
     check_output,
@@ -51,6 +55,7 @@ from latentdiff.training.trainers.finetune import (
     own_resolution,
 )
 from latentdiff.training.trainers.lora import add_lora, save_and_merge
+from latentdiff.training.trainers.samples import sample_captions
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +97,11 @@ def distill(settings: DistillationSettings) -> Path:
     settings = complete(settings, pipeline)
     freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
     open_output(settings)
-    data = load_data(with_drawings(settings, pipeline, prompts))
+    if settings.method == "trajectory" and prompts:
+        data = captions_alone(settings, prompts)
+        settings = settings.completed(sample_prompts=settings.sample_prompts or tuple(sample_captions(data.pictures)))
+    else:
+        data = load_data(with_drawings(settings, pipeline, prompts))
     set_seed(settings.seed)  # the adapters' first weights
     teacher, empty = pipeline.unet, encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
     pipeline.unet = student_of(settings, teacher)
@@ -120,6 +129,8 @@ def distill(settings: DistillationSettings) -> Path:
     note = note_of_teacher(settings, pipeline)
     words = [*settings.sample_prompts, *short_captions(data.pictures)]
     kind = distilled_kind(words, settings.method, settings.few_steps, scale, is_lora, note)
+    if not objective.takes_latents:
+        kind = replace(kind, learned_from="captions")
     rate = settings.discriminator_learning_rate
     if settings.method == "dmd":
         rate = settings.follower_learning_rate or 2 * settings.learning_rate
@@ -141,7 +152,7 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
             f"{settings.model} is of the {process.name} process, and distillation knows models of noise levels alone; "
             f"'latentdiff finetune' with process=gaussian makes it one"
         )
-    if settings.method == "progressive":
+    if settings.method in ("progressive", "trajectory"):
         scheduler = process.scheduler("DDIMScheduler")
     else:
         scheduler = process.scheduler("LCMScheduler")  # which puts new noise into each answer, as is taught
@@ -176,6 +187,11 @@ def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline,
     if settings.method == "progressive" and 2 * settings.start_steps > process.num_timesteps:
         raise ValueError(
             f"start_steps={settings.start_steps}: the teacher takes twice as many, and has {process.num_timesteps}"
+        )
+    if settings.method == "trajectory" and settings.few_steps * settings.teacher_substeps > process.num_timesteps:
+        raise ValueError(
+            f"teacher_substeps={settings.teacher_substeps} in each of few_steps={settings.few_steps} are more than the "
+            f"teacher's {process.num_timesteps} timesteps"
         )
     if note := note_of_teacher(settings, pipeline):
         logger.warning("%s", note)
@@ -312,6 +328,17 @@ def with_drawings(
     return settings.completed(data=str(folder))
 
 
+def captions_alone(settings: DistillationSettings, prompts: list[str]) -> Data:
+    """Prompts without pictures; some are held out as of pictures, those that are the same together."""
+    digests = (hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts)
+    size = (settings.resolution, settings.resolution)
+    named = [
+        CaptionedPicture(f"{settings.prompts}, prompt {i}", bytes, (prompt,), digest=digest, size=size)
+        for i, (prompt, digest) in enumerate(zip(prompts, digests, strict=True), 1)
+    ]
+    return Data(*hold_out(named, settings.held_out_share))
+
+
 def student_of(settings: DistillationSettings, teacher: Any) -> Any:
     """A copy of the teacher, in which what is to be trained requires a gradient; it begins as the unguided teacher.
 
@@ -338,6 +365,19 @@ def objectives_of(
     """What the settings' method minimises, and what its adversary does, if it has one."""
     guidance = (settings.guidance_scale[0], settings.guidance_scale[-1])
     common = (model.process, guidance, empty)
+    if settings.method == "trajectory":
+        share = settings.own_states_after
+        objective = TrajectoryObjective(
+            model.network,
+            teacher,
+            *common,
+            steps=settings.few_steps,
+            substeps=settings.teacher_substeps,
+            repeats=settings.trajectory_repeats,
+            own_from=share * settings.max_steps if share < 1 else None,
+            huber_c=settings.huber_c,
+        )
+        return objective, None
     if settings.method == "progressive":
         return ProgressiveObjective(model.network, *common, settings.stages, settings.stage_steps), None
     if settings.method == "adversarial":
@@ -346,6 +386,6 @@ def objectives_of(
         return AdversarialObjective(model.network, teacher, *common, discriminator, settings), adversary
     if settings.method == "dmd":
         follower = copy.deepcopy(teacher if settings.lora_rank else model.network).requires_grad_(True)
-        objective = DistributionMatchingObjective(model.network, teacher, *common, follower, settings)
-        return objective, FollowerObjective(follower, model.process)
+        matching = DistributionMatchingObjective(model.network, teacher, *common, follower, settings)
+        return matching, FollowerObjective(follower, model.process)
     return ConsistencyObjective(model.network, teacher, *common, settings), None

@@ -73,6 +73,15 @@ def test_the_time_of_steps_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.endswith("1 time (of 4 minutes each; those before training a minute at the most).")
 
 
+def test_updates_that_take_longer_count_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 50.0, 62.0, 74.0, 76.0])  # those that should take three times the mean, then half of it
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(clock))
+    pace = Pace()
+    for relative in (3.0, 3.0, 3.0, 0.5):
+        pace.tick(relative)
+    assert (pace.first, pace.seconds) == (pytest.approx(50 / 3), 4.0)
+
+
 def test_a_limit_in_time_says_how_far_it_gets(tmp_path: Path) -> None:
     limited = settings(tmp_path, max_steps=400, max_minutes=5)
     (line,) = limit_lines(limited, 100, needed=900.0, left=240.0)

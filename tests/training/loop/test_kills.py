@@ -93,11 +93,12 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
 
 
-@pytest.mark.parametrize("method", ["lcm", "progressive", "adversarial", "dmd"])
+@pytest.mark.parametrize("method", ["lcm", "trajectory", "progressive", "adversarial", "dmd"])
 def test_distillation(pictures: Path, tmp_path: Path, method: str) -> None:
     tiny_pipeline("clip").save_pretrained(tmp_path / "model")
     own = {
         "lcm": {"guidance_scale": [1, 5]},
+        "trajectory": {"few_steps": 2, "trajectory_repeats": 1, "own_states_after": 0.3, "guidance_scale": [1, 5]},
         "progressive": {"start_steps": 16, "stage_steps": 15},
         "adversarial": {"discriminator_channels": 4, "r1_weight": 0.1, "discriminator_start": 20},
         "dmd": {},

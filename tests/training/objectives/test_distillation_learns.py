@@ -16,6 +16,7 @@ from latentdiff.training.objectives.consistency import ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective
 from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective, FollowerObjective
 from latentdiff.training.objectives.progressive import ProgressiveObjective
+from latentdiff.training.objectives.trajectory import TrajectoryObjective
 from latentdiff.training.settings import DistillationSettings
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def ddim(objective: DistillationObjective, network: Any, noise: Tensor, times: l
     return sample.detach()
 
 
-@pytest.mark.parametrize("method", ["lcm", "progressive"])
+@pytest.mark.parametrize("method", ["lcm", "progressive", "trajectory"])
 def test_a_student_ends_in_one_step_where_its_teacher_ends_in_many(method: str) -> None:
     taught, student, none = Affine().requires_grad_(False), Affine(), torch.zeros(1, 1, 1)
     objective: DistillationObjective
@@ -80,6 +81,12 @@ def test_a_student_ends_in_one_step_where_its_teacher_ends_in_many(method: str) 
         objective = ConsistencyObjective(student, taught, ZERO_SNR, (1.0, 1.0), none, chosen)
         learn(objective, 1000)
         times = [*range(999, 0, -20), 0]
+    elif method == "trajectory":
+        objective = TrajectoryObjective(
+            student, taught, ZERO_SNR, (1.0, 1.0), none, steps=1, substeps=32, own_from=300, huber_c=0.03
+        )
+        learn(objective, 600)
+        times = [round(1000 * i / 32) - 1 for i in range(32, -1, -1)]
     else:
         objective = ProgressiveObjective(student, ZERO_SNR, (1.0, 1.0), none, (16, 8, 4, 2, 1), 150)
         learn(objective, 750)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ SMALL = {"batch_size": 2, "max_steps": 3, "checkpoint_every": 3, "sample_every":
 METHODS: dict[str, dict[str, object]] = {
     "lcm": {"method": "lcm"},
     "lcm-lora": {"method": "lcm", "lora_rank": 2, "target_decay": 0.5},
+    "trajectory": {"method": "trajectory", "few_steps": 2, "trajectory_repeats": 1, "own_states_after": 0.3},
+    "trajectory-lora": {"method": "trajectory", "lora_rank": 2, "own_states_after": 0},
     "consistency": {"method": "consistency"},
     "progressive": {"method": "progressive", "start_steps": 4, "stage_steps": 1},
     "adversarial": {"method": "adversarial", "discriminator_channels": 4, "r1_weight": 0.1},
     "dmd": {"method": "dmd", "lora_rank": 2},
 }
 FEW: dict[str, dict[str, object]] = {
+    "trajectory": {"few_steps": 2},
     "progressive": {"few_steps": 2, "start_steps": 2, "stage_steps": 1, "max_steps": 2},
     "adversarial": {"few_steps": 2},
 }
@@ -80,12 +84,12 @@ def test_lcm_draws_in_plain_diffusers_at_the_scale_that_is_chosen(pictures: Path
     assert "distilled to 4 steps (lcm)" in (out / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("method", ["progressive", "adversarial"])
+@pytest.mark.parametrize("method", ["trajectory", "progressive", "adversarial"])
 def test_others_draw_in_plain_diffusers_as_here(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
     out = run(model, tmp_path / "out", data=str(pictures), **{**METHODS[method], **FEW[method]})
     ours = TextToImagePipeline.from_pretrained(out)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(out)
-    kind, timesteps = diffusers.DDIMScheduler if method == "progressive" else diffusers.LCMScheduler, []
+    kind, timesteps = diffusers.DDIMScheduler if method != "adversarial" else diffusers.LCMScheduler, []
     assert type(theirs.scheduler) is kind
     assert ours.defaults == {"num_inference_steps": 2, "guidance_scale": 1.0}
 
@@ -132,6 +136,17 @@ def test_of_prompts_the_teacher_draws_the_pictures(model: Path, tmp_path: Path) 
     with pytest.raises(FileExistsError, match=r"000001.png was not drawn by latentdiff"):
         run(model, out, **values, max_steps=3)
     assert files[1].read_bytes() == b"mine"
+
+
+def test_trajectories_need_prompts_and_no_pictures(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a {i}\n" for i in range(40)), encoding="utf-8")
+    out = run(model, tmp_path / "out", prompts=str(prompts), method="trajectory", few_steps=2)
+    assert not (out / "training" / "teacher_pictures").exists()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "distilled to 2 steps (trajectory)" in card
+    assert re.search(r"on 3\d captions in 3 optimizer steps", card)
+    assert re.search(r"\| val_loss \| 0\.\d", card)
 
 
 def same_state(a: Path, b: Path) -> bool:
@@ -191,6 +206,13 @@ def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: P
         ),
         ({"method": "progressive", "start_steps": 512}, "start_steps=512: the teacher takes twice as many, and has"),
         ({"few_steps": 8, "solver_steps": 4}, "few_steps=8 are more than solver_steps=4"),
+        (
+            {"method": "trajectory", "teacher_substeps": 251},
+            "teacher_substeps=251 in each of few_steps=4 are more than",
+        ),
+        ({"method": "trajectory", "prompt_pictures": 5}, "prompt_pictures does nothing with method=trajectory"),
+        ({"method": "trajectory", "noise_offset": 0.1}, "noise_offset does nothing with method=trajectory"),
+        ({"own_states_after": 0.1}, "own_states_after does nothing with method=lcm; it is for trajectory"),
         ({"solver_steps": 2000}, "solver_steps=2000 are more than the teacher's 1000 timesteps"),
         ({"prompts": "p.txt"}, "one of the two"),
         ({"data": ""}, "one of the two"),
