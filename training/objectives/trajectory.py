@@ -21,6 +21,10 @@ class Trajectories(NamedTuple):
     begins: Tensor
     ends: Tensor
 
+    def some(self, index: Tensor, rows: Tensor) -> "Trajectories":
+        """Of trajectory `rows[i]` step `index[i]`, from 0 for the last: (B, C, h, w) each."""
+        return Trajectories(self.begins[index, rows], self.ends[index, rows])
+
 
 def pseudo_huber(squared: Tensor, c: float) -> Tensor:
     """Of mean squared errors: half as much over c below c², their root above. Song & Dhariwal 2023, Sec. 3.3."""
@@ -90,8 +94,8 @@ class TrajectoryObjective(DistillationObjective):
         scales, condition, key = self.scales(uniform), given_condition(batch), key_of(batch)
         if key not in self._kept:
             self._kept[key] = self.trajectories(batch.noise, condition, scales, own)
-        rows = torch.arange(len(index), device=index.device)
-        errors = self.errors(self._kept[key], rows, (index + turn) % self.steps, condition, scales)
+        index, rows = (index + turn) % self.steps, torch.arange(len(index), device=index.device)
+        errors = self.errors(self._kept[key].some(index, rows), index, condition, scales)
         losses = pseudo_huber(errors, self.huber_c)
         loss = (losses * batch.loss_weight).mean()
         return Result(loss, loss.detach(), {"own_states": torch.tensor(float(own is not None))})
@@ -106,7 +110,7 @@ class TrajectoryObjective(DistillationObjective):
         scales = self.scales(uniform)[firsts]
         if key not in self._held_out:
             self._held_out[key] = self.trajectories(batch.noise[firsts], condition.select(firsts), scales)
-        errors = self.errors(self._held_out[key], rows, index, condition, scales[rows])
+        errors = self.errors(self._held_out[key].some(index, rows), index, condition, scales[rows])
         return Result(errors.mean(), errors.mean().detach(), {"val_loss": errors})
 
     def after_update(self, made: bool) -> None:
@@ -122,7 +126,9 @@ class TrajectoryObjective(DistillationObjective):
         self, noise: Tensor, condition: Conditioning, scales: Tensor, own: Any | None = None
     ) -> Trajectories:
         """Those from noise (B, C, h, w). own: whose steps lead from one beginning to the next; None: the teacher's."""
-        times = self.grid(self.steps * self.substeps).flip(0)[:, None].expand(-1, len(noise))
+        grid = self.grid(self.steps * self.substeps)
+        grid[:: self.substeps] = self.grid(self.steps)  # but for what is rounded they are the same
+        times = grid.flip(0)[:, None].repeat(1, len(noise))
         state, begins, ends = noise, [], []
         for first in range(0, len(times) - 1, self.substeps):
             begins.append(state)
@@ -134,20 +140,18 @@ class TrajectoryObjective(DistillationObjective):
                 state = self.moved(answer, times[first + self.substeps])
         return Trajectories(torch.stack(begins[::-1]), torch.stack(ends[::-1]))
 
-    def errors(
-        self, learned: Trajectories, rows: Tensor, index: Tensor, condition: Conditioning, scales: Tensor
-    ) -> Tensor:
+    def errors(self, learned: Trajectories, index: Tensor, condition: Conditioning, scales: Tensor) -> Tensor:
         """Mean squared errors (B,) of the student's v.
 
         Args:
-            rows, index: (B,) long, of which trajectories which steps, from 0 for the last.
+            learned: one step of each trajectory, (B, C, h, w) each.
+            index: (B,) long, which one, from 0 for the last.
         """
         grid = self.grid(self.steps)
         now, then = grid[index + 1], grid[index]
-        begins, ends = (states[index, rows] for states in learned)
-        answer = self.guess(self.student, begins, now, self.told(self.student, condition, scales)).clean
-        wanted = self.clean_between(begins, ends, now, then)
-        _, sigma = self.levels(now, begins)
+        answer = self.guess(self.student, learned.begins, now, self.told(self.student, condition, scales)).clean
+        wanted = self.clean_between(*learned, now, then)
+        _, sigma = self.levels(now, wanted)
         return ((answer - wanted) / sigma).square().flatten(1).mean(1)  # v = (signal z - x_0) / sigma
 
 

@@ -1,5 +1,6 @@
 """Distillation's losses, against diffusers' schedulers and closed forms, on real networks of a few weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -25,10 +26,12 @@ from latentdiff.training.objectives.distillation import follow, follower, furthe
 from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective
 from latentdiff.training.objectives.objective import RealAndFake
 from latentdiff.training.objectives.progressive import ProgressiveObjective
+from latentdiff.training.objectives.trajectory import KEPT, TrajectoryObjective
 from latentdiff.training.settings import DistillationSettings
 from latentdiff.training.trainers.distill import student_of
 
 LCM = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+ZERO_SNR = GaussianDiffusion("scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
 SIZE = 6
 
 
@@ -235,6 +238,98 @@ def test_after_each_stage_the_student_teaches(empty: Tensor) -> None:
         seen.append((objective.steps, float(weights[1][0])))
     first = seen[0][1]
     assert seen == [(0, first), (8, 1.0), (8, 1.0), (4, 3.0), (4, 3.0), (4, 3.0), (4, 3.0), (4, 3.0)]
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_each_step_of_a_trajectory_ends_where_diffusers_guided_ddim_ends(
+    batch: DiffusionBatch, empty: Tensor, predicts: str
+) -> None:
+    zero_snr = predicts != "epsilon"
+    process = GaussianDiffusion("scaled_linear", 1000, predicts, zero_terminal_snr=zero_snr)
+    taught, student = teacher(), teacher().requires_grad_(True)
+    with torch.no_grad():
+        student.conv_out.bias.add_(0.3)
+    kind = {"steps": 2, "substeps": 2, "repeats": 1, "own_from": 0, "huber_c": 0.1}
+    objective = TrajectoryObjective(student, taught, process, (3.0, 3.0), empty, **kind)
+    common = {**LCM, "prediction_type": predicts, "timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
+    coarse, fine = diffusers.DDIMScheduler(**common), diffusers.DDIMScheduler(**common)
+    coarse.set_timesteps(2)
+    fine.set_timesteps(4)
+    for turn in range(2):
+        objective.updates.fill_(turn * KEPT)
+        losses = []
+        for i, draw in enumerate(batch.draws.tolist()):
+            place = (int(draw * 2) + turn) % 2  # the other step at the other turn
+            state, states = batch.noise[i : i + 1], batch.condition.states[i : i + 1]
+            with torch.no_grad():
+                if place == 0:  # where the student's own first step ends
+                    state = coarse.step(student(state, 999, states).sample, 999, state).prev_sample
+                ended = state
+                for t in fine.timesteps[2 - 2 * place : 4 - 2 * place]:
+                    without, with_prompt = (taught(ended, t, own).sample for own in (empty, states))
+                    ended = fine.step(without + 3 * (with_prompt - without), t, ended).prev_sample
+            now = int(coarse.timesteps[1 - place])
+            at_zero, at_one = (coarse.step(torch.full_like(state, one), now, state).prev_sample for one in (0.0, 1.0))
+            wanted = (ended - at_zero) / (at_one - at_zero)
+            error = (student(state, now, states).sample - wanted).square().mean()
+            error = error / (1 if zero_snr else coarse.alphas_cumprod[now])  # of v
+            losses.append((error + 0.1**2).sqrt() - 0.1)
+        torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=5e-4)
+
+
+def test_a_cycle_has_a_few_batches_and_each_step_of_them_equally_often(batch: DiffusionBatch, empty: Tensor) -> None:
+    objective = TrajectoryObjective(
+        teacher().requires_grad_(True),
+        teacher(),
+        ZERO_SNR,
+        (3.0, 3.0),
+        empty,
+        steps=2,
+        substeps=3,
+        own_from=50,
+        huber_c=0.1,
+    )
+    cycle = 6 * KEPT
+    found = [objective.batch_of(update) for update in range(2 * cycle)]
+    assert found == [*range(KEPT)] * 6 + [*range(KEPT, 2 * KEPT)] * 6
+    times = [objective.relative_time(update) for update in range(2 * cycle)]
+    assert sum(times) == pytest.approx(2 * cycle)
+    assert times[0] == times[cycle + KEPT - 1] > times[KEPT] == times[-1]
+    drawn = objective.trajectories(batch.noise, batch.condition, torch.full((SIZE,), 3.0))
+    torch.testing.assert_close(drawn.begins[0], drawn.ends[1])
+    assert torch.equal(drawn.begins[1], batch.noise)
+    assert objective.drawing is not None
+    seen = []
+    for _ in range(2 * cycle):
+        with torch.no_grad():
+            objective.student.conv_in.bias.fill_(float(objective.updates))
+        objective.after_update(True)
+        seen.append(float(objective.drawing.conv_in.bias[0]))
+    assert seen[cycle - 1 :] == [cycle - 1] * cycle + [2 * cycle - 1]  # as it was at the last cycle's end
+    assert objective(batch).figures["own_states"] == 1  # 50 was in the second cycle, 96 begins the third
+
+
+def test_held_out_trajectories_are_the_teachers_and_one_for_each_picture(empty: Tensor, batch: DiffusionBatch) -> None:
+    objective = TrajectoryObjective(
+        teacher().requires_grad_(True),
+        teacher(),
+        ZERO_SNR,
+        (3.0, 3.0),
+        empty,
+        steps=2,
+        substeps=2,
+        own_from=0,
+        huber_c=0.1,
+    )
+    with torch.no_grad():
+        objective.student.conv_out.bias.add_(0.3)
+    named = replace(batch, names=("a", "b", "a", "b", "c", "c"))
+    firsts, rows = torch.tensor([0, 1, 4]), torch.tensor([0, 1, 0, 1, 2, 2])
+    drawn = objective.trajectories(batch.noise[firsts], batch.condition.select(firsts), torch.full((3,), 3.0))
+    index = (batch.draws * 2).long()
+    wanted = objective.errors(drawn.some(index, rows), index, batch.condition, torch.full((SIZE,), 3.0))
+    for _ in range(2):
+        torch.testing.assert_close(objective(named, held_out=True).figures["val_loss"], wanted)
 
 
 def adversarial(empty: Tensor, **values: Any) -> AdversarialObjective:

@@ -15,8 +15,10 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.training.objectives.trajectory import TrajectoryObjective
 from latentdiff.training.recipes.emoji import burst, synonym_pairs
 from latentdiff.training.recipes.emoji.burst import clock, denoiser, distil, pool, sampling, text
 from latentdiff.training.recipes.emoji.burst.settings import BurstSettings
@@ -56,7 +58,6 @@ def test_steps_are_those_of_diffusers(steps: int) -> None:
         both = torch.full((2,), now), torch.full((2,), then)
         found = levels.step(x, velocity, *both)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(levels.velocity_between(x, found, *both), velocity, atol=2e-3, rtol=1e-3)
 
 
 def test_guidance_moves_from_no_prompt_to_the_prompt_and_beyond() -> None:
@@ -168,24 +169,30 @@ def test_the_averaged_weights_are_there_within_alone() -> None:
         torch.testing.assert_close(layer.weight.detach(), before + 1)
 
 
+def learned_by(
+    settings: BurstSettings, teacher: sampling.Network, student: sampling.Network, states: torch.Tensor
+) -> TrajectoryObjective:
+    networks = distil.Networks(None, None, teacher, student, student)
+    return distil.objective_of(networks, states[:1], settings)
+
+
 def test_a_teacher_of_one_substep_teaches_its_own_velocity() -> None:
     settings = BurstSettings(teacher_substeps=1, guidance_scale=1.0, few_steps=4)
-    levels = sampling.Levels(denoiser.process_of(settings), CPU)
-    noise, states = torch.randn(3, 2, 4, 4), torch.randn(3, 1, 1)
+    noise, states, scales = torch.randn(3, 2, 4, 4), torch.randn(3, 1, 1), torch.ones(3)
 
     def teacher(noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return (noisy * states.view(-1, 1, 1, 1) + timesteps.view(-1, 1, 1, 1) / 1000).tanh()
 
-    plan = torch.tensor(sampling.trailing(4))
-    for student in (None, teacher):
-        begins, ends = distil.trajectories(teacher, student, levels, noise, states, states[:1], settings)
+    objective = learned_by(settings, teacher, lambda *given: teacher(*given) + 0.5, states)
+    for own in (None, distil.Denoiser(teacher)):
+        begins, ends = drawn = objective.trajectories(noise, Conditioning(states), scales, own)
         assert begins.shape == ends.shape == (4, 3, 2, 4, 4)
-        assert torch.equal(begins[0], noise)
+        assert torch.equal(begins[3], noise)
         for i in range(4):
-            now, then = plan[i].expand(3), plan[i + 1].expand(3)
-            wanted = levels.velocity_between(begins[i], ends[i], now, then)
-            torch.testing.assert_close(wanted, teacher(begins[i], now, states), atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(begins[1:], ends[:-1])
+            index = torch.full((3,), i)
+            errors = objective.errors(drawn.some(index, torch.arange(3)), index, Conditioning(states), scales)
+            torch.testing.assert_close(errors, torch.full((3,), 0.25), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(begins[:-1], ends[1:])
 
 
 def test_a_student_on_its_own_way_begins_where_it_ended() -> None:
@@ -196,10 +203,12 @@ def test_a_student_on_its_own_way_begins_where_it_ended() -> None:
         return lambda noisy, timesteps, states: torch.full_like(noisy, value)
 
     states, noise = torch.zeros(2, 1, 1), torch.randn(2, 1, 2, 2)
-    begins, _ = distil.trajectories(network(0.1), network(0.7), levels, noise, states, states[:1], settings)
+    objective = learned_by(settings, network(0.1), network(0.7), states)
+    own = distil.Denoiser(network(0.7))
+    begins, _ = objective.trajectories(noise, Conditioning(states), torch.ones(2), own)
     plan = sampling.trailing(2)
-    expected = levels.step(begins[0], torch.full_like(begins[0], 0.7), *(torch.full((2,), t) for t in plan[:2]))
-    torch.testing.assert_close(begins[1], expected)
+    expected = levels.step(noise, torch.full_like(noise, 0.7), *(torch.full((2,), t) for t in plan[:2]))
+    torch.testing.assert_close(begins[0], expected)
 
 
 def test_errors_count_where_what_stands_where_is_settled() -> None:
@@ -232,11 +241,21 @@ def test_captions_call_things_by_further_words_but_by_none_that_is_kept_apart(tm
     assert not [word for word in more for held in unseen if synonym_pairs.is_form(word, held)]
 
 
-def test_fine_plans_join() -> None:
-    plan = sampling.trailing(4)
-    fine = distil.fine_plan(plan, 6)
-    assert [part[0] for part in fine] + [fine[-1][-1]] == plan
-    assert all(len(part) == 7 and part == sorted(part, reverse=True) and len(set(part)) == 7 for part in fine)
+@pytest.mark.parametrize(("steps", "substeps"), [(4, 6), (16, 3)])  # the latter are rounded differently
+def test_fine_plans_join(steps: int, substeps: int) -> None:
+    settings = BurstSettings(teacher_substeps=substeps, guidance_scale=1.0, few_steps=steps)
+    asked: list[int] = []
+
+    def teacher(noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        asked.append(int(timesteps[0]))
+        return noisy
+
+    states = torch.zeros(1, 1, 1)
+    objective = learned_by(settings, teacher, teacher, states)
+    objective.trajectories(torch.randn(1, 1, 2, 2), Conditioning(states), torch.ones(1))
+    assert [*asked[::substeps], -1] == sampling.trailing(steps)
+    assert asked == sorted(set(asked), reverse=True)
+    assert len(asked) == steps * substeps
 
 
 TINY = {

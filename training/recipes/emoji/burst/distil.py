@@ -1,32 +1,37 @@
-"""A few-step student of the denoiser: each of its steps learns to end where several guided steps of the teacher end.
+"""A few-step student of the denoiser, as `latentdiff distill method=trajectory` makes one, in so many seconds.
 
-Progressive distillation (Salimans & Ho 2022) of a guided teacher (Meng et al. 2023), straight to the last number of
-steps, on the states that drawing meets: first those of the teacher's own trajectories, then those that the student
-itself reaches (as DAgger, Ross et al. 2011), since its errors lead to states that the teacher never sees.
+Trajectories are kept in a buffer whose oldest batch gives way to each new one, drawn by the student of that moment:
+nothing has to go on from a checkpoint here.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from latentdiff.conditioning import Conditioning
+from latentdiff.training.objectives.trajectory import Trajectories, TrajectoryObjective, pseudo_huber
+from latentdiff.training.settings.distillation import HUBER_C
+
 from .clock import Clock, Log, descend, optimizer, repeated, save_half
 from .denoiser import Captions, as_network, build, process_of, warm_up
-from .sampling import Levels, Network, guided_step, trailing
+from .sampling import Network
 from .settings import BurstSettings
 
 
-def fine_plan(plan: list[int], substeps: int) -> list[list[int]]:
-    """For each step of `plan` the timesteps of `substeps` smaller ones from its begin to its end."""
-    return [
-        [round(start + (end - start) * i / substeps) for i in range(substeps)] + [end]
-        for start, end in itertools.pairwise(plan)
-    ]
+class Denoiser:
+    """A `Network` that is called as denoisers are, by keyword and with an answer that has a name."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.config = network, SimpleNamespace()
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.network(noisy, timesteps, encoder_hidden_states))
 
 
 @dataclass
@@ -59,31 +64,18 @@ class Networks:
         self.student_unet.load_state_dict(weights)
 
 
-@torch.no_grad()
-def trajectories(
-    teacher: Network,
-    student: Network | None,
-    levels: Levels,
-    noise: Tensor,
-    states: Tensor,
-    empty: Tensor,
-    settings: BurstSettings,
-) -> tuple[Tensor, Tensor]:
-    """Where each step begins, and where the teacher's guided substeps lead from there: (S, B, C, h, w) each.
-
-    student: whose steps lead from one beginning to the next; without it the teacher's.
-    """
-    plan = trailing(settings.few_steps)
-    x = noise
-    begins, ends = [], []
-    for start, fine in zip(plan[:-1], fine_plan(plan, settings.teacher_substeps), strict=True):
-        begins.append(x)
-        y = x
-        for now, then in itertools.pairwise(fine):
-            y = guided_step(teacher, levels, y, states, now, then, settings.guidance_scale, empty)
-        ends.append(y)
-        x = y if student is None else guided_step(student, levels, x, states, start, fine[-1], 1.0, None)
-    return torch.stack(begins), torch.stack(ends)
+def objective_of(networks: Networks, empty: Tensor, settings: BurstSettings) -> TrajectoryObjective:
+    """What `latentdiff distill method=trajectory` minimises. empty: text states (1, L, D) of no prompt."""
+    return TrajectoryObjective(
+        Denoiser(networks.student),
+        Denoiser(networks.teacher),
+        process_of(settings),
+        (settings.guidance_scale, settings.guidance_scale),
+        empty,
+        steps=settings.few_steps,
+        substeps=settings.teacher_substeps,
+        huber_c=HUBER_C,
+    )
 
 
 def train(
@@ -100,47 +92,42 @@ def train(
         buffer: batches of trajectories that are kept and learned from; the oldest is replaced as new ones are drawn.
     """
     device, unet, batch = captions.states.device, networks.student_unet, settings.distil_batch
-    levels, log = Levels(process_of(settings), device), Log(output / "log.jsonl", "distillation")
+    objective, log = objective_of(networks, captions.empty, settings), Log(output / "log.jsonl", "distillation")
     adam = optimizer(unet, settings.distil_rate)
     average = EMAModel(unet.parameters(), 0.998, foreach=True)
     clock = Clock(seconds, settings.distil_rate, warmup=100, fall=0.5)
-    plan = torch.tensor(trailing(settings.few_steps), device=device)
     side, running = settings.latent_size, torch.zeros((), device=device)
     # What graphs read and write: a batch of trajectories that is drawn, and one of states that is learned from
     noise = torch.zeros(batch, settings.latent_channels, side, side, device=device)
     said = torch.zeros(batch, *captions.states.shape[1:], device=device, dtype=captions.states.dtype)
-    begins, ends = (torch.zeros(settings.few_steps, *noise.shape, device=device) for _ in range(2))
-    noisy, wanted = torch.zeros_like(noise), torch.zeros_like(noise)
-    now, states = torch.full((batch,), int(plan[0]), device=device), torch.zeros_like(said)
+    drawn = Trajectories(*(torch.zeros(settings.few_steps, *noise.shape, device=device) for _ in range(2)))
+    learned, states = Trajectories(torch.zeros_like(noise), torch.zeros_like(noise)), torch.zeros_like(said)
+    index = torch.full((batch,), settings.few_steps - 1, device=device)
+    rows, scales = torch.arange(batch, device=device), torch.full((batch,), settings.guidance_scale, device=device)
 
     def drawn_by(student: Network | None) -> None:
-        found = trajectories(networks.teacher, student, levels, noise, said, captions.empty, settings)
-        begins.copy_(found[0])
-        ends.copy_(found[1])
+        own = None if student is None else Denoiser(student)
+        copy(objective.trajectories(noise, Conditioning(said), scales, own), drawn)
 
     def update() -> None:
-        error = (networks.student(noisy, now, states).float() - wanted).square().mean((1, 2, 3))
-        # Pseudo-Huber (Song & Dhariwal 2023, Sec. 3.3), so that few ambiguous states do not rule
-        descend(((error + 0.03**2).sqrt() - 0.03).mean(), unet, adam)
+        error = objective.errors(learned, index, Conditioning(states), scales)
+        descend(pseudo_huber(error, objective.huber_c).mean(), unet, adam)
         running.lerp_(error.detach().mean(), 0.02)
 
     draw = repeated(lambda: drawn_by(None), device, first=1)
     own, learn = None, None
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Trajectories, Tensor]] = []
     while not clock.over:
         if own is None and clock.share > settings.on_policy:
             draw = own = repeated(lambda: drawn_by(networks.drawing), device, first=1)
         said.copy_(captions.draw(torch.randint(0, len(captions.counts), (batch,), device=device), 0.0))
         noise.normal_()
         draw()
-        kept = [*kept[-(buffer - 1) :], (begins.clone(), ends.clone(), said.clone())]
+        kept = [*kept[-(buffer - 1) :], (Trajectories(*(states.clone() for states in drawn)), said.clone())]
         for number in [len(kept) - 1, *torch.randint(0, len(kept), (settings.distil_updates - 1,)).tolist()]:
-            step = torch.randint(0, settings.few_steps, (batch,), device=device)
-            rows = torch.arange(batch, device=device)
-            from_here, to_there, caption = kept[number]
-            noisy.copy_(from_here[step, rows])
-            now.copy_(plan[step])
-            wanted.copy_(levels.velocity_between(noisy, to_there[step, rows], now, plan[step + 1]))
+            index.random_(0, settings.few_steps)
+            trajectories, caption = kept[number]
+            copy(trajectories.some(index, rows), learned)
             states.copy_(caption)
             clock.begin_update(adam)
             learn = learn or repeated(update, device)
@@ -153,3 +140,9 @@ def train(
     log(updates=clock.updates, error=float(running))
     save_half(unet.state_dict(), output, "student")
     return unet
+
+
+def copy(found: Trajectories, place: Trajectories) -> None:
+    """What was found to where a graph wants it."""
+    for one, other in zip(found, place, strict=True):
+        other.copy_(one)

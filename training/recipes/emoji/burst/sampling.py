@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021) for v-predictions between any two noise levels, and the v that one step must predict."""
+"""DDIM (Song et al. 2021) for v-predictions between any two noise levels."""
 
 import itertools
 from collections.abc import Callable
@@ -33,13 +33,6 @@ class Levels:
         next_alpha, next_sigma = self(then)
         clean, noise = (make(noisy, velocity, alpha, sigma) for make in (TARGET.clean, TARGET.noise))
         return next_alpha * clean + next_sigma * noise
-
-    def velocity_between(self, noisy: Tensor, target: Tensor, now: Tensor, then: Tensor) -> Tensor:
-        """The v with which one DDIM step from `noisy` ends at `target`: `step` solved for the velocity."""
-        alpha, sigma = self(now)
-        next_alpha, next_sigma = self(then)
-        along = next_alpha * alpha + next_sigma * sigma
-        return (target - along * noisy) / (next_sigma * alpha - next_alpha * sigma)
 
 
 def trailing(steps: int, total: int = 1000) -> list[int]:
