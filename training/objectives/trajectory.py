@@ -103,7 +103,8 @@ class TrajectoryObjective(DistillationObjective):
     def held_out_loss(self, batch: DiffusionBatch) -> Result:
         """``val_loss``: the squared errors of v on the teacher's own trajectories, one for all steps of a picture."""
         index, uniform = self.places(batch.draws, self.steps)
-        names, condition, key = batch.names or range(len(index)), given_condition(batch), key_of(batch)
+        names = batch.names or tuple(map(str, range(len(index))))
+        condition, key = given_condition(batch), key_of(batch)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         rows = torch.tensor([numbers[name] for name in names], device=index.device)
         firsts = torch.tensor([names.index(name) for name in numbers], device=index.device)
