@@ -100,6 +100,7 @@ def _compose(options: argparse.Namespace, settings: BurstSettings, pool: Any, de
     from ..scenes import Composer
     from .pool import fill, read_jobs
 
+    os.nice(10)  # the compiler of the denoiser, which the GPU waits for, goes first
     drawings = render_all(read_jobs(options.packed / "bundle.xz"), settings.size, options.workers)
     print(f"{len(drawings)} drawings, {deadline - time.monotonic():.0f} s left", flush=True)
     composer = Composer(drawings, settings.size, settings.seed, kinds=settings.kinds)
