@@ -41,7 +41,15 @@ class Captioner:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        folder = find_model(source)
+        try:
+            folder = find_model(source)
+        except FileNotFoundError as error:
+            if Path(source).expanduser().is_file():
+                raise
+            raise FileNotFoundError(
+                f"{source}: no such folder; give the folder of an image-to-text model of transformers, or an "
+                "'owner/name' on the Hugging Face hub"
+            ) from error
         place = source if folder is None else str(folder)
         with asking_hub(source):
             processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)

@@ -108,8 +108,15 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
-    save_picture(comparison(measured), folder / SHEET, MADE_BY)
-    logger.info("held-out pictures, and what was drawn of their captions: %s", folder / SHEET)
+    seen = settings.split == "train"
+    save_picture(comparison(measured, "trained on" if seen else "held out"), folder / SHEET, MADE_BY)
+    kind = "pictures of training" if seen else "held-out pictures"
+    logger.info("%s, and what was drawn of their captions: %s", kind, folder / SHEET)
+    if seen:
+        logger.warning(
+            "these are pictures that a model of split=train was trained on, and the figures say how well it remembers; "
+            "--split validation asks for those that were held out"
+        )
     note_in_card(settings, report)
     return report
 
@@ -225,8 +232,8 @@ def check_sheet(file: Path) -> None:
         raise FileExistsError(f"{file} exists and was not written by latentdiff evaluate; choose another --output")
 
 
-def comparison(measured: Measured) -> Image.Image:
-    """The first drawings, and above each a held-out picture that has its caption; the caption is below."""
+def comparison(measured: Measured, kind: str) -> Image.Image:
+    """The first drawings, and above each a real picture, of this `kind`, that has its caption; the caption is below."""
     drawings = measured.drawings[:SHOWN]
     captions = list(map(caption_of, drawings))
     having: dict[str, list[CaptionedPicture]] = {}
@@ -236,7 +243,7 @@ def comparison(measured: Measured) -> Image.Image:
     turns = [captions[:i].count(caption) for i, caption in enumerate(captions)]
     originals = [having[caption][turn % len(having[caption])] for caption, turn in zip(captions, turns, strict=True)]
     chosen = Measured(originals, drawings, measured.height, measured.width)
-    return comparison_sheet({"held out": list(chosen.real()), "drawn": list(chosen.drawn())}, captions)
+    return comparison_sheet({kind: list(chosen.real()), "drawn": list(chosen.drawn())}, captions)
 
 
 def set_metrics(measured: Measured, extractor: Extractor, batch_size: int, notes: list[str]) -> dict[str, float]:

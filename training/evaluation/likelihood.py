@@ -212,6 +212,8 @@ def evaluate_likelihood(
     shown = ("bits_per_dimension", "guessing", "standard_error", "prior", "between", "decoder")
     for name in (one for one in shown if one in report):
         logger.info("  %-18s  %10.4f", name.replace("_", " "), report[name])
+    if settings.split == "train":
+        logger.warning("these are pictures that a model of split=train was trained on: others will be less likely")
     if figures["bits_per_dimension"] >= guessing:
         logger.warning(
             "this is worse than guessing at random, which needs %.4g: train for longer; and without learned variances "

@@ -71,8 +71,11 @@ class Suitability:
             f"with {self.mean:.1f} dB PSNR; the worst, {shorten(self.names[worst], 200)}, with {self.psnr[worst]:.1f}."
         )
 
-    def advice(self, model: str) -> str:
-        """What to take instead; empty if this suits."""
+    def advice(self, model: str, own: bool = False) -> str:
+        """What to take instead; empty if this suits.
+
+        own: whether the model is an autoencoder that a denoiser is to be trained on, and not a whole model.
+        """
         if self.suits:
             return ""
         if self.loses_all:
@@ -88,6 +91,11 @@ class Suitability:
                 f"{model} holds these pictures poorly: {what} will change, as the reconstructions show. Shrinking them "
                 f"to an eighth keeps little less ({self.shrunk:.1f} dB), and colours of {of} are off by "
                 f"{255 * 10 ** (-off / 20):.0f} of 255."
+            )
+        if own:
+            return (
+                f"{how} What it loses, no denoiser brings back. Train it for longer first (repeat 'latentdiff train "
+                f"autoencoder' with a larger max_steps), or give another --autoencoder."
             )
         return (
             f"{how} What its autoencoder loses, no training brings back. Take another model: for photographs a Stable "

@@ -197,7 +197,7 @@ def show_suitability(
     where = "" if settings.is_dry_run else f" Originals and reconstructions: {file}"
     logger.info("%s%s", found.figures(name), where)
     if not found.suits:
-        logger.warning("%s", found.advice(name))
+        logger.warning("%s", found.advice(name, own=hasattr(settings, "autoencoder")))
 
 
 def is_trained_whole(objective: nn.Module, network: nn.Module) -> bool:

@@ -72,7 +72,7 @@ def test_what_cannot_caption(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         caption(tmp_path / "nowhere", "--model", model)
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such folder; give the folder of an image-to-text model"):
         caption(tmp_path / "pictures", "--model", tmp_path / "nowhere")
     (tmp_path / "1.txt").write_text("mine")
     with pytest.raises(FileExistsError):

@@ -54,6 +54,8 @@ def drawn_at(folder: Path) -> dict[str, int]:
 def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "latentdiff")
     report = evaluate(model, pictures)
+    assert "how well it remembers" in caplog.text
+    assert "pictures of training, and what was drawn" in caplog.text
     output = model / "evaluation"
     assert json.loads((output / "evaluation.json").read_text(encoding="utf-8")) == report
     assert report["data"] == {"name": "pictures", "split": "train", "pictures": 10, "left_out": 0}
@@ -199,8 +201,11 @@ def test_what_cannot_be_evaluated(model: Path, pictures: Path) -> None:
     assert not (model / "evaluation").exists()
 
 
-def test_very_few_pictures(model: Path, pictures: Path) -> None:
+def test_very_few_pictures(model: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "latentdiff")
     report = evaluate(model, pictures, split="validation")
+    assert "held-out pictures, and what was drawn" in caplog.text
+    assert "remembers" not in caplog.text
     assert "precision" not in report["metrics"]
     assert any("no precision and recall" in note for note in report["notes"])
 

@@ -54,6 +54,8 @@ def test_an_autoencoder_that_keeps_less_than_an_eighth(noise: list[CaptionedPict
     found = examine_autoencoder(Codec(Grey()), noise, 32)
     assert not found.suits
     assert "an autoencoder of your own" in found.advice("m")
+    assert "larger max_steps" in found.advice("m", own=True)  # train denoiser has no --model
+    assert "--model" not in found.advice("m", own=True)
 
 
 class Duller(Worse):
