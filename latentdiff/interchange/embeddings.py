@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ PICKLED_NAMES = (*EMBEDDING_NAMES, "learned_embeds.bin")
 MOST_VALUES = 2**22
 """Of a word: 1,000 vectors of the widest text encoders, and more than a prompt has room for. A strided tensor in a
 pickle can claim any number in a few bytes."""
+
+OF_TWO = ("clip_l", "clip_g")
+"""Names of a word's vectors for SDXL's two text encoders; the file is named after the word."""
+WORD_KEY = "word"
+"""In the header of such a file of ours: the word."""
 
 EmbeddingFormat = Literal["diffusers", "a1111"]
 
@@ -119,6 +125,39 @@ def read_file(
     return file, load_pickle(file, allow_pickle, [nn.ParameterDict])  # the original code's files hold one
 
 
+def find_joint_embeddings(
+    source: Any, token: str | None, weight_name: str | None, hub: Mapping[str, Any]
+) -> tuple[str, list[Tensor]]:
+    """A word and its vectors (n, D1) and (n, D2), for SDXL's two text encoders.
+
+    Args:
+        source: a safetensors file, a folder, an ``owner/name`` on the hub, or {"clip_l": ..., "clip_g": ...}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, or damaged.
+    """
+    file: Path | None = None
+    header: dict[str, str] = {}
+    if not isinstance(source, Mapping):
+        file, source = read_file(source, weight_name, False, hub)
+        with safe_open(file, "pt") as stream:
+            header = stream.metadata() or {}
+    where = "these embeddings" if file is None else str(file)
+    if set(source) != set(OF_TWO):
+        raise ValueError(
+            f"{where}: it holds {', '.join(sorted(source)[:5])}; SDXL's two text encoders need clip_l and clip_g, and "
+            f"nothing else"
+        )
+    word = check_word(token or header.get(WORD_KEY) or (file.stem if file else None), where)
+    vectors = [check_vectors(word, source[name], where) for name in OF_TWO]
+    if len(vectors[0]) != len(vectors[1]):
+        raise ValueError(
+            f"{where}: clip_l has {len(vectors[0])} vectors and clip_g {len(vectors[1])}; one word has as many"
+        )
+    return word, vectors
+
+
 def format_of(content: Any) -> str:
     keys = set(content) if isinstance(content, Mapping) else set()
     return "a1111" if keys & {"string_to_param", "emb_params"} else "diffusers"
@@ -135,7 +174,7 @@ def embeddings_of(content: Any, token: str | None, file: Path | None) -> dict[st
         content = {"emb_params": content}
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{where}: no embeddings in it, but a {type(content).__name__}")
-    if {"clip_l", "clip_g"} & set(content):
+    if set(OF_TWO) & set(content):
         raise ValueError(f"{where}: its embeddings (clip_l, clip_g) are for Stable Diffusion XL, with two encoders")
     if "string_to_param" in content:
         params = content["string_to_param"]

@@ -5,9 +5,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.text.encode import TextConditioner, as_prompts
+
+
+def penultimate(text_encoder: Any, input_ids: Tensor, skip: int = 0) -> Conditioning:
+    """(B, L) -> states (B, L, D) of a CLIP's last layer but one, or of one `skip` layers before, and pooled ones."""
+    output = text_encoder(input_ids, output_hidden_states=True)
+    layers = len(output.hidden_states) - 1
+    if not 0 <= skip < layers:
+        raise ValueError(f"clip_skip must lie in [0, {layers - 1}] for this encoder, not {skip}")
+    return Conditioning(output.hidden_states[-(skip + 2)], pooled=output.get("text_embeds"))
+
+
+def side_by_side(parts: Sequence[Conditioning]) -> Conditioning:
+    """The states of several encoders, (B, L, D1 + D2), and the pooled embedding of the last."""
+    states = torch.cat([one.states for one in parts if one.states is not None], dim=-1)
+    return Conditioning(states, pooled=parts[-1].pooled)
+
+
+def zeroed(conditioning: Conditioning, empty: Tensor) -> Conditioning:
+    """With zeros where `empty` (B,) is true."""
+    return Conditioning(
+        **{
+            name: tensor.masked_fill(empty.to(tensor.device).view(-1, *(1,) * (tensor.ndim - 1)), 0)
+            for name, tensor in conditioning.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -15,12 +41,8 @@ class PenultimateConditioner(TextConditioner):
     """States of the last layer but one, without the encoder's last norm, and a pooled embedding if it projects one."""
 
     def _encoded(self, tokens: Any) -> Conditioning:
-        encoder, skip = self.text_encoder, self.clip_skip or 0
-        output = encoder(tokens.input_ids.to(self.device or encoder.device), output_hidden_states=True)
-        layers = len(output.hidden_states) - 1
-        if not 0 <= skip < layers:
-            raise ValueError(f"clip_skip must lie in [0, {layers - 1}] for this encoder, not {skip}")
-        return Conditioning(output.hidden_states[-(skip + 2)], pooled=output.get("text_embeds"))
+        encoder = self.text_encoder
+        return penultimate(encoder, tokens.input_ids.to(self.device or encoder.device), self.clip_skip or 0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +94,7 @@ class JointTextConditioner(TextConditioner):
         texts = [prompts, prompts if second is None else second][-len(self.parts) :]
         chunks = self.chunks([*prompts, *(second or [])]) if chunks is None else chunks
         encoded = [part(text, chunks) for part, text in zip(self.parts, texts, strict=True)]
-        states = torch.cat([one.states for one in encoded if one.states is not None], dim=-1)
-        return Conditioning(states, pooled=encoded[-1].pooled)
+        return side_by_side(encoded)
 
     def chunks(self, prompts: Sequence[str]) -> int:
         return max(TextConditioner.chunks(part, prompts) for part in self.parts)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, name_of, save_whole
 from latentdiff.interchange.lora.formats import LoraFile, with_network
-from latentdiff.interchange.lora.kohya_names import TEXT, flat_names, short
+from latentdiff.interchange.lora.kohya_names import UNET, flat_names, short
 from latentdiff.interchange.lora.layers import (
     Layers,
     LoraLayer,
@@ -52,6 +52,8 @@ def of_diffusers(name: str) -> Any:
         parts = {part: getattr(self, part, None) for part in self._lora_loadable_modules}
         compiled = {part: network for part, network in parts.items() if whole_network(network) is not network}
         vars(self).update({part: whole_network(network) for part, network in compiled.items()})
+        if name in ("fuse_lora", "unfuse_lora") and not args:  # of all networks, whose number diffusers' classes know
+            options.setdefault("components", list(self._lora_loadable_modules))
         try:
             return getattr(super(LoraPipeline, self), name)(*args, **options)
         finally:
@@ -261,7 +263,7 @@ def check_fit(name: str, layer: LoraLayer, module: nn.Module) -> None:
 
 def check_swappable(layers: Layers) -> None:
     """Raises ValueError if PEFT's hotswap, which knows one strength for all layers, would load a LoRA wrongly."""
-    if any(name.startswith(f"{TEXT}.") for name in layers):
+    if not all(name.startswith(f"{UNET}.") for name in layers):
         raise ValueError("hotswap: a LoRA with layers of the text encoder cannot be swapped in; load it as an adapter")
     if len({round(layer.scale, 6) for layer in layers.values()}) > 1:
         raise ValueError(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor
 
 from latentdiff.interchange.adapter_files import name_of
 from latentdiff.interchange.embeddings import find_embeddings
@@ -64,19 +65,9 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
         text_encoder = whole_network(self.text_encoder if text_encoder is None else text_encoder)
         hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
         words = find_embeddings(pretrained_model_name_or_path, token, weight_name, allow_pickle, hub)
-        width, source = text_encoder.get_input_embeddings().weight.shape[1], name_of(pretrained_model_name_or_path)
+        source = name_of(pretrained_model_name_or_path)
         for word, vectors in words:
-            with tokenizing(tokenizer):
-                ids = tokenizer(word, add_special_tokens=False).input_ids
-            token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
-            if token is not None and not token.special:
-                known = f"{source}: the word {word!r} is known already, as {token.content!r}"
-                raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
-            if vectors.shape[-1] != width:
-                raise ValueError(
-                    f"{source}: the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are "
-                    f"{width} wide, so it is for another model"
-                )
+            check_new_word(source, word, vectors, tokenizer, text_encoder)
         sources = [{word: vectors} for word, vectors in words]
         with faults_named(source):
             whole: Any = WholeWords(tokenizer)
@@ -110,3 +101,19 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(wanted, tokenizer, text_encoder)
         text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
+
+
+def check_new_word(source: str, word: str, vectors: Tensor, tokenizer: Any, text_encoder: Any) -> None:
+    """Raises ValueError for a word that the tokenizer knows already, and for vectors of another width."""
+    with tokenizing(tokenizer):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+    token = tokenizer.added_tokens_decoder.get(ids[0]) if len(ids) == 1 else None
+    if token is not None and not token.special:
+        known = f"{source}: the word {word!r} is known already, as {token.content!r}"
+        raise ValueError(f"{known}; give it another name with token=, or unload_textual_inversion() that first")
+    width = text_encoder.get_input_embeddings().weight.shape[1]
+    if vectors.shape[-1] != width:
+        raise ValueError(
+            f"{source}: the embedding {word!r} has the shape {tuple(vectors.shape)}; this text encoder's are "
+            f"{width} wide, so it is for another model"
+        )

@@ -5,13 +5,19 @@ from typing import Any, ClassVar, Literal, Self
 
 import diffusers
 import torch
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor
 
 from latentdiff.conditioning import GuidedConditioning
+from latentdiff.interchange.adapter_files import name_of
+from latentdiff.interchange.embeddings import find_joint_embeddings
 from latentdiff.models import UNet2DConditionModel
+from latentdiff.models.loras import whole_network
 from latentdiff.pipelines.core.call_options import TextOptions, positive_whole, refuse
+from latentdiff.pipelines.core.denoiser import loras_at
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
 from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
+from latentdiff.pipelines.storage.textual_inversion import check_new_word
 from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
 from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
 from latentdiff.pipelines.tasks.text_to_image import TextPipeline, TextToImagePipeline
@@ -46,6 +52,9 @@ class SDXLPipeline(TextPipeline):
     tokenizer_2: Any
     safety_checker: Any = None
 
+    save_lora_weights: Any = classmethod(StableDiffusionXLLoraLoaderMixin.save_lora_weights.__func__)
+
+    _lora_loadable_modules: ClassVar[list[str]] = ["unet", "text_encoder", "text_encoder_2"]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     usual_defaults: ClassVar[dict[str, Any]] = USUAL
     for_runtimes: ClassVar[bool] = False
@@ -100,13 +109,43 @@ class SDXLPipeline(TextPipeline):
         """Load from a file that ``save_single_file`` wrote; Stability's own single files are not read yet."""
         return super(SingleFilePipeline, cls).from_single_file(source, **options)
 
-    def load_lora_weights(self, *args: Any, **options: Any) -> Any:
-        """Raises ValueError: LoRAs for SDXL cannot be loaded yet."""
-        raise ValueError(f"LoRAs cannot be loaded into a {type(self).__name__} yet; draw with them in diffusers")
+    def load_textual_inversion(  # type: ignore[override]
+        self, source: Any, token: str | None = None, *, weight_name: str | None = None, **hub: Any
+    ) -> None:
+        """Teach both text encoders a new word.
 
-    def load_textual_inversion(self, *args: Any, **options: Any) -> None:
-        """Raises ValueError: words of textual inversion cannot be loaded into two encoders yet."""
-        raise ValueError(f"embeddings cannot be loaded into a {type(self).__name__} yet; draw with them in diffusers")
+        Args:
+            source: a safetensors file with ``clip_l`` and ``clip_g``, such as `latentdiff finetune` makes, its folder,
+                an ``owner/name`` on the hub, or the tensors by these names.
+            token: the word; by default what the file says, or else its name.
+            weight_name, hub: as for `load_lora_weights`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another kind, is damaged or of another width; the word is known already; or there is
+                no first text encoder. Nothing is changed then.
+        """
+        parts = self._text_parts("given new words")
+        hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
+        word, vectors = find_joint_embeddings(source, token, weight_name, hub)
+        for own, (tokenizer, text_encoder) in zip(vectors, parts, strict=True):
+            check_new_word(name_of(source), word, own, tokenizer, whole_network(text_encoder))
+        for own, part in zip(vectors, parts, strict=True):
+            super().load_textual_inversion({word: own}, word, *part)
+
+    def unload_textual_inversion(self, tokens: Any = None) -> None:  # type: ignore[override]
+        """Forget words that were loaded, all by default, in both text encoders.
+
+        Raises:
+            ValueError: a word was not loaded.
+        """
+        for part in self._text_parts("made to forget words"):
+            super().unload_textual_inversion(tokens, *part)
+
+    def _text_parts(self, what: str) -> list[tuple[Any, Any]]:
+        if self.text_encoder is None:
+            raise ValueError(f"a model with the second text encoder alone, as SDXL's refiner, cannot be {what}")
+        return [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
 
     @torch.no_grad()
     def encode_prompt(  # type: ignore[override]
@@ -169,7 +208,8 @@ class SDXLPipeline(TextPipeline):
         Raises:
             ValueError: states are given without the pooled embedding.
         """
-        found = super().condition(prompts, conditioner, guided, lora_scale)
+        with loras_at(lora_scale, self.text_encoder_2):
+            found = super().condition(prompts, conditioner, guided, lora_scale)
         for side, part in (("", found.positive), ("negative_", found.negative)):
             if part is not None and part.pooled is None:
                 raise ValueError(

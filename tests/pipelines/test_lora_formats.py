@@ -272,7 +272,7 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "of the second encoder": (
         {"lora_te2_x.lora_down.weight": A, "lora_te2_x.lora_up.weight": B},
-        "not LoRA",
+        "none of|no LoRA",
     ),
     "twice": (
         {

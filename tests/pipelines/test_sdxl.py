@@ -131,6 +131,3 @@ def test_bad_parts(sdxl: Path, pipeline: Any, caplog: pytest.LogCaptureFixture) 
             pipeline("a car", **{name: value}, num_inference_steps=1)
     with pytest.raises(ValueError, match="is drawn with by torch only; leave runtime out"):
         TextToImagePipeline.from_pretrained(sdxl, runtime="onnx")
-    ours = TextToImagePipeline.from_pretrained(sdxl)
-    with pytest.raises(ValueError, match="LoRAs cannot be loaded into a SDXLTextToImagePipeline yet"):
-        ours.load_lora_weights("lora.safetensors")

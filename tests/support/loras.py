@@ -43,6 +43,9 @@ def diffusers_lora(pipeline: Any, folder: Path, text: bool = True, seed: int = 0
     if text:
         encoder, settings = lora_weights(pipeline.text_encoder, CLIP, **{"rank": 2, "alpha": 3, **config})
         layers |= {"text_encoder_lora_layers": encoder, "text_encoder_lora_adapter_metadata": settings}
+    if text and getattr(pipeline, "text_encoder_2", None) is not None:
+        encoder, settings = lora_weights(pipeline.text_encoder_2, CLIP, **{"rank": 2, "alpha": 1, **config})
+        layers |= {"text_encoder_2_lora_layers": encoder, "text_encoder_2_lora_adapter_metadata": settings}
     type(pipeline).save_lora_weights(folder, **layers)
     return folder / "pytorch_lora_weights.safetensors"
 
@@ -55,6 +58,9 @@ def sd_scripts_lora(pipeline: Any, file: Path, blocks: dict[str, str] | None = N
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     networks = {"lora_unet": pipeline.unet, "lora_te_text_model": pipeline.text_encoder}
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        networks["lora_te1_text_model"] = networks.pop("lora_te_text_model")
+        networks["lora_te2"] = pipeline.text_encoder_2
     for prefix, network in networks.items():
         for name, module in network.named_modules():
             is_conv = isinstance(module, torch.nn.Conv2d)

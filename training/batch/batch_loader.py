@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +106,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
         read_picture, read_captions: see `LatentSource.read` and `ConditionSource.read`.
         latent_channels, factor: of the autoencoder.
         update_size: pictures in one update, over which timesteps are spread evenly.
+        tells_sizes: see `ConditionSource`.
     """
 
     settings: DiffusionSettings
@@ -116,6 +117,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
     latent_channels: int
     factor: int
     update_size: int
+    tells_sizes: bool = False
 
     def __getitem__(self, place: Place) -> SampleBatch:
         generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
@@ -143,6 +145,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
             torch.tensor([draw], dtype=torch.float64),
             torch.tensor([picture.loss_weight]),
             (picture.name,),
+            torch.tensor([view.told(picture)], dtype=torch.float32) if self.tells_sizes else None,
         )
 
 
@@ -178,15 +181,19 @@ class Reader:
             self.codec.channels,
             self.codec.factor,
             self.update_size,
+            self.conditions.tells_sizes,
         )
 
     def batch(self, samples: SampleBatch) -> DiffusionBatch:
         """What an objective takes, of samples that were read."""
+        condition = self.conditions.condition(samples.captions, self.device)
+        if samples.time_ids is not None:
+            condition = replace(condition, time_ids=samples.time_ids.to(self.device, non_blocking=True))
         return DiffusionBatch(
             latents=self.latents.latents(samples.pictures, samples.posterior_noise),
             noise=samples.noise.to(self.device, non_blocking=True),
             draws=samples.draws,
-            condition=self.conditions.condition(samples.captions, self.device),
+            condition=condition,
             loss_weight=samples.loss_weight.to(self.device, non_blocking=True),
             names=samples.names,
         )

@@ -66,10 +66,16 @@ class Tokens(Batch):
     Args:
         input_ids: (B, L) long.
         attention_mask: (B, L) long, where the encoder uses one.
+        second: (B, L) long, as a second encoder reads them.
+        empty: (B,) bool, where zeros stand for what the encoders would make of no caption.
+        time_ids: (B, 6) float32, see `SampleBatch`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    second: Tensor | None = None
+    empty: Tensor | None = None
+    time_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class SampleBatch(Batch):
         posterior_noise, noise: (B, C, h, w); from the first the latents are drawn, the second is mixed into them.
         draws: (B,) float64, uniform in [0, 1), from which the process or a sampler takes the timesteps.
         loss_weight: (B,) float32.
+        time_ids: (B, 6) float32, what SDXL is told of the pictures' sizes, see `View.told`.
     """
 
     pictures: Tensor
@@ -102,6 +109,7 @@ class SampleBatch(Batch):
     draws: Tensor
     loss_weight: Tensor
     names: tuple[str, ...]
+    time_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -75,23 +75,31 @@ class TextCache:
             ValueError: the states of a caption are not finite; it is named.
             OSError: the disk is full.
         """
+        captions = list(captions)
+        if accelerator.is_main_process:
+            warn_of_long(captions, tokenizer, max_tokens(tokenizer, text_encoder))
+        with evaluating(text_encoder):
+            encode = partial(encode_prompts, tokenizer=tokenizer, text_encoder=text_encoder, warn=False)  # (B, L, D)
+            self.encode(captions, encode, accelerator, batch_size)
+
+    def encode(
+        self, captions: Iterable[str], encode: Callable[[list[str]], Tensor], accelerator: Accelerator, batch_size: int
+    ) -> None:
+        """Fill with what `encode` makes of captions, a row of each."""
         by_key = {caption_key(caption): caption for caption in captions}
 
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
             for keys in batches:
                 texts = [by_key[key] for key in keys]
                 states = finite(
-                    encode_prompts(texts, tokenizer, text_encoder, warn=False),  # (B, L, D)
+                    encode(texts),
                     [repr(text[:SHOWN]) for text in texts],
                     torch.float16,
                     "is the text encoder sound? Without cache_text it need not be below",
                 )
                 yield dict(zip(keys, states, strict=True))
 
-        if accelerator.is_main_process:
-            warn_of_long(list(by_key.values()), tokenizer, max_tokens(tokenizer, text_encoder))
-        with evaluating(text_encoder):
-            fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, things="captions")
+        fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, things="captions")
 
 
 def warn_of_long(captions: Sequence[str], tokenizer: Any, length: int) -> None:
@@ -138,11 +146,13 @@ class ConditionSource:
         read: for the workers of a data loader; a tuple of captions to a batch.
         encoder: makes conditions of the `Captions` that were read, in the training process.
         idle: networks that training does not need, as a cache takes their place.
+        tells_sizes: whether the network is given the sizes of pictures too, see `View.told`.
     """
 
     read: Callable[[tuple[str, ...]], ReadCaptions]
     encoder: TextConditioner | None = None
     idle: tuple[nn.Module, ...] = ()
+    tells_sizes: bool = False
 
     @torch.no_grad()
     def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning | Tokens:
@@ -210,16 +220,26 @@ def text_source(
     a GPU's memory is the denoiser's.
     """
     if not settings.cache_text:
-        if run.accelerator.is_main_process:
-            some = pictures[:: max(1, len(pictures) // LOOKED_AT)]
-            own = {caption for picture in some for caption in picture.captions}
-            warn_of_long(sorted(own), tokenizer, max_tokens(tokenizer, text_encoder))
+        look_for_long(run, pictures, tokenizer, text_encoder)
         return ConditionSource(Captions, TextConditioner(tokenizer, text_encoder.to(run.device), warn=False))
     text_encoder.to(run.device)
     labels = cache_labels(settings, "text_encoder", "model")
     cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder, labels)
-    choice = CaptionChoice(settings)
-    captions = {caption for picture in pictures for caption in choice.all(picture.captions)}
-    captions |= {picture.captions[0] for picture in pictures} | {""}
-    cache.fill(sorted(captions), tokenizer, text_encoder, run.accelerator)
+    cache.fill(captions_of(settings, pictures), tokenizer, text_encoder, run.accelerator)
     return ConditionSource(partial(read_states, cache), idle=(text_encoder.to("cpu"),))
+
+
+def captions_of(settings: DiffusionSettings, pictures: Iterable[CaptionedPicture]) -> list[str]:
+    """All captions that training may ask for."""
+    choice, captions = CaptionChoice(settings), {""}
+    for picture in pictures:
+        captions |= {*choice.all(picture.captions), picture.captions[0]}
+    return sorted(captions)
+
+
+def look_for_long(run: TrainingRun, pictures: Sequence[CaptionedPicture], tokenizer: Any, text_encoder: Any) -> None:
+    """Warn once if some of the pictures' captions are too long."""
+    if run.accelerator.is_main_process:
+        some = pictures[:: max(1, len(pictures) // LOOKED_AT)]
+        own = {caption for picture in some for caption in picture.captions}
+        warn_of_long(sorted(own), tokenizer, max_tokens(tokenizer, text_encoder))

@@ -116,11 +116,16 @@ def short_captions(pictures: "Sequence[CaptionedPicture]") -> list[str]:
     return [caption for caption in some if 0 < len(caption) <= SHORT and is_plain(caption)][:1]
 
 
-def text_to_image_kind(sample_prompts: Sequence[str] = (), method: str | None = None, lora: bool = False) -> ModelKind:
-    """method: of fine-tuning, if it was."""
+def text_to_image_kind(
+    sample_prompts: Sequence[str] = (),
+    method: str | None = None,
+    lora: bool = False,
+    saved_as: str = "StableDiffusionPipeline",
+) -> ModelKind:
+    """method: of fine-tuning, if it was. saved_as: diffusers' class for the folder."""
     prompts = [*sample_prompts, "a red car"]
     plain = next(prompt for prompt in prompts if is_plain(prompt))
-    usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"')
+    usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"').replace("StableDiffusionPipeline", saved_as)
     name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
     return ModelKind(name, "text-to-image", usage, lora)
 

@@ -103,6 +103,25 @@ class View:
     crop: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
 
+    def told(self, picture: CaptionedPicture) -> tuple[int, int, int, int, int, int]:
+        """What SDXL (Podell et al. 2023, Sec. 2.2) is told of the picture that this view is of.
+
+        Its own height and width, how many pixels of the resized one were cut off at the top and at the left (as it is
+        seen, mirrored or not), height and width of the view.
+
+        Raises:
+            ValueError: the picture's size is not known.
+        """
+        if picture.size is None:
+            raise ValueError(
+                f"{picture.name}: has no size; take pictures from prepare_pictures, or set (width, height)"
+            )
+        width, height = picture.size
+        scale = min(width / self.width, height / self.height)
+        x, y = 1 - self.crop[0] if self.flip else self.crop[0], self.crop[1]
+        top, left = round(y * (height / scale - self.height)), round(x * (width / scale - self.width))
+        return height, width, top, left, self.height, self.width
+
 
 def read_pixels(
     picture: CaptionedPicture,

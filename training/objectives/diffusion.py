@@ -7,8 +7,24 @@ from torch import Tensor, nn
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.text.two_encoders import penultimate, side_by_side, zeroed
 from latentdiff.training.batch.batch_types import DiffusionBatch, Tokens
 from latentdiff.training.objectives.objective import Objective, Result
+
+
+class TwoTextEncoders(nn.Module):
+    """SDXL's text encoders as one module, the first before the second."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, tokens: Tokens) -> Conditioning:
+        """States (B, L, D1 + D2), pooled embeddings (B, D') and sizes (B, 6)."""
+        assert tokens.second is not None
+        found = side_by_side([penultimate(self.first, tokens.input_ids), penultimate(self.second, tokens.second)])
+        found = found if tokens.empty is None else zeroed(found, tokens.empty)
+        return found.replace(time_ids=tokens.time_ids)
 
 
 class DenoiserObjective(Objective[DiffusionBatch]):
@@ -99,6 +115,9 @@ class DenoiserObjective(Objective[DiffusionBatch]):
             return condition
         if self.text_encoder is None:
             raise ValueError("the batch holds tokens, and this objective has no text_encoder to read them")
+        if isinstance(self.text_encoder, TwoTextEncoders):
+            found: Conditioning = self.text_encoder(condition)
+            return found
         states = self.text_encoder(condition.input_ids, attention_mask=condition.attention_mask).last_hidden_state
         return Conditioning(states=states)
 

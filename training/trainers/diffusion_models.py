@@ -17,8 +17,10 @@ from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.cache import digest
 from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
 from latentdiff.training.batch.latents import latents_digest
+from latentdiff.training.batch.two_encoders import caption_conditioner, joint_source, joint_token_source
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.run import TrainingRun
+from latentdiff.training.objectives.diffusion import TwoTextEncoders
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
 
 SAMPLES = 16  # pictures of a grid of samples, at most
@@ -94,6 +96,12 @@ class TextModel(DiffusionModel):
     prepare_caption: Callable[[str], str] | None = None
     pipeline_class: type[TextToImagePipeline] = TextToImagePipeline
 
+    @property
+    def whole_text_encoder(self) -> nn.Module:
+        """What reads `Tokens`, where the text is trained."""
+        encoder: nn.Module = self.text_encoder
+        return encoder
+
     def given(self) -> dict[str, str]:
         return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder)}
 
@@ -108,6 +116,37 @@ class TextModel(DiffusionModel):
         if self.prepare_caption is not None:
             return token_source(self.tokenizer, self.text_encoder, self.prepare_caption)
         return text_source(run, settings, self.tokenizer, self.text_encoder, pictures)
+
+
+@dataclass
+class SDXLModel(TextModel):
+    """A UNet of SDXL, which is given two text encoders' states, a pooled embedding and sizes.
+
+    Args:
+        drawn_with: the pipeline with the text encoders.
+    """
+
+    drawn_with: Any = None
+
+    @property
+    def whole_text_encoder(self) -> nn.Module:
+        return TwoTextEncoders(self.text_encoder, self.drawn_with.text_encoder_2)
+
+    def given(self) -> dict[str, str]:
+        return {**super().given(), **digest_of_frozen("second text encoder", self.drawn_with.text_encoder_2)}
+
+    def pipeline(self) -> TextToImagePipeline:
+        parts = {**self.drawn_with.components, "unet": self.network, "scheduler": self.scheduler}
+        zeros = bool(self.drawn_with.config.force_zeros_for_empty_prompt)
+        return self.pipeline_class(**parts, force_zeros_for_empty_prompt=zeros)  # type: ignore[call-arg]
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        conditioner = caption_conditioner(self.drawn_with, run.device)
+        if self.prepare_caption is not None:
+            return joint_token_source(conditioner)
+        return joint_source(run, settings, conditioner, pictures)
 
 
 @dataclass

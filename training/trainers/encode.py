@@ -1,7 +1,8 @@
 """Filling the cache of latents and text states before a training, as jobs of its own."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from accelerate import Accelerator
 from latentdiff.codec import Codec
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text import load_text_encoder
-from latentdiff.training.batch.conditions import TextCache
+from latentdiff.training.batch.conditions import TextCache, captions_of
 from latentdiff.training.batch.latents import PART, LatentCache, PictureView, cache_labels
-from latentdiff.training.batch.random_choices import CaptionChoice, ViewChoice
+from latentdiff.training.batch.random_choices import ViewChoice
+from latentdiff.training.batch.two_encoders import JointTextCache, caption_conditioner
 from latentdiff.training.data import CaptionedPicture, NoPicturesError
 from latentdiff.training.data.load import prepare_pictures
 from latentdiff.training.loop.distributed import accelerator_of
@@ -47,8 +49,9 @@ def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -
     settings = settings.model_copy(update={"cache_dir": settings.output})
     condition: Condition = "text"
     text: tuple[Any, Any] | None
+    pipeline: Any = None
     if isinstance(settings, FinetuneSettings):
-        pipeline = load_model(settings.model)
+        pipeline = load_model(settings.model, sdxl=True)
         settings = complete(settings, pipeline)
         codec, text = Codec(pipeline.vae), (pipeline.tokenizer, pipeline.text_encoder)
         step = codec.factor * (pipeline.unet.downscale_factor if settings.buckets else 1)
@@ -72,7 +75,8 @@ def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -
         if settings.cache_latents:
             _encode_pictures(settings, codec, pictures, step, split is not None, output, accelerator)
         if text is not None and settings.cache_text:
-            _encode_captions(settings, text, pictures, output, accelerator)
+            joint = None if pipeline is None or not pipeline.for_sdxl else pipeline
+            _encode_captions(settings, text, pictures, output, accelerator, joint)
     return output
 
 
@@ -112,12 +116,20 @@ def _encode_captions(
     pictures: Sequence[CaptionedPicture],
     output: Path,
     accelerator: Accelerator,
+    joint: Any = None,
 ) -> None:
+    """joint: SDXL's pipeline, with both of its text encoders."""
     tokenizer, text_encoder = text
-    labels = cache_labels(settings, "text_encoder", "model")
-    cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels)
-    choice, left = CaptionChoice(settings), iter(pictures)
+    labels, left = cache_labels(settings, "text_encoder", "model"), iter(pictures)
+    fill: Callable[[list[str]], None]
+    if joint is not None:
+        joint.text_encoder_2.to(accelerator.device)
+        text_encoder.to(accelerator.device)
+        conditioner = caption_conditioner(joint, accelerator.device)
+        both = JointTextCache(output / "text", conditioner, labels)
+        fill = partial(both.fill_with, conditioner=conditioner, accelerator=accelerator)
+    else:
+        cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels)
+        fill = partial(cache.fill, tokenizer=tokenizer, text_encoder=text_encoder, accelerator=accelerator)
     while some := list(islice(left, PART)):
-        captions = {caption for picture in some for caption in choice.all(picture.captions)}
-        captions |= {picture.captions[0] for picture in some} | {""}
-        cache.fill(sorted(captions), tokenizer, text_encoder, accelerator)
+        fill(captions_of(settings, some))

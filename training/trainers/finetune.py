@@ -18,6 +18,7 @@ from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place, open_place
+from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import max_tokens
 from latentdiff.training.card.kinds import short_captions, text_to_image_kind
 from latentdiff.training.loop.output_folder import open_output
@@ -25,7 +26,7 @@ from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.starting_networks import freeze, made_by, without_dropout
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
-from latentdiff.training.trainers.diffusion_models import TextModel
+from latentdiff.training.trainers.diffusion_models import SDXLModel, TextModel
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge
 from latentdiff.training.trainers.textual_inversion import Expand, add_word, check_captions, save_word, settle
@@ -71,7 +72,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     check_method(settings)
     check_output(settings)
     open_output(settings)
-    pipeline = load_model(settings.model)
+    pipeline = load_model(settings.model, sdxl=True)
     pipeline.set_progress_bar_config(disable=True)
     settings = complete(settings, pipeline)
     if pipeline.guides_itself and settings.method != "textual-inversion":
@@ -86,7 +87,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         own = "%s draws in few steps without guidance; fine-tuned it takes %d steps with a guidance of %g"
         logger.info(own, settings.model, *UNDISTILLED.values())
     process = taught_process(settings, pipeline)
-    freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    freeze(pipeline.vae, *text_encoders(pipeline), pipeline.unet)
     data = load_data(settings)
     prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
     if settings.method == "dreambooth":
@@ -95,7 +96,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     finish = prepare(settings, pipeline, data)
     trains_text = settings.train_text_encoder or settings.method == "textual-inversion"
     model = replace(model_of(pipeline, trains_text), process=process)
-    text_encoder = model.text_encoder if trains_text else None
+    text_encoder = model.whole_text_encoder if trains_text else None
     objective = DenoiserObjective(model.network, model.process, settings.min_snr_gamma, text_encoder)
 
     def save() -> None:
@@ -103,7 +104,8 @@ def finetune(settings: FinetuneSettings) -> Path:
         finish()
         pipeline.save_pretrained(settings.output)
 
-    kind = text_to_image_kind(prompts, settings.method, lora=lora_rank(settings) > 0)
+    saved_as = type(pipeline).saved_class_name
+    kind = text_to_image_kind(prompts, settings.method, lora=lora_rank(settings) > 0, saved_as=saved_as)
     return train_diffusion(settings, model, data, objective, save, kind, settings.model)
 
 
@@ -124,8 +126,10 @@ def check_output(settings: AdaptedSettings) -> None:
         raise ValueError(f"{output} holds a pipeline that was not made by training; choose another --output")
 
 
-def load_model(model: str) -> TextToImagePipeline:
+def load_model(model: str, sdxl: bool = False) -> TextToImagePipeline:
     """The model to start from, as the class that its folder, or single file, names.
+
+    sdxl: it may be one of SDXL.
 
     Raises:
         ValueError: a class that has other components, or makes its conditions in its own way.
@@ -133,15 +137,23 @@ def load_model(model: str) -> TextToImagePipeline:
     """
     place = find_place(model)
     kind: Any = kind_in(place).load()
-    parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, TextToImagePipeline))
+    known = SDXLTextToImagePipeline if sdxl and issubclass(kind, SDXLTextToImagePipeline) else TextToImagePipeline
+    parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, known))
     methods = ("conditioner", "condition", "encode_prompt")
-    if parts != usual or any(getattr(kind, name) is not getattr(TextToImagePipeline, name) for name in methods):
+    if parts != usual or any(getattr(kind, name) is not getattr(known, name) for name in methods):
         raise ValueError(
-            f"{model} is a {kind.__name__}, which has components or conditions of its own; fine-tuning knows models "
-            f"with one text encoder, an autoencoder and a UNet"
+            f"{model} is a {kind.__name__}, which has components or conditions of its own; this knows models "
+            f"with one text encoder, an autoencoder and a UNet{', and SDXL' if sdxl else ''}"
         )
     loaded: TextToImagePipeline = open_place(kind, place)
+    if known is SDXLTextToImagePipeline and loaded.text_encoder is None:
+        raise ValueError(f"{model} has the second text encoder alone, as SDXL's refiner, which cannot be fine-tuned")
     return loaded
+
+
+def text_encoders(pipeline: Any) -> list[Any]:
+    """One, or SDXL's two."""
+    return [pipeline.text_encoder, *([pipeline.text_encoder_2] if pipeline.for_sdxl else [])]
 
 
 def is_distilled(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> bool:
@@ -222,7 +234,7 @@ def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) ->
 def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
     """The networks of `pipeline`, and the process that its scheduler samples from."""
     process = process_from_config(pipeline.scheduler.config)
-    return TextModel(
+    parts = (
         Codec(pipeline.vae),
         pipeline.unet,
         pipeline.scheduler,
@@ -232,6 +244,7 @@ def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
         Expand(pipeline.tokenizer) if trains_text else None,
         type(pipeline),
     )
+    return SDXLModel(*parts, pipeline) if pipeline.for_sdxl else TextModel(*parts)
 
 
 def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Data:
@@ -245,26 +258,45 @@ def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
 
 def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Finish:
     """Make what the method trains require gradients; returns how the result is saved."""
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    output, trains_text = Path(settings.output), settings.train_text_encoder
+    unet, encoders = pipeline.unet, text_encoders(pipeline)
+    trained = encoders if settings.train_text_encoder else []
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    without_dropout(text_encoder)
+    for encoder in encoders:
+        without_dropout(encoder)
     if settings.method == "textual-inversion":
-        word = str(settings.placeholder_token)
-        extended = add_word(settings, pipeline.tokenizer, text_encoder)
-        check_captions(data.pictures, word, pipeline.tokenizer, max_tokens(pipeline.tokenizer, text_encoder))
-
-        def save_new_word() -> None:
-            save_word(extended, word, output)
-            settle(extended, text_encoder)
-
-        return save_new_word
+        return prepare_word(settings, pipeline, data)
     if lora_rank(settings):
-        add_lora(settings, unet, text_encoder if trains_text else None)
-        return partial(save_and_merge, pipeline, output)
-    unet.requires_grad_(True)
-    if trains_text:
-        for name, parameter in text_encoder.named_parameters():
-            parameter.requires_grad_("pooler" not in name)  # what pools has no part in the text states
-    return lambda: None
+        add_lora(settings, unet, *trained)
+    else:
+        unet.requires_grad_(True)
+        for encoder in trained:
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_("pooler" not in name)  # what pools has no part in the text states
+    if len(trained) > 1:
+        leave_out_unused(trained[0])
+    return partial(save_and_merge, pipeline, Path(settings.output)) if lora_rank(settings) else lambda: None
+
+
+def prepare_word(settings: FinetuneSettings, pipeline: Any, data: Data) -> Finish:
+    """A new word for each tokenizer, with an embedding in each text encoder."""
+    word, encoders = str(settings.placeholder_token), text_encoders(pipeline)
+    tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if len(encoders) > 1 else [])]
+    extended = [add_word(settings, *pair) for pair in zip(tokenizers, encoders, strict=True)]
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        check_captions(data.pictures, word, tokenizer, max_tokens(tokenizer, encoder))
+
+    def save_new_word() -> None:
+        save_word(extended, word, Path(settings.output))
+        for one, encoder in zip(extended, encoders, strict=True):
+            settle(one, encoder)
+
+    return save_new_word
+
+
+def leave_out_unused(first: Any) -> None:
+    """The last layer of SDXL's first text encoder, and what follows it, make no states: they cannot be trained."""
+    last = f"layers.{first.config.num_hidden_layers - 1}."
+    for name, parameter in first.named_parameters():
+        if last in name or "final_layer_norm" in name:
+            parameter.requires_grad_(False)

@@ -25,8 +25,8 @@ def lora_rank(settings: AdaptedSettings) -> int:
     return settings.lora_rank or (DEFAULT_RANK if settings.method == "lora" else 0)
 
 
-def add_lora(settings: AdaptedSettings, unet: Any, text_encoder: Any = None) -> None:
-    """Put a new LoRA into the UNet and, if given, into the text encoder; only its matrices require a gradient.
+def add_lora(settings: AdaptedSettings, unet: Any, *text_encoders: Any) -> None:
+    """Put a new LoRA into the UNet and into the text encoders that are given; only its matrices require a gradient.
 
     They are float32 whatever the precision of the rest, and change nothing as long as they are not trained: B is zero.
 
@@ -34,7 +34,7 @@ def add_lora(settings: AdaptedSettings, unet: Any, text_encoder: Any = None) -> 
         ValueError: a target is not there.
     """
     add_to(unet, settings, check_targets(unet, settings.lora_targets))
-    if text_encoder is not None:
+    for text_encoder in text_encoders:
         add_to(text_encoder, settings, text_targets(text_encoder))
 
 
@@ -97,7 +97,7 @@ def save_lora(pipeline: LatentPipeline, folder: Path) -> Path:
     from peft.utils import get_peft_model_state_dict
 
     saved: dict[str, Any] = {}
-    for name in ("unet", "text_encoder"):
+    for name in pipeline._lora_loadable_modules:
         network = getattr(pipeline, name)
         config = getattr(network, "peft_config", {}).get("default")
         if config is None:

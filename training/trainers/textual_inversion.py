@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, save_whole
+from latentdiff.interchange.embeddings import OF_TWO, WORD_KEY
 from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import add_words, expand_words, tokens_of
 from latentdiff.training.data import CaptionedPicture
@@ -116,10 +117,17 @@ def settle(extended: ExtendedEmbedding, text_encoder: Any) -> None:
         weight[first : first + len(rows)] = rows.to(weight)
 
 
-def save_word(extended: ExtendedEmbedding, word: str, folder: Path) -> Path:
-    """Write ``learned_embeds.safetensors``, {word: (n, D)}, which diffusers' ``load_textual_inversion`` reads."""
+def save_word(extended: Sequence[ExtendedEmbedding], word: str, folder: Path) -> Path:
+    """Write ``learned_embeds.safetensors``, {word: (n, D)}, which diffusers' ``load_textual_inversion`` reads.
+
+    Of SDXL's two text encoders {"clip_l": (n, D1), "clip_g": (n, D2)}, and the word in the header.
+    """
     file = folder / EMBEDDING_NAMES[0]
-    save_whole({word: extended.learned.detach().float()}, file, {"format": "pt"})
+    rows = [one.learned.detach().float() for one in extended]
+    if len(rows) == 1:
+        save_whole({word: rows[0]}, file, {"format": "pt"})
+    else:
+        save_whole(dict(zip(OF_TWO, rows, strict=True)), file, {"format": "pt", WORD_KEY: word})
     return file
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
 from latentdiff.interchange.atomic import allow_as_usual, failures_named, json_text
 from latentdiff.interchange.folders import check_links
-from latentdiff.interchange.lora.kohya_names import TEXT, UNET, from_kohya_name, to_kohya_name
+from latentdiff.interchange.lora.kohya_names import NETWORKS, TEXT, TEXT_2, UNET, from_kohya_name, to_kohya_name
 from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
     Layers,
@@ -56,7 +56,7 @@ class LoraReport:
 class LoraFile:
     """A LoRA as read from disk: its tensors, PEFT's config if there is one, and the header.
 
-    A LoRA of two networks in PEFT's format has the folders ``unet`` and ``text_encoder``.
+    A LoRA of several networks in PEFT's format has the folders ``unet``, ``text_encoder`` and ``text_encoder_2``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +64,7 @@ class LoraFile:
     """
 
     def __init__(self, source: str | Path, weight_name: str | None = None, **hub: Any) -> None:
-        parts = [part for part in (Path(source) / UNET, Path(source) / TEXT) if (part / CONFIG_NAME).is_file()]
+        parts = [Path(source) / name for name in NETWORKS if (Path(source) / name / CONFIG_NAME).is_file()]
         check_links(Path(source), parts)
         self.state: dict[str, Tensor] = {}
         self.config: dict[str, Any] | None = None
@@ -100,7 +100,7 @@ def with_network(state: Mapping[str, Tensor], source_format: str, network: str |
     plain = {plain_key(key): tensor for key, tensor in state.items()}
     if len(plain) < len(state):
         raise ValueError("there are several adapters in it; save each to a file of its own")
-    if source_format != "peft" or all(key.startswith((f"{UNET}.", f"{TEXT}.")) for key in plain):
+    if source_format != "peft" or all(key.startswith(tuple(f"{network}." for network in NETWORKS)) for key in plain):
         return plain
     network = network or (TEXT if all(key.startswith(OF_ENCODERS) for key in plain) else UNET)
     return {f"{network}.{key}": tensor for key, tensor in plain.items()}
@@ -113,8 +113,8 @@ def convert_lora(
 
     Only PEFT's training settings, which do not affect pictures, are dropped. ``target`` is a safetensors file; for
     diffusers it may also be a folder, which then holds ``pytorch_lora_weights.safetensors``. PEFT's format is a folder
-    for one network, and for two a folder with two such folders, ``unet`` and ``text_encoder``. It does not name its
-    model; PEFT loads it into the network itself.
+    for one network, and for several a folder with such folders, ``unet``, ``text_encoder`` and ``text_encoder_2``. It
+    does not name its model; PEFT loads it into the network itself.
 
     Args:
         source: a file in any of the formats, or its folder.
@@ -147,7 +147,7 @@ def convert_lora(
     return LoraReport(
         file.format,
         written,
-        {network: count for network in (UNET, TEXT) if (count := len(of_network(layers, network)))},
+        {network: count for network in NETWORKS if (count := len(of_network(layers, network)))},
         tuple(sorted({layer.rank for layer in layers.values()})),
         tuple(sorted({layer.scale for layer in layers.values()})),
     )
@@ -160,7 +160,7 @@ Content = tuple[dict[str, Tensor], dict[str, str]] | dict[str, Any]
 def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
     """Contents by path below the target; "" is the target itself."""
     config: dict[str, Any] = {}
-    for network in (UNET, TEXT):
+    for network in NETWORKS:
         if own := of_network(layers, network):
             config |= {f"{network}.{key}": value for key, value in peft_config(own).items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(config, indent=2, sort_keys=True), **kept}
@@ -169,13 +169,15 @@ def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
 
 def with_text_model(layers: Layers) -> Layers:
     """With CLIP's names as before transformers 5, which every version of diffusers reads."""
-    start = f"{TEXT}.encoder.layers."
-    return {name.replace(start, f"{TEXT}.text_model.encoder.layers.", 1): layer for name, layer in layers.items()}
+    for network in (TEXT, TEXT_2):
+        start, old = f"{network}.encoder.layers.", f"{network}.text_model.encoder.layers."
+        layers = {name.replace(start, old, 1): layer for name, layer in layers.items()}
+    return layers
 
 
 def peft_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
     files: dict[str, Content] = {}
-    parts = {network: own for network in (UNET, TEXT) if (own := of_network(layers, network))}
+    parts = {network: own for network in NETWORKS if (own := of_network(layers, network))}
     for network, own in parts.items():
         folder = f"{network}/" if len(parts) > 1 else ""
         tensors = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in peft_tensors(own).items()}
@@ -192,8 +194,9 @@ def peft_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
 
 def kohya_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
     tensors: dict[str, Tensor] = {}
+    two_encoders = any(name.startswith((f"{TEXT_2}.", f"{UNET}.add_embedding.")) for name in layers)
     for name, layer in layers.items():
-        flat = to_kohya_name(name)
+        flat = to_kohya_name(name, two_encoders)
         if from_kohya_name(flat) != name:
             raise ValueError(f"{name} is no layer of Stable Diffusion's; kohya's format has no name for it")
         if layer.bias is not None:

@@ -8,13 +8,14 @@ that occur in the names of Stable Diffusion's networks.
 import re
 from collections.abc import Mapping
 
-UNET, TEXT = "unet", "text_encoder"
-KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT}
+UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+NETWORKS = (UNET, TEXT, TEXT_2)
+KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
 
 JOINED = (
     "down_blocks|up_blocks|mid_block|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_in|conv_out|"
-    "conv_shortcut|time_emb_proj|time_embedding|class_embedding|linear_1|linear_2|text_model|self_attn|q_proj|k_proj|"
-    "v_proj|out_proj|wi_0|wi_1"
+    "conv_shortcut|time_emb_proj|time_embedding|add_embedding|class_embedding|linear_1|linear_2|text_model|"
+    "text_projection|self_attn|q_proj|k_proj|v_proj|out_proj|wi_0|wi_1"
 )
 SINGLE = (
     "attentions|resnets|downsamplers|upsamplers|conv|conv1|conv2|attn1|attn2|ff|net|proj|encoder|layers|mlp|fc1|fc2|"
@@ -25,12 +26,15 @@ WORDS = rf"{JOINED}|{SINGLE}|\d+"
 FLAT_NAME = re.compile(rf"(?:{WORDS})(?:_(?:{WORDS}))*")
 FLAT_WORD = re.compile(rf"({WORDS})(?:_|$)")
 
+OLD_CLIP = re.compile(rf"^({TEXT}|{TEXT_2})\.text_model\.")
 LDM_NAME = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
 LDM_OUTSIDE = {
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
 }
 LDM_RESNET = {
     "in_layers_2": "conv1",
@@ -40,15 +44,19 @@ LDM_RESNET = {
 }
 
 
-def to_kohya_name(name: str) -> str:
+def to_kohya_name(name: str, two_encoders: bool = False) -> str:
     """``unet.mid_block.resnets.0.conv1`` -> ``lora_unet_mid_block_resnets_0_conv1``, as kohya's for Stable Diffusion.
 
     CLIP's names get the ``text_model`` that they had when the format was made.
+
+    Args:
+        two_encoders: the model has two text encoders, and the first is called ``lora_te1_``.
     """
     network, _, module = name.partition(".")
-    if network == TEXT and module.startswith("encoder.layers."):
+    if network in (TEXT, TEXT_2) and module.startswith("encoder.layers."):
         module = f"text_model.{module}"
-    prefix = next(prefix for prefix, meant in KOHYA_PREFIXES.items() if meant == network)
+    prefixes = [prefix for prefix, meant in KOHYA_PREFIXES.items() if meant == network]
+    prefix = prefixes[-1 if two_encoders else 0]
     return prefix + module.replace(".", "_")
 
 
@@ -79,7 +87,7 @@ def flat_names(names: list[str]) -> dict[str, str]:
 
 def short(name: str) -> str:
     """A name without the ``text_model`` that CLIP's had before transformers 5."""
-    return name.replace(f"{TEXT}.text_model.", f"{TEXT}.", 1)
+    return OLD_CLIP.sub(r"\1.", name)
 
 
 def is_ldm_name(flat: str) -> bool:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.interchange.lora.kohya_names import KOHYA_PREFIXES, TEXT, UNET, from_kohya_name, is_ldm_name, short
+from latentdiff.interchange.lora.kohya_names import (
+    KOHYA_PREFIXES,
+    TEXT,
+    TEXT_2,
+    UNET,
+    from_kohya_name,
+    is_ldm_name,
+    short,
+)
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = re.compile(r"(\.lora_[AB]|\.lora_magnitude_vector)\.[^.]+(\.(?:weight|bias))$")
@@ -148,7 +156,7 @@ def split_key(
     old = OLD_ATTENTION.fullmatch(key)
     if old:
         module, which, part = old.groups()
-        text = module.startswith(f"{TEXT}.")
+        text = module.startswith((f"{TEXT}.", f"{TEXT_2}."))
         name = f"{which}_proj" if text else "to_out.0" if which == "out" else f"to_{which}"
         return own_name(f"{module}.{name}"), part
     ends = [end for end in OWN_PARTS if key.endswith(f".{end}")]
