@@ -58,14 +58,16 @@ def options(
 @cache
 def application() -> typer.Typer:
     """The program with all its commands."""
+    from latentdiff.pipelines.commands.app import app as draw_in_browser
     from latentdiff.pipelines.commands.convert import convert
     from latentdiff.pipelines.commands.generate import generate
     from latentdiff.pipelines.commands.many import many
     from latentdiff.pipelines.commands.models import models
     from latentdiff.pipelines.commands.replay import replay
+    from latentdiff.pipelines.commands.serve import serve
     from latentdiff.training.cli import add_commands
 
-    for command in (generate, replay, many, models, convert):
+    for command in (generate, replay, many, models, convert, serve, draw_in_browser):
         app.command()(command)
     add_commands(app)
     return app

@@ -25,7 +25,15 @@ def read_picture(file: Path) -> tuple[Image.Image, str]:
         FileNotFoundError: there is no such file.
         ValueError: it is no regular file or no picture, damaged, or has more pixels or text than Pillow's limits allow.
     """
-    content = read_bytes(file, MAX_PICTURE)
+    return picture_of(read_bytes(file, MAX_PICTURE), file)
+
+
+def picture_of(content: bytes, file: Path | str) -> tuple[Image.Image, str]:
+    """The same of a file that was read already.
+
+    Args:
+        file: how messages name it.
+    """
     try:
         image = decode(content)
     except Image.UnidentifiedImageError:

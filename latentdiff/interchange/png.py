@@ -1,5 +1,6 @@
 """PNG files that hold the settings they were generated with."""
 
+import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -55,13 +56,26 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
 
 def save_picture(image: Image.Image, file: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write a PNG, with `settings` in it if given, whole or not at all. Missing folders are made."""
+    info = info_of(settings)
+    with atomic_file(file) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def picture_bytes(image: Image.Image, settings: Mapping[str, Any] | None = None) -> bytes:
+    """What `save_picture` writes."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=info_of(settings))
+    return stream.getvalue()
+
+
+def info_of(settings: Mapping[str, Any] | None) -> PngInfo:
+    """Settings as chunks of a PNG."""
     info = PngInfo()
     if settings is not None:
         if "prompts" in settings:  # it was drawn
             info.add_text("parameters", parameters_text(settings))
         info.add_text(KEY, json.dumps(settings, ensure_ascii=False))
-    with atomic_file(file) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+    return info
 
 
 def read_settings(file: Path) -> dict[str, Any] | None:

@@ -65,19 +65,32 @@ def read_inputs(image: Path | None, mask: Path | None) -> tuple[SourcePictures, 
             picture, digest = read_picture(file)
             found[name] = picture
             used[name] = UsedFile(file=str(file), sha256=digest)
+    return paired(found, {name: one.file for name, one in used.items()}), used
+
+
+def paired(found: Mapping[str, Image.Image], names: Mapping[str, str]) -> SourcePictures:
+    """Pictures as they are in their files, ``image`` and perhaps its ``mask``, made upright.
+
+    Args:
+        names: how messages name them.
+
+    Raises:
+        ValueError: they differ in size.
+    """
     if not found:
-        return SourcePictures(), used
+        return SourcePictures()
     from latentdiff.pipelines.core.input_pictures import upright_pair, upright_rgb
 
-    found["image"], mask_image = upright_pair(found.get("image"), found.get("mask"))
-    if mask_image is not None:
-        found["mask"] = upright_rgb(mask_image).convert("L")
-        if found["mask"].size != found["image"].size:
-            sizes = ["{} x {}".format(*found[name].size) for name in ("image", "mask")]
+    image, mask = upright_pair(found["image"], found.get("mask"))
+    if mask is not None:
+        mask = upright_rgb(mask).convert("L")
+        if mask.size != image.size:
+            sizes = ["{} x {}".format(*one.size) for one in (image, mask)]
             raise ValueError(
-                f"{image} has {sizes[0]} pixels and {mask} has {sizes[1]}; a mask must be as large as its picture"
+                f"{names['image']} has {sizes[0]} pixels and {names['mask']} has {sizes[1]}; a mask must be as large "
+                f"as its picture"
             )
-    return SourcePictures(**found), used
+    return SourcePictures(image, mask)
 
 
 def settings_of(

@@ -82,6 +82,12 @@ def generate(
     count: Annotated[
         int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt or class, in one grid.")
     ] = 1,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Let a server draw that `latentdiff serve` started, such as http://host:8000."
+        ),
+    ] = None,
 ) -> None:
     """Draw pictures from words; or of classes, or of whatever a model without text was trained on.
 
@@ -102,6 +108,11 @@ def generate(
     items = prompts or source.classes or [""]
     total = len(items) * count
     files = files_of(target, items[0], total, drawing.candidates)
+    if server is not None:
+        from latentdiff.pipelines.commands.remote import draw_at
+
+        draw_at(server, prompts, count, (target, loading, source, drawing), files)
+        return
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)
     check_words(kind, prompts, source.classes, loading, drawing)

@@ -250,8 +250,8 @@ def grouped(command: Callable[..., None], argument: str | None = None) -> Callab
 def option_of(name: str, field: FieldInfo, is_argument: bool) -> inspect.Parameter:
     """A field as a parameter that typer shows."""
     shown: Any = next((note for note in field.metadata if isinstance(note, OptionInfo | Option)), None)
-    if not isinstance(shown, OptionInfo):
-        flags = [] if shown is None else [shown.flag or f"--{name.replace('_', '-')}"]
+    if is_argument or not isinstance(shown, OptionInfo):
+        flags = [] if shown is None or is_argument else [shown.flag or f"--{name.replace('_', '-')}"]
         more: dict[str, Any] = {"help": field.description if shown is None else shown.help}
         more["min"] = next((note.ge for note in field.metadata if isinstance(note, Ge)), None)
         more["max"] = next((note.le for note in field.metadata if isinstance(note, Le)), None)

@@ -1,6 +1,7 @@
 """Tiny pipelines with random weights, ours and diffusers' with the same."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, cli
 
 UNET = {
     "sample_size": 8,
@@ -157,3 +158,20 @@ def folder(pipeline: Any, tmp_path: Path) -> Path:
 @pytest.fixture
 def latents() -> torch.Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a command in an empty folder; returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, arguments)])
+        try:
+            cli.run(cli.application())
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run

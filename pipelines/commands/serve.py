@@ -1,0 +1,162 @@
+"""``latentdiff serve``."""
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import Field
+
+from latentdiff.extras import how_to_install
+from latentdiff.pipelines.batch.drawing_options import BATCH, Plain
+from latentdiff.pipelines.commands.model_options import LoadingOptions, grouped, load_pipeline
+from latentdiff.pipelines.registry import find_kind, kind_in
+from latentdiff.pipelines.storage.places import find_place
+from latentdiff.terminal import say
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.server.service import Service
+
+KEY_VARIABLE = "LATENTDIFF_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TIMES_TRAINED = 4
+"""How many times the area of training a picture may have, where nothing else is said."""
+
+
+class ServingOptions(Plain):
+    """Where a server listens, and what it gives to one request."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; others than this machine's own need a key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    batch: int = Field(BATCH, ge=1, le=64, description="Pictures drawn at once.")
+    queue: int = Field(64, ge=1, description="Requests that may wait; further ones are told to come again.")
+    timeout: float = Field(300.0, gt=0, description="Seconds that a request may take, waiting included.")
+    grace: float = Field(30.0, ge=0, description="Seconds that running requests have when the server stops.")
+    max_pixels: int | None = Field(
+        None, ge=1, description="Width times height of a picture at most; by default four times that of training."
+    )
+    max_steps: int = Field(100, ge=1, description="Denoising steps at most.")
+    max_count: int = Field(10, ge=1, description="Pictures of one request at most.")
+    max_prompt: int = Field(4000, ge=1, description="Characters of a prompt at most.")
+
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar=KEY_VARIABLE, help="Key that clients must send; better set as the variable, unseen by ps."
+    ),
+]
+
+
+@partial(grouped, argument="model")
+def serve(loading: LoadingOptions, serving: ServingOptions, api_key: ApiKey = None) -> None:
+    """Draw for programs: a server that OpenAI's clients talk to.
+
+    latentdiff serve
+
+    latentdiff serve runs/birds --port 9000
+
+    Pictures: POST /v1/images/generations and /v1/images/edits; also GET /v1/models, /health and /metrics. Requests for
+    pictures of one size and the same steps are drawn together. Ctrl-C finishes what was taken, and stops.
+    """
+    run_server(loading, serving, api_key)
+
+
+def run_server(
+    loading: LoadingOptions,
+    serving: ServingOptions,
+    key: str | None,
+    page: bool = False,
+    ready: Callable[[str], object] | None = None,
+) -> None:
+    """Load the model, listen, and draw until stopped.
+
+    Args:
+        key: that requests must have.
+        page: serve the page too.
+        ready: is told the address when the model is loaded.
+
+    Raises:
+        ImportError, OSError, ValueError: a library is missing, the address cannot be had, or the model not served.
+    """
+    check_serving(serving, key, "app" if page else "serve")
+    place = find_place(loading.model, loading.variant)
+    kind = kind_in(place, textless=True).name
+    if find_kind(kind).conditioned_by != "text" or find_kind(kind).pictures:
+        raise ValueError(f"the model {loading.model} is a {kind}; only models that draw from words alone are served")
+    listening = listen(serving.host, serving.port)
+    host, port = listening.getsockname()[:2]
+    with listening:
+        service = load_service(loading, serving, place, kind)
+        import uvicorn
+
+        from latentdiff.pipelines.server.http import create_app
+
+        names = LOOPBACK if serving.host in LOOPBACK else None
+        settings = uvicorn.Config(
+            create_app(service, key, names, page),
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, math.ceil(serving.grace)),
+        )
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(f"{loading.model} draws at {address}{'' if page else '/v1'}; Ctrl-C stops it")
+        if ready is not None:
+            ready(address)  # what comes before the server reads it waits in the socket
+        try:
+            uvicorn.Server(settings).run(sockets=[listening])
+        except KeyboardInterrupt:  # which uvicorn raises again when all is done
+            say("Stopped")
+
+
+def check_serving(serving: ServingOptions, key: str | None, extra: str) -> None:
+    """Raises ImportError or ValueError before anything is loaded."""
+    missing = [name for name in ("fastapi", "uvicorn", "multipart", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} is not installed; install with: {how_to_install('serve')}")
+    if serving.host not in LOOPBACK and not key:
+        raise ValueError(
+            f"--host {serving.host}: others could draw here; set a key that they must send, in the variable "
+            f"{KEY_VARIABLE}" + ("" if extra == "serve" else " or with --password")
+        )
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ValueError("the key must be of printable ASCII characters, as what is sent in a header")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises OSError that says what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        what = f"cannot listen on {host}, port {port} ({error.strerror or error}); say another --port or --host"
+        raise OSError(what) from error
+
+
+def load_service(loading: LoadingOptions, serving: ServingOptions, place: Any, kind: str) -> "Service":
+    """The model, with a queue before it."""
+    from latentdiff.interchange.fingerprint import digest_in_background
+    from latentdiff.pipelines.batch.draw import load_adapters
+    from latentdiff.pipelines.server.model import ServedModel
+    from latentdiff.pipelines.server.requests import Limits
+    from latentdiff.pipelines.server.service import Service
+
+    adapters = loading.adapters()
+    digest = digest_in_background(place, loading.variant)
+    choices = (loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime)
+    pipeline = load_pipeline(place, *choices)
+    pipeline.set_progress_bar_config(disable=True)
+    load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
+    height, width = pipeline.picture_size(None, None)
+    pixels = serving.max_pixels or TIMES_TRAINED * height * width
+    limits = Limits(pixels, serving.max_steps, serving.max_count, serving.max_prompt)
+    is_path = os.sep in loading.model and os.path.exists(os.path.expanduser(loading.model))
+    name = place.name if is_path else loading.model
+    told = {
+        of: [one.model_copy(update={"file": os.path.basename(one.file)}) for one in adapters[of]] for of in adapters
+    }
+    model = ServedModel(name, pipeline, digest.result, {**told, "variant": loading.variant})  # no folders of this disk
+    return Service(model, limits, serving.timeout, serving.batch, serving.queue)

@@ -1,0 +1,91 @@
+"""The model behind a server: one set of networks, as all kinds of pipeline that it can be."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+from latentdiff.pipelines.batch.draw import SourcePictures, call_arguments, drawn_of, settings_of, this_machine
+from latentdiff.pipelines.batch.record import Batch, Settings, UsedFile, record_of
+from latentdiff.pipelines.core.sampling import Progress
+from latentdiff.pipelines.registry import find_kind, kind_taking
+from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
+
+
+class ServedModel:
+    """Draws batches of jobs, from words, from pictures and within masks.
+
+    Args:
+        name: of the model, for clients and records.
+        pipeline: that draws from words.
+        digest: of the model; asked for at the first record.
+        adapters: ``loras``, ``embeddings`` and ``variant`` of a record, of what is loaded into the pipeline.
+    """
+
+    def __init__(self, name: str, pipeline: Any, digest: Callable[[], str], adapters: dict[str, Any]) -> None:
+        self.name, self.digest, self.adapters = name, digest, adapters
+        self.pipeline = pipeline
+        self._pipelines: dict[str, Any] = {type(pipeline).__name__: pipeline}
+
+    def kind_for(self, inputs: SourcePictures) -> str:
+        """The class that draws from these pictures."""
+        named = [name for name, one in (("image", inputs.image), ("mask_image", inputs.mask)) if one is not None]
+        if not named:
+            return type(self.pipeline).__name__
+        return kind_taking(named, self.pipeline.saved_class_name).name
+
+    def pipeline_of(self, kind: str) -> Any:
+        """The pipeline of that class; they share the networks."""
+        if kind not in self._pipelines:
+            made = find_kind(kind).load().from_pipe(self.pipeline)
+            made.set_progress_bar_config(disable=True)
+            self._pipelines[kind] = made
+        return self._pipelines[kind]
+
+    def settings(self, asked: dict[str, Any], inputs: SourcePictures, used: dict[str, UsedFile]) -> Settings:
+        """Raises ValueError for what this model cannot draw; see `settings_of`."""
+        pipeline = self.pipeline_of(self.kind_for(inputs))
+        return settings_of(pipeline, self.name, {**asked, **used, **self.adapters}, inputs)
+
+    def draw(self, rows: list[Row]) -> None:
+        """Draw a batch and tell the listeners of its jobs; it is stopped after the step at which no job is wanted."""
+        first = rows[0].job
+        pipeline = self.pipeline_of(first.kind)
+        batch = batch_of(rows)
+        arguments = call_arguments(pipeline, first.settings, batch, first.inputs)
+        if first.settings.negative_prompt is not None:
+            arguments["negative_prompt"] = [row.job.settings.negative_prompt for row in rows]
+        with closing(pipeline.stream(**arguments)) as progress:
+            output = watched(progress, rows)
+        if output is None:
+            return
+        digest, machine = self.digest(), this_machine(pipeline)
+        for row, drawn in zip(rows, drawn_of(output, 0), strict=True):
+            own = [one for one in rows if one.job is row.job]  # nobody else's prompts are told
+            settings = row.job.settings.model_copy(update={"model_digest": digest})
+            placed = type(drawn)(drawn.image, (0, own.index(row)), drawn.withheld, drawn.spoilt)
+            record = record_of(settings, [batch_of(own)], [placed], machine)
+            row.job.listener(Finished(row.number, placed, record))
+
+
+def batch_of(rows: list[Row]) -> Batch:
+    return Batch(prompts=[row.job.prompt for row in rows], seeds=[row.job.seeds[row.number] for row in rows])
+
+
+def watched(progress: Iterator[Progress], rows: list[Row]) -> Any:
+    """What a drawing gives at its end, with previews shown to those who want them; None if nobody waits for it."""
+    for one in progress:
+        if one.output is not None:
+            return one.output
+        if all(row.job.unwanted for row in rows):
+            return None
+        wanting = [i for i, row in enumerate(rows) if shows(row.job, one.step, one.total)]
+        images = one.preview() if wanting else []
+        for i in wanting:
+            rows[i].job.listener(Preview(rows[i].number, one.step, one.total, images[i]))
+    return None
+
+
+def shows(job: Job, step: int, total: int) -> bool:
+    """Whether a job gets a preview after this step: its number of them is spread evenly; the last step has none."""
+    shown = min(job.previews, total - 1)
+    return not job.unwanted and step in {round((i + 1) * total / (shown + 1)) - 1 for i in range(shown)}

@@ -1,0 +1,173 @@
+"""What clients send, in OpenAI's names and ours, read and checked; nothing in it reaches a pipeline unread."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.interchange.picture_files import picture_of
+from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, paired
+from latentdiff.pipelines.batch.drawing_options import GenerateOptions, first_problem
+from latentdiff.pipelines.batch.record import UsedFile
+from latentdiff.pipelines.core.call_options import refuse_unknown
+
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    pixels: int
+    """Of one picture."""
+    steps: int = 100
+    count: int = 10
+    """Pictures."""
+    prompt: int = 4000
+    """Characters, of a negative prompt too."""
+    upload: int = 32 * 2**20
+    """Bytes of a request's body."""
+
+
+class RequestError(ValueError):
+    """What was sent cannot be drawn.
+
+    Args:
+        param: which field is to blame.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class DrawRequest(BaseModel):
+    """The body of a request for pictures: OpenAI's fields first, then ours."""
+
+    model_config = ConfigDict(extra="allow")  # to say what was meant; see `read_request`
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    size: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100)
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0)
+    background: Literal["auto", "opaque"] | None = None
+    quality: str | None = None
+    style: str | None = None
+    user: str | None = None
+    moderation: str | None = None
+    input_fidelity: str | None = None
+
+    seed: int | None = Field(None, ge=0)
+    steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, allow_inf_nan=False)
+    negative_prompt: str | None = None
+    strength: float | None = Field(None, ge=0, le=1)
+    guidance_rescale: float | None = Field(None, ge=0, le=1)
+    prompt_weights: bool | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As fields of `Settings`."""
+        named = {name: getattr(self, name) for name in OURS if name in GenerateOptions.model_fields}
+        width, height = self.sides
+        return {**named, "num_inference_steps": self.steps, "width": width, "height": height}
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """Width and height; None: as the model was trained, or as the picture has them."""
+        found = SIZE.fullmatch(self.size or "")
+        return (int(found[1]), int(found[2])) if found else (None, None)
+
+    def seeds(self) -> list[int]:
+        """Of its pictures; without a seed, from a random one."""
+        first = int.from_bytes(os.urandom(4)) if self.seed is None else self.seed
+        count = self.n or 1
+        check_seeds(first, count)
+        return [first + i for i in range(count)]
+
+
+OURS = ("guidance_scale", "negative_prompt", "strength", "guidance_rescale", "prompt_weights")
+
+
+def read_request(values: Mapping[str, Any], limits: Limits) -> DrawRequest:
+    """Raises RequestError for unknown fields, values of other types, and what is beyond the limits."""
+    try:
+        refuse_unknown("unknown field", values, DrawRequest.model_fields)
+        request = DrawRequest.model_validate(values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise RequestError(first_problem(error), name) from None
+    except TypeError as error:
+        raise RequestError(str(error)) from None
+    if not request.prompt.strip():
+        raise RequestError('the prompt is empty; say what to draw, for instance "a red car"', "prompt")
+    if request.size not in (None, "auto") and request.sides == (None, None):
+        raise RequestError(f"size: {request.size!r} is neither auto nor such as 128x128", "size")
+    check_limits(request, limits)
+    return request
+
+
+def check_limits(request: DrawRequest, limits: Limits) -> None:
+    """Raises RequestError."""
+    asked = {
+        "n": (request.n or 1, limits.count, "pictures"),
+        "steps": (request.steps or 1, limits.steps, "steps"),
+        "prompt": (len(request.prompt), limits.prompt, "characters"),
+        "negative_prompt": (len(request.negative_prompt or ""), limits.prompt, "characters"),
+        "partial_images": (request.partial_images or 0, limits.steps, "previews"),
+    }
+    for name, (value, most, what) in asked.items():
+        if value > most:
+            raise RequestError(f"{name}: {value} {what} are more than this server gives, {most}", name)
+    width, height = request.sides
+    check_pixels(width or 1, height or 1, limits)
+
+
+def check_pixels(width: int, height: int, limits: Limits) -> None:
+    """Raises RequestError for a picture that is too large."""
+    if width * height > limits.pixels:
+        most = f"{limits.pixels} pixels"
+        raise RequestError(f"size: {width}x{height} is more than this server draws, {most} in all", "size")
+
+
+def read_pictures(
+    files: Mapping[str, tuple[str, bytes]],
+) -> tuple[SourcePictures, dict[str, UsedFile]]:
+    """Pictures that were sent, and what a record says of them.
+
+    Args:
+        files: name and content of ``image`` and, perhaps, ``mask``.
+
+    Raises:
+        RequestError: they are none, or differ in size.
+    """
+    found: dict[str, Image.Image] = {}
+    used: dict[str, UsedFile] = {}
+    for name, (file, content) in files.items():
+        try:
+            picture, digest = picture_of(content, name)
+        except ValueError as error:
+            raise RequestError(str(error), name) from None
+        found[name] = painted(picture) if name == "mask" else picture
+        used[name] = UsedFile(file=PurePath(file).name or f"{name}.png", sha256=digest)
+    try:
+        return paired(found, {name: name for name in found}), used
+    except ValueError as error:
+        raise RequestError(str(error), "mask") from None
+
+
+def painted(mask: Image.Image) -> Image.Image:
+    """A mask that is white where to paint: one with transparency is OpenAI's, who paint where it is transparent."""
+    if not mask.has_transparency_data:
+        return mask
+    return mask.convert("RGBA").getchannel("A").point([255 - level for level in range(256)])

@@ -1,0 +1,179 @@
+"""From a request to its pictures: what the routes share."""
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from latentdiff.interchange.png import picture_bytes
+from latentdiff.memory import is_lack_of_memory
+from latentdiff.pipelines.server.jobs import Event, Failed, Finished, Job, Preview
+from latentdiff.pipelines.server.metrics import Metrics
+from latentdiff.pipelines.server.model import ServedModel
+from latentdiff.pipelines.server.queue import Queue
+from latentdiff.pipelines.server.requests import (
+    DrawRequest,
+    Limits,
+    RequestError,
+    check_pixels,
+    read_pictures,
+    read_request,
+)
+
+TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+class GoneError(Exception):
+    """The client does not wait any more."""
+
+
+class Service:
+    """A model, the queue before it, and what may be asked of it.
+
+    Args:
+        timeout: seconds that a request may take, waiting included.
+        batch: pictures drawn at once.
+        places: requests that may wait.
+    """
+
+    def __init__(
+        self, model: ServedModel, limits: Limits, timeout: float = 300.0, batch: int = 8, places: int = 64
+    ) -> None:
+        self.model, self.limits, self.timeout = model, limits, timeout
+        self.queue = Queue(self._draw, batch, places)
+        self.metrics = Metrics(lambda: len(self.queue))
+        self.started = int(time.time())
+
+    def _draw(self, rows: list[Any]) -> None:
+        self.metrics.batches.observe(len(rows))
+        self.model.draw(rows)
+
+    async def begin(
+        self, values: Mapping[str, Any], files: Mapping[str, tuple[str, bytes]]
+    ) -> tuple[DrawRequest, Job, "asyncio.Queue[Event]"]:
+        """Put what is asked for into the queue; its events come as they happen.
+
+        Raises:
+            ValueError, QueueFullError, ClosedError: it cannot be drawn, or not now.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def hear(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        request, job = await asyncio.to_thread(self._job, values, files, hear)
+        self.queue.submit(job)
+        return request, job, events
+
+    def _job(
+        self, values: Mapping[str, Any], files: Mapping[str, tuple[str, bytes]], hear: Callable[[Event], None]
+    ) -> tuple[DrawRequest, Job]:
+        request = read_request(values, self.limits)
+        if request.model not in (None, self.model.name):
+            message = f"there is no model {request.model!r} here; there is {self.model.name!r}"
+            raise RequestError(message, "model", "model_not_found", 404)
+        inputs, used = read_pictures(files)
+        if inputs.image is None and request.strength is not None:
+            raise RequestError("strength is for pictures to start from; send those to /v1/images/edits", "strength")
+        settings = self.model.settings(request.options, inputs, used)
+        check_pixels(settings.width, settings.height, self.limits)
+        if settings.num_inference_steps > self.limits.steps:
+            message = f"the model takes {settings.num_inference_steps} steps, this server gives {self.limits.steps}"
+            raise RequestError(f"steps: {message}; say how many", "steps")
+        kind = self.model.kind_for(inputs)
+        previews = (request.partial_images or 0) if request.stream else 0
+        ending = time.monotonic() + self.timeout
+        return request, Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending)
+
+    async def follow(
+        self, job: Job, events: "asyncio.Queue[Event]", gone: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[Preview | Finished, None]:
+        """The events of a job, until all of its pictures are there; it is cancelled when nobody listens any more.
+
+        Args:
+            gone: ends when the client has gone.
+
+        Raises:
+            GoneError: the client has gone.
+            RequestError: it took too long.
+            Exception: what went wrong while drawing.
+        """
+        started = time.perf_counter()
+        leaving = asyncio.ensure_future(gone())
+        try:
+            missing = len(job.seeds)
+            while missing:
+                event = await self._next(job, events, leaving)
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Finished):
+                    missing -= 1
+                    self.metrics.pictures.inc()
+                yield event
+            self.metrics.seconds.observe(time.perf_counter() - started)
+        finally:
+            job.cancel()
+            leaving.cancel()
+
+    async def _next(self, job: Job, events: "asyncio.Queue[Event]", leaving: "asyncio.Future[None]") -> Event:
+        coming = asyncio.ensure_future(events.get())
+        left = max(job.deadline - time.monotonic(), 0.0)
+        await asyncio.wait({coming, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            return coming.result()
+        coming.cancel()
+        if leaving.done():
+            raise GoneError
+        message = f"the picture was not finished within {self.timeout:g} s; ask for fewer or smaller ones, or later"
+        raise RequestError(message, code="timeout", status=504)
+
+    def describe(self) -> dict[str, Any]:
+        """The model as ``GET /v1/models`` shows it."""
+        pipeline, limits = self.model.pipeline, self.limits
+        height, width = pipeline.picture_size(None, None)
+        return {
+            "id": self.model.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "latentdiff",
+            "width": width,
+            "height": height,
+            "multiple_of": pipeline.vae_scale_factor,
+            "steps": pipeline.defaults["num_inference_steps"],
+            "guidance_scale": pipeline.defaults["guidance_scale"],
+            "limits": {"pixels": limits.pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},
+        }
+
+
+def encoded(event: Finished, request: DrawRequest) -> dict[str, Any]:
+    """A finished picture as an entry of ``data``, with its seed; PNGs have their record in them."""
+    image, form = event.drawn.image, request.output_format or "png"
+    if form == "png":
+        content = picture_bytes(image, event.record.dump())
+    else:
+        stream = io.BytesIO()
+        quality = 95 if request.output_compression is None else request.output_compression
+        image.save(stream, format=form.upper(), quality=quality)
+        content = stream.getvalue()
+    text = base64.b64encode(content).decode()
+    entry: dict[str, Any] = {"seed": event.record.seed}
+    if request.response_format == "url":
+        entry["url"] = f"data:{TYPES[form]};base64,{text}"
+    else:
+        entry["b64_json"] = text
+    flags = {"withheld": event.drawn.withheld, "not_finite": event.drawn.spoilt}
+    return entry | {name: True for name, there in flags.items() if there}
+
+
+def said_of(error: Exception) -> tuple[int, str, str]:
+    """Status, kind and message of what went wrong while a picture was drawn."""
+    if is_lack_of_memory(error):
+        return 503, "server_error", "there is not enough memory for this picture; ask for fewer or smaller ones"
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        return 400, "invalid_request_error", str(error)
+    return 500, "server_error", f"the server failed: {type(error).__name__}; its log says more"

@@ -1,0 +1,181 @@
+"""Who may ask, what is refused, and what becomes of requests that are in the way of others."""
+
+import base64
+import http.client
+import io
+import json
+import re
+import threading
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from PIL import Image
+from served import hold, made, serving, until
+
+from latentdiff.interchange.png import settings_of
+from latentdiff.pipelines.server.jobs import Failed, Finished, Job
+from latentdiff.pipelines.server.service import Service
+
+DRAW = "/v1/images/generations"
+
+
+def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+    """Status, body and headers."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    request = Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read(), answer.headers
+    except HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"], error.headers
+
+
+def asked(url: str, body: Any) -> tuple[threading.Thread, list[Any]]:
+    """A request on its way, and where its answer will be."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(ask(url, body)), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_requests_that_wait_are_drawn_together_and_tell_nothing_of_each_other(served: Any) -> None:
+    held = hold(served.service)
+    prompts = ["a red cup", "a blue cup", "a green cup"]
+    asking = [asked(served.url + DRAW, {"prompt": one, "seed": i}) for i, one in enumerate(prompts)]
+    until(lambda: len(served.service.queue) == 3)
+    held.let_go.set()
+    for thread, _ in asking:
+        thread.join(120)
+    for (_, found), prompt in zip(asking, prompts, strict=True):
+        entry = json.loads(found[0][1])["data"][0]
+        content = base64.b64decode(entry["b64_json"])
+        assert (settings_of(Image.open(io.BytesIO(content))) or {})["prompts"] == [prompt]
+        assert sum(one.encode() in content for one in prompts) == 1
+    metrics = ask(served.url + "/metrics")[1].decode()
+    assert "latentdiff_batch_pictures_sum 4.0" in metrics
+    assert "latentdiff_batch_pictures_count 2.0" in metrics
+    assert 'latentdiff_requests_total{path="/v1/images/generations",status="200"} 3.0' in metrics
+
+
+def test_a_full_queue_says_when_to_come_again(served: Any) -> None:
+    held = hold(served.service)
+    waiting = [asked(served.url + DRAW, {"prompt": "a cup"}) for _ in range(4)]
+    until(lambda: len(served.service.queue) == 4)
+    status, message, headers = ask(served.url + DRAW, {"prompt": "a cup"})
+    assert (status, int(headers["Retry-After"]) >= 1) == (429, True)
+    assert "too many requests are waiting" in message
+    held.let_go.set()
+    for thread, found in waiting:
+        thread.join(120)
+        assert found[0][0] == 200
+
+
+def test_who_hangs_up_is_not_drawn_for(served: Any) -> None:
+    held = hold(served.service)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    connection.request("POST", DRAW, json.dumps({"prompt": "a cup", "n": 3}))
+    until(lambda: len(served.service.queue) == 3)
+    job = served.service.queue._waiting[0]
+    connection.close()
+    until(lambda: job.unwanted)
+    held.let_go.set()
+    assert ask(served.url + DRAW, {"prompt": "a cup"})[0] == 200
+    assert "latentdiff_pictures_total 1.0" in ask(served.url + "/metrics")[1].decode()
+
+
+def test_a_drawing_that_nobody_wants_any_more_stops(service: Service) -> None:
+    held = hold(service, num_inference_steps=50)
+    held.job.cancel()
+    held.let_go.set()
+    until(lambda: len(service.queue) == 0)
+    service.queue.close()
+    assert not any(isinstance(event, Finished) for event in held.heard)
+
+
+def test_a_request_that_takes_too_long_ends(drawer: Any) -> None:
+    service = made(drawer, timeout=0.3)
+    with serving(service) as served:
+        held = hold(service)
+        status, message, _ = ask(served.url + DRAW, {"prompt": "a cup"})
+        assert (status, "not finished within 0.3 s" in message) == (504, True)
+        found = ask(served.url + DRAW, {"prompt": "a cup", "stream": True})
+        assert (found[0], b"event: error" in found[1]) == (200, True)
+        held.let_go.set()
+
+
+def test_a_request_that_cannot_be_drawn_spoils_no_other(service: Service) -> None:
+    held = hold(service)
+    heard: dict[str, list[Any]] = {"a cup": [], "\ud800": []}
+    for prompt, events in heard.items():
+        settings = service.model.settings({}, held.job.inputs, {})
+        service.queue.submit(Job("TextToImagePipeline", settings, prompt, [0], events.append))
+    held.let_go.set()
+    service.queue.close()
+    good, bad = heard.values()
+    assert [type(event) for event in good] == [Finished]
+    assert [type(event) for event in bad] == [Failed]
+
+
+def test_a_stopping_server_finishes_what_it_took(service: Service) -> None:
+    with serving(service) as served:
+        held = hold(service)
+        thread, found = asked(served.url + DRAW, {"prompt": "a cup"})
+        until(lambda: len(service.queue) == 1)
+        served.server.should_exit = True
+        held.let_go.set()
+        thread.join(120)
+        assert found[0][0] == 200
+
+
+def test_who_may_ask(service: Service) -> None:
+    with serving(service, key="secret", hosts=("127.0.0.1",)) as served:
+        models = served.url + "/v1/models"
+        assert ask(models)[0] == 401
+        assert ask(models, authorization="Bearer wrong")[0] == 401
+        assert ask(models, authorization="Bearer secret")[0] == 200
+        assert ask(models, authorization="Bearer secret", host="evil.example")[0] == 403
+        assert ask(models, authorization="Bearer secret", origin="http://evil.example")[0] == 403
+        assert ask(models, authorization="Bearer secret", origin=served.url)[0] == 200
+        assert ask(served.url + "/health")[0] == 200
+        assert ask(served.url + "/metrics")[0] == 401
+
+
+def test_bodies_are_limited(served: Any) -> None:
+    large = b'{"prompt": "' + b"a" * 2**16 + b'"}'
+    assert ask(served.url + DRAW, large)[:2] == (413, "the request is larger than 0.0625 MiB, which is the most")
+    chunks = iter([b"a" * 2**13] * 9)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    connection.request("POST", DRAW, chunks, encode_chunked=True)
+    assert connection.getresponse().status == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"[]", "a JSON object is expected, not a list"),
+        (b"\xff", "not JSON"),
+        (b'{"prompt": ["a"]}', "prompt: Input should be a valid string"),
+        (b'{"prompt": "a", "seed": 9223372036854775807, "n": 2}', "too large"),
+        (b'{"prompt": "a", "steps": "many"}', "steps: "),
+        (b'{"prompt": "a", "size": "0x16"}', "greater than or equal to 1|not a multiple"),
+        (b"[" * 60000, "not JSON"),
+    ],
+)
+def test_bodies_that_are_none(served: Any, body: bytes, words: str) -> None:
+    status, message, _ = ask(served.url + DRAW, body)
+    assert status == 400
+    assert re.search(words, message)
+
+
+def test_forms_that_are_none(served: Any) -> None:
+    edits = served.url + "/v1/images/edits"
+    assert ask(edits, {"prompt": "a"})[:2] == (
+        400,
+        "send a form (multipart/form-data) with image, prompt and, if you like, mask",
+    )
+    form = b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n'
+    kind = "multipart/form-data; boundary=x"
+    assert ask(edits, form, content_type=kind)[:2] == (400, "image is missing; send the picture to start from")
+    assert ask(edits, b"--y", content_type="multipart/form-data")[0] == 400
