@@ -123,7 +123,8 @@ class Service:
     async def _next(self, job: Job, events: "asyncio.Queue[Event]", leaving: "asyncio.Future[None]") -> Event:
         coming = asyncio.ensure_future(events.get())
         left = max(job.deadline - time.monotonic(), 0.0)
-        await asyncio.wait({coming, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {coming, leaving}
+        await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if coming.done():
             return coming.result()
         coming.cancel()
