@@ -114,7 +114,28 @@ class CleanTarget(Target):
 TARGETS: dict[str, Target] = {one.name: one for one in (NoiseTarget(), VelocityTarget(), CleanTarget())}
 
 
-class Process(ABC):
+class Clock(ABC):
+    """The times that training draws, and on which scale they are counted."""
+
+    name: ClassVar[str]
+    """For settings and messages."""
+    num_timesteps: int
+    """T, the length of the scale that times are counted on."""
+
+    @abstractmethod
+    def times(self, uniform: Tensor) -> Tensor:
+        """Training times for uniform numbers in [0, 1), (B,) -> (B,)."""
+
+    def held_out_times(self, uniform: Tensor) -> Tensor:
+        """The times at which a held-out loss is measured, (B,) -> (B,)."""
+        return self.times(uniform)
+
+    def model_time(self, times: Tensor) -> Tensor:
+        """The timesteps that the network receives for these times, (B,) -> (B,)."""
+        return times
+
+
+class Process(Clock):
     """How noise is mixed into pictures, and what a network learns of it: x_t = signal(t) x_0 + sigma(t) eps.
 
     Pictures, noise and predictions are (B, C, ...). There are two clocks. Training draws *times* (B,), in the unit of
@@ -122,18 +143,10 @@ class Process(ABC):
     is `model_time` of a time; what sampling asks takes one of these.
     """
 
-    name: ClassVar[str]
-    """For settings and messages."""
     predicts: Target
     """What the network predicts."""
-    num_timesteps: int
-    """T, the length of the scale that times are counted on."""
 
     # What a process must say
-
-    @abstractmethod
-    def times(self, uniform: Tensor) -> Tensor:
-        """Training times for uniform numbers in [0, 1), (B,) -> (B,)."""
 
     @abstractmethod
     def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,10 +194,6 @@ class Process(ABC):
         signal, sigma = self.coefficients(times, clean)
         return signal * clean + sigma * noise
 
-    def held_out_times(self, uniform: Tensor) -> Tensor:
-        """The times at which a held-out loss is measured, (B,) -> (B,)."""
-        return self.times(uniform)
-
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """The correct prediction for ``mix(clean, noise, times)``. (B, C, ...)"""
         return self.predicts.of(clean, noise, *self.coefficients(times, clean))
@@ -220,10 +229,6 @@ class Process(ABC):
         """The noise's standard deviation where the picture's is 1, sigma / signal, from 0 to infinity."""
         signal, sigma = self.level(timestep)
         return sigma / signal if signal > 0 else math.inf
-
-    def model_time(self, times: Tensor) -> Tensor:
-        """The timesteps that the network receives for these times, (B,) -> (B,)."""
-        return times
 
     def snr(self, times: Tensor) -> Tensor:
         """Signal-to-noise ratio signal^2 / sigma^2, (B,) float64."""

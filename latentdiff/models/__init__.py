@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.pixart import PixArtTransformer2DModel
     from latentdiff.models.tiny_autoencoder import AutoencoderTiny
+    from latentdiff.models.token_transformer import TokenTransformer
     from latentdiff.models.transformer import TextContext
     from latentdiff.models.unet import UNet2DConditionModel
     from latentdiff.models.unet_textless import UNet2DModel
@@ -29,6 +30,7 @@ _HOMES = {
     "NoisyClassifier": "classifier",
     "PixArtTransformer2DModel": "pixart",
     "TextContext": "transformer",
+    "TokenTransformer": "token_transformer",
     "UNet2DConditionModel": "unet",
     "UNet2DModel": "unet_textless",
     "VQModel": "codes",
@@ -46,6 +48,7 @@ __all__ = [
     "NoisyClassifier",
     "PixArtTransformer2DModel",
     "TextContext",
+    "TokenTransformer",
     "UNet2DConditionModel",
     "UNet2DModel",
     "VQModel",

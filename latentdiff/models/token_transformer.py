@@ -1,0 +1,337 @@
+"""``TokenTransformer``: a distribution over the codes of a picture, given text, a class, or nothing.
+
+Each place of the grid of codes is a token. In raster order a code is predicted from those before it (DALL-E, Ramesh et
+al. 2021, Sec. 2.2; Taming Transformers, Esser et al. 2021, Sec. 3.2); with some codes hidden, they are predicted from
+the others (MaskGIT, Chang et al. 2022; MUSE, Chang et al. 2023).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  diffusers' loader of pipelines looks for it beside the class
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from latentdiff.conditioning import Conditioning
+from latentdiff.models.layers import Attention, Checkpointed, KeyValue, TextInput, merge_heads
+from latentdiff.models.network import Network
+
+ORDERS = ("raster", "masked")
+SMALL = 0.02  # standard deviation of the first weights, GPT-2's
+
+
+class Prepared(NamedTuple):
+    """What is the same for all codes of a picture."""
+
+    keys_values: tuple[KeyValue, ...] = ()
+    """Of the cross-attentions, (B, N, L, D/N) each."""
+    mask: Tensor | None = None
+    """(B, 1, 1, L), true where a text state counts."""
+    label: Tensor | None = None
+    """(B, 1, D), added to every token."""
+
+    def select(self, index: slice | Tensor) -> "Prepared":
+        """The batch's entries at `index`."""
+        pairs = tuple((keys[index], values[index]) for keys, values in self.keys_values)
+        return Prepared(pairs, *(None if tensor is None else tensor[index] for tensor in (self.mask, self.label)))
+
+
+class Rotations(NamedTuple):
+    """Cosines and sines, (L, D/N) each, by which queries and keys are turned; two neighbours are a pair."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., L, D/N) -> the same shape. RoFormer (Su et al. 2021), Eq. 34."""
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * self.cosines + turned * self.sines
+
+    def at(self, place: int) -> "Rotations":
+        return Rotations(self.cosines[place : place + 1], self.sines[place : place + 1])
+
+
+def rotations(height: int, width: int, dim: int, like: Tensor) -> Rotations:
+    """Of a grid in raster order: the first half of `dim` turns with the row, the rest with the column.
+
+    dim: a multiple of 4.
+    like: a tensor of the dtype and on the device of the result.
+    """
+    speeds = 10_000.0 ** -(torch.arange(0, dim // 2, 2, device=like.device).float() / (dim // 2))  # (dim/4,)
+    rows = torch.arange(height, device=like.device).repeat_interleave(width)  # (L,)
+    columns = torch.arange(width, device=like.device).repeat(height)
+    angles = torch.cat([place[:, None] * speeds for place in (rows, columns)], dim=1)  # (L, dim/2)
+    angles = angles.repeat_interleave(2, dim=1)
+    return Rotations(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+
+
+class KeyValueCache:
+    """Keys and values of the places so far, for each layer, in memory taken once.
+
+    Args:
+        shape: (B, N, L, D/N) of one layer's keys.
+        positions: of all places, what `TokenTransformer.positions` gives.
+    """
+
+    def __init__(self, layers: int, shape: Sequence[int], like: Tensor, positions: Tensor | Rotations) -> None:
+        self.memory = like.new_empty(layers, 2, *shape)
+        self.positions = positions
+        self.length = 0
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> KeyValue:
+        """Keys and values (B, N, 1, D/N) of the next place -> those of all places so far, (B, N, length + 1, D/N)."""
+        own = self.memory[layer]
+        own[0, :, :, self.length], own[1, :, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        return own[0, :, :, : self.length + 1], own[1, :, :, : self.length + 1]
+
+
+class TokenAttention(nn.Module):
+    """Self-attention, maybe to the places before alone."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, turn: Rotations | None, causal: bool, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D); with a cache L is 1, and the places before are in it."""
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, N, L, D/N)
+        query, keys = qkv[:2] if turn is None else turn(qkv[:2])
+        values = qkv[2]
+        if cache is not None:
+            keys, values, causal = *cache.add(layer, keys, values), False
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(query, keys, values, is_causal=causal)))
+
+
+class TokenBlock(nn.Module):
+    """Self-attention, cross-attention to the text if there is any, feed-forward, each beside a shortcut."""
+
+    def __init__(self, dim: int, heads: int, text_dim: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = TokenAttention(dim, heads)
+        self.norm2 = None if text_dim is None else nn.LayerNorm(dim)
+        self.attn2 = None if text_dim is None else Attention(dim, heads, text_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: Rotations | None,
+        causal: bool,
+        text: TextInput | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x = x + self.attn1(self.norm1(x), turn, causal, cache, layer)
+        if self.attn2 is not None and self.norm2 is not None:
+            x = x + self.attn2(self.norm2(x), text, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class TokenTransformer(Checkpointed, Network):
+    """Logits of ``num_vq_embeddings`` codes for every place of a grid.
+
+    Args:
+        num_vq_embeddings: K, codes from 0 to K - 1. K itself stands for a code that is hidden.
+        sample_size: the grid's height and width in training, the largest it takes.
+        order: "raster", each code from those before it, or "masked", hidden codes from the others.
+        num_layers, num_attention_heads, attention_head_dim: the width is the product of the last two.
+        positions: "rotary" (turns with row and column, RoFormer) or "axial" (learned for rows and for columns, DALL-E).
+        cross_attention_dim: of the text states; None: no text.
+        num_classes: of class labels, besides none of them, which is the label after the last; None: no classes.
+        autoencoder_digest: whose codes they are, see `fingerprint.codes_digest`; "": not known.
+
+    Raises:
+        ValueError: a key is unknown, or a value makes no sense.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["TokenBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_vq_embeddings: int = 1024,
+        sample_size: int | Sequence[int] = 16,
+        order: str = "raster",
+        num_layers: int = 8,
+        num_attention_heads: int = 8,
+        attention_head_dim: int = 64,
+        positions: str = "rotary",
+        cross_attention_dim: int | None = None,
+        num_classes: int | None = None,
+        autoencoder_digest: str = "",
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.accept_neutral(others)
+        for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
+            self.per_level(key)
+        self.per_level("num_vq_embeddings", least=2)
+        self.check_choice("order", ORDERS)
+        self.check_choice("positions", ("rotary", "axial"))
+        self.check_multiple("attention_head_dim", [attention_head_dim], 4, "the numbers of a pair of pairs")
+        dim = num_attention_heads * attention_head_dim
+        self.causal = order == "raster"
+        self.token_embedding = nn.Embedding(num_vq_embeddings + 1, dim)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
+        if positions == "axial":
+            self.rows = nn.Parameter(torch.randn(self.grid[0], dim) * SMALL)
+            self.columns = nn.Parameter(torch.randn(self.grid[1], dim) * SMALL)
+        self.blocks = nn.ModuleList(
+            TokenBlock(dim, num_attention_heads, cross_attention_dim) for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_vq_embeddings, bias=False)
+        self.initialize(dim, num_layers)
+
+    def initialize(self, dim: int, layers: int) -> None:
+        """GPT-2's first weights (Radford et al. 2019, Sec. 2.3): what the shortcuts get is smaller with depth."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                deep = (2 * layers) ** -0.5 if name.endswith(("to_out", "to_out.0", "ff.2")) else 1.0
+                nn.init.normal_(module.weight, std=SMALL * deep)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the largest grid."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    @property
+    def codes(self) -> int:
+        """K, how many there are; as a code it stands for one that is hidden."""
+        return int(self.config.num_vq_embeddings)
+
+    @property
+    def downscale_factor(self) -> int:
+        return 1
+
+    def forward(
+        self,
+        codes: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (B, h, w) of whole numbers -> logits (B, K, h, w), at each place of its own code.
+
+        Args:
+            encoder_hidden_states: (B, L, D) text states. encoder_attention_mask: (B, L), true where one counts.
+            class_labels: (B,) long.
+
+        Raises:
+            ValueError: there is no such code, or the grid is larger than in training; or conditions are missing.
+        """
+        if not torch.compiler.is_compiling():  # which cannot look at values
+            self.check_codes(codes)
+        given = Conditioning(states=encoder_hidden_states, mask=encoder_attention_mask, labels=class_labels)
+        return self.denoise(codes, self._prepare(given))
+
+    @apply_forward_hook
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """All that can be computed from the conditions alone."""
+        return self._prepare(conditioning)
+
+    def _prepare(self, given: Conditioning) -> Prepared:
+        text, classes = self.config.cross_attention_dim is not None, self.class_embedding
+        for name, wanted, tensor in (("text states", text, given.states), ("class labels", classes, given.labels)):
+            if (wanted is not None and wanted is not False) != (tensor is not None):
+                raise ValueError(f"TokenTransformer: it {'takes no' if tensor is not None else 'needs'} {name}")
+        pairs: tuple[KeyValue, ...] = ()
+        if given.states is not None:
+            cross: list[Any] = [block.attn2 for block in self.blocks]
+            pairs = tuple(one.keys_values(given.states) for one in cross)
+        mask = None if given.mask is None else given.mask.bool()[:, None, None, :]
+        label = None if classes is None or given.labels is None else classes(given.labels)[:, None]
+        return Prepared(pairs, mask, label)
+
+    def prepared_by(self) -> list[nn.Module]:
+        """The modules whose weights `prepare` uses."""
+        cross: list[Any] = [block.attn2 for block in self.blocks]
+        known = [self.class_embedding, *(layer for one in cross if one is not None for layer in (one.to_k, one.to_v))]
+        return [module for module in known if module is not None]
+
+    def positions(self, height: int, width: int, like: Tensor) -> Tensor | Rotations:
+        """Of a grid: rotations, or what is added to the tokens, (L, D)."""
+        if self.config.positions == "rotary":
+            return rotations(height, width, self.config.attention_head_dim, like)
+        return (self.rows[:height, None] + self.columns[None, :width]).flatten(0, 1)
+
+    @apply_forward_hook
+    def denoise(self, codes: Tensor, prepared: Prepared) -> Tensor:
+        """Codes (B, h, w), some hidden or in raster order, and what `prepare` gives -> logits (B, K, h, w)."""
+        height, width = codes.shape[1:]
+        tokens = codes.flatten(1)  # (B, L)
+        if self.causal:  # each place sees the code before it; the first one what stands for none
+            tokens = torch.cat([torch.full_like(tokens[:, :1], self.codes), tokens[:, :-1]], dim=1)
+        x = self.token_embedding(tokens)  # (B, L, D)
+        logits = self._run(x, self.positions(height, width, x), prepared)  # (B, L, K)
+        return logits.transpose(1, 2).unflatten(2, (height, width))
+
+    @apply_forward_hook
+    def begin(self, batch: int, height: int, width: int) -> KeyValueCache:
+        """For `next_logits`, of B pictures."""
+        like, config = self.token_embedding.weight, self.config
+        shape = (batch, config.num_attention_heads, height * width, config.attention_head_dim)
+        return KeyValueCache(len(self.blocks), shape, like.detach(), self.positions(height, width, like))
+
+    @apply_forward_hook
+    def next_logits(self, before: Tensor | None, prepared: Prepared, cache: KeyValueCache) -> Tensor:
+        """The code (B,) at the place before, None at the first -> logits (B, K) of the next place, in raster order."""
+        batch, place = cache.memory.shape[2], cache.length
+        if before is None:
+            before = torch.full((batch,), self.codes, device=cache.memory.device)
+        at = cache.positions.at(place) if isinstance(cache.positions, Rotations) else cache.positions[place : place + 1]
+        logits = self._run(self.token_embedding(before[:, None]), at, prepared, cache)  # (B, 1, K)
+        cache.length += 1
+        return logits[:, 0]
+
+    def _run(
+        self, x: Tensor, positions: Tensor | Rotations, prepared: Prepared, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Tokens (B, L, D) -> logits (B, L, K)."""
+        turn = positions if isinstance(positions, Rotations) else None
+        if isinstance(positions, Tensor):
+            x = x + positions
+        if prepared.label is not None:
+            x = x + prepared.label
+        for layer, block in enumerate(self.blocks):
+            text = prepared.keys_values[layer] if prepared.keys_values else None
+            x = self.run(block, x, turn, self.causal, text, prepared.mask, cache, layer)
+        return self.head(self.norm_out(x))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises ValueError for what is no grid of codes of this model, hidden ones included in the masked order."""
+        if codes.ndim != 3 or codes.is_floating_point():
+            raise ValueError(f"codes must be whole numbers (B, h, w), not {codes.dtype} of {tuple(codes.shape)}")
+        self.check_grid(*codes.shape[1:])
+        ends = codes.aminmax() if codes.numel() else (0, 0)
+        low, high = int(ends[0]), int(ends[1])
+        most = self.codes - 1 if self.causal else self.codes
+        if low < 0 or high > most:
+            hidden = "" if self.causal else f" ({most} is a hidden one)"
+            raise ValueError(f"codes must lie from 0 to {most}{hidden}, and there is {low if low < 0 else high}")
+
+    def check_grid(self, height: int, width: int) -> None:
+        """Raises ValueError if a grid is larger than in training."""
+        most = self.grid
+        if height > most[0] or width > most[1]:
+            raise ValueError(
+                f"{height} x {width} codes are more than the {most[0]} x {most[1]} (height x width) of the training, "
+                f"beyond which the places mean nothing to this model"
+            )
