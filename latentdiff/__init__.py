@@ -13,25 +13,31 @@ if TYPE_CHECKING:
     from latentdiff.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
     from latentdiff.pipelines import (
         ClassConditionalPipeline,
+        ClassTokenPipeline,
         ImageToImagePipeline,
         ImageVariationPipeline,
         InpaintPipeline,
         SuperResolutionPipeline,
         TextToImagePipeline,
+        TokenPipeline,
         UnconditionalPipeline,
+        UnconditionalTokenPipeline,
     )
 
 __all__ = [
     "AutoencoderKL",
     "ClassConditionalPipeline",
+    "ClassTokenPipeline",
     "ImageToImagePipeline",
     "ImageVariationPipeline",
     "InpaintPipeline",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
+    "TokenPipeline",
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnconditionalPipeline",
+    "UnconditionalTokenPipeline",
     "VQModel",
     "__version__",
 ]

@@ -72,6 +72,11 @@ class Codec:
 
         return isinstance(self.autoencoder, IdentityAutoencoder) and self.scale == 1
 
+    @property
+    def kept_as(self) -> torch.dtype:
+        """In what caches keep latents: pixels exactly."""
+        return torch.float32 if self.is_identity else torch.float16
+
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents of the autoencoder -> those of the denoiser. (B, C, h, w)"""
         return (latents - self.shift) * self.scale
@@ -127,6 +132,46 @@ class Codec:
     def _placed(self, tensor: Tensor) -> Tensor:
         from_host = tensor.device.type == "cpu"
         return tensor.to(execution_device(self.autoencoder), self.autoencoder.dtype, non_blocking=from_host)
+
+
+@dataclass(frozen=True)
+class TokenCodec(Codec):
+    """An autoencoder with codes, whose latents here are the codes' indices: (B, 1, h, w) of whole numbers.
+
+    Raises:
+        ValueError: the autoencoder has no codes.
+    """
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.autoencoder, "decode_from_indices"):
+            raise ValueError(
+                f"a {type(self.autoencoder).__name__} has no codes; take an autoencoder of kind=vq, fsq or gumbel"
+            )
+
+    channels = 1
+    scale = 1.0
+    shift = 0.0
+
+    @cached_property
+    def is_identity(self) -> bool:
+        return False
+
+    @property
+    def kept_as(self) -> torch.dtype:
+        return torch.int16 if self.codes <= 1 << 15 else torch.int32
+
+    @property
+    def codes(self) -> int:
+        """How many there are."""
+        return int(self.autoencoder.codes)
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """Pixels (B, 3, H, W), values in [-1, 1] -> their codes (B, 1, h, w), float32."""
+        return Posterior(self.autoencoder.encode_to_indices(self._placed(pixels))[:, None].float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Codes (B, 1, h, w) -> pixels (B, 3, H, W), values about [-1, 1]."""
+        return self.autoencoder.decode_from_indices(latents[:, 0].to(execution_device(self.autoencoder)).long())
 
 
 def execution_device(network: nn.Module) -> torch.device:

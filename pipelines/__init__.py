@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     )
     from latentdiff.pipelines.tasks.super_resolution import SuperResolutionPipeline
     from latentdiff.pipelines.tasks.text_to_image import TextToImagePipeline
+    from latentdiff.pipelines.tasks.tokens import TokenPipeline
+    from latentdiff.pipelines.tasks.tokens_inpaint import TokenInpaintPipeline
+    from latentdiff.pipelines.tasks.tokens_textless import ClassTokenPipeline, UnconditionalTokenPipeline
     from latentdiff.pipelines.tasks.unconditional import UnconditionalPipeline
     from latentdiff.pipelines.tasks.variations import ImageVariationPipeline
 
@@ -34,6 +37,7 @@ _HOMES = {kind.name: kind.module for kind in KINDS} | {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "ClassTokenPipeline",
     "ImageToImagePipeline",
     "ImageVariationPipeline",
     "ImagesOutput",
@@ -45,7 +49,10 @@ __all__ = [
     "SDXLTextToImagePipeline",
     "SuperResolutionPipeline",
     "TextToImagePipeline",
+    "TokenInpaintPipeline",
+    "TokenPipeline",
     "UnconditionalPipeline",
+    "UnconditionalTokenPipeline",
     "draw_many",
     "filmstrip",
 ]

@@ -51,6 +51,8 @@ class Kind:
     """Whether Stable Diffusion's single files can hold it; other kinds are written in a layout of our own."""
     onnx: str | None = None
     """diffusers' class for it in ONNX."""
+    draws_codes: bool = False
+    """Whether it draws an autoencoder's codes by a transformer, and not by diffusion."""
 
     def load(self) -> Any:
         """The class."""
@@ -65,6 +67,7 @@ class Kind:
 TASKS = "latentdiff.pipelines.tasks"
 LIKE_STABLE_DIFFUSION: dict[str, Any] = {"interchangeable": True, "single_file": True, "converted": True}
 LIKE_SDXL: dict[str, Any] = {"interchangeable": True, "family": "SDXL", "single_file": True}
+OF_CODES: dict[str, Any] = {"interchangeable": True, "family": "codes", "draws_codes": True}
 KINDS: list[Kind] = [
     Kind(
         "TextToImagePipeline",
@@ -130,6 +133,23 @@ KINDS: list[Kind] = [
         **LIKE_SDXL,
     ),
     Kind("ClassConditionalPipeline", f"{TASKS}.class_conditional", ("ClassConditionalPipeline",), "class"),
+    Kind("TokenPipeline", f"{TASKS}.tokens", ("TokenPipeline",), "text", **OF_CODES),
+    Kind(
+        "TokenInpaintPipeline",
+        f"{TASKS}.tokens_inpaint",
+        ("TokenInpaintPipeline",),
+        "text",
+        pictures=("image", "mask_image"),
+        **OF_CODES,
+    ),
+    Kind("ClassTokenPipeline", f"{TASKS}.tokens_textless", ("ClassTokenPipeline",), "class", draws_codes=True),
+    Kind(
+        "UnconditionalTokenPipeline",
+        f"{TASKS}.tokens_textless",
+        ("UnconditionalTokenPipeline",),
+        "none",
+        draws_codes=True,
+    ),
     Kind("UnconditionalPipeline", f"{TASKS}.unconditional", ("DDPMPipeline", "DDIMPipeline", "LDMPipeline"), "none"),
 ]
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.interchange.folders import read_json
 
@@ -95,6 +95,22 @@ def weights_digest(tensors: Mapping[str, "Tensor"]) -> str:
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
+
+
+def codes_digest(autoencoder: Any) -> str:
+    """SHA-256 of what the codes of an autoencoder with codes depend on and mean, but for the decoder; "" if unknown.
+
+    Of float32 and bfloat16 weights it is the same: they are rounded to the latter. Others could be rounded otherwise.
+    """
+    import torch
+
+    state = autoencoder.state_dict()
+    own = {name: one for name, one in state.items() if name.startswith(("encoder.", "quant_conv.", "quantize."))}
+    if any(one.is_meta or one.dtype not in (torch.float32, torch.bfloat16) for one in own.values()):
+        return ""
+    kind = (int(autoencoder.codes), list(autoencoder.config.get("levels") or ()))
+    rounded = weights_digest({name: one.to(torch.bfloat16) for name, one in own.items()})
+    return hashlib.sha256(f"{kind} {rounded}".encode()).hexdigest()
 
 
 def digest_in_background(folder: Path, variant: str | None = None) -> "Future[str]":

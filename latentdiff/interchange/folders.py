@@ -34,7 +34,7 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion"
 """Where the classes of a pipeline's components may come from: two libraries, and two folders of pipelines in diffusers,
 which itself would import any module that a folder names."""
 
-COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "classifier")
+COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "classifier", "transformer")
 """What a folder's index names by library and class, if it names it at all."""
 
 OUR_MODULES = (
@@ -42,6 +42,7 @@ OUR_MODULES = (
     "latentdiff.models.classifier",
     "latentdiff.models.codes",
     "latentdiff.models.identity",
+    "latentdiff.models.token_transformer",
 )
 """Where our classes are defined that diffusers does not have."""
 

@@ -125,6 +125,14 @@ class DrawingOptions(SDXLOptions):
         "cut", description="A prompt longer than the text encoder takes: cut it, or read it in chunks."
     )
 
+    temperature: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Of a model of codes: lower is safer, 0 the likeliest code alone."
+    )
+    top_k: int | None = Field(None, ge=1, description="Of a model of codes: draw from this many of the likeliest.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Of a model of codes: draw from the likeliest that reach this probability."
+    )
+
 
 class GenerateOptions(DrawingOptions):
     """What drawing a few pictures from one command can ask for besides."""

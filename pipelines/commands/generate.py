@@ -287,7 +287,11 @@ def check_words(
 
 
 def check_family(kind: str, model: str, drawing: DrawingOptions) -> None:
-    """Raises ValueError for an option that only SDXL takes, with a model that is not."""
+    """Raises ValueError for an option that only SDXL takes, or only models of codes, with another model."""
+    for name in ("temperature", "top_k", "top_p"):
+        if getattr(drawing, name) != default_in(drawing, name) and not find_kind(kind).draws_codes:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: the model {model} draws by diffusion and not code by code; leave it out")
     if find_kind(kind).family == "SDXL":
         return
     for name in SDXLOptions.model_fields.keys() - RowOptions.model_fields.keys():

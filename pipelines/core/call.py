@@ -6,9 +6,9 @@ themselves are shared: one with LoRAs is run by one thread after the other, for 
 own; under CPU offloading threads must not draw at the same time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -48,11 +48,13 @@ class Call:
         TypeError, ValueError: an option does not fit; the message says which and why.
     """
 
+    codec_class: ClassVar[type[Codec]] = Codec
+
     def __init__(self, pipeline: "LatentPipeline", options: CallOptions, items: int, per_item: int = 1) -> None:
         self.pipeline, self.options = pipeline, options
         self.items, self.per_item, self.count = items, per_item, items * per_item
         self.device: torch.device = pipeline._execution_device
-        self.codec = Codec(pipeline.vae)
+        self.codec = self.codec_class(pipeline.vae)
         self.sampler = Sampler.of(pipeline.scheduler)
         self.view = pipeline.view_of_call(self.sampler.scheduler)
         if isinstance(options, GuidedOptions):
@@ -187,9 +189,8 @@ class Call:
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
         colours = preview_of(self.pipeline.vae, self.pipeline.preview_autoencoder)
-        options = self.sampler.step_options(self.generator, self.options.eta)
         with self.pipeline.progress_bar(total=len(timesteps)) as bar:
-            for progress in denoise(denoiser, self.sampler, latents, timesteps, **options):
+            for progress in self.steps(denoiser, latents, timesteps):
                 progress.colours = colours
                 if after_step is not None:
                     progress.latents = after_step(progress)
@@ -202,6 +203,11 @@ class Call:
         self.pipeline.show_state(self.view)
         self.note_faults("unet", latents)
         return self.finish(latents)
+
+    def steps(self, denoiser: GuidedDenoiser, latents: Tensor, timesteps: Tensor) -> Iterator[Progress]:
+        """The loop of `draw`; a kind of call that draws in another way has its own."""
+        options = self.sampler.step_options(self.generator, self.options.eta)
+        return denoise(denoiser, self.sampler, latents, timesteps, **options)
 
     @cached_property
     def _callback_names(self) -> Sequence[str]:

@@ -80,12 +80,16 @@ class LatentPipeline(FolderPipeline):
     def register_parts(self, scheduler: Any, **parts: Any) -> None:
         """To be called by every ``__init__``: registers the components and sets up what a call needs.
 
+        scheduler: None: a kind that draws without one.
+
         Raises:
             ValueError: components that do not fit together.
         """
         if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
             raise ValueError("a safety_checker needs its feature_extractor")
-        self.register_modules(scheduler=without_learned_variance(scheduler), **parts)
+        if scheduler is not None:
+            parts = {"scheduler": without_learned_variance(scheduler), **parts}
+        self.register_modules(**parts)
         vae = self.vae  # None in a pipeline that only encodes prompts
         self.vae_scale_factor = 8 if vae is None else Codec(vae).factor
         self.image_processor = VaeImageProcessor(

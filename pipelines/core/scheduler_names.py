@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from latentdiff.diffusion.gaussian import GaussianDiffusion
-from latentdiff.diffusion.process import process_of
+from latentdiff.diffusion.process import Clock, process_of
 from latentdiff.pipelines.core.sampling import without_learned_variance
 
 SHORT_NAMES = {
@@ -65,6 +65,10 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
     """
     import diffusers
 
+    if isinstance(scheduler, Clock):
+        raise ValueError(
+            f"a model of codes draws in {scheduler.name} order and has no other scheduler; leave {name} out"
+        )
     process = process_of(scheduler)
     if not isinstance(process, GaussianDiffusion):
         found = process.scheduler(find_scheduler(name))

@@ -28,6 +28,7 @@ OUR_CLASSES: dict[str, tuple[str, ...]] = {
         "AutoencoderTiny",
     ),  # what diffusers calls the autoencoder where there is no text
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
+    "transformer": (),
     "classifier": (),
 }
 """Per component, the classes of diffusers that we have our own version of."""
@@ -36,6 +37,7 @@ OURS_ALONE: dict[str, tuple[str, ...]] = {
     "vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
     "vqvae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
     "unet": (),
+    "transformer": ("TokenTransformer",),
     "classifier": ("NoisyClassifier",),
 }
 """Per component, our classes that diffusers has nothing like. A folder names them with the module they are in."""
