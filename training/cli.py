@@ -9,17 +9,20 @@ from latentdiff.training.commands.encode import encode
 from latentdiff.training.commands.evaluate import evaluate, likelihood
 from latentdiff.training.commands.options import TrainingCommand
 from latentdiff.training.commands.settings import settings
-from latentdiff.training.commands.train import autoencoder, classifier, denoiser, distill, finetune
+from latentdiff.training.commands.train import autoencoder, classifier, denoiser, distill, finetune, prior
 
 AGAIN = "Repeat a command to go on where it stopped."
 
-train = typer.Typer(no_args_is_help=True, help=f"Train an autoencoder, then a denoiser on its latents. {AGAIN}")
+train = typer.Typer(
+    no_args_is_help=True, help=f"Train an autoencoder, then a denoiser on its latents, or a prior on its codes. {AGAIN}"
+)
 train.command(cls=TrainingCommand)(autoencoder)
 train.command(cls=TrainingCommand)(denoiser)
 train.command(cls=TrainingCommand)(classifier)
+train.command(cls=TrainingCommand)(prior)
 
 launched = typer.Typer(name="latentdiff.training", no_args_is_help=True, help=f"Training, on several devices. {AGAIN}")
-for command in (autoencoder, denoiser, classifier, finetune, distill, encode):
+for command in (autoencoder, denoiser, classifier, prior, finetune, distill, encode):
     launched.command(cls=TrainingCommand)(command)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.process import Clock
 
 
 class NamedBatch(Protocol):
@@ -131,7 +131,7 @@ class DiffusionBatch:
     loss_weight: Tensor
     names: tuple[str, ...] = ()
 
-    def times(self, process: Process, held_out: bool = False) -> Tensor:
+    def times(self, process: Clock, held_out: bool = False) -> Tensor:
         """The process's times for the draws, (B,), on the device of the latents; or those of a held-out loss."""
         times = process.held_out_times(self.draws) if held_out else process.times(self.draws)
         dtype = torch.float32 if times.is_floating_point() else None

@@ -34,7 +34,7 @@ from latentdiff.training.loop.estimate import ProgressLines
 logger = logging.getLogger(__name__)
 
 DIGEST = 40  # hexadecimal digits of a digest, 160 bits
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32}
 OPEN_SHARDS = 1024  # memory maps kept at a time; they hold no file open
 ABANDONED = 86_400.0  # seconds after which a half-written shard has no writer any more
 START_BITS = 48  # of a place, for the offset in the shard; the rest is the number of its kind
@@ -118,7 +118,7 @@ class TensorStore:
         return content.view(kind.dtype).reshape(kind.shape)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add tensors of float16, bfloat16 or float32, as one new shard.
+        """Add tensors of `DTYPES`, as one new shard.
 
         Raises:
             OSError: it cannot be written; then nothing of it remains.

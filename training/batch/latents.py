@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.codec import Codec, Posterior
+from latentdiff.codec import Codec, Posterior, TokenCodec
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
@@ -45,16 +45,24 @@ class LatentCache:
         folder: may be shared by any number of encoders, runs and processes.
         autoencoder: ours or diffusers' ``AutoencoderKL`` or ``VQModel``. It is not kept.
         labels: see `TensorStore`.
+        codec: what makes latents with it: `TokenCodec`, codes.
     """
 
-    def __init__(self, folder: Path, autoencoder: Any, labels: Mapping[str, str] | None = None) -> None:
-        self.store = TensorStore(Path(folder) / encoder_digest(autoencoder), labels)
+    def __init__(
+        self,
+        folder: Path,
+        autoencoder: Any,
+        labels: Mapping[str, str] | None = None,
+        codec: type[Codec] = Codec,
+    ) -> None:
+        self.codec = codec
+        self.store = TensorStore(Path(folder) / codec_digest(codec(autoencoder)), labels)
 
     def __getitem__(self, key: PictureView) -> Tensor:
         """(2, C, h, w) float16: mean and standard deviation, unscaled; the latter is 0 for a codebook's latents.
 
         Of an `IdentityAutoencoder` (1, C, h, w) float32, the pixels: rounded, they would no longer be one of the 256
-        values that a likelihood of pixels is about, and they have no deviation.
+        values that a likelihood of pixels is about, and they have no deviation. Of a `TokenCodec` (1, 1, h, w), codes.
 
         Raises:
             KeyError: they were not encoded.
@@ -86,7 +94,7 @@ class LatentCache:
         with evaluating(autoencoder):
             left = iter(wanted)
             while part := list(islice(left, PART)):
-                self._fill(part, Codec(autoencoder), accelerator, batch_size, num_workers)
+                self._fill(part, self.codec(autoencoder), accelerator, batch_size, num_workers)
 
     def _fill(
         self, wanted: Sequence[PictureView], codec: Codec, accelerator: Accelerator, batch_size: int, num_workers: int
@@ -99,7 +107,7 @@ class LatentCache:
                 moments = finite(
                     encode(codec, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
                     names,
-                    torch.float32 if codec.is_identity else torch.float16,
+                    codec.kept_as,
                     "is the autoencoder sound, and in float32? Without cache_latents it need not be below",
                 )
                 yield dict(zip(keys, moments, strict=True))
@@ -153,10 +161,12 @@ def unchanged(picture: CaptionedPicture) -> CaptionedPicture:
 
 
 def encode(codec: Codec, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w); of pixels only themselves."""
+    """(B, 3, H, W) in [-1, 1] to mean and standard deviation, (B, 2, C, h, w); of pixels and codes only themselves."""
     if codec.is_identity:
         return pixels[:, None]
     posterior = codec.posterior(pixels)
+    if isinstance(codec, TokenCodec):
+        return posterior.mean[:, None]
     std = torch.zeros_like(posterior.mean) if posterior.std is None else posterior.std
     return torch.stack([posterior.mean, std], dim=1)
 
@@ -167,19 +177,25 @@ def key_of(picture: CaptionedPicture, view: View) -> str:
     return digest(PIXELS, picture.digest, view.width, view.height, view.crop, view.flip)
 
 
-def encoder_digest(autoencoder: Any) -> str:
-    """A digest of what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale."""
-    state = autoencoder.state_dict()
-    weights = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quant_conv."))}
+def codec_digest(codec: Codec) -> str:
+    """A digest of what latents depend on: the encoder's weights and shape, but neither the decoder's nor the scale.
+
+    Where they are codes, those of what makes codes count too.
+    """
+    autoencoder, parts = codec.autoencoder, ("encoder.", "quant_conv.")
     kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
-    if Codec(autoencoder).is_identity:
+    if isinstance(codec, TokenCodec):
+        kind, parts = f"codes of {codec.codes}", (*parts, "quantize.")
+    if codec.is_identity:
         kind = "pixels"
+    state = autoencoder.state_dict()
+    weights = {name: tensor for name, tensor in state.items() if name.startswith(parts)}
     return digest(kind, weights_digest(weights or state)[:DIGEST], plain_config(autoencoder.config, *OF_THE_DECODER))
 
 
 def latents_digest(codec: Codec) -> str:
     """A digest of what scaled latents depend on."""
-    return digest(encoder_digest(codec.autoencoder), codec.scale, codec.shift)
+    return digest(codec_digest(codec), codec.scale, codec.shift)
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,7 @@ def latent_source(
     if not settings.cache_latents:
         return LatentSource(codec, run.device)
     labels = cache_labels(settings, "autoencoder", "model")
-    cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder, labels)
+    cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder, labels, type(codec))
     cache.fill(wanted(), codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
     codec.autoencoder.to("cpu")
     return LatentSource(codec, run.device, cache)

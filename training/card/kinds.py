@@ -152,6 +152,20 @@ def unconditional_kind() -> ModelKind:
     return textless_kind("unconditional image pipeline", "UnconditionalPipeline", "batch_size=1", "-n 1")
 
 
+def codes_kind(condition: str, item: str | None) -> ModelKind:
+    """A model whose pictures are codes. item: a prompt or a class to show."""
+    if condition == "text":
+        plain = f'"{item or "a red car"}"'
+        kind = textless_kind("text-to-image pipeline of codes", "TokenPipeline", plain, plain)
+        return replace(kind, task="text-to-image")
+    if condition == "class":
+        return textless_kind(
+            *("class-conditional pipeline of codes", "ClassTokenPipeline", repr(item)),
+            f"--class {shlex.quote(item or '')}",
+        )
+    return textless_kind("unconditional pipeline of codes", "UnconditionalTokenPipeline", "batch_size=1", "-n 1")
+
+
 def textless_kind(name: str, pipeline: str, call: str, options: str) -> ModelKind:
     """call, options: what is drawn, in Python and in a shell."""
     usage = TEXTLESS_USAGE.format(pipeline=pipeline, call=call, options=options)

@@ -10,7 +10,7 @@ from latentdiff.terminal import say
 if TYPE_CHECKING:
     from latentdiff.training.settings import Settings
 
-Kind = StrEnum("Kind", ["autoencoder", "denoiser", "classifier", "finetune", "distill", "doctor"])
+Kind = StrEnum("Kind", ["autoencoder", "denoiser", "classifier", "prior", "finetune", "distill", "doctor"])
 
 
 def settings_of(command: str) -> "type[Settings]":
@@ -23,7 +23,11 @@ def settings_of(command: str) -> "type[Settings]":
 
 def full_name(command: Kind) -> str:
     """As it is typed after ``latentdiff``."""
-    return f"train {command}" if command in (Kind.autoencoder, Kind.denoiser, Kind.classifier) else str(command)
+    return (
+        f"train {command}"
+        if command in (Kind.autoencoder, Kind.denoiser, Kind.classifier, Kind.prior)
+        else str(command)
+    )
 
 
 def settings(

@@ -93,6 +93,27 @@ def classifier(
     train_and_say("pipeline with its classifier", train_classifier, settings, dry_run)
 
 
+def prior(
+    data: Data = None,
+    output: Output = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(help="Folder of an autoencoder with codes (kind=vq, fsq, gumbel), or of a pipeline with one."),
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a transformer over an autoencoder's codes (order=masked or raster); OUTPUT becomes a folder that draws."""
+    from latentdiff.training.settings import PriorSettings
+
+    settings = load_settings(PriorSettings, config, overrides, data=data, output=output, autoencoder=autoencoder)
+    begin(settings)
+    from latentdiff.training.trainers.prior import train_prior
+
+    train_and_say("pipeline", train_prior, settings, dry_run)
+
+
 def finetune(
     data: Data = None,
     output: Output = None,

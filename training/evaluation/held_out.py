@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff import __version__
-from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.process import Clock
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.folders import read_json
 from latentdiff.interchange.user_files import read_yaml
@@ -150,7 +150,7 @@ class HeldOutLoss:
         bands: into how many ranges of equal length.
     """
 
-    def __init__(self, process: Process, bands: int = 4) -> None:
+    def __init__(self, process: Clock, bands: int = 4) -> None:
         if not 1 <= bands <= process.num_timesteps:
             raise ValueError(f"bands must lie in [1, {process.num_timesteps}], not {bands}")
         self.process = process

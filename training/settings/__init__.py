@@ -11,6 +11,7 @@ from latentdiff.training.settings.diffusion import (
 )
 from latentdiff.training.settings.distillation import DistillationSettings
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings
+from latentdiff.training.settings.prior import PriorSettings
 from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, RunSettings
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FinetuneSettings",
     "HeldOutSettings",
     "LikelihoodSettings",
+    "PriorSettings",
     "RunSettings",
     "Settings",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from latentdiff.codec import Codec
 from latentdiff.conditioning import NoConditioner
-from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.process import Clock
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.pipelines.distributed import processes
@@ -34,7 +34,7 @@ class DiffusionModel(ABC):
         codec: a frozen autoencoder.
         network: that is trained: a denoiser, or a classifier.
         scheduler: that pipelines draw with.
-        process: that the scheduler samples from.
+        process: that the scheduler samples from, or what else says which times there are.
 
     Attributes:
         sizes_warned_of: by the pipelines of these networks, of which there is one for each grid of samples.
@@ -43,7 +43,7 @@ class DiffusionModel(ABC):
     codec: Codec
     network: Any
     scheduler: Any
-    process: Process
+    process: Clock
     sizes_warned_of: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     @property
@@ -72,13 +72,17 @@ class DiffusionModel(ABC):
         scale = settings.sample_guidance_scale
         return self._pictures(device, settings, list(prompts), guidance_scale=scale, seed=seed)
 
+    def steps(self, settings: DiffusionSettings) -> int | None:
+        """In which samples are drawn; None: as many as the pipeline takes by itself."""
+        return settings.sample_steps
+
     def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
         pipeline = self.pipeline().to(device)
         pipeline.sizes_warned_of = self.sizes_warned_of
         quiet = None if processes().is_main_process else True  # None: where nobody looks on
         pipeline.set_progress_bar_config(disable=quiet, desc="drawing samples", leave=False, dynamic_ncols=True)
         size = {"height": settings.resolution, "width": settings.resolution}
-        return pipeline(*args, **size, num_inference_steps=settings.sample_steps, **call).images
+        return pipeline(*args, **size, num_inference_steps=self.steps(settings), **call).images
 
 
 @dataclass

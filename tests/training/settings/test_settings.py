@@ -19,6 +19,7 @@ from latentdiff.training.settings import (
     DoctorSettings,
     EvaluationSettings,
     FinetuneSettings,
+    PriorSettings,
     Settings,
 )
 from latentdiff.training.settings.describe import as_yaml, description
@@ -256,6 +257,7 @@ KINDS = [
     AutoencoderSettings,
     DenoiserSettings,
     ClassifierSettings,
+    PriorSettings,
     FinetuneSettings,
     DistillationSettings,
     DoctorSettings,
