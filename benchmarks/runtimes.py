@@ -100,17 +100,14 @@ def packaged(rows: list[str], repeats: int) -> None:
     dtypes = (torch.float32, torch.bfloat16)
     ours = {dtype: TextToImagePipeline.from_pretrained(model, dtype=dtype) for dtype in dtypes}
     theirs = {dtype: diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=dtype) for dtype in dtypes}
-    runtimes = {}
-    for row in rows:
-        if not row.startswith("torch"):
-            name, precision = row.split("-")
-            runtimes[row] = TextToImagePipeline.from_pretrained(model, runtime=name, dtype=getattr(torch, precision))
+    runtimes = of_runtimes(model, rows)
     for batch in (1, 2, 8):
         config = ours[torch.float32].unet.config
         given = inputs(config, batch, config.sample_size)
         networks = [{dtype: one.unet for dtype, one in some.items()} for some in (ours, theirs)]
         works = unet_rows(rows, *networks, {row: one.unet for row, one in runtimes.items()}, given)
         compare(f"UNet of the packaged model, batch {batch}", works, repeats)
+    runtimes = of_runtimes(model, rows)  # anew: the batches above have used up the shapes with graphs of their own
     named = {DIFFUSERS: theirs[torch.float32]}
     if any("bfloat16" in row or "int8" in row for row in rows):
         named[HALF] = theirs[torch.bfloat16]
@@ -119,6 +116,13 @@ def packaged(rows: list[str], repeats: int) -> None:
     for steps, scale in ((4, 1.0), (8, 4.0)):
         works = {name: picture(one, steps, scale) for name, one in named.items()}
         compare(f"pictures in {steps} steps, guidance {scale:g}", works, max(repeats // 2, 3))
+
+
+def of_runtimes(model: str, rows: list[str]) -> dict[str, Any]:
+    """A pipeline for each row that a runtime draws."""
+    split = {row: row.split("-") for row in rows if not row.startswith("torch")}
+    load = TextToImagePipeline.from_pretrained
+    return {row: load(model, runtime=name, dtype=getattr(torch, dtype)) for row, (name, dtype) in split.items()}
 
 
 def picture(pipeline: Any, steps: int, scale: float) -> Work:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is remembered, to be raised when it means something else
+VERSION = 2  # of what is remembered, to be raised when it means something else
 GAIN = 0.95  # a way that changes results, or takes memory, must take at most this share of the time
 FEW = 8  # steps of a call that is measured, at most
 
@@ -131,6 +132,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_cores() -> int:
+    """Of one, half and all cores, the most that other processes leave free, by the load of the last minute."""
+    free = cores() - os.getloadavg()[0] if hasattr(os, "getloadavg") else cores()
+    return next((some for some in (cores(), cores() // 2) if 1 <= some <= free + 0.5), 1)
+
+
 def processor() -> str:
     """Its name and what it can do; enough to tell machines apart."""
     info = Path("/proc/cpuinfo")
@@ -140,9 +147,9 @@ def processor() -> str:
 
 
 def memory(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Path:
-    """The file that remembers what was found for these weights, this call, processor and torch."""
+    """The file that remembers what was found for these weights, this call, processor, its free cores and torch."""
     told = {key: value for key, value in call.items() if isinstance(value, int | float | str | bool)}
-    facts = (VERSION, processor(), cores(), torch.__version__, max_error, compiled, sorted(told.items()))
+    facts = (VERSION, processor(), cores(), free_cores(), torch.__version__, max_error, compiled, sorted(told.items()))
     start = (str(pipeline.unet.dtype), torch.get_num_threads(), weights_digest(pipeline.unet.state_dict()))
     key = hashlib.sha256(repr((facts, start)).encode()).hexdigest()[:40]
     return shared_folder() / "optimized" / f"{key}.json"
@@ -203,9 +210,10 @@ def has_bfloat16() -> bool:
 def measured(
     pipeline: "LatentPipeline", network: Any, call: dict[str, Any], best: float = math.inf
 ) -> tuple[float, Tensor]:
-    """Seconds of the fastest of a few steps after the first, and the first prediction (B, C, h, w).
+    """Seconds of a few steps after the first, their median, and the first prediction (B, C, h, w).
 
-    Where one takes twice as long as the `best` so far, no further one is waited for.
+    The fastest would not tell what other processes do to threads that wait for each other. Where one takes twice as
+    long as the `best` so far, no further one is waited for.
     """
     trial = copy.copy(pipeline)
     trial._progress_bar_config = {"disable": True}
@@ -222,7 +230,7 @@ def measured(
         elif times[-1] - times[-2] > 2 * best:
             break
     assert first is not None
-    return min(b - a for a, b in itertools.pairwise(times[:steps])), first
+    return statistics.median(b - a for a, b in itertools.pairwise(times[:steps])), first
 
 
 def relative(other: Tensor, exact: Tensor) -> float:

@@ -206,15 +206,16 @@ class LatentPipeline(FolderPipeline):
             print(pipeline.optimize(prompt="a red car"))
 
         Tried are numbers of threads (torch's, for the whole process), channels-last, and, where the processor has it,
-        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor and torch,
-        and taken without trying next time. ``unet`` may become a copy in another precision, as which it is then saved.
+        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor, torch and
+        as many free cores (all, half, fewer), and taken without trying next time. ``unet`` may become a copy in another
+        precision, as which it is then saved.
 
         Args:
             max_error: how far predictions may be from what they were, as a share of their size. 0: only what changes
                 nothing.
             compiled: try ``torch.compile`` with packed weights too, which takes a minute or so; sizes other than the
                 call's are compiled anew.
-            again: try, whatever is remembered: where other processes were busy, another number of threads was best.
+            again: try, whatever is remembered.
             call: a call such as will be made: prompt, size, guidance.
 
         Returns:

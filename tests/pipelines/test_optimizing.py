@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentdiff.pipelines.core import optimizing
-from latentdiff.pipelines.core.optimizing import Optimization, Way, changes, recall, relative
+from latentdiff.pipelines.core.optimizing import Optimization, Way, changes, free_cores, recall, relative
 
 CALL: dict[str, Any] = {"prompt": "a red car", "guidance_scale": 2.0}
 
@@ -18,6 +18,7 @@ CALL: dict[str, Any] = {"prompt": "a red car", "guidance_scale": 2.0}
 @pytest.fixture(autouse=True)
 def _own_cache_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(optimizing, "free_cores", lambda: 1)  # whatever else this machine does meanwhile
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -88,6 +89,21 @@ def test_every_way_is_tried_where_the_processor_has_it(monkeypatch: pytest.Monke
     assert {"compiled": True} in tried
     monkeypatch.setattr(optimizing, "processor", lambda: "x86_64\nflags: avx2")
     assert not any("dtype" in change for change, _ in changes(Way(threads=4), compiled=False))
+
+
+def test_other_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizing, "cores", lambda: 8)
+    for load, free in ((0.3, 8), (1.0, 4), (4.2, 4), (5.0, 1), (30.0, 1)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert free_cores() == free
+    monkeypatch.setattr(optimizing, "cores", lambda: 1)
+    assert free_cores() == 1
+
+
+def test_a_lucky_step_does_not_tell_how_fast_a_way_is(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 5.0, 6.0, 11.0, 16.0])  # three steps are counted
+    monkeypatch.setattr(optimizing.time, "perf_counter", lambda: next(ticks))
+    assert optimizing.measured(own, own.unet, CALL)[0] == 3.0
 
 
 def test_differences_are_shares_of_the_size() -> None:
