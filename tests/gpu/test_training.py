@@ -69,6 +69,7 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"method": "textual-inversion", "placeholder_token": "<my-cup>", "initializer_token": "cup"},
     ),
     "lcm": (distill, DistillationSettings, {"method": "lcm", "lora_rank": 2, "target_decay": 0.5}),
+    "trajectory": (distill, DistillationSettings, {"method": "trajectory", **CHECKPOINTED}),
     "consistency": (distill, DistillationSettings, {"method": "consistency", **CHECKPOINTED}),
     "progressive": (distill, DistillationSettings, {"method": "progressive", "start_steps": 4, "stage_steps": 1}),
     "adversarial": (

@@ -256,7 +256,7 @@ def test_the_student_of_the_recipe_is_made_by_the_trainer_that_users_have(pictur
     from latentdiff.training.trainers.distill import distill
 
     tiny_pipeline().save_pretrained(tmp_path / "base")
-    small = {"batch_size": 2, "max_steps": 3, "stage_steps": 1, "start_steps": 8, "sample_prompts": ["a disc"]}
+    small = {"batch_size": 2, "max_steps": 3, "decay_steps": 1, "sample_prompts": ["a disc"]}
     given = {"data": str(pictures), "model": str(tmp_path / "base"), "output": str(tmp_path / "model")}
     file = Path(prepare.__file__).with_name("few_steps.yaml")
     pipeline = TextToImagePipeline.from_pretrained(distill(DistillationSettings.load(file, {**small, **given})))
