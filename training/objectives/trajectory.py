@@ -63,7 +63,7 @@ class TrajectoryObjective(DistillationObjective):
         *,
         steps: int,
         substeps: int,
-        repeats: int = 3,
+        repeats: int = 1,
         own_from: float | None = None,
         huber_c: float,
     ) -> None:

@@ -78,9 +78,10 @@ class DistillationSettings(AdaptedSettings):
         4, ge=1, description="trajectory: guided steps of the teacher that each of the student's ends with"
     )
     trajectory_repeats: int = Field(
-        3,
+        1,
         ge=1,
-        description="trajectory: how often every step of a trajectory is learned from before new ones are drawn",
+        description="trajectory: how often every step of a trajectory is learned from before new ones are drawn; more "
+        "is quicker, and of small batches learned by heart",
     )
     own_states_after: float = Field(
         0.5,
