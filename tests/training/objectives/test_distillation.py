@@ -286,6 +286,7 @@ def test_a_cycle_has_a_few_batches_and_each_step_of_them_equally_often(batch: Di
         empty,
         steps=2,
         substeps=3,
+        repeats=3,
         own_from=50,
         huber_c=0.1,
     )
