@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from latentdiff.imports import load_module
 from latentdiff.interchange.folders import read_json
-from latentdiff.interchange.packed import packed_index
+from latentdiff.interchange.packed import header_names, packed_index
 
 DEFAULTS: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """Of a call, where neither the caller nor the model says otherwise; those of diffusers' StableDiffusionPipeline."""
@@ -245,10 +245,19 @@ def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -
         if pictures:
             raise ValueError(f"{place}: a {own.name} draws without text, and starts from no picture")
         return own
+    if not index and place.is_file() and holds_sdxl(place):
+        saved_as = "StableDiffusionXLPipeline"
     try:
         return kind_taking(pictures, saved_as if isinstance(saved_as, str) else None)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+
+
+def holds_sdxl(file: Path) -> bool:
+    """Whether a safetensors file is of Stable Diffusion XL, with the second text encoder that only it has."""
+    if file.suffix != ".safetensors":
+        return False
+    return any(name.startswith("conditioner.embedders.1.") for name in header_names(file))
 
 
 def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:

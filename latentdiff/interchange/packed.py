@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KEY = "latentdiff.folder"
 TOKENIZER_KEY = "latentdiff.tokenizer"
+SECOND_TOKENIZER_KEY = "latentdiff.tokenizer_2"
 """Of the tokenizer, likewise, in a file of Stable Diffusion's layout, which has no place for one."""
 
 VERSION = 1
@@ -60,6 +61,13 @@ def packed_content(file: Path) -> dict[str, Any] | None:
         if not dot or part not in found["weights"]:
             raise ValueError(f"{file} is damaged: its {name[:100]!r} is of no component")
     return found
+
+
+def header_names(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file. Raises ValueError if it is damaged."""
+    check_safetensors(file)
+    with safe_open(file, "np") as stream:
+        return list(stream.keys())
 
 
 def read_content(file: Path, text: str, key: str) -> dict[str, dict[str, str]]:

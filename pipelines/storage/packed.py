@@ -11,6 +11,7 @@ import torch
 from latentdiff.interchange.atomic import failures_named
 from latentdiff.interchange.packed import pack, packed_content, unpacked
 from latentdiff.interchange.single_file import HUB_OPTIONS, check_target, find_file
+from latentdiff.pipelines.registry import kind_of_family
 from latentdiff.pipelines.storage.loading import stored_dtypes
 
 logger = logging.getLogger(__name__)
@@ -81,3 +82,21 @@ class PackedPipeline:
             "model. The folder that save_pretrained writes is read by diffusers",
             file,
         )
+
+
+def class_for(asked: Any, file: Path, sdxl: bool) -> Any:
+    """`asked`, or the class that does the same for the family of models that a file is of.
+
+    sdxl: whether the file is of Stable Diffusion XL.
+
+    Raises:
+        ValueError: the file is of another family than the class is for.
+    """
+    if sdxl == bool(getattr(asked, "for_sdxl", False)):
+        return asked
+    kind = kind_of_family(asked.__name__, "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline")
+    own = None if kind is None else kind.load()
+    if own is None or not issubclass(own, asked):
+        which, use = ("is" if sdxl else "is not"), "" if kind is None else f"; load it with {kind.name}"
+        raise ValueError(f"{file} {which} of Stable Diffusion XL, so a {asked.__name__} cannot draw with it{use}")
+    return own

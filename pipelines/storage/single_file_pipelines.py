@@ -8,7 +8,13 @@ from typing import Any, ClassVar, Self
 import torch
 
 from latentdiff.interchange.folders import check_model_files
-from latentdiff.interchange.packed import TOKENIZER_KEY, packed_content, tokenizer_text, unpacked_tokenizer
+from latentdiff.interchange.packed import (
+    SECOND_TOKENIZER_KEY,
+    TOKENIZER_KEY,
+    packed_content,
+    tokenizer_text,
+    unpacked_tokenizer,
+)
 from latentdiff.interchange.single_file import (
     HUB_OPTIONS,
     Checkpoint,
@@ -23,12 +29,15 @@ from latentdiff.interchange.single_file import (
     clip_tokenizer,
     find_file,
     header_of_parts,
+    is_sdxl,
     is_stable_diffusion_2,
     original_autoencoder,
     original_text_encoder,
+    original_text_encoders,
     original_unet,
     plain_config,
     scheduler_settings,
+    sdxl_scheduler_settings,
     unet_config,
     write_checkpoint,
 )
@@ -39,9 +48,10 @@ from latentdiff.models.network import downscale_factor
 from latentdiff.pipelines.core.call_options import refuse_unknown
 from latentdiff.pipelines.registry import kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.storage.folder import DEFAULTS
-from latentdiff.pipelines.storage.packed import PackedPipeline
+from latentdiff.pipelines.storage.packed import PackedPipeline, class_for
 
 CLIP_WORDS = 49408
+ZEROS = "force_zeros_for_empty_prompt"  # of SDXL's pipelines
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel, AutoencoderTiny)}
@@ -72,7 +82,7 @@ class SingleFilePipeline(PackedPipeline):
         allow_pickle: bool = False,
         **others: Any,
     ) -> Self:
-        """Load a model from one file: Stable Diffusion 1 or 2, inpainting or not, the x4 upscaler, Latent Diffusion.
+        """Load a model from one file: Stable Diffusion 1, 2 or XL, inpainting too, the x4 upscaler, Latent Diffusion.
 
         Its weights show what kind it is. Nothing but the file is needed: CLIP's tokenizer comes with open_clip.
 
@@ -124,19 +134,29 @@ class SingleFilePipeline(PackedPipeline):
             heads=attention_head_dim,
         )
         parts = CheckpointParts(Checkpoint(file, allow_pickle, ema), dtype, stated, original_config)
+        own = class_for(cls, file, is_sdxl(parts.weights))
+        return own.of_parts(parts, {**others, **hub}, tokenizer, allow_pickle)
+
+    @classmethod
+    def of_parts(cls, parts: "CheckpointParts", others: dict[str, Any], tokenizer: Any, allow_pickle: bool) -> Self:
+        """A checkpoint's pipeline; see `from_single_file`."""
+        known, file = inspect.signature(cls.__init__).parameters, parts.weights.file
+        hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
         given = dict(others)
         if isinstance(given.get("vae"), (str, Path)):
             given["vae"] = parts.vae_of(find_file(given["vae"], allow_pickle, **hub), allow_pickle)
         for name in ("unet", "vae"):
             given[name] = getattr(parts, name)() if given.get(name) is None else given[name]
         check_kind(cls, given["unet"], given["vae"], file)
-        for name in ("text_encoder", "scheduler", "low_res_scheduler"):
+        for name in ("text_encoder", "text_encoder_2", "scheduler", "low_res_scheduler"):
             if name in known and name not in given:
                 given[name] = getattr(parts, name)()
         if tokenizer is not None or given["text_encoder"] is not None:
             tokenizer = load_tokenizer(tokenizer, given["text_encoder"], parts.weights)
-        if "max_noise_level" in known:
-            given = {**parts.max_noise_level(), **given}
+        if "tokenizer_2" in known:
+            second = given.get("tokenizer_2")
+            given["tokenizer_2"] = load_tokenizer(second, given["text_encoder_2"], parts.weights, SECOND_TOKENIZER_KEY)
+        given = {**{name: value for name, value in parts.told().items() if name in known}, **given}
         pipeline: Any = cls(**{**given, "tokenizer": tokenizer})
         pipeline.register_defaults(**parts.defaults())
         return pipeline
@@ -160,14 +180,18 @@ class SingleFilePipeline(PackedPipeline):
             FileExistsError: the file is there.
             ValueError: another kind of file, or there are LoRAs in a network.
         """
-        networks = {name: whole_network(getattr(self, name)) for name in ("unet", "vae", "text_encoder")}
+        names = ("unet", "vae", "text_encoder", "text_encoder_2")
+        networks = {name: whole_network(getattr(self, name)) for name in names if hasattr(self, name)}
         refuse_loras(networks, "saved")
         kind: Any = kind_saved_as(self.saved_class_name)
-        if kind is not None and not kind.converted:
+        if kind is not None and not kind.converted and kind.family != "SDXL":
             return super().save_single_file(file, dtype, overwrite)
         try:
             weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
-            weights |= original_text_encoder(networks["text_encoder"])
+            if "text_encoder_2" in networks:
+                weights |= original_text_encoders(networks["text_encoder"], networks["text_encoder_2"])
+            else:
+                weights |= original_text_encoder(networks["text_encoder"])
         except NoOriginalNamesError:
             return super().save_single_file(file, dtype, overwrite)
         write_checkpoint(weights, header_of(self), file, dtype, overwrite)
@@ -252,8 +276,11 @@ class CheckpointParts:
     def text_encoder(self) -> Any:
         return build_text_encoder(self.weights, self.dtype)
 
+    def text_encoder_2(self) -> Any:
+        return build_text_encoder(self.weights, self.dtype, "text_encoder_2")
+
     def scheduler(self) -> Any:
-        """The one the file was saved with, else DDIM.
+        """The one the file was saved with, else DDIM, or SDXL's Euler.
 
         Raises:
             ValueError: the file's header names none of diffusers' schedulers, or one that cannot be.
@@ -265,6 +292,8 @@ class CheckpointParts:
             return self.built(config)
         if self.stated.prediction_type is None:
             check_prediction_is_known(self.weights)
+        if is_sdxl(self.weights):
+            return self.built(sdxl_scheduler_settings(self.settings))
         return self.built({**scheduler_settings(self.settings), "_class_name": "DDIMScheduler"})
 
     def low_res_scheduler(self) -> Any:
@@ -290,16 +319,19 @@ class CheckpointParts:
         own = self.weights.header.get("defaults", {})
         return {key: own[key] for key in DEFAULTS if isinstance(own.get(key), (int, float))}
 
-    def max_noise_level(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """What the file says of the pipeline itself."""
         level = self.weights.header.get("low_res_scheduler", {}).get("_max_noise_level")
-        return {"max_noise_level": level} if isinstance(level, int) else {}
+        zeros = self.weights.header.get("pipeline", {}).get(ZEROS)
+        found = {"max_noise_level": level} if isinstance(level, int) else {}
+        return found | ({ZEROS: zeros} if isinstance(zeros, bool) else {})
 
 
 def header_of(pipeline: Any) -> dict[str, str]:
     """The configs of a pipeline's parts, for the header of its file."""
     configs = {
         name: plain_config(part)
-        for name in ("unet", "vae", "text_encoder", *SCHEDULERS)
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2", *SCHEDULERS)
         if (part := getattr(pipeline, name, None)) is not None
     }
     for name in SCHEDULERS:
@@ -308,12 +340,14 @@ def header_of(pipeline: Any) -> dict[str, str]:
     if "low_res_scheduler" in configs:
         configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
     configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
+    if ZEROS in pipeline.config:
+        configs["pipeline"] = {ZEROS: pipeline.config[ZEROS]}
     header = header_of_parts(configs)
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    if (
-        tokenizer is not None and configs.get("text_encoder", {}).get("vocab_size") != CLIP_WORDS
-    ):  # nobody else has the tokenizer
-        header[TOKENIZER_KEY] = tokenizer_text(tokenizer)
+    for number, key in (("", TOKENIZER_KEY), ("_2", SECOND_TOKENIZER_KEY)):
+        tokenizer = getattr(pipeline, f"tokenizer{number}", None)
+        words = configs.get(f"text_encoder{number}", {}).get("vocab_size")
+        if tokenizer is not None and words != CLIP_WORDS:  # nobody else has the tokenizer
+            header[key] = tokenizer_text(tokenizer)
     return header
 
 
@@ -326,15 +360,17 @@ def check_kind(pipeline: type, unet: Any, vae: Any, file: Path) -> None:
         raise ValueError(f"{file}: its UNet takes {takes} channels and the latents have {latents}; {use}")
 
 
-def load_tokenizer(tokenizer: Any, text_encoder: Any, weights: Checkpoint | None = None) -> Any:
+def load_tokenizer(
+    tokenizer: Any, text_encoder: Any, weights: Checkpoint | None = None, key: str = TOKENIZER_KEY
+) -> Any:
     """A tokenizer that is given, or its folder or hub id; or that of a file which has its own; or CLIP's.
 
     Raises:
         ValueError: none is given, and the text encoder is not CLIP's.
     """
     if tokenizer is None:
-        if weights is not None and TOKENIZER_KEY in weights.metadata:
-            with unpacked_tokenizer(weights.file, weights.metadata[TOKENIZER_KEY]) as folder:
+        if weights is not None and key in weights.metadata:
+            with unpacked_tokenizer(weights.file, weights.metadata[key]) as folder:
                 return load_tokenizer(folder, text_encoder)
         if type(text_encoder).__name__ == "LDMBertModel":
             raise ValueError(

@@ -1,7 +1,6 @@
 """SDXL (Podell et al. 2023): two text encoders, and a UNet that is told how its pictures were scaled and cut."""
 
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
@@ -16,7 +15,6 @@ from latentdiff.models.loras import whole_network
 from latentdiff.pipelines.core.call_options import TextOptions, positive_whole, refuse
 from latentdiff.pipelines.core.denoiser import loras_at
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
-from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
 from latentdiff.pipelines.storage.textual_inversion import check_new_word
 from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
 from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
@@ -103,11 +101,6 @@ class SDXLPipeline(TextPipeline):
             feature_extractor=feature_extractor,
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-
-    @classmethod
-    def from_single_file(cls, source: str | Path, **options: Any) -> Self:
-        """Load from a file that ``save_single_file`` wrote; Stability's own single files are not read yet."""
-        return super(SingleFilePipeline, cls).from_single_file(source, **options)
 
     def load_textual_inversion(  # type: ignore[override]
         self, source: Any, token: str | None = None, *, weight_name: str | None = None, **hub: Any

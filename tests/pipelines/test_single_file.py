@@ -329,7 +329,7 @@ def test_other_files_are_refused(model: Callable[[str], Any], tmp_path: Path) ->
         ({"lora_unet_a.lora_down.weight": torch.ones(1)}, "but a LoRA; load it with pipeline.load_lora_weights"),
         ({"emb_params": torch.ones(1, 4)}, "but an embedding"),
         ({"down_blocks.0.x": torch.ones(1)}, "one network with diffusers' names"),
-        ({**state, "conditioner.x": torch.ones(1)}, "is a Stable Diffusion XL model, which is not supported"),
+        ({**state, "conditioner.x": torch.ones(1)}, "is a Stable Diffusion XL model and lacks conditioner.embedders.0"),
         ({"model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, "a Stable Diffusion 3 model, which is not"),
         (
             {**state, "model.diffusion_model.label_emb.0.0.weight": torch.ones(256, 70)},

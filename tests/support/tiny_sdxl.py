@@ -28,7 +28,9 @@ def tiny_sdxl(seed: int = 4) -> diffusers.StableDiffusionXLPipeline:
     """Its encoders are 16 and 24 wide, and the pooled embedding 20."""
     torch.manual_seed(seed)
     first, second = clip_parts(), clip_parts()
-    config = CLIPTextConfig(**{**first["text_encoder"].config.to_dict(), "hidden_size": 24, "projection_dim": 20})
+    config = CLIPTextConfig(
+        **{**first["text_encoder"].config.to_dict(), "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"}
+    )
     return diffusers.StableDiffusionXLPipeline(
         vae=diffusers.AutoencoderKL(**VAE),
         **first,

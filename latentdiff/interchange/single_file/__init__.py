@@ -20,8 +20,10 @@ from latentdiff.interchange.single_file.settings import (
     OriginalSettings,
     assumed_settings,
     check_prediction_is_known,
+    is_sdxl,
     is_stable_diffusion_2,
     scheduler_settings,
+    sdxl_scheduler_settings,
 )
 from latentdiff.interchange.single_file.shapes import autoencoder_kind, text_kind, unet_config, vae_config
 from latentdiff.interchange.single_file.taesd import read_taesd, taesd_weights
@@ -32,6 +34,7 @@ from latentdiff.interchange.single_file.writing import (
     header_of_parts,
     original_autoencoder,
     original_text_encoder,
+    original_text_encoders,
     original_unet,
     plain_config,
     write_checkpoint,

@@ -8,6 +8,7 @@ weights is looked up by its original name.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Place = tuple[str, int | None]
@@ -22,6 +23,9 @@ VAE_PARTS = tuple(VAE + part for part in ("encoder.", "decoder.", "quant_conv.",
 CODEBOOK, GUMBEL_CODEBOOK = f"{VAE}quantize.embedding.weight", f"{VAE}quantize.embed.weight"
 CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model.", "cond_stage_model.transformer."
 
+FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+"""SDXL's text encoders: transformers' CLIP and open_clip's."""
+
 RESNET = {  # the UNet's; the autoencoder's keep their names
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -34,6 +38,8 @@ UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",  # SDXL's, in the place of a class embedding
+    "add_embedding.linear_2": "label_emb.0.2",
     "class_embedding": "label_emb",
     "class_embedding.linear_1": "label_emb.0.0",
     "class_embedding.linear_2": "label_emb.0.2",
@@ -121,9 +127,9 @@ def gumbel_place(key: str, config: Config) -> Place:
     return (GUMBEL_CODEBOOK, None) if key == "quantize.embedding.weight" else vae_place(key, config)
 
 
-def clip_place(key: str, config: Config) -> Place:
+def clip_place(key: str, config: Config, beginning: str = CLIP) -> Place:
     """The place of a weight of transformers' CLIP text model in Stable Diffusion 1."""
-    return f"{CLIP}text_model.{key.removeprefix('text_model.')}", None
+    return f"{beginning}text_model.{key.removeprefix('text_model.')}", None
 
 
 OPEN_CLIP_ENDS = {
@@ -131,6 +137,7 @@ OPEN_CLIP_ENDS = {
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",  # transposed
 }
 OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
@@ -143,14 +150,14 @@ JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """Modules of transformers' CLIP whose weights open_clip stacks in one tensor."""
 
 
-def open_clip_place(key: str, config: Config) -> Place:
+def open_clip_place(key: str, config: Config, beginning: str = OPEN_CLIP) -> Place:
     """The place in open_clip of a weight of transformers' CLIP text model."""
     key = key.removeprefix("text_model.")
     if key in OPEN_CLIP_ENDS:
-        return OPEN_CLIP + OPEN_CLIP_ENDS[key], None
+        return beginning + OPEN_CLIP_ENDS[key], None
     _, _, number, rest = key.split(".", 3)  # encoder.layers.N....
     module, _, leaf = rest.rpartition(".")
-    block = f"{OPEN_CLIP}transformer.resblocks.{number}"
+    block = f"{beginning}transformer.resblocks.{number}"
     if module in JOINED:
         return f"{block}.attn.in_proj_{leaf}", JOINED.index(module)
     return f"{block}.{OPEN_CLIP_LAYER[module]}.{leaf}", None
@@ -197,6 +204,8 @@ class Layout:
     """Of the original names."""
     complete: tuple[str, ...] = ()
     """Beginnings of original names that must all have a place in the network."""
+    transposed: tuple[str, ...] = ()
+    """Original names of matrices that stand the other way round."""
 
 
 LAYOUTS = {
@@ -207,5 +216,12 @@ LAYOUTS = {
     "clip": Layout("text encoder", clip_place, CLIP),
     "open_clip": Layout("text encoder", open_clip_place, OPEN_CLIP),
     "bert": Layout("text encoder", bert_place, BERT),
+    "first of two": Layout("first text encoder", partial(clip_place, beginning=FIRST), FIRST),
+    "second of two": Layout(
+        "second text encoder",
+        partial(open_clip_place, beginning=SECOND),
+        SECOND,
+        transposed=(f"{SECOND}text_projection",),
+    ),
 }
 """Of an autoencoder `complete` leaves out the codebook, which can have its training state beside the codes."""

@@ -1,7 +1,7 @@
 """The networks of a checkpoint: built from its shapes or header and filled with its weights."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.interchange.single_file.checkpoint import OTHER_KIND, Checkpoint
-from latentdiff.interchange.single_file.names import LAYOUTS, Layout
-from latentdiff.interchange.single_file.settings import assumed_settings, autoencoder_settings, measured_scale
+from latentdiff.interchange.single_file.names import FIRST, LAYOUTS, SECOND, Layout
+from latentdiff.interchange.single_file.settings import XL_SCALE, assumed_settings, autoencoder_settings, measured_scale
 from latentdiff.interchange.single_file.shapes import (
     Config,
     autoencoder_kind,
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 TRAINED_ON = 256
 """Side in pixels of the pictures on which all released autoencoders were trained."""
 
-XL_SCALE = 0.13025
-"""``scaling_factor`` of Stable Diffusion XL, whose autoencoder has the same shape as the others."""
-
 AUTOENCODERS = {
     "AutoencoderKL": "no codebook but a Gaussian's mean and width (AutoencoderKL)",
     "VQModel": "a codebook (VQModel)",
@@ -43,7 +40,7 @@ def check_checkpoint(weights: Checkpoint) -> None:
     """Raises ValueError, saying what it is instead, for a file that holds no model of Stable Diffusion's layout."""
     names = list(weights)
     if any(name.startswith("conditioner.") for name in names):
-        raise ValueError(f"{weights.file} is a Stable Diffusion XL model, which is not supported")
+        check_two_encoders(weights)
     if weights.has_unet or weights.has_vae or text_kind(weights) is not None:
         return
     if any("lora" in name for name in names):
@@ -57,6 +54,17 @@ def check_checkpoint(weights: Checkpoint) -> None:
     else:
         what = f"something else; its first weight is {names[0]}" if names else "nothing"
     raise ValueError(f"{weights.file} is not a Latent Diffusion or Stable Diffusion checkpoint but {what}")
+
+
+def check_two_encoders(weights: Checkpoint) -> None:
+    """Raises ValueError for a file of Stable Diffusion XL that does not hold both text encoders."""
+    if any(name.startswith("conditioner.embedders.0.model.") for name in weights):
+        raise ValueError(
+            f"{weights.file} is Stable Diffusion XL's refiner, whose single files are not read; give its folder"
+        )
+    for beginning, name in ((FIRST, "text_model.embeddings.token_embedding.weight"), (SECOND, "text_projection")):
+        if f"{beginning}{name}" not in weights:
+            raise ValueError(f"{weights.file} is a Stable Diffusion XL model and lacks {beginning}{name}; {OTHER_KIND}")
 
 
 def build(weights: Checkpoint, layout: Layout, make: Callable[[], Any], dtype: torch.dtype | None) -> Any:
@@ -92,14 +100,19 @@ def build(weights: Checkpoint, layout: Layout, make: Callable[[], Any], dtype: t
             f"the file is of another kind of model"
         )
     dtype = dtype or weights.main_dtype(layout.beginning)
-    state = {key: take(weights, *place, own[key].shape).to(dtype) for key, place in places.items()}
+    state = {
+        key: take(weights, name, third, own[key].shape, name in layout.transposed).to(dtype)
+        for key, (name, third) in places.items()
+    }
     network.load_state_dict(state, assign=True)
     check_finite(network, weights.file)
     return network.eval()
 
 
-def take(weights: Checkpoint, name: str, third: int | None, shape: torch.Size) -> Tensor:
+def take(weights: Checkpoint, name: str, third: int | None, shape: Sequence[int], transposed: bool = False) -> Tensor:
     """A weight, or the first, second or last third of it, as `shape`, which may differ by 1x1 convolutions only."""
+    if transposed:
+        return take(weights, name, third, shape[::-1]).T.contiguous()
     tensor, own = weights[name], weights.own_name(name)
     found = (tensor.shape[0] // 3, *tensor.shape[1:]) if third is not None and tensor.ndim else tuple(tensor.shape)
     if plain_shape(found) != plain_shape(shape) or (third is not None and tensor.shape[0] % 3):
@@ -208,13 +221,16 @@ def usual_autoencoder(weights: Checkpoint) -> Config:
     return {"sample_size": size, "scaling_factor": XL_SCALE if is_xl else assumed.scaling_factor}
 
 
-def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """transformers' CLIP text model, or diffusers' ``LDMBertModel``, with a checkpoint's weights; see `build_unet`."""
-    kind = text_kind(weights)
+def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None, part: str = "text_encoder") -> Any:
+    """transformers' CLIP text model, or diffusers' ``LDMBertModel``, with a checkpoint's weights; see `build_unet`.
+
+    part: "text_encoder", or "text_encoder_2" for SDXL's second.
+    """
+    kind = text_kind(weights) if part == "text_encoder" else "second of two"
     if kind is None:
         raise ValueError(f"{weights.file} has no text encoder that is known here; give text_encoder= and tokenizer=")
     config = text_config(weights, kind)
-    said = weights.header.get("text_encoder", {})
+    said = weights.header.get(part, {})
     config |= {key: said[key] for key in (*config, *FURTHER_KEYS) if key in said}
     network = build(weights, LAYOUTS[kind], lambda: random_text_encoder(kind, config), dtype)
     for module in network.modules():  # CLIP has its positions in a buffer
@@ -229,10 +245,11 @@ def random_text_encoder(kind: str, config: Config) -> nn.Module:
 
         bert: nn.Module = LDMBertModel(LDMBertConfig(**config))
         return bert
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    clip: nn.Module = CLIPTextModel(CLIPTextConfig(**config))
-    return clip
+    clip: Any = CLIPTextModelWithProjection if kind == "second of two" else CLIPTextModel
+    made: nn.Module = clip(CLIPTextConfig(**config))
+    return made
 
 
 def clip_tokenizer(text_encoder: Any) -> Any:

@@ -30,6 +30,9 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 BASE_STEPS = 875_000
 """Training steps of Stable Diffusion 2.0 at 512 pixels, which predicts noise; the model at 768 predicts v."""
 
+XL_SCALE = 0.13025
+"""``scaling_factor`` of Stable Diffusion XL, whose autoencoder has the same shape as the others."""
+
 LARGE_V = 96
 """``sample_size`` of Stable Diffusion 2 that predicts v."""
 
@@ -128,7 +131,9 @@ def assumed_settings(weights: Checkpoint, stated: OriginalSettings | None = None
         "scaling_factor": 1.0 if CODEBOOK in weights or GUMBEL_CODEBOOK in weights else 0.18215,
         "sample_size": 32 if text_kind(weights) == "bert" else 64,
     }
-    if f"{UNET}label_emb.weight" in weights:  # the upscaler
+    if is_sdxl(weights):
+        usual |= {"scaling_factor": XL_SCALE, "sample_size": 128}
+    elif f"{UNET}label_emb.weight" in weights:  # the upscaler
         usual |= {"prediction_type": "v_prediction", "beta_start": 1e-4, "beta_end": 0.02, "sample_size": 128}
         usual["scaling_factor"] = 0.08333
     elif measured_scale(weights) is not None:
@@ -197,6 +202,11 @@ def measured_scale(weights: Checkpoint) -> float | None:
     return scale if 0 < scale < float("inf") else None
 
 
+def is_sdxl(weights: Checkpoint) -> bool:
+    """Whether a model is Stable Diffusion XL, with two text encoders."""
+    return text_kind(weights) == "first of two"
+
+
 def is_stable_diffusion_2(weights: Checkpoint) -> bool:
     """Whether a model is of Stable Diffusion 2's kind for text alone, of which some predict v and some noise."""
     first, last = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
@@ -219,6 +229,14 @@ def scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
         "set_alpha_to_one": False,
         "steps_offset": 1,
     }
+
+
+def sdxl_scheduler_settings(settings: OriginalSettings) -> dict[str, Any]:
+    """The config of the scheduler with which SDXL was released."""
+    found = scheduler_settings(settings)
+    for name in ("clip_sample", "set_alpha_to_one"):
+        del found[name]
+    return {"timestep_spacing": "leading", **found, "_class_name": "EulerDiscreteScheduler"}
 
 
 def autoencoder_settings(file: Path) -> dict[str, Any]:

@@ -6,14 +6,28 @@ linear (2.x); 32 groups of normalisation.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from latentdiff.interchange.single_file.checkpoint import Checkpoint
-from latentdiff.interchange.single_file.names import BERT, CLIP, CODEBOOK, GUMBEL_CODEBOOK, OPEN_CLIP, UNET, VAE
+from latentdiff.interchange.single_file.names import (
+    BERT,
+    CLIP,
+    CODEBOOK,
+    FIRST,
+    GUMBEL_CODEBOOK,
+    OPEN_CLIP,
+    SECOND,
+    UNET,
+    VAE,
+)
 
 Config = dict[str, Any]
+
+SIZES_DIM = 256
+"""Of each of the sizes that SDXL's UNet is told."""
 
 
 def numbers(names: Iterable[str], beginning: str) -> list[int]:
@@ -116,6 +130,19 @@ def class_config(weights: Checkpoint) -> Config:
         return {"num_class_embeds": weights.size(numbered)}
     if embedded not in weights:
         return {}
+    if text_kind(weights) == "first of two":
+        added = weights.size(embedded, 1) - weights.size(f"{SECOND}text_projection", 1)
+        if added != 6 * SIZES_DIM:
+            raise ValueError(
+                f"{weights.file}: {embedded} takes {added} numbers besides the pooled embedding; SDXL's takes "
+                f"{6 * SIZES_DIM}, of six sizes"
+            )
+        given = weights.size(embedded, 1)
+        return {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZES_DIM,
+            "projection_class_embeddings_input_dim": given,
+        }
     if weights.size(embedded, 1) != weights.size(f"{UNET}time_embed.0.weight", 1):
         raise ValueError(
             f"{weights.file}: its UNet takes more conditions than a timestep and text ({embedded}), as in Stable "
@@ -192,7 +219,11 @@ def codes(weights: Checkpoint, codebook: str) -> Config:
 
 
 def text_kind(weights: Checkpoint) -> str | None:
-    """Which text encoder a checkpoint has: "clip" (1.x), "open_clip" (2.x), "bert" (Latent Diffusion) or None."""
+    """Which text encoder a checkpoint has: "clip" (1.x), "open_clip" (2.x), "bert" (Latent Diffusion), "first of two"
+    (SDXL) or None.
+    """
+    if f"{FIRST}text_model.embeddings.token_embedding.weight" in weights:
+        return "first of two"
     if f"{OPEN_CLIP}token_embedding.weight" in weights:
         return "open_clip"
     if f"{BERT}token_emb.weight" in weights:
@@ -208,7 +239,14 @@ def text_config(weights: Checkpoint, kind: str) -> Config:
     Raises:
         ValueError: it is incomplete.
     """
-    return {"bert": bert_config, "clip": clip_config, "open_clip": open_clip_config}[kind](weights)
+    configs: dict[str, Callable[[Checkpoint], Config]] = {
+        "bert": bert_config,
+        "clip": clip_config,
+        "open_clip": open_clip_config,
+        "first of two": partial(clip_config, beginning=FIRST),
+        "second of two": second_config,
+    }
+    return configs[kind](weights)
 
 
 def bert_config(weights: Checkpoint) -> Config:
@@ -225,8 +263,8 @@ def bert_config(weights: Checkpoint) -> Config:
     }
 
 
-def clip_config(weights: Checkpoint) -> Config:
-    body = f"{CLIP}text_model."
+def clip_config(weights: Checkpoint, beginning: str = CLIP) -> Config:
+    body = f"{beginning}text_model."
     embeddings = (f"{body}embeddings.token_embedding.weight", f"{body}embeddings.position_embedding.weight")
     config = tower_config(weights, *embeddings, f"{body}encoder.layers.", "mlp.fc1.weight")
     eos = config["eos_token_id"]
@@ -245,6 +283,14 @@ def open_clip_config(weights: Checkpoint) -> Config:
         "projection_dim": 512,
         "pad_token_id": 0,
     }
+
+
+def second_config(weights: Checkpoint) -> Config:
+    """The config of SDXL's second text encoder, of open_clip, with its projection."""
+    embeddings = (f"{SECOND}token_embedding.weight", f"{SECOND}positional_embedding")
+    config = tower_config(weights, *embeddings, f"{SECOND}transformer.resblocks.", "mlp.c_fc.weight")
+    projected = weights.size(f"{SECOND}text_projection", 1)
+    return config | {"hidden_act": "gelu", "projection_dim": projected, "pad_token_id": 0}
 
 
 def tower_config(weights: Checkpoint, tokens: str, positions: str, layers: str, first_linear: str) -> Config:

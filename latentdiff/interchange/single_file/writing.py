@@ -69,6 +69,19 @@ def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
     return original_weights(text_encoder, LAYOUTS["clip" if is_first else "open_clip"])
 
 
+def original_text_encoders(first: Any, second: Any) -> dict[str, Tensor]:
+    """The weights of SDXL's text encoders by their original names.
+
+    Raises:
+        NoOriginalNamesError: they are others than SDXL's.
+    """
+    kinds = [(type(one).__name__, getattr(one.config, "hidden_act", None)) for one in (first, second)]
+    if kinds != [("CLIPTextModel", "quick_gelu"), ("CLIPTextModelWithProjection", "gelu")]:
+        raise NoOriginalNamesError(f"a single file of SDXL holds its two CLIP text encoders, and these are {kinds}")
+    layouts = (LAYOUTS["first of two"], LAYOUTS["second of two"])
+    return original_weights(first, layouts[0]) | original_weights(second, layouts[1])
+
+
 def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
     """A network's weights by their original names, with what the original stacks in one tensor.
 
@@ -87,10 +100,11 @@ def original_weights(network: Any, layout: Layout) -> dict[str, Tensor]:
         except (KeyError, ValueError, IndexError):
             raise NoOriginalNamesError(f"original checkpoints have no name for the {layout.part}'s {key}") from None
         found.setdefault(name, {})[third] = tensor
-    return {
+    joined = {
         name: parts[None] if None in parts else torch.cat([parts[third] for third in range(len(parts))])
         for name, parts in found.items()
     }
+    return {name: tensor.T if name in layout.transposed else tensor for name, tensor in joined.items()}
 
 
 def autoencoder_alone(vae: Any) -> dict[str, Tensor]:
