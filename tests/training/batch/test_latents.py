@@ -26,7 +26,7 @@ from latentdiff import AutoencoderKL, VQModel
 from latentdiff.codec import Codec
 from latentdiff.training.batch import cache as filling
 from latentdiff.training.batch.cache import ShardWriter, TensorStore, digest
-from latentdiff.training.batch.latents import LatentCache, encode, encoder_digest, key_of
+from latentdiff.training.batch.latents import LatentCache, codec_digest, encode, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
 from latentdiff.training.data.captioned_picture import View
 
@@ -65,7 +65,7 @@ def changed(autoencoder: Any, name: str) -> str:
     """The encoder's digest after a small change of one weight, which is then taken back."""
     weight = autoencoder.get_parameter(name).data
     weight.view(-1)[0] += 1e-3
-    result = encoder_digest(autoencoder)
+    result = codec_digest(Codec(autoencoder))
     weight.view(-1)[0] -= 1e-3
     return result
 
@@ -122,22 +122,22 @@ def test_key_of_a_dataset_row_changes_with_its_bytes() -> None:
 
 
 def test_folder_changes_with_the_encoder_and_nothing_else(autoencoder: AutoencoderKL) -> None:
-    first = encoder_digest(autoencoder)
+    first = codec_digest(Codec(autoencoder))
     assert changed(autoencoder, "encoder.conv_in.weight") != first
     assert changed(autoencoder, "quant_conv.bias") != first
     assert changed(autoencoder, "decoder.conv_out.weight") == first
     assert changed(autoencoder, "post_quant_conv.weight") == first
     for key, value in {"scaling_factor": 0.5, "shift_factor": 0.1, "sample_size": 64, "out_channels": 4}.items():
         autoencoder.register_to_config(**{key: value})
-        assert encoder_digest(autoencoder) == first, key
-    assert encoder_digest(autoencoder.bfloat16()) != first
+        assert codec_digest(Codec(autoencoder)) == first, key
+    assert codec_digest(Codec(autoencoder.bfloat16())) != first
     autoencoder.float().register_to_config(norm_num_groups=2)
-    assert encoder_digest(autoencoder) != first
+    assert codec_digest(Codec(autoencoder)) != first
 
 
 def test_folder_survives_saving(autoencoder: AutoencoderKL, tmp_path: Path) -> None:
     autoencoder.save_pretrained(tmp_path)
-    assert encoder_digest(AutoencoderKL.from_pretrained(tmp_path)) == encoder_digest(autoencoder)
+    assert codec_digest(Codec(AutoencoderKL.from_pretrained(tmp_path))) == codec_digest(Codec(autoencoder))
 
 
 def test_only_what_is_missing_is_encoded(
