@@ -159,12 +159,18 @@ class NoConditioner:
 
 @dataclass(frozen=True)
 class ClassConditioner:
-    """Class names as labels. The empty name is no class and has the number after the last."""
+    """Class names as labels. The empty name is no class.
+
+    Args:
+        none: the number of no class; by default that after the last.
+    """
 
     numbers: Mapping[str, int]
+    none: int | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         for prompt in prompts:
             if prompt and prompt not in self.numbers:
                 raise ValueError(f"there is no class {prompt!r}; the classes are {', '.join(list(self.numbers)[:20])}")
-        return Conditioning(labels=torch.tensor([self.numbers.get(one, len(self.numbers)) for one in prompts]))
+        none = len(self.numbers) if self.none is None else self.none
+        return Conditioning(labels=torch.tensor([self.numbers.get(one, none) for one in prompts]))

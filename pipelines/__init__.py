@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.core.previews import filmstrip
     from latentdiff.pipelines.core.sampling import Progress
     from latentdiff.pipelines.tasks.class_conditional import ClassConditionalPipeline
+    from latentdiff.pipelines.tasks.dit import DiTPipeline
     from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
     from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
+    from latentdiff.pipelines.tasks.pixart import (
+        PixArtImageToImagePipeline,
+        PixArtInpaintPipeline,
+        PixArtTextToImagePipeline,
+    )
     from latentdiff.pipelines.tasks.sdxl import (
         SDXLImageToImagePipeline,
         SDXLInpaintPipeline,
@@ -38,11 +44,15 @@ _HOMES = {kind.name: kind.module for kind in KINDS} | {
 __all__ = [
     "ClassConditionalPipeline",
     "ClassTokenPipeline",
+    "DiTPipeline",
     "ImageToImagePipeline",
     "ImageVariationPipeline",
     "ImagesOutput",
     "InpaintPipeline",
     "LatentPipeline",
+    "PixArtImageToImagePipeline",
+    "PixArtInpaintPipeline",
+    "PixArtTextToImagePipeline",
     "Progress",
     "SDXLImageToImagePipeline",
     "SDXLInpaintPipeline",

@@ -68,6 +68,8 @@ TASKS = "latentdiff.pipelines.tasks"
 LIKE_STABLE_DIFFUSION: dict[str, Any] = {"interchangeable": True, "single_file": True, "converted": True}
 LIKE_SDXL: dict[str, Any] = {"interchangeable": True, "family": "SDXL", "single_file": True}
 OF_CODES: dict[str, Any] = {"interchangeable": True, "family": "codes", "draws_codes": True}
+LIKE_PIXART: dict[str, Any] = {"interchangeable": True, "family": "PixArt", "single_file": True}
+PIXART = ("PixArtAlphaPipeline",)
 KINDS: list[Kind] = [
     Kind(
         "TextToImagePipeline",
@@ -132,6 +134,9 @@ KINDS: list[Kind] = [
         pictures=("image", "mask_image"),
         **LIKE_SDXL,
     ),
+    Kind("PixArtTextToImagePipeline", f"{TASKS}.pixart", PIXART, "text", **LIKE_PIXART),
+    Kind("PixArtImageToImagePipeline", f"{TASKS}.pixart", PIXART, "text", pictures=("image",), **LIKE_PIXART),
+    Kind("PixArtInpaintPipeline", f"{TASKS}.pixart", PIXART, "text", pictures=("image", "mask_image"), **LIKE_PIXART),
     Kind("ClassConditionalPipeline", f"{TASKS}.class_conditional", ("ClassConditionalPipeline",), "class"),
     Kind("TokenPipeline", f"{TASKS}.tokens", ("TokenPipeline",), "text", **OF_CODES),
     Kind(
@@ -150,6 +155,7 @@ KINDS: list[Kind] = [
         "none",
         draws_codes=True,
     ),
+    Kind("DiTPipeline", f"{TASKS}.dit", ("DiTPipeline",), "class", family="DiT"),
     Kind("UnconditionalPipeline", f"{TASKS}.unconditional", ("DDPMPipeline", "DDIMPipeline", "LDMPipeline"), "none"),
 ]
 
@@ -187,9 +193,11 @@ def kind_of_family(class_name: str, saved_as: object) -> Kind | None:
     """
     own = next((kind for kind in KINDS if kind.name == class_name), None) or kind_saved_as(class_name)
     theirs = kind_saved_as(str(saved_as))
-    if own is None or theirs is None or not (own.interchangeable and theirs.interchangeable):
+    if own is None or theirs is None or own.family == theirs.family:
         return None
-    if own.family == theirs.family:
+    if own.conditioned_by == theirs.conditioned_by == "class":
+        return theirs
+    if not (own.interchangeable and theirs.interchangeable):
         return None
     alike = (kind for kind in KINDS if kind.family == theirs.family and kind.interchangeable)
     return next((kind for kind in alike if kind.pictures == own.pictures), None)

@@ -1,6 +1,7 @@
 """The networks that training starts from: new ones of the size that settings describe, or those of a folder."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,20 @@ from latentdiff.interchange.folders import packaged_models, read_json
 from latentdiff.models import (
     AutoencoderKL,
     AutoencoderTiny,
+    DiTTransformer2DModel,
     FSQModel,
     GumbelVQModel,
     IdentityAutoencoder,
     NoisyClassifier,
+    PixArtTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
 from latentdiff.pipelines.storage.loading import OUR_CLASSES, OURS_ALONE
 from latentdiff.pipelines.storage.places import autoencoder_in, local_place
+from latentdiff.text.encode import TextConditioner
+from latentdiff.text.masked import MaskedTextConditioner
 from latentdiff.training.settings import AutoencoderSettings, ClassifierSettings, DenoiserSettings
 
 Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | AutoencoderTiny | IdentityAutoencoder
@@ -164,6 +169,60 @@ def build_unet(
 
 
 register_denoiser("unet", build_unet)
+
+
+def build_dit(
+    settings: DenoiserSettings,
+    codec: Codec,
+    process: Process,
+    conditions: Conditions,
+    depth: int = 12,
+    width: int = 384,
+    heads: int | None = None,
+    patch_size: int = 2,
+) -> DiTTransformer2DModel | PixArtTransformer2DModel:
+    """A new transformer for the codec's latents: PixArt's if there is text, else DiT's; by default of the size DiT-S.
+
+    A DiT has the embeddings of 1000 classes at least, for diffusers' ``DiTPipeline`` guides by label 1000.
+
+    Args:
+        heads: of every attention; by default of 64 numbers each, as far as that divides the width.
+
+    Raises:
+        ValueError: the resolution or the heads do not fit.
+    """
+    side, head = settings.resolution // codec.factor, math.gcd(64, width) if heads is None else width // heads
+    if side % patch_size or (heads is not None and width % heads):
+        what = f"heads={heads} do not divide width={width}"
+        if side % patch_size:
+            what = f"resolution {settings.resolution} makes latents of {side}x{side}, no multiple of {patch_size=}"
+        raise ValueError(f"denoiser_options of denoiser=dit: {what}")
+    shape: dict[str, Any] = {
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "num_layers": depth,
+        "sample_size": side,
+        "patch_size": patch_size,
+        "in_channels": codec.channels,
+        "out_channels": process.prediction_channels(codec.channels),
+        "norm_eps": 1e-6,
+    }
+    network: DiTTransformer2DModel | PixArtTransformer2DModel
+    if conditions.text_width is None:
+        network = DiTTransformer2DModel(**shape, num_embeds_ada_norm=max(1000, conditions.classes))
+    else:
+        text = {"cross_attention_dim": width, "caption_channels": conditions.text_width}
+        network = PixArtTransformer2DModel(**shape, **text, use_additional_conditions=False)
+    network.start_from_nothing()
+    return network
+
+
+register_denoiser("dit", build_dit)
+
+
+def text_manner(denoiser: str) -> type[TextConditioner]:
+    """How a new denoiser of that name is given captions."""
+    return MaskedTextConditioner if denoiser == "dit" else TextConditioner
 
 
 def build_classifier(settings: ClassifierSettings, codec: Codec, classes: int) -> NoisyClassifier:

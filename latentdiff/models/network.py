@@ -272,7 +272,7 @@ P = TypeVar("P", bound=Prepared)
 class Denoiser(Protocol[P]):
     """A network that denoises, as far as it goes beyond a plain call.
 
-    Every denoiser is called as a whole by trainers: ``network(sample, timestep, **conditioning.arguments()).sample``.
+    Every denoiser is called as a whole by trainers: ``network(sample, timestep=t, **conditioning.arguments()).sample``.
     Sampling repeats that call with the same conditions and many timesteps, so a denoiser may also offer its parts, as
     ours do; diffusers' are called as a whole::
 

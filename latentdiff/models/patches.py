@@ -58,7 +58,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch, self.base, self.stretch = patch, side // patch, stretch
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.register_buffer("pos_embed", positions(dim, self.base, self.base, self.base, stretch), persistent=False)
+        self.make_positions()
+
+    def make_positions(self) -> None:
+        """Of a grid of the size in training."""
+        made = positions(self.proj.out_channels, self.base, self.base, self.base, self.stretch)
+        self.register_buffer("pos_embed", made, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises ValueError if a side is no multiple of the patch's."""

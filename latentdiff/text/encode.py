@@ -220,7 +220,7 @@ class TextConditioner:
     def _states(self, tokens: Any) -> Tensor:
         encoder, skip = self.text_encoder, self.clip_skip
         device = self.device or encoder.device
-        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
+        mask = tokens.attention_mask.to(device) if self.hides_padding else None
         output = encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=skip is not None)
         if skip is None:
             return output[0]
@@ -230,6 +230,11 @@ class TextConditioner:
         if not 0 <= skip < layers:
             raise ValueError(f"clip_skip must lie in [0, {layers - 1}] for this encoder, not {skip}")
         return body.final_layer_norm(output.hidden_states[-(skip + 1)])
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether padding is hidden from the encoder."""
+        return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
 
     def chunks(self, prompts: Sequence[str]) -> int:
         """In how many parts the longest of these prompts is encoded."""
@@ -246,7 +251,7 @@ class TextConditioner:
         """A conditioner, and a number of chunks, for states of `tokens` tokens: as many as given states have."""
         if self.text_encoder is None:
             return self, 1
-        whole = max_tokens(self.tokenizer, self.text_encoder)
+        whole = replace(self, max_length=None).length
         if tokens % whole == 0:
             return replace(self, max_length=whole), tokens // whole
         return replace(self, max_length=tokens), 1

@@ -16,6 +16,9 @@ from latentdiff.models.time_embedding import timestep_features
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 """(prediction, what the network saw, timestep) -> another prediction."""
 
+DIFFUSERS_TRANSFORMERS = "diffusers.models.transformers"
+"""Where networks are defined that take a timestep for each entry, and not a single one."""
+
 
 class GuidedDenoiser:
     """Latents and a timestep in, a prediction out: a conditioned network under classifier-free guidance.
@@ -115,7 +118,9 @@ class GuidedDenoiser:
             timestep = timestep.to(latents.device, non_blocking=True)  # or the GPU's work would be waited for
         with loras_at(self.lora_scale, self.network):
             if not self.in_parts:
-                return self.network(latents, timestep, return_dict=False, **given.arguments())[0]
+                if type(self.network).__module__.startswith(DIFFUSERS_TRANSFORMERS):
+                    timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(len(latents))
+                return self.network(latents, timestep=timestep, return_dict=False, **given.arguments())[0]
             time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
             return self.network.denoise(latents, time, prepared)
 

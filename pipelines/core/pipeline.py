@@ -100,6 +100,11 @@ class LatentPipeline(FolderPipeline):
         self.sizes_warned_of: set[tuple[int, int]] = set()
         self._warned_of_steps = False
 
+    @property
+    def side_factor(self) -> int:
+        """What height and width are multiples of, in pixels."""
+        return self.vae_scale_factor
+
     # Calls
 
     @property
@@ -242,7 +247,7 @@ class LatentPipeline(FolderPipeline):
             if own is None:
                 raise ValueError("this model's config has no sample_size; give height and width")
             height, width = (own[0] if height is None else height), (own[1] if width is None else width)
-        return check_side("height", height, self.vae_scale_factor), check_side("width", width, self.vae_scale_factor)
+        return check_side("height", height, self.side_factor), check_side("width", width, self.side_factor)
 
     def placement(
         self, image: Pictures, height: int | None = None, width: int | None = None, mode: ResizeMode = "crop"
@@ -256,9 +261,9 @@ class LatentPipeline(FolderPipeline):
             TypeError, ValueError: as there; a side is no whole number, or no multiple of the autoencoder's factor.
         """
         if height is not None:
-            height = check_side("height", height, self.vae_scale_factor)
+            height = check_side("height", height, self.side_factor)
         if width is not None:
-            width = check_side("width", width, self.vae_scale_factor)
+            width = check_side("width", width, self.side_factor)
         trained = None if self.draws_any_size or mode == "default" else self.trained_size
         placed = place(self.image_processor, image, height, width, trained, mode)
         if trained is not None and len(set(placed.sizes)) == 1 and not isinstance(as_list(image)[0], Tensor):

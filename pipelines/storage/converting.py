@@ -136,7 +136,7 @@ def folder_pipeline(source: str, dtype: torch.dtype | None = None, variant: str 
     name = read_json(folder / "model_index.json").get("_class_name")
     kind = kind_saved_as(str(name))
     if name != LATENT_DIFFUSION and kind is None:
-        known = [kind.saved_as[0] for kind in KINDS]
+        known = list(dict.fromkeys(kind.saved_as[0] for kind in KINDS))
         raise ValueError(f"{folder} is of a {name}; these can be converted: {', '.join([*known, LATENT_DIFFUSION])}")
     variant = variant or only_variant(folder)
     dtypes = dtype or {**stored_dtypes(folder, variant), "default": torch.float32}

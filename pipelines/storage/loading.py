@@ -28,7 +28,7 @@ OUR_CLASSES: dict[str, tuple[str, ...]] = {
         "AutoencoderTiny",
     ),  # what diffusers calls the autoencoder where there is no text
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "transformer": (),
+    "transformer": ("DiTTransformer2DModel", "PixArtTransformer2DModel"),
     "classifier": (),
 }
 """Per component, the classes of diffusers that we have our own version of."""
@@ -48,6 +48,12 @@ TRANSFORMERS = {
     "latent_diffusion": "diffusers.pipelines.latent_diffusion",
 }
 """Modules with classes of transformers' models, by the libraries in a folder's index."""
+
+OLD_CLASS = "Transformer2DModel"
+"""What diffusers' transformers were called in the folders of the first releases."""
+
+DENOISERS = ("unet", "transformer")
+"""What a pipeline's denoiser is called in its folder."""
 
 ALIGNMENT = 64  # bytes
 
@@ -97,14 +103,14 @@ def load_networks(
     variant: str | None,
     unet_classes: Sequence[str],
 ) -> dict[str, nn.Module]:
-    """The networks of a pipeline folder: autoencoder, UNet and classifier as our classes, others as transformers'.
+    """The networks of a pipeline folder: autoencoder, denoiser and classifier as our classes, others as transformers'.
 
     Args:
         folder: checked already.
         index: of the folder, less what need not be loaded.
         dtype: of all weights, or per component, with "default" for the rest.
         variant: such as "fp16": the weight files to take where a component has them.
-        unet_classes: what the UNet may be.
+        unet_classes: what the denoiser may be; the first is the one where a folder names `OLD_CLASS`.
 
     Raises:
         ValueError: a component is of a class that we have no version of, lacks weights, or has nan or inf among them.
@@ -113,10 +119,11 @@ def load_networks(
 
     networks = {}
     for name, of_diffusers in OUR_CLASSES.items():
-        class_names = tuple(unet_classes) if name == "unet" else of_diffusers + OURS_ALONE[name]
+        denoises = name in DENOISERS
+        class_names = tuple(unet_classes) if denoises else of_diffusers + OURS_ALONE[name]
         if name not in index or index[name][0] is None:
             continue
-        class_name = index[name][1]
+        class_name = unet_classes[0] if denoises and index[name][1] == OLD_CLASS else index[name][1]
         network_class = registered_network(*index[name]) or getattr(models, class_name, None)
         if class_name not in class_names and registered_network(*index[name]) is None:
             hint = ""
@@ -273,8 +280,10 @@ def shortened(error: Exception) -> str:
     return f"the weights do not fit config.json: {key} should have the shape {wanted}, and has {found}"
 
 
-def only_variant(folder: Path, part: str = "unet") -> str | None:
-    """The variant of a folder's weights, if one of its parts, the UNet, has one and no plain weights."""
+def only_variant(folder: Path, part: str | None = None) -> str | None:
+    """The variant of a folder's weights, if one of its parts, the denoiser, has one and no plain weights."""
+    if part is None:
+        part = next((name for name in DENOISERS if (folder / name).is_dir()), DENOISERS[0])
     found = {match[1] for file in (folder / part).glob("*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
     return found.pop() if len(found) == 1 else None
 

@@ -87,25 +87,31 @@ class ClassConditionalPipeline(TextlessPipeline):
         return self.config.id2label
 
     @property
+    def class_embeds(self) -> int | None:
+        """How many class embeddings the denoiser has; None: it knows no classes."""
+        number = self.unet.config.num_class_embeds
+        return None if number is None else int(number)
+
+    @property
     def num_classes(self) -> int:
-        """By the names, else by the classifier, else by the UNet."""
+        """By the names, else by the classifier, else by the denoiser."""
         if self.id2label is not None:
             return len(self.id2label)
         if self.classifier is not None:
             return int(self.classifier.config.num_classes)
-        return int(self.unet.config.num_class_embeds or 0)
+        return self.class_embeds or 0
 
     @property
     def null_label(self) -> int | None:
         """What stands for no class, if the UNet was taught that."""
-        return self.num_classes if self.unet.config.num_class_embeds == self.num_classes + 1 else None
+        return self.num_classes if self.class_embeds == self.num_classes + 1 else None
 
     def check_classes(self) -> None:
         """Raises ValueError if UNet, classifier and names are not of the same classes, or not of the same latents."""
         names, known = self.id2label, self.num_classes
         if names is not None and sorted(names) != list(range(known)):
             raise ValueError(f"id2label must name the classes from 0 to {known - 1}, not {sorted(names)[:5]}...")
-        embeds = self.unet.config.num_class_embeds
+        embeds = self.class_embeds
         if embeds is None and self.classifier is None:
             raise ValueError(
                 "this UNet has no class embeddings (num_class_embeds) and there is no classifier, so nothing could be "
@@ -208,13 +214,12 @@ class ClassConditionalPipeline(TextlessPipeline):
             if self.null_label is None:
                 raise ValueError(
                     f"guidance_scale={guidance.scale} needs a UNet that was trained to do without a class (with "
-                    f"num_class_embeds={self.num_classes + 1}); this one has {self.unet.config.num_class_embeds}. "
+                    f"num_class_embeds={self.num_classes + 1}); this one has {self.class_embeds}. "
                     f"Leave it at 1, or guide by a classifier"
                 )
             no_class = torch.full_like(labels, self.null_label)
             return GuidedConditioning(Conditioning(labels=labels), Conditioning(labels=no_class))
-        takes_labels = self.unet.config.num_class_embeds is not None
-        return GuidedConditioning(Conditioning(labels=labels if takes_labels else None))
+        return GuidedConditioning(Conditioning(labels=None if self.class_embeds is None else labels))
 
 
 def class_number(label: Any, names: Mapping[int, str], count: int) -> int:

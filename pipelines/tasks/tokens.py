@@ -35,6 +35,7 @@ class CodesPipeline(LatentPipeline):
     """
 
     for_runtimes = False
+    unet_classes = ("TokenTransformer",)
     model_cpu_offload_seq = "text_encoder->transformer->vqvae"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     usual_defaults: ClassVar[dict[str, Any]] = {"num_inference_steps": STEPS, "guidance_scale": 1.0}

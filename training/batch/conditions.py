@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import ClassConditioner, Conditioning
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.text import encode_prompts, max_tokens
+from latentdiff.text import max_tokens
 from latentdiff.text.encode import TextConditioner
+from latentdiff.text.masked import MaskedTextConditioner, with_mask
 from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
@@ -29,7 +30,7 @@ from latentdiff.training.settings import DiffusionSettings
 
 logger = logging.getLogger(__name__)
 
-STATES = 1  # to be raised when `encode_prompts` gives other states for the same caption
+STATES = 1  # to be raised when a `TextConditioner` gives other states for the same caption
 LOOKED_AT = 200_000  # pictures whose captions may be too long, about
 SHOWN = 60  # characters of a caption in a message
 
@@ -39,12 +40,21 @@ class TextCache:
 
     Args:
         labels: see `TensorStore`.
+        manner: what makes states of captions.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Any, text_encoder: Any, labels: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        tokenizer: Any,
+        text_encoder: Any,
+        labels: Mapping[str, str] | None = None,
+        manner: type[TextConditioner] = TextConditioner,
     ) -> None:
-        self.store = TensorStore(Path(folder) / text_digest(tokenizer, text_encoder), labels)
+        self.manner, name = manner, text_digest(tokenizer, text_encoder)
+        if manner is not TextConditioner:
+            name = digest(name, manner.__name__)
+        self.store = TensorStore(Path(folder) / name, labels)
 
     def __getitem__(self, caption: str) -> Tensor:
         """(L, D) float16
@@ -78,8 +88,14 @@ class TextCache:
         captions = list(captions)
         if accelerator.is_main_process:
             warn_of_long(captions, tokenizer, max_tokens(tokenizer, text_encoder))
+        conditioner = self.manner(tokenizer, text_encoder, warn=False)
+
+        def encode(texts: list[str]) -> Tensor:
+            states = conditioner(texts, 1).states  # (B, L, D)
+            assert states is not None
+            return states
+
         with evaluating(text_encoder):
-            encode = partial(encode_prompts, tokenizer=tokenizer, text_encoder=text_encoder, warn=False)  # (B, L, D)
             self.encode(captions, encode, accelerator, batch_size)
 
     def encode(
@@ -166,8 +182,9 @@ class ConditionSource:
 
 
 def read_states(cache: TextCache, captions: Sequence[str]) -> Conditioning:
-    """Text states (B, L, D) float16 from a cache."""
-    return Conditioning(states=torch.stack([cache[caption] for caption in captions]))
+    """Text states (B, L, D) float16 from a cache, with the mask of those that hide padding."""
+    found = Conditioning(states=torch.stack([cache[caption] for caption in captions]))
+    return with_mask(found) if issubclass(cache.manner, MaskedTextConditioner) else found
 
 
 def read_tokens(
@@ -191,8 +208,10 @@ def token_source(tokenizer: Any, text_encoder: Any, prepare: Callable[[str], str
     return ConditionSource(partial(read_tokens, tokenizer, max_tokens(tokenizer, text_encoder), uses_mask, prepare))
 
 
-def class_source(classes: Sequence[str], pictures: Sequence[CaptionedPicture]) -> ConditionSource:
-    """Numbers of classes, in the order of their names.
+def class_source(
+    classes: Sequence[str], pictures: Sequence[CaptionedPicture], none: int | None = None
+) -> ConditionSource:
+    """Numbers of classes, in the order of their names; none: see `ClassConditioner`.
 
     Raises:
         ValueError: a picture, which must be held out, is of none of them.
@@ -204,7 +223,7 @@ def class_source(classes: Sequence[str], pictures: Sequence[CaptionedPicture]) -
                 f"{picture.name}: a held-out picture of {picture.captions[0]!r}, of which no training picture is; "
                 f"remove it"
             )
-    return ConditionSource(ClassConditioner(numbers))
+    return ConditionSource(ClassConditioner(numbers, none))
 
 
 def text_source(
@@ -213,18 +232,19 @@ def text_source(
     tokenizer: Any,
     text_encoder: Any,
     pictures: Sequence[CaptionedPicture],
+    manner: type[TextConditioner] = TextConditioner,
 ) -> ConditionSource:
     """The source for a frozen text encoder that the settings ask for; a cache is filled with all captions.
 
-    Warns once of captions that are too long. The encoder is back on the CPU afterwards where it is not needed, so that
-    a GPU's memory is the denoiser's.
+    `manner` makes states of captions. Warns once of captions that are too long. The encoder is back on the CPU
+    afterwards where it is not needed, so that a GPU's memory is the denoiser's.
     """
     if not settings.cache_text:
         look_for_long(run, pictures, tokenizer, text_encoder)
-        return ConditionSource(Captions, TextConditioner(tokenizer, text_encoder.to(run.device), warn=False))
+        return ConditionSource(Captions, manner(tokenizer, text_encoder.to(run.device), warn=False))
     text_encoder.to(run.device)
     labels = cache_labels(settings, "text_encoder", "model")
-    cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder, labels)
+    cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder, labels, manner)
     cache.fill(captions_of(settings, pictures), tokenizer, text_encoder, run.accelerator)
     return ConditionSource(partial(read_states, cache), idle=(text_encoder.to("cpu"),))
 

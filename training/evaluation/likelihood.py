@@ -43,7 +43,7 @@ class Measured(ABC):
         """What the UNet gives, (B, C, h, w) or twice the channels, float32."""
         unet = self.pipeline.unet
         given = {} if class_labels is None else {"class_labels": class_labels}
-        return unet(x.to(unet.dtype), timesteps, return_dict=False, **given)[0].float()
+        return unet(x.to(unet.dtype), timestep=timesteps, return_dict=False, **given)[0].float()
 
     def start(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The pixels, or their latents."""
@@ -195,7 +195,7 @@ def evaluate_likelihood(
     folder = settings.folder()
     check_report(folder / REPORT)
     measured = measured_on(pipeline, settings.steps, settings.variance)
-    of_classes = pipeline.unet.config.num_class_embeds is not None
+    of_classes = getattr(pipeline, "class_embeds", None) is not None
     pictures, left_out = held_out_pictures(settings, folder, "class" if of_classes else "none")
     pictures = pictures[: settings.count]
     figures = measure(measured, pictures, labels_of(pipeline, pictures) if of_classes else None, settings)

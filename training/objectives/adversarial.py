@@ -127,7 +127,7 @@ class AdversarialObjective(JudgedObjective):
         with ExitStack() as hooks:
             for block in feature_blocks(self.teacher):
                 hooks.callback(block.register_forward_hook(keep).remove)
-            self.teacher(noisy, self.process.model_time(times), **condition.arguments())
+            self.teacher(noisy, timestep=self.process.model_time(times), **condition.arguments())
         return tuple(found)
 
 

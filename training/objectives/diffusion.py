@@ -99,7 +99,7 @@ class DenoiserObjective(Objective[DiffusionBatch]):
         """
         noisy = self.process.mix(batch.latents, batch.noise, times)
         given = self.conditioning(batch.condition).arguments()
-        prediction = self.denoiser(noisy, self.process.model_time(times), **given).sample.float()
+        prediction = self.denoiser(noisy, timestep=self.process.model_time(times), **given).sample.float()
         channels = batch.latents.shape[1]
         wanted = self.process.prediction_channels(channels)
         if prediction.shape[1] != wanted:

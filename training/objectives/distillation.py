@@ -77,7 +77,7 @@ class DistillationObjective(Objective[DiffusionBatch]):
 
     def guess(self, network: Any, noisy: Tensor, times: Tensor, condition: Conditioning) -> Guess:
         """What `network` makes of noisy latents at the times (B,)."""
-        prediction = network(noisy, self.process.model_time(times), **condition.arguments()).sample.float()
+        prediction = network(noisy, timestep=self.process.model_time(times), **condition.arguments()).sample.float()
         return self.meaning(noisy, prediction, times)
 
     def guided_guess(self, noisy: Tensor, times: Tensor, condition: Conditioning, scales: Tensor) -> Guess:
@@ -86,7 +86,7 @@ class DistillationObjective(Objective[DiffusionBatch]):
             return self.guess(self.teacher, noisy, times, condition)
         both = Conditioning.cat([Conditioning(self.empty.expand(len(noisy), -1, -1)), condition])
         twice = self.process.model_time(times).repeat(2)
-        prediction = self.teacher(torch.cat([noisy] * 2), twice, **both.arguments()).sample.float()
+        prediction = self.teacher(torch.cat([noisy] * 2), timestep=twice, **both.arguments()).sample.float()
         without, with_prompt = prediction.chunk(2)
         guided = without + scales.view(-1, 1, 1, 1) * (with_prompt - without)
         return self.meaning(noisy, guided, times)

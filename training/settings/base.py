@@ -22,6 +22,7 @@ ALIASES = {
     **{"batch": "batch_size", "size": "resolution", "workers": "num_workers", "precision": "mixed_precision"},
     **{"lr_warmup_steps": "warmup_steps"},  # diffusers' scripts
     **{"objective": "process", "objective_options": "process_options"},
+    **{"network": "denoiser", "network_options": "denoiser_options"},
 }
 """What settings are called elsewhere, where a class has no setting of that name."""
 MEANT = {

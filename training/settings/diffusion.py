@@ -78,8 +78,12 @@ class DenoiserSettings(DiffusionSettings):
     process_options: dict[str, Any] = Field(
         {}, description="arguments of another process than gaussian: with flow shift, times, weighting and more"
     )
-    denoiser: str = Field("unet", description="the network; unet, or one that an extension registers")
-    denoiser_options: dict[str, Any] = Field({}, description="arguments of an extension's network")
+    denoiser: str = Field(
+        "unet", description="the network; unet, dit (a transformer), or one that an extension registers"
+    )
+    denoiser_options: dict[str, Any] = Field(
+        {}, description="arguments of another network than unet: with dit depth, width, heads, patch_size"
+    )
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
         "scaled_linear", description="how the noise grows with the timestep"
     )

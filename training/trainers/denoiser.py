@@ -10,6 +10,7 @@ from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.diffusion.losses import discretized_gaussian_log_likelihood, gaussian_log_likelihood
 from latentdiff.diffusion.process import Process, known_processes
 from latentdiff.diffusion.timesteps import LossSecondMoment
+from latentdiff.models import DiTTransformer2DModel, PixArtTransformer2DModel
 from latentdiff.pipelines.storage.places import text_encoder_at
 from latentdiff.training.card.kinds import (
     ModelKind,
@@ -30,7 +31,16 @@ from latentdiff.training.starting_networks import (
     made_by,
 )
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
-from latentdiff.training.trainers.diffusion_models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
+from latentdiff.training.trainers.diffusion_models import (
+    ONE_CLASS,
+    ClassModel,
+    DiffusionModel,
+    DiTModel,
+    OneClassModel,
+    PixArtModel,
+    TextModel,
+    UnconditionalModel,
+)
 
 
 def train_denoiser(settings: DenoiserSettings) -> Path:
@@ -105,15 +115,17 @@ def build_model(settings: DenoiserSettings, codec: Codec, process: Process, text
         freeze(text_encoder)
         set_seed(settings.seed)
         network = build_denoiser(settings, codec, process, Conditions(text_width=text_encoder.config.hidden_size))
-        return TextModel(codec, network, scheduler, process, tokenizer, text_encoder)
+        text_model = PixArtModel if isinstance(network, PixArtTransformer2DModel) else TextModel
+        return text_model(codec, network, scheduler, process, tokenizer, text_encoder)
     if codec.is_identity and "clip_sample" in scheduler.config:
         scheduler.register_to_config(clip_sample=True)
     classes = class_names(data.pictures) if settings.condition == "class" else []
     set_seed(settings.seed)
     network = build_denoiser(settings, codec, process, Conditions(classes=len(classes)))
+    is_dit = isinstance(network, DiTTransformer2DModel)
     if classes:
-        return ClassModel(codec, network, scheduler, process, classes)
-    return UnconditionalModel(codec, network, scheduler, process)
+        return (DiTModel if is_dit else ClassModel)(codec, network, scheduler, process, classes)
+    return (OneClassModel if is_dit else UnconditionalModel)(codec, network, scheduler, process)
 
 
 def kind_of(model: DiffusionModel, settings: DenoiserSettings, data: Data) -> ModelKind:
@@ -121,6 +133,8 @@ def kind_of(model: DiffusionModel, settings: DenoiserSettings, data: Data) -> Mo
     match model:
         case ClassModel():
             return class_conditional_kind(model.classes)
+        case OneClassModel():
+            return class_conditional_kind([ONE_CLASS])
         case UnconditionalModel():
             return unconditional_kind()
     return text_to_image_kind([*settings.sample_prompts, *short_captions(data.pictures)])

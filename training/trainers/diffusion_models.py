@@ -9,11 +9,18 @@ import torch
 from torch import nn
 
 from latentdiff.codec import Codec
-from latentdiff.conditioning import NoConditioner
+from latentdiff.conditioning import Conditioning, NoConditioner
 from latentdiff.diffusion.process import Clock
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.pipelines import ClassConditionalPipeline, TextToImagePipeline, UnconditionalPipeline
+from latentdiff.pipelines import (
+    ClassConditionalPipeline,
+    DiTPipeline,
+    PixArtTextToImagePipeline,
+    TextToImagePipeline,
+    UnconditionalPipeline,
+)
 from latentdiff.pipelines.distributed import processes
+from latentdiff.text.masked import MaskedTextConditioner
 from latentdiff.training.batch.cache import digest
 from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
 from latentdiff.training.batch.latents import latents_digest
@@ -189,6 +196,61 @@ class UnconditionalModel(DiffusionModel):
         self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device, seed: int = 0
     ) -> list[Any]:
         return self._pictures(device, settings, batch_size=SAMPLES, seed=seed)
+
+
+@dataclass
+class PixArtModel(TextModel):
+    """A transformer that is conditioned on text, whose padding is hidden from it."""
+
+    def pipeline(self) -> PixArtTextToImagePipeline:
+        return PixArtTextToImagePipeline(
+            self.tokenizer, self.text_encoder, self.codec.autoencoder, self.network, self.scheduler
+        )
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        return text_source(run, settings, self.tokenizer, self.text_encoder, pictures, MaskedTextConditioner)
+
+
+@dataclass
+class DiTModel(ClassModel):
+    """A transformer that is conditioned on classes."""
+
+    def pipeline(self) -> DiTPipeline:
+        return DiTPipeline(self.network, self.codec.autoencoder, self.scheduler, dict(enumerate(self.classes)))
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        return class_source(self.classes, pictures, self.network.config.num_embeds_ada_norm)
+
+
+ONE_CLASS = "picture"
+"""Of which a transformer draws that was trained without classes, as a ``DiTPipeline`` has some."""
+
+
+@dataclass
+class OneClassModel(UnconditionalModel):
+    """A transformer that is given the same class with every picture."""
+
+    def pipeline(self) -> DiTPipeline:
+        return DiTPipeline(self.network, self.codec.autoencoder, self.scheduler, {0: ONE_CLASS})
+
+    def conditions(
+        self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
+    ) -> ConditionSource:
+        return ConditionSource(one_class)
+
+    def draw(
+        self, prompts: Sequence[str], settings: DiffusionSettings, device: torch.device, seed: int = 0
+    ) -> list[Any]:
+        return self._pictures(device, settings, [ONE_CLASS] * SAMPLES, guidance_scale=1.0, seed=seed)
+
+
+def one_class(captions: Sequence[str]) -> Conditioning:
+    """The label 0 for each caption."""
+    return Conditioning(labels=torch.zeros(len(captions), dtype=torch.long))
 
 
 @dataclass

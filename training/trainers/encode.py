@@ -20,7 +20,7 @@ from latentdiff.training.data import CaptionedPicture, NoPicturesError
 from latentdiff.training.data.load import prepare_pictures
 from latentdiff.training.loop.distributed import accelerator_of
 from latentdiff.training.settings import Condition, DenoiserSettings, DiffusionSettings, FinetuneSettings
-from latentdiff.training.starting_networks import Conditions, build_denoiser, load_autoencoder
+from latentdiff.training.starting_networks import Conditions, build_denoiser, load_autoencoder, text_manner
 from latentdiff.training.trainers.denoiser import build_process
 from latentdiff.training.trainers.finetune import complete, load_model
 
@@ -129,7 +129,8 @@ def _encode_captions(
         both = JointTextCache(output / "text", conditioner, labels)
         fill = partial(both.fill_with, conditioner=conditioner, accelerator=accelerator)
     else:
-        cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels)
+        manner = text_manner(getattr(settings, "denoiser", ""))
+        cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels, manner)
         fill = partial(cache.fill, tokenizer=tokenizer, text_encoder=text_encoder, accelerator=accelerator)
     while some := list(islice(left, PART)):
         fill(captions_of(settings, some))

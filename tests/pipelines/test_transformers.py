@@ -1,0 +1,201 @@
+"""Folders of DiT and PixArt are drawn from as diffusers' pipelines draw, and found by what they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from compare import largest_difference
+from PIL import Image
+from tiny import VAE, bert_parts
+from transformers import T5Config, T5EncoderModel
+
+from latentdiff.pipelines import (
+    ClassConditionalPipeline,
+    DiTPipeline,
+    ImageToImagePipeline,
+    InpaintPipeline,
+    PixArtTextToImagePipeline,
+    TextToImagePipeline,
+)
+from latentdiff.pipelines.registry import kind_in
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "out_channels": 8}
+PLAIN = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 12}
+"""How diffusers draws from a PixArt of another size than the released ones."""
+
+
+def parts(text: str) -> dict[str, Any]:
+    found = bert_parts()
+    if text == "t5":
+        words = len(found["tokenizer"])
+        config = T5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0)
+        found["text_encoder"] = T5EncoderModel(config).eval()
+    return found
+
+
+def randomized(network: Any) -> Any:
+    for parameter in network.parameters():  # by default half of a transformer's are too small to show
+        torch.nn.init.normal_(parameter, std=0.15)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of diffusers' DiTPipeline, with names as ImageNet's have them."""
+    torch.manual_seed(4)
+    transformer = randomized(diffusers.DiTTransformer2DModel(**SMALL, num_embeds_ada_norm=1000))
+    pipeline = diffusers.DiTPipeline(transformer, diffusers.AutoencoderKL(**VAE), diffusers.DDIMScheduler())
+    folder = tmp_path_factory.mktemp("dit") / "model"
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(i): f"thing {i}, item {i}" for i in range(1000)}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def pixart_folder(folder: Path, text: str = "t5", **config: Any) -> Path:
+    torch.manual_seed(5)
+    transformer = diffusers.PixArtTransformer2DModel(**SMALL, cross_attention_dim=24, caption_channels=16, **config)
+    pipeline = diffusers.PixArtAlphaPipeline(
+        **parts(text),
+        vae=diffusers.AutoencoderKL(**VAE),
+        transformer=randomized(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of diffusers' PixArtAlphaPipeline, with T5."""
+    return pixart_folder(tmp_path_factory.mktemp("pixart") / "model")
+
+
+def both(ours: Any, theirs: Any, folder: Path) -> tuple[Any, Any]:
+    pipelines = ours.from_pretrained(folder), theirs.from_pretrained(folder)
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
+
+
+def test_dit_draws_diffusers_pictures(dit: Path) -> None:
+    ours, theirs = both(ClassConditionalPipeline, diffusers.DiTPipeline, dit)
+    assert type(ours) is DiTPipeline
+    for call in ({"class_labels": [3, 999]}, {"class_labels": [7], "guidance_scale": 1.0}):
+        assert largest_difference(ours, theirs, **{**call, "num_inference_steps": 3}) < 1e-4
+    named = ours(["item 3", "thing 999"], num_inference_steps=2, seed=0, output_type="pt").images
+    numbered = ours([3, 999], num_inference_steps=2, seed=0, output_type="pt").images
+    assert torch.equal(named, numbered)
+
+
+def test_pixart_draws_diffusers_pictures(pixart: Path) -> None:
+    ours, theirs = both(TextToImagePipeline, diffusers.PixArtAlphaPipeline, pixart)
+    assert type(ours) is PixArtTextToImagePipeline
+    calls: list[dict[str, Any]] = [
+        {"prompt": ["a red thing", "sun"], "num_images_per_prompt": 2},
+        {"prompt": " A Red Thing", "negative_prompt": "blue"},
+        {"prompt": "a thing", "guidance_scale": 1.0, "height": 24, "width": 16},
+        {"prompt": "a very long prompt that is cut somewhere"},
+    ]
+    for call in calls:
+        found = [pipeline_call(one, **call) for one in (ours, theirs)]
+        assert found[0].shape == found[1].shape
+        assert float((found[0] - found[1]).abs().max()) < 1e-4, call
+        assert found[0].std() > 0.01
+    states, negative = ours.encode_prompt("a red thing")
+    again = ours(prompt_embeds=states, negative_prompt_embeds=negative, seed=0, output_type="pt").images
+    assert torch.equal(again, ours("a red thing", seed=0, output_type="pt").images)
+
+
+def pipeline_call(pipeline: Any, **call: Any) -> torch.Tensor:
+    plain = PLAIN if type(pipeline).__module__.startswith("diffusers") else {}
+    options = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(7)}
+    return pipeline(**{**options, **plain, **call}).images
+
+
+def test_pixart_is_told_the_size_if_it_takes_that(tmp_path: Path) -> None:
+    folder = pixart_folder(tmp_path, "bert", use_additional_conditions=True)
+    ours = TextToImagePipeline.from_pretrained(folder)
+    ours.set_progress_bar_config(disable=True)
+    theirs = diffusers.PixArtTransformer2DModel.from_pretrained(folder / "transformer")
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "pt", "height": 24, "width": 16}
+    found = ours("a thing", **call).images
+    given: list[Any] = []
+    theirs.register_forward_hook(lambda *args: given.append(args[2]["added_cond_kwargs"]), with_kwargs=True)
+    ours.transformer = theirs
+    torch.testing.assert_close(found, ours("a thing", **call).images, atol=1e-4, rtol=1e-4)
+    assert given[0]["resolution"].tolist() == [[24, 16]] * 2
+    assert given[0]["aspect_ratio"].tolist() == [[1.5]] * 2
+
+
+def test_pixart_starts_from_pictures_and_fills_masks(pixart: Path) -> None:
+    picture = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    call: dict[str, Any] = {"seed": 0, "num_inference_steps": 3, "output_type": "pt", "image": picture}
+    ours = ImageToImagePipeline.from_pretrained(pixart)
+    assert ours("a thing", **call, strength=0.7).images.shape == (1, 3, 16, 16)
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (4, 4, 12, 15))
+    filled = InpaintPipeline.from_pipe(ours)
+    assert type(filled).__name__ == "PixArtInpaintPipeline"
+    assert filled("a thing", **call, mask_image=mask).images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_what_is_saved_is_diffusers_and_ours(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(name)
+    base: Any = ClassConditionalPipeline if name == "dit" else TextToImagePipeline
+    ours = base.from_pretrained(source)
+    ours.register_defaults(num_inference_steps=2)
+    ours.save_pretrained(tmp_path / "folder")
+    ours.save_single_file(tmp_path / "file.safetensors")
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    assert index["transformer"][0] == "diffusers"
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert type(theirs).__name__ == index["_class_name"] == ("DiTPipeline" if name == "dit" else "PixArtAlphaPipeline")
+    first: Any = [3] if name == "dit" else "a thing"
+    back, packed = base.from_pretrained(tmp_path / "folder"), base.from_single_file(tmp_path / "file.safetensors")
+    pictures = [one(first, seed=0, output_type="pt").images for one in (ours, back, packed)]
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[0], pictures[2])
+
+
+def test_released_folders_name_the_former_class(dit: Path, pixart: Path, tmp_path: Path) -> None:
+    for folder, base in ((dit, ClassConditionalPipeline), (pixart, TextToImagePipeline)):
+        pipeline: Any = base.from_pretrained(folder)
+        pipeline.save_pretrained(tmp_path / folder.parent.name)
+        for file in (tmp_path / folder.parent.name / "model_index.json", *tmp_path.glob("*/transformer/config.json")):
+            text = file.read_text()
+            for old in ("DiTTransformer2DModel", "PixArtTransformer2DModel"):
+                text = text.replace(old, "Transformer2DModel")
+            file.write_text(text)
+        again: Any = base.from_pretrained(tmp_path / folder.parent.name)
+        assert type(again.transformer) is type(pipeline.transformer)
+
+
+def test_the_kind_is_found_by_the_folder(dit: Path, pixart: Path) -> None:
+    assert kind_in(dit, textless=True).name == "DiTPipeline"
+    assert kind_in(pixart).name == "PixArtTextToImagePipeline"
+    assert kind_in(pixart, ("image",)).name == "PixArtImageToImagePipeline"
+    with pytest.raises(ValueError, match="draws without text"):
+        kind_in(dit, ("image",), textless=True)
+
+
+def test_what_does_not_go_is_refused(dit: Path, pixart: Path) -> None:
+    ours: Any = TextToImagePipeline.from_pretrained(pixart)
+    with pytest.raises(ValueError, match="height=18 is not a multiple of 4"):
+        ours("a thing", height=18)
+    with pytest.raises(ValueError, match="FreeU is for UNets"):
+        ours.enable_freeu(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="LoRAs cannot be loaded"):
+        ours.load_lora_weights("x")
+    with pytest.raises(ValueError, match="original_size is for SDXL"):
+        ours("a thing", original_size=(8, 8))
+    classes: Any = ClassConditionalPipeline.from_pretrained(dit)
+    with pytest.raises(ValueError, match="there is no class 'thing 1000'"):
+        classes("thing 1000")
+    with pytest.raises(ValueError, match="at most the 1000 of the transformer"):
+        DiTPipeline(classes.transformer, classes.vae, classes.scheduler, {i: str(i) for i in range(1001)})
