@@ -58,7 +58,7 @@ def draw_at(server: str, prompts: Sequence[str], count: int, options: Sequence[P
         for i, prompt in enumerate(prompts)
         for first in range(0, count, BATCH)
     ]
-    pictures = {
+    pictures: dict[str, tuple[str, bytes]] = {
         name: (given[name].name, read_bytes(given[name], MAX_PICTURE)) for name in ("image", "mask") if name in given
     }
     address = address_of(server)
