@@ -168,6 +168,7 @@ def read_pictures(
 
 def painted(mask: Image.Image) -> Image.Image:
     """A mask that is white where to paint: one with transparency is OpenAI's, who paint where it is transparent."""
-    if not mask.has_transparency_data:
+    alpha = mask.convert("RGBA").getchannel("A") if mask.has_transparency_data else None
+    if alpha is None or alpha.getextrema() == (255, 255):  # browsers' pictures have opacity, used or not
         return mask
-    return mask.convert("RGBA").getchannel("A").point([255 - level for level in range(256)])
+    return alpha.point([255 - level for level in range(256)])

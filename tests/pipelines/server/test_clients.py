@@ -71,13 +71,13 @@ def test_previews_come_before_pictures(client: Any, drawer: Any) -> None:
         assert near(opened(event), wanted)
 
 
-@pytest.mark.parametrize("theirs", [False, True])
-def test_painting_within_a_mask(client: Any, drawer: Any, theirs: bool) -> None:
-    """Masks are white where to paint, or, as OpenAI's, transparent."""
+@pytest.mark.parametrize("kind", ["L", "RGBA", "theirs"])
+def test_painting_within_a_mask(client: Any, drawer: Any, kind: str) -> None:
+    """Masks are white where to paint, or, as OpenAI's, transparent; an opaque one with opacity is white there too."""
     image, mask = Image.fromarray(COLOURS), Image.new("L", (16, 16))
     mask.paste(255, (8, 0, 16, 16))
-    sent = mask
-    if theirs:
+    sent = mask if kind == "theirs" else mask.convert(kind)
+    if kind == "theirs":
         sent = image.copy()
         sent.putalpha(mask.point(lambda level: 255 - level))
     files = {"image": ("photo.png", png(image)), "mask": png(sent)}
