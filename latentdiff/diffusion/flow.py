@@ -113,10 +113,16 @@ class RectifiedFlow(Process):
         return 1 - sigma, sigma
 
     def loss(
-        self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, weight: Tensor | float = 1.0
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        weight: Tensor | float = 1.0,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The squared error of the velocity, with the weight of `weighting`, for each picture, (B,)."""
-        return weight * self.time_weight(times) * self.error(prediction, clean, noise, times)
+        return weight * self.time_weight(times) * self.error(prediction, clean, noise, times, mask)
 
     def time_weight(self, times: Tensor) -> Tensor | float:
         """What `weighting` says of these times, (B,) float32."""

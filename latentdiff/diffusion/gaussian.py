@@ -174,10 +174,16 @@ class GaussianDiffusion(GaussianProcess):
         return 1 / (1 + torch.lerp(sigmas[0], sigmas[1], share) ** 2)
 
     def loss(
-        self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, weight: Tensor | float = 1.0
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        weight: Tensor | float = 1.0,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The loss that ``loss_type`` names, for each picture, (B,); see `losses.training_losses`."""
-        return training_losses(self, prediction, clean, times, noise, weight, self.log_likelihood)
+        return training_losses(self, prediction, clean, times, noise, weight, self.log_likelihood, mask)
 
     def respaced(self, sections: int | str | Sequence[int]) -> "GaussianDiffusion":
         """The same process in fewer steps, for few-step sampling and its bound; see `space_timesteps`.

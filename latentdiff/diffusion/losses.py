@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm_formulas import GaussianProcess
-from latentdiff.diffusion.process import TARGETS
+from latentdiff.diffusion.process import TARGETS, per_picture
 
 LogLikelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, mean, log_variance) -> log likelihood in nats, elementwise."""
@@ -67,6 +67,7 @@ def training_losses(
     noise: Tensor,
     weight: Tensor | float = 1.0,
     log_likelihood: LogLikelihood = gaussian_log_likelihood,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The loss that `process.loss_type` names, for each picture, (B,).
 
@@ -74,17 +75,20 @@ def training_losses(
         prediction: for ``process.q_sample(x_start, timesteps, noise)``; (B, C, ...) or (B, 2C, ...).
         weight: (B,), of the error of the prediction, such as ``process.min_snr_weight``; a bound has its own weights.
         log_likelihood: of the bound's last step; the default suits latents.
+        mask: see `per_picture`; of the bound's terms too.
     """
     if process.loss_type == "bound":
         x_t = process.q_sample(x_start, timesteps, noise)
-        return process.num_timesteps * bound_term(process, prediction, x_start, timesteps, x_t, log_likelihood)
+        return process.num_timesteps * bound_term(
+            process, prediction, x_start, timesteps, x_t, log_likelihood, mask=mask
+        )
     if process.loss_type == "l1":
         target = process.target(x_start, noise, timesteps)
-        losses = weight * per_picture((process.split_variance(prediction)[0] - target).abs())
+        losses = weight * per_picture((process.split_variance(prediction)[0] - target).abs(), mask)
     else:
-        losses = weight * process.error(prediction, x_start, noise, timesteps)  # DDPM, Eq. 14
+        losses = weight * process.error(prediction, x_start, noise, timesteps, mask)  # DDPM, Eq. 14
     if process.loss_type == "hybrid":
-        losses = losses + hybrid_bound(process, prediction, x_start, timesteps, noise, log_likelihood)
+        losses = losses + hybrid_bound(process, prediction, x_start, timesteps, noise, log_likelihood, mask)
     return losses
 
 
@@ -95,6 +99,7 @@ def hybrid_bound(
     timesteps: Tensor,
     noise: Tensor,
     log_likelihood: LogLikelihood = gaussian_log_likelihood,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What the hybrid loss adds to the simple one to teach the variances, (B,).
 
@@ -105,7 +110,8 @@ def hybrid_bound(
     assert variance is not None
     x_t = process.q_sample(x_start, timesteps, noise)
     frozen = torch.cat([mean.detach(), variance], dim=1)
-    return bound_term(process, frozen, x_start, timesteps, x_t, log_likelihood) * (process.num_timesteps / 1000)
+    bound = bound_term(process, frozen, x_start, timesteps, x_t, log_likelihood, mask=mask)
+    return bound * (process.num_timesteps / 1000)
 
 
 def bound_term(
@@ -116,6 +122,7 @@ def bound_term(
     x_t: Tensor,
     log_likelihood: LogLikelihood = gaussian_log_likelihood,
     clip_denoised: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The term of the variational bound that belongs to each timestep, in bits per dimension, (B,).
 
@@ -126,11 +133,12 @@ def bound_term(
         prediction: what the network gives for x_t: (B, C, ...) or, with learned variances, (B, 2C, ...).
         log_likelihood: the default suits latents; pixels want `discretized_gaussian_log_likelihood`.
         clip_denoised: keep the predicted x_0 in [-1, 1], for pixels.
+        mask: see `per_picture`.
     """
     true_mean, _, true_log_variance = process.q_posterior_mean_variance(x_start, x_t, timesteps)
     predicted = process.p_mean_variance(prediction, x_t, timesteps, clip_denoised)
-    divergence = per_picture(normal_kl(true_mean, true_log_variance, predicted.mean, predicted.log_variance))
-    decoder = -per_picture(log_likelihood(x_start, predicted.mean, predicted.log_variance))
+    divergence = per_picture(normal_kl(true_mean, true_log_variance, predicted.mean, predicted.log_variance), mask)
+    decoder = -per_picture(log_likelihood(x_start, predicted.mean, predicted.log_variance), mask)
     return torch.where(timesteps == 0, decoder, divergence) / math.log(2)
 
 
@@ -140,11 +148,6 @@ def prior_term(process: GaussianProcess, x_start: Tensor) -> Tensor:
     mean, _, log_variance = process.q_mean_variance(x_start, last)
     zero = torch.zeros((), dtype=x_start.dtype, device=x_start.device)
     return per_picture(normal_kl(mean, log_variance.expand_as(mean), zero, zero)) / math.log(2)
-
-
-def per_picture(x: Tensor) -> Tensor:
-    """The mean of everything but the batch, (B,)."""
-    return x.flatten(1).mean(1)
 
 
 # The bound of whole pictures

@@ -18,6 +18,20 @@ Coefficient = Any
 SMALLEST_SIGNAL = 1e-4  # below it x_t is noise alone and says nothing of x_0; dividing by less would give infinity
 
 
+def per_picture(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of everything but the batch, (B,).
+
+    Args:
+        x: (B, ...).
+        mask: (B, 1, ...) in [0, 1], the weight of each place in the mean, sum(mask x) / sum(mask); where it is 0
+            everywhere, that is 0. None: all places alike.
+    """
+    if mask is None:
+        return x.flatten(1).mean(1)
+    weights = mask.to(x).expand_as(x).flatten(1)
+    return (x.flatten(1) * weights).sum(1) / weights.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+
+
 class Target(ABC):
     """What a network predicts from x_t = signal x_0 + sigma eps: a linear combination of x_0 and eps.
 
@@ -202,19 +216,31 @@ class Process(Clock):
         """How many channels the network must give for pictures or latents of `channels`."""
         return channels
 
-    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Mean squared error of the prediction, for each picture, (B,). It compares runs: no weights, no bound."""
+    def error(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the prediction, for each picture, (B,). It compares runs: no weights, no bound.
+
+        mask: see `per_picture`.
+        """
         wanted = self.target(clean, noise, times)
-        return (prediction[:, : clean.shape[1]] - wanted).square().flatten(1).mean(1)
+        return per_picture((prediction[:, : clean.shape[1]] - wanted).square(), mask)
 
     def loss(
-        self, prediction: Tensor, clean: Tensor, noise: Tensor, times: Tensor, weight: Tensor | float = 1.0
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        weight: Tensor | float = 1.0,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """What training minimises, for each picture, (B,).
 
-        prediction: the network's, for ``mix(clean, noise, times)``; weight: (B,), of the error of the prediction.
+        prediction: the network's, for ``mix(clean, noise, times)``; weight: (B,), of the error of the prediction;
+        mask: see `per_picture`.
         """
-        return weight * self.error(prediction, clean, noise, times)
+        return weight * self.error(prediction, clean, noise, times, mask)
 
     def clean(self, noisy: Tensor, prediction: Tensor, timestep: Any) -> Tensor:
         """The picture x_0 that a prediction stands for at one timestep, computed in float32. (B, C, ...)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 LIMIT_VARIABLE = "LATENTDIFF_CACHE_GB"
 LIMIT = 20.0  # GB, unless the variable says otherwise
-KINDS = {"latents": "pictures", "text": "captions"}
+KINDS = {"latents": "pictures", "masks": "masks", "text": "captions"}
 """Folders in it, and what their files were encoded from."""
 GRAPHS = "runtimes"
 """The folder with graphs in it, a folder for each model, runtime and precision."""

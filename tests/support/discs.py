@@ -25,3 +25,11 @@ def save_discs(folder: Path, **column: str) -> Path:
         rows.append({"file_name": f"{i}.png", "text": [f"a {colour} thing", colour], "split": split, **more})
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return folder
+
+
+def add_masks(folder: Path) -> None:
+    """Lay a mask beside each picture of `save_discs`: white where the disc is, and grey around it."""
+    for i in range(12):
+        mask = Image.new("L", (20 + i, 16), 0)
+        ImageDraw.Draw(mask).ellipse((4, 2, 16 + i % 3, 13), fill=255, outline=128)
+        mask.save(folder / f"{i}.mask.png")

@@ -107,6 +107,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
         latent_channels, factor: of the autoencoder.
         update_size: pictures in one update, over which timesteps are spread evenly.
         tells_sizes: see `ConditionSource`.
+        read_mask: gives the mask of a view, (1, h, w); None: the loss looks at whole pictures.
     """
 
     settings: DiffusionSettings
@@ -118,6 +119,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
     factor: int
     update_size: int
     tells_sizes: bool = False
+    read_mask: Callable[[PictureView], Tensor] | None = None
 
     def __getitem__(self, place: Place) -> SampleBatch:
         generator = generator_of(self.settings.seed, SAMPLE, place.step, place.slot)
@@ -146,6 +148,7 @@ class DiffusionSamples(Dataset[SampleBatch]):
             torch.tensor([picture.loss_weight]),
             (picture.name,),
             torch.tensor([view.told(picture)], dtype=torch.float32) if self.tells_sizes else None,
+            None if self.read_mask is None else self.read_mask((picture, view))[None].float(),
         )
 
 
@@ -156,6 +159,7 @@ class Reader:
     Args:
         update_size: pictures in one update.
         device: of the batches.
+        masks: see `DiffusionSamples.read_mask`.
     """
 
     settings: DiffusionSettings
@@ -164,6 +168,7 @@ class Reader:
     conditions: ConditionSource
     update_size: int
     device: torch.device
+    masks: Callable[[PictureView], Tensor] | None = None
 
     @property
     def idle(self) -> tuple[Any, ...]:
@@ -182,6 +187,7 @@ class Reader:
             self.codec.factor,
             self.update_size,
             self.conditions.tells_sizes,
+            self.masks,
         )
 
     def batch(self, samples: SampleBatch) -> DiffusionBatch:
@@ -196,6 +202,7 @@ class Reader:
             condition=condition,
             loss_weight=samples.loss_weight.to(self.device, non_blocking=True),
             names=samples.names,
+            mask=None if samples.mask is None else samples.mask.to(self.device, non_blocking=True),
         )
 
     def held_out(self, pictures: Sequence[CaptionedPicture], views: ViewChoice, bands: int) -> list[DiffusionBatch]:
@@ -207,6 +214,7 @@ class Reader:
                 generator = generator_of(HELD_OUT_SEEDS, i, band)
                 draw = (band + (i + 0.5) / count) / bands
                 sample = samples.sample(picture, views.centred(i), picture.captions[0], draw, generator)
-                by_shape.setdefault(sample.noise.shape, []).append(sample)
+                if sample.mask is None or bool(sample.mask.any()):  # or there is nothing to measure
+                    by_shape.setdefault(sample.noise.shape, []).append(sample)
         chunks = [alike[at : at + CHUNK] for alike in by_shape.values() for at in range(0, len(alike), CHUNK)]
         return [self.batch(SampleBatch.cat(chunk)) for chunk in chunks]

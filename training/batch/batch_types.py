@@ -100,6 +100,7 @@ class SampleBatch(Batch):
         draws: (B,) float64, uniform in [0, 1), from which the process or a sampler takes the timesteps.
         loss_weight: (B,) float32.
         time_ids: (B, 6) float32, what SDXL is told of the pictures' sizes, see `View.told`.
+        mask: (B, 1, h, w) in [0, 1], what of each picture the loss looks at; None: at all of it.
     """
 
     pictures: Tensor
@@ -110,6 +111,7 @@ class SampleBatch(Batch):
     loss_weight: Tensor
     names: tuple[str, ...]
     time_ids: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class DiffusionBatch:
         condition: what the network is given of the captions, or their tokens.
         loss_weight: (B,) float32, on the device.
         names: of the pictures.
+        mask: (B, 1, h, w) float32 in [0, 1], on the device: the weight of each place in a picture's loss.
     """
 
     latents: Tensor
@@ -130,6 +133,11 @@ class DiffusionBatch:
     condition: Conditioning | Tokens
     loss_weight: Tensor
     names: tuple[str, ...] = ()
+    mask: Tensor | None = None
+
+    def masked(self) -> dict[str, Tensor]:
+        """The mask as an argument of a process's losses, where there is one."""
+        return {} if self.mask is None else {"mask": self.mask}
 
     def times(self, process: Clock, held_out: bool = False) -> Tensor:
         """The process's times for the draws, (B,), on the device of the latents; or those of a held-out loss."""

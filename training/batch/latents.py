@@ -102,7 +102,7 @@ class LatentCache:
         by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
 
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
-            for keys, pixels in load(by_key, batches, num_workers):
+            for keys, pixels in load(by_key, batches, num_workers, read_unchanged):
                 names = [by_key[key][0].name for key in keys]
                 moments = finite(
                     encode(codec, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
@@ -121,28 +121,35 @@ class LatentCache:
         fill(self.store, list(by_key), encoded, accelerator, batch_size=batch_size, kind=size, things=things)
 
 
-def load(by_key: Mapping[str, PictureView], batches: Batches, num_workers: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Keys and pixels (B, 3, H, W) of each batch."""
+def load(
+    by_key: Mapping[str, PictureView], batches: Batches, num_workers: int, read: Callable[[PictureView], Tensor]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and what is read of their views (B, ...) of each batch."""
     if batches:
         own = torch.Generator()  # so that the run's random state does not depend on what was cached
-        yield from DataLoader(Pixels(by_key), batch_sampler=batches, num_workers=num_workers, generator=own)
+        yield from DataLoader(Views(by_key, read), batch_sampler=batches, num_workers=num_workers, generator=own)
 
 
-class Pixels(Dataset[tuple[str, Tensor]]):
-    """Key and pixels of what is to be encoded."""
+class Views(Dataset[tuple[str, Tensor]]):
+    """Key of a view and what is read of it."""
 
-    def __init__(self, by_key: Mapping[str, PictureView]) -> None:
-        self.by_key = by_key
+    def __init__(self, by_key: Mapping[str, PictureView], read: Callable[[PictureView], Tensor]) -> None:
+        self.by_key, self.read = by_key, read
 
     def __getitem__(self, key: str) -> tuple[str, Tensor]:
-        picture, view = self.by_key[key]
-        return key, read_view((unchanged(picture), view))
+        return key, self.read(self.by_key[key])
 
 
 def read_view(pictured: PictureView) -> Tensor:
     """(3, H, W) in [-1, 1]"""
     picture, view = pictured
     return read_pixels(picture, view.width, view.height, view.crop, view.flip)
+
+
+def read_unchanged(pictured: PictureView) -> Tensor:
+    """`read_view` of a picture that is still what its digest says. (3, H, W)"""
+    picture, view = pictured
+    return read_view((unchanged(picture), view))
 
 
 def unchanged(picture: CaptionedPicture) -> CaptionedPicture:

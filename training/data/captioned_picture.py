@@ -30,6 +30,8 @@ class CaptionedPicture:
         loss_weight: factor of this picture's loss.
         digest: SHA-256 of the encoded bytes in hexadecimal; the survey fills it in.
         size: (width, height) as seen, after EXIF rotation; the survey fills it in.
+        mask: gives the encoded mask, see `masks`; None: there is none, or it is not wanted.
+        mask_digest: SHA-256 of the mask's bytes in hexadecimal; the survey fills it in.
     """
 
     name: str
@@ -39,6 +41,8 @@ class CaptionedPicture:
     loss_weight: float = 1.0
     digest: str = ""
     size: tuple[int, int] | None = None
+    mask: Read | None = field(default=None, repr=False)
+    mask_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +149,23 @@ def read_pixels(
         image = decode(picture.read(), picture.name).image
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: cannot be read as a picture ({error}); repair or remove it") from error
-    scale = min(image.width / width, image.height / height)
-    covered = (width * scale, height * scale)  # the part of the picture that is kept, in its own pixels
-    left, top = (crop[0] * (image.width - covered[0]), crop[1] * (image.height - covered[1]))
-    box = (left, top, min(left + covered[0], image.width), min(top + covered[1], image.height))
+    box = covered_box(image.size, width, height, crop)
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box)))  # (H, W, 3)
     pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
     return pixels.flip(-1) if flip else pixels
+
+
+def covered_box(
+    size: tuple[int, int], width: int, height: int, crop: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """The part of a picture that is kept, in its own pixels: left, top, right, bottom.
+
+    Args:
+        size: (width, height) of the picture.
+        width, height, crop: see `View`.
+    """
+    scale = min(size[0] / width, size[1] / height)
+    covered = (width * scale, height * scale)
+    left, top = (crop[0] * (size[0] - covered[0]), crop[1] * (size[1] - covered[1]))
+    left, top = max(left, 0.0), max(top, 0.0)  # which rounding may have made less
+    return left, top, min(left + covered[0], size[0]), min(top + covered[1], size[1])

@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +40,7 @@ _large = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """image: RGB, upright. format: Pillow's name of it. animated: whether there were further frames."""
+    """image: upright, RGB or what was asked for. format: Pillow's name of it. animated: whether it has more frames."""
 
     image: Image.Image
     format: str
@@ -71,11 +72,12 @@ def formats_of(suffix: str) -> tuple[str, ...]:
     return readable_formats()
 
 
-def decode(content: bytes, name: str = "") -> Decoded:
+def decode(content: bytes, name: str = "", convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Decoded:
     """The first frame of an encoded picture as RGB.
 
     Args:
         name: of its file; some formats are read only where its suffix says so.
+        convert: makes of a picture of any mode what is wanted instead of RGB.
 
     Raises:
         ValueError: the picture cannot be decoded whole, has more than `MOST_PIXELS`, or a side of fewer than
@@ -84,7 +86,7 @@ def decode(content: bytes, name: str = "") -> Decoded:
     if not content:
         raise ValueError("the file is empty")
     try:
-        return _decode(content, formats_of(os.path.splitext(name)[1].lower()))
+        return _decode(content, formats_of(os.path.splitext(name)[1].lower()), convert)
     except MemoryError:
         raise ValueError("there is not enough memory to decode it") from None
     except Exception as error:  # decoders raise nearly everything when a file was made to
@@ -99,7 +101,7 @@ def _tidy(error: Exception, name: str) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _decode(content: bytes, formats: tuple[str, ...]) -> Decoded:
+def _decode(content: bytes, formats: tuple[str, ...], convert: Callable[[Image.Image], Image.Image]) -> Decoded:
     with Image.open(io.BytesIO(content), formats=formats) as image:
         width, height = image.size
         if width * height > MOST_PIXELS:
@@ -109,4 +111,4 @@ def _decode(content: bytes, formats: tuple[str, ...]) -> Decoded:
         animated = bool(getattr(image, "is_animated", False)) and image.format not in ("MPO", "PSD")
         with _large if width * height > LARGE else nullcontext():
             image.load()
-            return Decoded(to_rgb(upright(image)), image.format or "", animated)
+            return Decoded(convert(upright(image)), image.format or "", animated)

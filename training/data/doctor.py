@@ -15,6 +15,7 @@ from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.decode import is_picture
 from latentdiff.training.data.duplicates import near_groups
 from latentdiff.training.data.load import hold_out, read_source
+from latentdiff.training.data.masks import MASK_SUFFIX
 from latentdiff.training.data.source import TRAIN, Finding, NoPicturesError, Source, Wanted, normal
 from latentdiff.training.data.survey import (
     NAMED,
@@ -85,6 +86,7 @@ class DataReport:
             yield from _section(["", f"{title} ({len(findings)}):"], [*named, *more], indent=2, most=NAMED + 1)
         if self.entries:
             yield from self._duplicates()
+            yield from self._masks()
             yield from self._captions()
             yield from self._token_lengths()
             yield from self._sizes()
@@ -96,6 +98,14 @@ class DataReport:
             lines = [", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "") for some in names]
             counts = f"{_many(len(groups), 'group')}, {sum(map(len, groups))} pictures"
             yield from _section(["", f"Pictures that are {what}: {counts}"], lines, indent=2, most=GROUPS)
+
+    def _masks(self) -> Iterator[str]:
+        without = [_name(picture.name) for picture in self.pictures if picture.mask is None]
+        if 0 < len(without) < len(self.pictures):
+            head = f"{len(without)} of {len(self.pictures)} have no mask; training wants one for each, or none:"
+            yield from _section(["", head], without, indent=2)
+        elif not without:
+            yield from ("", "Each has a mask, where the loss of training looks (masked_loss=false: everywhere).")
 
     def _captions(self) -> Iterator[str]:
         captions = [caption for picture in self.pictures for caption in picture.captions]
@@ -272,7 +282,8 @@ def _unlisted(source: Source) -> list[Finding]:
             for name in sorted(names):
                 path = os.path.join(parent, name)
                 plain = normal(path.replace("\\", os.sep))
-                if is_picture(name) and not name.startswith(".") and plain not in listed and path not in found:
+                seen = name.startswith(".") or name.endswith(MASK_SUFFIX) or plain in listed or path in found
+                if is_picture(name) and not seen:
                     found[path] = Finding(source.key(path), f"is in the folder, but not in {table.name}")
     return list(found.values())
 

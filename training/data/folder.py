@@ -3,12 +3,13 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latentdiff.training.data.caption_checks import LONGEST, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
 from latentdiff.training.data.decode import is_picture, why_unreadable
+from latentdiff.training.data.masks import MASK_SUFFIX
 from latentdiff.training.data.source import (
     CAPTION_SUFFIXES,
     NO_CAPTION,
@@ -112,8 +113,10 @@ class _FolderReader:
                 if not listed and is_picture(entry.name):
                     self.source.refuse(entry.path, "is a folder, not a picture")
                 self._descend(Path(entry.path), entry.is_symlink(), listed)
-            elif not listed and is_picture(entry.name):
-                self._add(Path(entry.path), alike[_stem(entry.name)])
+            elif not listed and is_picture(entry.name) and not _is_mask(entry.name, alike):
+                masks = alike.get(f"{_stem(entry.name)}.mask", ())
+                mask = next((name for name in masks if name.endswith(MASK_SUFFIX) and _is_mask(name, alike)), None)
+                self._add(Path(entry.path), alike[_stem(entry.name)], mask)
 
     def _descend(self, folder: Path, is_link: bool, listed: bool) -> None:
         if is_link:
@@ -130,8 +133,8 @@ class _FolderReader:
         else:
             self.visit(folder, listed)
 
-    def _add(self, picture: Path, alike: Sequence[str]) -> None:
-        """alike: the files beside it with the same name but for the suffix, in order."""
+    def _add(self, picture: Path, alike: Sequence[str], mask: str | None) -> None:
+        """alike: the files beside it with the same name but for the suffix, in order. mask: the file of its mask."""
         split = self.split_of(picture)
         if not self.wanted.has_split(split):
             self.source.know_split(split)
@@ -149,7 +152,10 @@ class _FolderReader:
         try:
             path = inside(picture.parent, picture.name, self.listing.allowed)
             caption = self._caption(path, beside)
-            self.source.pictures.append(CaptionedPicture(str(path), FileReader(str(path)), caption))
+            wanted = mask is not None and self.wanted.masks and self.wanted.mask_column is None
+            mask_path = inside(picture.parent, str(mask), self.listing.allowed) if wanted else None
+            read_mask = None if mask_path is None else FileReader(str(mask_path))
+            self.source.pictures.append(CaptionedPicture(str(path), FileReader(str(path)), caption, mask=read_mask))
         except ValueError as error:
             self.source.refuse(str(picture), error)
 
@@ -181,6 +187,18 @@ class _FolderReader:
 
 def _stem(name: str) -> str:
     return normal(os.path.splitext(name)[0])
+
+
+def _is_mask(name: str, alike: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a file is the mask of a picture beside it, and no picture with a caption of its own.
+
+    alike: names of files in its folder by what `_stem` makes of them.
+    """
+    if not name.endswith(MASK_SUFFIX):
+        return False
+    captions = {f"{name.removesuffix('.png')}{suffix}" for suffix in CAPTION_SUFFIXES}
+    others = alike.get(normal(name.removesuffix(MASK_SUFFIX)), ())
+    return captions.isdisjoint(alike[_stem(name)]) and any(map(is_picture, others))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

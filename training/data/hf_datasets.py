@@ -165,6 +165,7 @@ def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...]
     else:
         column, rows = wanted.image_column, _rows(dataset, name, wanted)
     reader = _row_reader(dataset, column, folders)
+    masks = _mask_reader(dataset, name, wanted, folders)
     for index, row in enumerate(rows):
         if source.is_full(wanted):
             break
@@ -174,7 +175,8 @@ def from_rows(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...]
                 raise ValueError(row["refused"])
             captions = wanted.captions(row.get(wanted.caption_column))
             weight = check_weight(row.get("weight"))
-            source.add(CaptionedPicture(where, replace(reader, index=index), captions, weight), wanted)
+            mask = None if masks is None else replace(masks, index=index)
+            source.add(CaptionedPicture(where, replace(reader, index=index), captions, weight, mask=mask), wanted)
         except ValueError as error:
             source.refuse(where, error)
     return source
@@ -186,6 +188,25 @@ def _row_reader(dataset: Any, column: str, folders: tuple[Path, ...]) -> RowRead
 
     images = dataset.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return RowReader(images, column, 0, folders)
+
+
+def _mask_reader(dataset: Any, name: str, wanted: Wanted, folders: tuple[Path, ...]) -> RowReader | None:
+    """As `_row_reader`, of the masks; None: none are asked for.
+
+    Raises:
+        ValueError: there is no such column, or a stream's copy is without it.
+    """
+    column = wanted.mask_column
+    if not wanted.masks or column is None:
+        return None
+    if wanted.streaming:
+        raise ValueError(f"{name}: mask_column is not for streaming=true, whose copy keeps pictures and captions only")
+    if column not in dataset.column_names:
+        raise ValueError(f"{name}: no column {column!r}; it has {shorten(', '.join(dataset.column_names), 200)}")
+    try:
+        return _row_reader(dataset, column, folders)
+    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's are among these
+        raise ValueError(f"{name}: the column {column!r} has no pictures ({error})") from error
 
 
 def saved_rows(folder: Path, wanted: Wanted) -> RowReader:

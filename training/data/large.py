@@ -16,6 +16,7 @@ import numpy as np
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.training.data.captioned_picture import PartReader
+from latentdiff.training.data.masks import TOO_MANY
 from latentdiff.training.data.picture_table import FORMAT, PictureTable, TableWriter
 from latentdiff.training.data.remote import RemoteReader
 from latentdiff.training.data.source import Finding, Source
@@ -136,6 +137,8 @@ class LargeSurvey:
             self._writer = TableWriter(self.tables / f".partial-{uuid.uuid4().hex}.arrow")
             logger.info("%s: very many pictures; they are examined as they are listed", self.about["data"])
         known = self._known
+        if any(picture.mask is not None for picture in source.pictures):
+            raise ValueError(f"{self.about['data']}: {TOO_MANY}")
         source.drained += len(source.pictures)
         pictures, findings = without(source, self.unwanted)
         source.pictures, source.refused = [], []

@@ -346,6 +346,7 @@ def table_key(data: str, wanted: Wanted, manifest: Path | None) -> str | None:
         return None
     files = [shard.resolve() for shard in shards] + ([] if manifest is None else [manifest.resolve()])
     asked = {**asdict(replace(wanted, drain=None)), "cache_dir": None}
+    asked = {key: value for key, value in asked.items() if key not in ("masks", "mask_column")}  # a table has none
     parts = [json.dumps(asked, sort_keys=True), *stamps, *(f"{file} {stamp_of(str(file))}" for file in files)]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

@@ -200,10 +200,12 @@ def _take(part: Source, shard: RemoteShard, copy: Path, result: Source) -> None:
     def named(name: str) -> str:
         return f"{shard.url}{name.removeprefix(str(copy))}"
 
+    def reader(read: Any) -> Any:
+        return read and RemoteReader(shard.url, shard.version, str(copy), read.start, read.length)
+
     for picture in part.pictures:
-        read: Any = picture.read
-        reader = RemoteReader(shard.url, shard.version, str(copy), read.start, read.length)
-        result.pictures.append(replace(picture, name=named(picture.name), read=reader))
+        mask = reader(picture.mask)
+        result.pictures.append(replace(picture, name=named(picture.name), read=reader(picture.read), mask=mask))
     for finding in part.refused:
         result.refuse(named(finding.name), finding.reason)
     for finding in part.warnings:

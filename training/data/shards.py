@@ -12,6 +12,7 @@ from latentdiff.training.data.caption_checks import LONGEST, check_weight, decod
 from latentdiff.training.data.captioned_picture import CaptionedPicture, PartReader
 from latentdiff.training.data.decode import PICTURE_SUFFIXES, why_unreadable
 from latentdiff.training.data.folder import Splits, split_folders, split_in_name
+from latentdiff.training.data.masks import MASK_SUFFIX
 from latentdiff.training.data.source import CAPTION_SUFFIXES, TRAIN, NoPicturesError, Source, Wanted
 from latentdiff.training.data.tables import json_object, metadata_of
 
@@ -173,6 +174,7 @@ def _sample(archive: tarfile.TarFile, shard: Path, parts: Parts, wanted: Wanted)
     if picture.offset_data + picture.size > shard.stat().st_size:
         raise ValueError("the picture is cut off")
     reader = PartReader(str(shard), picture.offset_data, picture.size)
+    mask = parts.get(MASK_SUFFIX) if wanted.masks and wanted.mask_column is None else None
     fields: dict[str, Any] = {}
     if ".json" in parts:
         found = json_object(_content(archive, parts[".json"], MOST_JSON))
@@ -187,7 +189,9 @@ def _sample(archive: tarfile.TarFile, shard: Path, parts: Parts, wanted: Wanted)
     elif caption is None and fields and not wanted.may_lack_captions:
         raise ValueError(f".json: no {wanted.caption_column!r}; it has {shorten(', '.join(fields), 200)}")
     captions = wanted.captions(caption)
-    return CaptionedPicture(f"{shard}/{picture.name}", reader, captions, check_weight(fields.get("weight")))
+    found_mask = None if mask is None else PartReader(str(shard), mask.offset_data, mask.size)
+    weight = check_weight(fields.get("weight"))
+    return CaptionedPicture(f"{shard}/{picture.name}", reader, captions, weight, mask=found_mask)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:

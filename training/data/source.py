@@ -54,6 +54,8 @@ class Wanted:
         split: rows and folders without a split are of "train". "valid", "val" and "dev" are "validation".
         image_column: of a dataset.
         caption_column: of a dataset or table.
+        masks: whether the pictures' masks are wanted.
+        mask_column: of a dataset or table; None: masks lie beside the pictures, see `masks.MASK_SUFFIX`.
         caption: caption of every picture that has none of its own.
         condition: what captions are for: "text", "class" or "none". Classes may be whole numbers, labels of
             `datasets`, ``.cls`` files in shards, and names of folders, where a picture in a folder without a table has
@@ -76,12 +78,16 @@ class Wanted:
     cache_dir: Path | None = None
     picture_folder: str | None = None
     part: tuple[int, int] | None = None
+    masks: bool = False
+    mask_column: str | None = None
     drain: "Callable[[Source], None] | None" = field(default=None, compare=False)
 
     @classmethod
     def of(cls, settings: DataSettings, split: str | None = None, **more: Any) -> "Wanted":
         """What `settings` ask of their source; `split` instead of theirs, if given."""
         same = ("image_column", "caption_column", "caption", "streaming", "max_pictures", "picture_folder")
+        masks = getattr(settings, "masked_loss", False) is not False
+        more = {"masks": masks, "mask_column": getattr(settings, "mask_column", None), **more}
         return cls(split=split or settings.split, **{name: getattr(settings, name) for name in same}, **more)
 
     def captions(self, value: Any, column: str | None = None) -> tuple[str, ...]:

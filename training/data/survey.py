@@ -25,6 +25,7 @@ from latentdiff.training.data.caption_checks import shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture
 from latentdiff.training.data.decode import Decoded, decode
 from latentdiff.training.data.duplicates import fingerprint
+from latentdiff.training.data.masks import decode_mask
 from latentdiff.training.data.source import Finding, NoPicturesError, Source
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Entry:
         stamp: changes when the file does; empty where there is none.
         size: (width, height) upright; (0, 0) where it cannot be decoded.
         fingerprint: see `duplicates.fingerprint`.
+        mask_digest, mask_stamp: of its mask, where one is wanted.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Entry:
     size: tuple[int, int] = (0, 0)
     fingerprint: str = ""
     warnings: tuple[str, ...] = ()
+    mask_digest: str = ""
+    mask_stamp: str = ""
 
     def row(self) -> dict[str, Any]:
         """As a line of the manifest."""
@@ -66,6 +70,8 @@ class Entry:
         if self.digest:
             row |= {"width": self.size[0], "height": self.size[1], "bytes": self.bytes, "digest": self.digest}
             row |= {"stamp": self.stamp, "fingerprint": self.fingerprint}
+        if self.mask_digest:
+            row |= {"mask_digest": self.mask_digest, "mask_stamp": self.mask_stamp}
         row["warnings"] = list(self.warnings)
         return {key: value for key, value in row.items() if value or key not in ("reason", "warnings")}
 
@@ -74,7 +80,8 @@ class Entry:
         """From a line of a manifest. Raises ValueError, TypeError or KeyError if it is none."""
         if not isinstance(row["name"], str) or not isinstance(row.get("use", True), bool):
             raise ValueError("'name' must be a text, and 'use' true or false")
-        texts = {key: str(row.get(key, "")) for key in ("reason", "digest", "stamp", "fingerprint")}
+        named = ("reason", "digest", "stamp", "fingerprint", "mask_digest", "mask_stamp")
+        texts = {key: str(row.get(key, "")) for key in named}
         size = (int(row.get("width", 0)), int(row.get("height", 0)))
         warnings = tuple(map(str, row.get("warnings", ())))
         use, length = row.get("use", True), int(row.get("bytes", 0))
@@ -160,7 +167,23 @@ def survey(
 
 
 def examine(picture: CaptionedPicture, key: str, known: Entry | None = None) -> Entry:
-    """What one picture is; `known` if that still holds."""
+    """What one picture is, and its mask if it has one; `known` if that still holds."""
+    entry = _examine(picture, key, known)
+    if picture.mask is None or entry.reason:
+        return replace(entry, mask_digest="", mask_stamp="")
+    try:
+        stamp = str(getattr(picture.mask, "stamp", str)())
+        if stamp and entry.mask_stamp == stamp:
+            return entry
+        content = picture.mask()
+        decode_mask(content, entry.size)
+    except (OSError, ValueError) as error:
+        reason = f"its mask cannot be used ({getattr(error, 'strerror', None) or error})"
+        return replace(entry, use=False, reason=reason)
+    return replace(entry, mask_digest=hashlib.sha256(content).hexdigest(), mask_stamp=stamp)
+
+
+def _examine(picture: CaptionedPicture, key: str, known: Entry | None) -> Entry:
     sound = known if known is not None and not known.reason and known.digest and known.fingerprint else None
     try:
         stamp = str(getattr(picture.read, "stamp", str)())  # empty where only the bytes say what changed
@@ -290,7 +313,7 @@ def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPictur
         if entry.reason:
             bad.append(Finding(picture.name, entry.reason))
         else:
-            good.append(replace(picture, digest=entry.digest, size=entry.size))
+            good.append(replace(picture, digest=entry.digest, size=entry.size, mask_digest=entry.mask_digest))
     return good, bad
 
 

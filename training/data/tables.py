@@ -15,6 +15,7 @@ from latentdiff.interchange.user_files import MAX_TABLE, MAX_TEXT, faults_named,
 from latentdiff.training.data.caption_checks import check_weight, decode_text, shorten
 from latentdiff.training.data.captioned_picture import CaptionedPicture, FileReader
 from latentdiff.training.data.decode import why_unreadable
+from latentdiff.training.data.masks import MASK_SUFFIX
 from latentdiff.training.data.source import Names, Source, Wanted, inside
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -59,14 +60,16 @@ class Listing:
         self.source.tables.append(file)
         before = len(self.source.pictures)
         columns: dict[str, None] = {}
-        for row in read_rows(file, ["file_name", self.wanted.caption_column, "weight", "split"]):
+        masks = [self.wanted.mask_column] if self.wanted.masks and self.wanted.mask_column else []
+        for row in read_rows(file, ["file_name", self.wanted.caption_column, "weight", "split", *masks]):
             if self.source.is_full(self.wanted):
                 break
             if isinstance(row.values, dict):
                 columns.update(dict.fromkeys(map(str, row.values)))
             self.add(file, row)
         needed = ["file_name"] if self.wanted.may_lack_captions else ["file_name", self.wanted.caption_column]
-        for column in needed if columns and len(self.source.pictures) == before else ():
+        needed = masks if len(self.source.pictures) > before else needed
+        for column in needed if columns else ():
             if column not in columns:
                 raise ValueError(f"{file}: no column {column!r}; it has {shorten(', '.join(columns), 200)}")
         for name in METADATA:
@@ -101,7 +104,19 @@ class Listing:
         weight = check_weight(values.get("weight"))
         if why := why_unreadable(path):
             raise ValueError(why)
-        return CaptionedPicture(path, FileReader(path), captions, weight)
+        mask = self._mask(file, path, values) if self.wanted.masks else None
+        return CaptionedPicture(path, FileReader(path), captions, weight, mask=mask)
+
+    def _mask(self, file: Path, picture: str, values: dict[str, Any]) -> FileReader | None:
+        """What reads the mask that the row names, or that lies beside the picture."""
+        if self.wanted.mask_column is None:
+            beside = os.path.splitext(picture)[0] + MASK_SUFFIX
+            named = beside if os.path.lexists(beside) else None
+        else:
+            named = values.get(self.wanted.mask_column)
+            if named is not None and (not isinstance(named, str) or "\0" in named):
+                raise ValueError(f"{self.wanted.mask_column}: expected a file's name, not {shorten(repr(named))}")
+        return FileReader(str(inside(file.parent, named, self.allowed, self.names))) if named else None
 
     def _keep(self, file: Path, picture: CaptionedPicture) -> None:
         pictures = self.source.pictures

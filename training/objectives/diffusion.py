@@ -71,7 +71,7 @@ class DenoiserObjective(Objective[DiffusionBatch]):
     def held_out_loss(self, batch: DiffusionBatch) -> Result:
         """``val_loss``: squared errors without any weight and without the bound, which can be compared between runs."""
         times = batch.times(self.process, held_out=True)
-        losses = self.process.error(self.predict(batch, times), batch.latents, batch.noise, times)
+        losses = self.process.error(self.predict(batch, times), batch.latents, batch.noise, times, **batch.masked())
         return Result(losses.mean(), losses.mean().detach(), {"val_loss": losses})
 
     def after_update(self, made: bool) -> None:
@@ -89,7 +89,8 @@ class DenoiserObjective(Objective[DiffusionBatch]):
             weight = self.process.p2_weight(times, self.p2_gamma)
         elif self.min_snr_gamma is not None:
             weight = self.process.min_snr_weight(times, self.min_snr_gamma)
-        return self.process.loss(prediction, batch.latents, batch.noise, times, weight) * batch.loss_weight
+        losses = self.process.loss(prediction, batch.latents, batch.noise, times, weight, **batch.masked())
+        return losses * batch.loss_weight
 
     def predict(self, batch: DiffusionBatch, times: Tensor) -> Tensor:
         """What the network makes of the noisy latents: (B, C, h, w) float32, or more channels if the process asks.

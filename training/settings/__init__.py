@@ -12,7 +12,7 @@ from latentdiff.training.settings.diffusion import (
 from latentdiff.training.settings.distillation import DistillationSettings
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings
 from latentdiff.training.settings.prior import PriorSettings
-from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, RunSettings
+from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, MaskSettings, RunSettings
 
 __all__ = [
     "AdaptedSettings",
@@ -28,6 +28,7 @@ __all__ = [
     "FinetuneSettings",
     "HeldOutSettings",
     "LikelihoodSettings",
+    "MaskSettings",
     "PriorSettings",
     "RunSettings",
     "Settings",

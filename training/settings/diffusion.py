@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from latentdiff.interchange.user_files import MAX_TRAIN_TIMESTEPS
-from latentdiff.training.settings.run import Condition, RunSettings
+from latentdiff.training.settings.run import Condition, MaskSettings, RunSettings
 
 
 class DiffusionSettings(RunSettings):
@@ -41,7 +41,7 @@ UNET = (
 )
 
 
-class DenoiserSettings(DiffusionSettings):
+class DenoiserSettings(MaskSettings, DiffusionSettings):
     """Settings of ``latentdiff train denoiser``."""
 
     fixed: ClassVar[tuple[str, ...]] = (
@@ -218,7 +218,7 @@ class AdaptedSettings(DiffusionSettings):
     )
 
 
-class FinetuneSettings(AdaptedSettings):
+class FinetuneSettings(MaskSettings, AdaptedSettings):
     """Settings of ``latentdiff finetune``."""
 
     fixed: ClassVar[tuple[str, ...]] = (

@@ -46,7 +46,27 @@ class DataSettings(Settings):
     )
 
 
-class DoctorSettings(DataSettings):
+class MaskSettings(DataSettings):
+    """What of the pictures the loss looks at."""
+
+    mask_column: str | None = Field(
+        None, description="column of a dataset or table with the pictures' masks; null: NAME.mask.png beside NAME.jpg"
+    )
+    masked_loss: bool | Literal["auto"] = Field(
+        "auto",
+        description="look at each picture where its mask is white; auto: where the pictures have masks",
+    )
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Self:
+        if self.mask_column is not None:
+            if self.masked_loss is False:
+                raise ValueError("mask_column does nothing with masked_loss=false; leave one of them out")
+            self.follow(masked_loss=True)
+        return self
+
+
+class DoctorSettings(MaskSettings):
     """Settings of ``latentdiff doctor``."""
 
     resolution: int = Field(128, ge=8, le=16_384, description="default: --model's own; 128, as of the packaged model")

@@ -14,11 +14,13 @@ from latentdiff.pipelines.distributed import processes
 from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.latents import NoLatents, PictureView, latent_source
+from latentdiff.training.batch.masks import mask_reader
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.data import CaptionedPicture, prepare_splits
 from latentdiff.training.data.caption_checks import SIDES, shorten
+from latentdiff.training.data.masks import has_masks
 from latentdiff.training.data.picture_table import Joined, PictureTable, of_sides, weights
 from latentdiff.training.evaluation.held_out import HeldOutLoss
 from latentdiff.training.evaluation.suitability import examine_autoencoder
@@ -26,7 +28,7 @@ from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.estimate import FEW, duration, module_bytes
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective, RealAndFake
-from latentdiff.training.settings import Condition, DiffusionSettings
+from latentdiff.training.settings import Condition, DiffusionSettings, MaskSettings
 from latentdiff.training.trainers.diffusion_models import DiffusionModel
 from latentdiff.training.trainers.latent_scale import spread
 from latentdiff.training.trainers.samples import Samples
@@ -39,16 +41,19 @@ BANDS = 4  # of timesteps, for which the held-out loss is given separately
 
 @dataclass
 class Data:
-    """Pictures to train on, and others to measure on."""
+    """Pictures to train on, and others to measure on. are_masked: whether the loss looks at their masks."""
 
     pictures: Sequence[CaptionedPicture]
     held_out: Sequence[CaptionedPicture]
+    are_masked: bool = False
 
 
 def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Data:
     """The usable pictures of both splits; one process examines them first, the others read what it found."""
     with processes().main_process_first():
         data = Data(*prepare_splits(settings, condition))
+    if isinstance(settings, MaskSettings):
+        data.are_masked = has_masks(Joined(data.pictures, data.held_out), settings.masked_loss)
     if not data.held_out:
         logger.warning("nothing is measured on held-out pictures, for there are none; give some the split 'validation'")
     say_mirrored(settings, data.pictures)
@@ -148,7 +153,7 @@ def look(run: TrainingRun, measure: Callable[[], dict[str, float]], samples: Sam
 
 def some_of(run: TrainingRun, settings: DiffusionSettings, model: DiffusionModel, data: Data, looks: bool) -> Data:
     """A few pictures for a dry run, already encoded; says how long all of them would take."""
-    few = Data(spread(data.pictures, FEW), spread(data.held_out, FEW))
+    few = Data(spread(data.pictures, FEW), spread(data.held_out, FEW), data.are_masked)
     began = time.monotonic()
     reader_of(run, settings, model, few, looks)
     each = (time.monotonic() - began) / (len(few.pictures) + len(few.held_out))
@@ -180,6 +185,7 @@ def reader_of(
         model.conditions(run, settings, Joined(data.pictures, data.held_out)),
         run.update_size,
         run.device,
+        mask_reader(run, settings, factor, wanted) if data.are_masked else None,
     )
     return reader, views, other_views
 

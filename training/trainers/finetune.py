@@ -253,7 +253,7 @@ def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipelin
     pipeline.to(processes().device)
     priors = draw_class_pictures(settings, pipeline)
     pipeline.to("cpu")
-    return Data(mix(of_subject(data.pictures, caption), priors), of_subject(data.held_out, caption))
+    return Data(mix(of_subject(data.pictures, caption), priors), of_subject(data.held_out, caption), data.are_masked)
 
 
 def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Finish:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from discs import add_masks
 from lives import free_port, start, wait
 from safetensors.torch import load_file
 
@@ -45,11 +46,15 @@ def assert_alike(a: Path, b: Path) -> None:
         torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("objective", ["gaussian", "flow"])
-def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: str) -> None:
+@pytest.mark.parametrize(("objective", "masked"), [("gaussian", False), ("flow", True)])
+def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: str, masked: bool) -> None:
+    if masked:
+        add_masks(Path(denoiser_settings["data"]))
+
     def train(name: str, size: int, accumulation: int = 1) -> None:
         values = {
             "objective": objective,
+            "masked_loss": masked,
             "max_steps": 6,
             "log_every": 1,
             "batch_size": size,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from discs import add_masks
 from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
@@ -81,12 +82,20 @@ def test_autoencoder(pictures: Path, tmp_path: Path, workers: int, kind: dict[st
     compare(train, tmp_path, kills=KILLS, longest=1.5)
 
 
-@pytest.mark.parametrize(("processes", "objective"), [(1, "gaussian"), (2, "gaussian"), (1, "flow")])
-def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, processes: int, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("processes", "objective", "masked"),
+    [(1, "gaussian", False), (2, "gaussian", False), (1, "flow", True)],
+)
+def test_denoiser(
+    denoiser_settings: dict[str, Any], tmp_path: Path, processes: int, objective: str, masked: bool
+) -> None:
+    if masked:
+        add_masks(Path(denoiser_settings["data"]))
+
     def train(output: Path) -> None:
         values = {"max_steps": 300, "checkpoint_every": 2, "sample_every": 50, "log_every": 5, "num_workers": 0}
         values |= {"caption_dropout": 0.3, "crop": "random", "gradient_accumulation_steps": 2, "noise_offset": 0.1}
-        values |= {"objective": objective}
+        values |= {"objective": objective, "masked_loss": masked}
         os.environ["LATENTDIFF_CACHE"] = str(output / "cache")  # the calm one fills none for others
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
 
