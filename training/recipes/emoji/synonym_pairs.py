@@ -78,9 +78,9 @@ def with_synonyms(concepts: Iterable[Concept]) -> dict[str, Concept]:
 
     Whoever learns from many words for one thing reads the sentence encoder's meaning, not the states of one name.
     """
-    concepts = list(concepts)
-    known = {name.removeprefix("~") for concept in concepts for name in concept.names}
-    synonyms = read_synonyms(known, [name for concept in read_concepts().values() for name in concept.unseen])
+    concepts, common = list(concepts), read_concepts().values()
+    known = {name.removeprefix("~") for concept in (*common, *concepts) for name in concept.names}
+    synonyms = read_synonyms(known, [name for concept in common for name in concept.unseen])
     found = {}
     for concept in concepts:
         words = [word for name in concept.names for word in synonyms.get(name.removeprefix("~"), ())]
