@@ -155,6 +155,7 @@ class TokenTransformer(Checkpointed, Network):
         ValueError: a key is unknown, or a value makes no sense.
     """
 
+    config: Any
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TokenBlock"]

@@ -102,7 +102,7 @@ class TokenTextOptions(TokenOptions, TextOptions):
     """Of a call with a prompt."""
 
 
-class TokenTextCall(TokenCall, TextCall):  # type: ignore[misc]
+class TokenTextCall(TokenCall, TextCall):
     """A call with prompts that draws codes."""
 
     options: TokenTextOptions
@@ -210,6 +210,6 @@ class TokenPipeline(CodesPipeline):
         for name in options.sdxl:
             raise ValueError(f"{name} is for SDXL, and this is a {type(self).__name__}; leave it out")
         size = self.picture_size(options.height, options.width)
-        call = TokenTextCall(self, options)  # type: ignore[arg-type]
+        call = TokenTextCall(self, options)
         codes = call.hidden_codes(*size)
         return (yield from call.draw(call.token_denoiser(call.conditioning), codes, call.schedule(codes)))

@@ -87,7 +87,7 @@ class TokenInpaintPipeline(TokenPipeline):
             raise ValueError(f"{'image' if image is None else 'mask_image'} is missing; give a picture and its mask")
         image, mask_image = upright_pair(image, mask_image)
         placement = self.placement(image, options.height, options.width, options.resize_mode)
-        call = TokenTextCall(self, options)  # type: ignore[arg-type]
+        call = TokenTextCall(self, options)
         codes = call.hidden_codes(placement.height, placement.width)
         kept = self._spread("image", call, call.codec.posterior(to_pixels(self.image_processor, image, placement)).mean)
         mask = to_mask(self.mask_processor, mask_image, placement)

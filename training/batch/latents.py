@@ -189,7 +189,8 @@ def codec_digest(codec: Codec) -> str:
 
     Where they are codes, those of what makes codes count too.
     """
-    autoencoder, parts = codec.autoencoder, ("encoder.", "quant_conv.")
+    autoencoder = codec.autoencoder
+    parts: tuple[str, ...] = ("encoder.", "quant_conv.")
     kind = "vq" if hasattr(autoencoder, "quantize") else "kl"
     if isinstance(codec, TokenCodec):
         kind, parts = f"codes of {codec.codes}", (*parts, "quantize.")

@@ -1,10 +1,11 @@
 """The objective of a prior: codes from the codes before them, or from those that are not hidden."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Clock
@@ -25,7 +26,7 @@ class TokenObjective(Objective[DiffusionBatch]):
         values: numbers in the pixels of a code, of which bits are counted.
     """
 
-    def __init__(self, transformer: nn.Module, order: Clock, label_smoothing: float = 0.0, values: int = 1) -> None:
+    def __init__(self, transformer: Any, order: Clock, label_smoothing: float = 0.0, values: int = 1) -> None:
         super().__init__()
         self.transformer, self.order = transformer, order
         self.label_smoothing, self.values = label_smoothing, values

@@ -10,7 +10,6 @@ from torch import nn
 
 from latentdiff.codec import Codec
 from latentdiff.conditioning import Conditioning, NoConditioner
-from latentdiff.diffusion.process import Clock
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.pipelines import (
     ClassConditionalPipeline,
@@ -50,7 +49,7 @@ class DiffusionModel(ABC):
     codec: Codec
     network: Any
     scheduler: Any
-    process: Clock
+    process: Any
     sizes_warned_of: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     @property

@@ -72,7 +72,7 @@ def train_prior(settings: PriorSettings) -> Path:
     set_seed(settings.seed)
     network = build_prior(settings, codec, Conditions(width, len(classes)))
     if settings.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
     order = ORDERS[settings.order]()
     parts = (codec, network, None, order)
     model: DiffusionModel
