@@ -4,7 +4,8 @@ Scalable Diffusion Models with Transformers (Peebles & Xie 2023), Sec. 3.2, bloc
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import Attention
 from latentdiff.models.patches import FEATURES, MLP, PatchTransformer, modulate
+from latentdiff.models.single_file_networks import find_checkpoint, packed_network
 from latentdiff.models.time_embedding import TimestepEmbedding
 
 
@@ -145,6 +147,45 @@ class DiTTransformer2DModel(PatchTransformer):
         )
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, self.patch_values)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        heads: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a checkpoint of DiT's released code; its shape is inferred from the weights.
+
+        ::
+
+            DiTTransformer2DModel.from_single_file("DiT-XL-2-256x256.pt", allow_pickle=True)
+
+        It is computed as there, with ``freq_shift=0``. Of a training checkpoint the averages are taken.
+
+        Args:
+            source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
+            heads: of every attention, which weights do not show; by default as in the released sizes: 16 in a network
+                1152 wide, else 64 numbers each.
+            dtype: of the weights; None leaves the file's.
+            allow_pickle: read a ``.pt`` too, by ``torch.load(weights_only=True)``, which executes no code.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, holds something else or lacks weights, or heads do not fit.
+            TypeError: an unknown argument.
+            OSError: the hub cannot be asked.
+        """
+        from latentdiff.interchange.single_file import Checkpoint, read_dit
+
+        file = find_checkpoint(cls, source, allow_pickle, hub)
+        packed = packed_network(cls, file, dtype, {"heads": heads})
+        network: Self = packed or read_dit(Checkpoint(file, allow_pickle), cls, dtype, heads)
+        return network
 
     def start_from_nothing(self) -> None:
         super().start_from_nothing()

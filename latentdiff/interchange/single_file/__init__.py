@@ -2,12 +2,13 @@
 
 `checkpoint` finds and opens a file, `names` maps the names of weights both ways, `shapes` infers configs from weights,
 `settings` has what weights do not contain, `reading` builds networks from files, `writing` writes files, `adm` reads
-DDPM's and ADM's, `taesd` TAESD's.
+DDPM's and ADM's, `dit` DiT's, `taesd` TAESD's.
 """
 
 # ruff: noqa: F401
 from latentdiff.interchange.single_file.adm import AdmCheckpoint, read_adm
 from latentdiff.interchange.single_file.checkpoint import HEADER, HUB_OPTIONS, ON_THE_HUB, Checkpoint, find_file
+from latentdiff.interchange.single_file.dit import is_dit, read_dit
 from latentdiff.interchange.single_file.reading import (
     build_autoencoder,
     build_text_encoder,

@@ -226,8 +226,10 @@ IGNORED = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
     "torch.nn.modules.container.ParameterDict",
+    "argparse.Namespace",
 )
-"""Classes that are read as `Ignored` and never imported. The last one occurs in files of embeddings."""
+"""Classes that are read as `Ignored` and never imported. The last but one occurs in files of embeddings, the last in
+DiT's training checkpoints."""
 
 
 def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
@@ -307,7 +309,8 @@ def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]
     """
     content = load_pickle(file, allow)
     content = content if isinstance(content, dict) else {}
-    state = content.get("state_dict", content)
+    averages = content.get("ema")  # of DiT's training checkpoints
+    state = content.get("state_dict", averages if isinstance(averages, dict) else content)
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{file}: there are no named tensors in it")
