@@ -14,6 +14,7 @@ from latentdiff.memory import is_lack_of_memory
 from latentdiff.terminal import printable_messages, say, show_traceback
 
 USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplementedError)
+TOO_LARGE = re.compile(r"file too large|os error 27\b", re.IGNORECASE)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
 
 app = typer.Typer(
@@ -95,6 +96,12 @@ def explain(error: Exception) -> tuple[str, bool]:
     text = str(error) or type(error).__name__
     if FULL_DISK.search(text):
         return f"the disk is full: {text}; make room and repeat the command", True
+    if TOO_LARGE.search(text):
+        what = re.sub(r"^\[Errno \d+\] ", "", text)
+        return (
+            f"{what}: a file of this size is not allowed there, by the disk's kind or by 'ulimit -f'; write elsewhere",
+            True,
+        )
     if is_lack_of_memory(error):
         advice = "; ".join(getattr(error, "__notes__", ())) or "ask for fewer at once, or for smaller ones"
         return f"there is not enough memory: {text}; {advice}", True

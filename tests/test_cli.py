@@ -1,5 +1,6 @@
 """The command line, in this process, with a tiny model of random weights."""
 
+import errno
 import json
 import re
 import subprocess
@@ -252,3 +253,14 @@ def test_from_a_cold_start(model: str, tmp_path: Path) -> None:
     assert run.stderr == ""
     with Image.open(tmp_path / "car.png") as image:
         assert json.loads(image.text["latentdiff"])["prompts"] == ["a red car"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EFBIG, "File too large", "a.png"), RuntimeError("I/O error: File too large (os error 27) a.png")],
+)
+def test_a_file_that_may_not_be_so_large(error: Exception) -> None:
+    text, mistake = cli.explain(error)
+    assert mistake
+    assert text.startswith(("File too large: 'a.png': a file of this", "I/O error"))
+    assert "ulimit -f" in text

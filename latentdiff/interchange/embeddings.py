@@ -69,7 +69,7 @@ def convert_embedding(
     if target.suffix not in SAFE:
         raise ValueError(f"{target}: embeddings are written as a safetensors file; give a name ending in .safetensors")
     if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} is there already; choose another name or ask to overwrite it")
+        raise FileExistsError(f"{target} is there already; choose another name, or --overwrite (overwrite=True)")
     file, content = read_file(source, None, allow_pickle, {})
     words = embeddings_of(content, token, file)
     if to == "a1111" and len(words) > 1:

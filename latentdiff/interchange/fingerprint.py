@@ -27,10 +27,10 @@ def model_digest(folder: Path, variant: str | None = None) -> str:
 
     It depends on the files' names and contents and neither on where the folder is nor on what else lies in it. The
     same weights saved in other shards, or in another precision, are another model here. Large files in the hub's cache
-    are not read: they are named by their SHA-256 there.
+    are not read: they are named by their SHA-256 there. A file of our own layout is the folder that it holds.
 
     Args:
-        folder: of a pipeline; or a file that holds a whole one.
+        folder: of a pipeline; or a file that holds a whole one. Of Stable Diffusion's layout it is the file's SHA-256.
         variant: such as "fp16": the weight files that count where a component has them.
 
     Raises:
@@ -38,7 +38,12 @@ def model_digest(folder: Path, variant: str | None = None) -> str:
         ValueError: its index is damaged.
     """
     if folder.is_file():
-        return file_digest(folder)
+        from latentdiff.interchange.packed import packed_content, unpacked
+
+        if packed_content(folder) is None:
+            return file_digest(folder)
+        with unpacked(folder) as held:
+            return model_digest(held, variant)
     index = read_json(folder / "model_index.json")
     whole = hashlib.sha256()
     for name, value in sorted(index.items()):

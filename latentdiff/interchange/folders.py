@@ -130,6 +130,12 @@ def check_pipeline_folder(folder: Path, given: Iterable[str] = ()) -> dict[str, 
         ValueError: a file is damaged.
     """
     if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            alone = read_json(folder / "config.json").get("_class_name", "network")
+            raise FileNotFoundError(
+                f"{folder} is not a pipeline folder: it holds one {alone} alone (as 'latentdiff train autoencoder' "
+                f"makes), and a whole model is needed, which draws"
+            )
         raise FileNotFoundError(
             f"{folder} is not a pipeline folder: it has no model_index.json (what save_pretrained writes, with the "
             f"folders vae, text_encoder, tokenizer, unet and scheduler beside it)"

@@ -5,6 +5,8 @@ from typing import Any, Self
 
 import torch
 
+from latentdiff.dtypes import read_dtype
+
 
 def find_checkpoint(network: type, source: str | Path, allow_pickle: bool, hub: dict[str, Any]) -> Path:
     """The file of a checkpoint; see `latentdiff.interchange.single_file.find_file`.
@@ -95,7 +97,7 @@ class SingleFileModel:
         """
         from latentdiff.interchange.single_file import Checkpoint, read_autoencoder
 
-        dtype = hub.pop("torch_dtype", None) or dtype
+        dtype = read_dtype(hub.pop("torch_dtype", None) or dtype)
         file = find_checkpoint(cls, source, allow_pickle, hub)
         unused: dict[str, Any] = {"scaling_factor": scaling_factor, "sample_size": sample_size}
         packed = packed_network(cls, file, dtype, unused | {"original_config": original_config, "ema": ema or None})

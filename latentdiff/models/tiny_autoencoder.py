@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from latentdiff.dtypes import read_dtype
 from latentdiff.models.autoencoder import Autoencoder, AutoencoderOutput, check_pixels
 from latentdiff.models.bottlenecks import BottleneckOutput, Generators
 from latentdiff.models.layers import Checkpointed
@@ -208,7 +209,7 @@ class AutoencoderTiny(Autoencoder):
         """
         from latentdiff.interchange.single_file import Checkpoint, read_taesd
 
-        dtype = hub.pop("torch_dtype", None) or dtype
+        dtype = read_dtype(hub.pop("torch_dtype", None) or dtype)
         files = {"encoder": Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)}
         files["decoder"] = files["encoder"]
         if decoder is not None:

@@ -181,7 +181,7 @@ def light_pipeline(
     from latentdiff.pipelines.runtime.light.pipeline import TorchNeededError, open_light
 
     pipeline = open_light(place, Runtime(loading.runtime.value, loading.precision.value), load)
-    names = ("height", "width", "num_inference_steps", "negative_prompt")
+    names = ("height", "width", "num_inference_steps", "negative_prompt", "guidance_scale")
     try:
         if pipeline is not None:
             pipeline.check_request(prompts, *(asked.get(name) for name in names))

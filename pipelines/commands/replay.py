@@ -74,7 +74,7 @@ def replay(
     precision = Precision(record.precision)
     kind = pipeline_kind(place, record.image, record.mask)
     pipeline: Any = load_pipeline(place, device, precision, None, kind, None, record.variant, record.runtime)
-    found = check_model(record, picture, pipeline, digest.result(), any_model)
+    found = check_model(record, picture, pipeline, place, digest.result(), any_model)
     if type(pipeline.scheduler).__name__ != record.scheduler:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
@@ -106,17 +106,24 @@ def find_model_of(record: "Record", model: str | None) -> Path:
         ) from error
 
 
-def check_model(record: "Record", picture: Path, pipeline: Any, digest: str, any_model: bool) -> str:
+def check_model(record: "Record", picture: Path, pipeline: Any, place: Path, digest: str, any_model: bool) -> str:
     """The digest of the model at hand, of the kind that the record has.
+
+    Args:
+        place, digest: of the model; older records name every single file by its own content.
 
     Raises:
         ValueError: it is another one, and that is not wanted.
     """
+    from latentdiff.interchange.fingerprint import file_digest
+
     expected = record.model_digest or ""
     if expected.startswith("weights:"):
         from latentdiff.pipelines.batch.many import digest_of_weights
 
         digest = digest_of_weights(pipeline)
+    elif digest != expected and place.is_file() and file_digest(place) == expected:
+        digest = expected
     if digest != expected and not any_model:
         was = f"with digest {expected[:16]}..." if expected else "whose digest is not known"
         raise ValueError(

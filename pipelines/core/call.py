@@ -58,7 +58,9 @@ class Call:
         self.sampler = Sampler.of(pipeline.scheduler)
         self.view = pipeline.view_of_call(self.sampler.scheduler)
         if isinstance(options, GuidedOptions):
-            self.view.set_guidance(self._guidance_scale(options), options.guidance_rescale, options.guidance_interval)
+            scale = self._guidance_scale(options)
+            self.view.set_guidance(scale, options.guidance_rescale, options.guidance_interval)
+            pipeline.warn_of_guidance(max(scale) if isinstance(scale, tuple) else scale)
         self.seeds = image_seeds(options.seed, self.count)
         self.generator = image_generators(self.seeds, options.generator, self.count)
         self.variation = self._variation()

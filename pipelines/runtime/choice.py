@@ -119,9 +119,15 @@ class Runtime:
 
 
 def dtype_in(options: dict[str, Any]) -> Any:
-    """The ``dtype`` among options, or what stands there under its older name; taken out of them."""
+    """The ``dtype`` among options, or what stands there under its older name; taken out of them.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from latentdiff.dtypes import read_dtype
+
     newer, older = (options.pop(name, None) for name in ("dtype", "torch_dtype"))
-    return newer or older
+    return read_dtype(newer or older)
 
 
 def runtime_of(options: dict[str, Any]) -> Runtime | None:
@@ -130,7 +136,7 @@ def runtime_of(options: dict[str, Any]) -> Runtime | None:
     if name is None:
         if shape is not None:
             raise ValueError("from_pretrained: runtime_shape is of a runtime; say runtime= too")
-        if "torch.int8" in (str(options.get("dtype")), str(options.get("torch_dtype"))):
+        if {"int8", "torch.int8"} & {str(options.get("dtype")), str(options.get("torch_dtype"))}:
             raise ValueError("from_pretrained: torch does not draw in int8; say runtime='openvino' or 'onnx' too")
         return None
     if options.get("device_map") not in (None, "cpu"):

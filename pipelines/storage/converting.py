@@ -268,5 +268,5 @@ def is_free(target: Path, overwrite: bool) -> bool:
     if target.is_dir() and not any(target.iterdir()):
         return True
     if target.exists() and (not overwrite or not target.is_dir()):
-        raise FileExistsError(f"{target} is there already; choose another name, or ask to overwrite it")
+        raise FileExistsError(f"{target} is there already; choose another name, or --overwrite (overwrite=True)")
     return not target.exists()

@@ -82,6 +82,11 @@ def refuse_options(pipeline_class: type, options: Mapping[str, Any]) -> None:
         TypeError: there is no such option, nor a component of that name.
         ValueError: diffusers has it, and it is not supported.
     """
+    if "device" in options:
+        raise TypeError(
+            f"{pipeline_class.__name__}.from_pretrained: unknown argument 'device'; load the pipeline, then "
+            f".to({str(options['device'])!r})"
+        )
     known = {*DIFFUSERS_OPTIONS, *UNSUPPORTED_OPTIONS, *inspect.signature(pipeline_class).parameters}
     refuse_unknown(f"{pipeline_class.__name__}.from_pretrained: unknown argument", options, sorted(known))
     for name, why in UNSUPPORTED_OPTIONS.items():
@@ -129,7 +134,8 @@ def load_networks(
             hint = ""
             if class_name == "UNet2DModel":
                 hint = (
-                    " (without text, draw with latentdiff generate, UnconditionalPipeline or ClassConditionalPipeline)"
+                    " (it takes no prompt, being a model of classes or of nothing; draw with latentdiff generate, "
+                    "UnconditionalPipeline or ClassConditionalPipeline)"
                 )
             wanted = " or ".join(class_names)
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from latentdiff.dtypes import read_dtype
 from latentdiff.interchange.atomic import failures_named
 from latentdiff.interchange.packed import pack, packed_content, unpacked
 from latentdiff.interchange.single_file import HUB_OPTIONS, check_target, find_file
@@ -36,7 +37,7 @@ class PackedPipeline:
             TypeError: an unknown argument.
             OSError: the hub cannot be asked.
         """
-        dtype = others.pop("torch_dtype", None) or dtype
+        dtype = read_dtype(others.pop("torch_dtype", None) or dtype)
         file = find_file(source, **{name: others.pop(name) for name in HUB_OPTIONS if name in others})
         if packed_content(file) is None:
             raise ValueError(

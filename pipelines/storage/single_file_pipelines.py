@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from latentdiff.dtypes import read_dtype
 from latentdiff.interchange.folders import check_model_files
 from latentdiff.interchange.packed import (
     SECOND_TOKENIZER_KEY,
@@ -111,7 +112,7 @@ class SingleFilePipeline(PackedPipeline):
             TypeError: an unknown argument.
             OSError: the hub cannot be asked.
         """
-        dtype = others.pop("torch_dtype", None) or dtype
+        dtype = read_dtype(others.pop("torch_dtype", None) or dtype)
         hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
         known = inspect.signature(cls.__init__).parameters
         own = [*inspect.signature(cls.from_single_file).parameters, *HUB_OPTIONS]

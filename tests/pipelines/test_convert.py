@@ -284,7 +284,7 @@ def test_nothing_is_replaced_unasked(model: Callable[[str], Any], tmp_path: Path
     (tmp_path / "own" / "notes.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     for target in ("mine.safetensors", "own"):
-        with pytest.raises(FileExistsError, match="is there already; choose another name, or ask to overwrite it"):
+        with pytest.raises(FileExistsError, match="is there already; choose another name, or --overwrite"):
             run(tmp_path / "folder", tmp_path / target)
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["notes.txt"]
     assert (tmp_path / "mine.safetensors").read_text() == "mine"

@@ -178,6 +178,22 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
         TextToImagePipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="not a pipeline folder"):
         TextToImagePipeline.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(FileNotFoundError, match=r"not a pipeline folder: it holds one AutoencoderKL alone .* a whole"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_precisions_may_be_named(tmp_path: Path) -> None:
+    tiny_pipeline("clip").save_pretrained(tmp_path)
+    pipeline = TextToImagePipeline.from_pretrained(tmp_path, torch_dtype="float16")
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float16}
+    each = {"unet": "torch.bfloat16", "default": torch.float32}
+    assert TextToImagePipeline.from_pretrained(tmp_path, dtype=each).unet.dtype == torch.bfloat16
+    for wrong in ("half precision", "nn", 16):
+        with pytest.raises(ValueError, match="is no precision; give one of torch's"):
+            TextToImagePipeline.from_pretrained(tmp_path, dtype=wrong)
+    with pytest.raises(TypeError, match=r"unknown argument 'device'; load the pipeline, then \.to\('cuda'\)"):
+        TextToImagePipeline.from_pretrained(tmp_path, device="cuda")
 
 
 def test_a_hub_model_that_is_not_here_is_an_os_error() -> None:

@@ -121,6 +121,8 @@ def test_what_needs_torch_is_left_to_it(model: Path) -> None:
     light.defaults = {"num_inference_steps": 4, "guidance_scale": 1.0}
     with pytest.raises(TorchNeededError, match="other steps than a distilled model was made for"):
         light.check_request(["a cup"], None, None, 5, None)
+    with pytest.raises(TorchNeededError, match="guidance of a distilled model that was made for none"):
+        light.check_request(["a cup"], None, None, 4, None, 7.0)
 
 
 def test_without_graphs_it_is_left_to_torch(model: Path, tmp_path: Path) -> None:

@@ -52,3 +52,22 @@ def test_models_that_were_not_distilled_are_not(
     pipeline = loaded(tmp_path, steps, guidance)
     assert pipeline.made_for_steps is None
     assert warnings(pipeline, caplog, 1, 3) == 0
+
+
+def test_guidance_of_a_model_made_for_none_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = loaded(tmp_path, 2, 1.0)
+    for scale in (None, 1.0):
+        draw(pipeline, num_inference_steps=2, guidance_scale=scale)
+    assert "guidance" not in caplog.text
+    for scale in (7.0, [1.0, 3.0]):
+        pipeline(["a cup"] * 2, num_inference_steps=2, guidance_scale=scale, output_type="pt")
+    assert caplog.text.count("Drawing with guidance 7 with a model that was made for none") == 1
+    assert caplog.text.count("made for none") == 1
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(25, 1.0), (4, 3.0)])
+def test_guidance_of_others_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, guidance: float
+) -> None:
+    draw(loaded(tmp_path, steps, guidance), num_inference_steps=1, guidance_scale=7.0)
+    assert "made for none" not in caplog.text

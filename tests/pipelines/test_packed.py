@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from latentdiff import ClassConditionalPipeline, ImageToImagePipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.cli import application
+from latentdiff.interchange.fingerprint import model_digest
 from latentdiff.interchange.packed import KEY, pack, packed_content, packed_index
 from latentdiff.models import AutoencoderKL, FSQModel, NoisyClassifier, UNet2DModel, VQModel
 from latentdiff.pipelines import ImageVariationPipeline
@@ -106,6 +107,7 @@ def test_every_kind_out_and_in_again(name: str, tmp_path: Path, caplog: pytest.L
     assert contents(tmp_path / "converted") == contents(tmp_path / "folder")
     run("convert", tmp_path / "folder", tmp_path / "second.safetensors")
     assert (tmp_path / "second.safetensors").read_bytes() == file.read_bytes()
+    assert model_digest(file) == model_digest(tmp_path / "folder")
     for one in (made, again):
         one.set_progress_bar_config(disable=True)
     call = {**call, "seed": 3, "num_inference_steps": 2, "output_type": "pt"}

@@ -192,9 +192,10 @@ def copy_grid(folder: Path, card: "ModelCard", sample_grid: Path | None) -> bool
 
 
 def called(folder: Path, hub_id: str | None) -> str:
-    """By what a model is loaded: on the hub, or from beside its folder; not a whole path, which says too much."""
-    name = folder.resolve().name
-    return hub_id or (name if re.fullmatch(r"\w[\w.-]*", name) else "THIS_FOLDER")
+    """By what a model is loaded: on the hub, or from where it was trained; not by a whole path, which says too much."""
+    leads_out = folder.is_absolute() or ".." in folder.parts or "~" in str(folder)
+    name = folder.resolve().name if leads_out else folder.as_posix()
+    return hub_id or (name if re.fullmatch(r"\w[\w./-]*", name) else "THIS_FOLDER")
 
 
 def figures_table(figures: Mapping[str, float], pictures: int, learned_from: str) -> str:

@@ -45,4 +45,12 @@ def caption(
     from latentdiff.training.data.captioner import Captioner, caption_folder
 
     written = caption_folder(folder, Captioner.load(model, pick_device(device)), prompt)
-    say(f"{written} captions are in .txt files beside their pictures in {folder}; look them over")
+    if not written:
+        say(f"No caption was written: no picture in {folder} lacks one that could be made")
+        return
+    many = (
+        "1 caption is in a .txt file beside its picture"
+        if written == 1
+        else f"{written} captions are in .txt files beside their pictures"
+    )
+    say(f"{many} in {folder}; look over what was written")

@@ -156,8 +156,9 @@ def train_and_say(what: str, train: Callable[[RunT], Path], settings: RunT, dry:
     def stopped(reason: str) -> None:
         step = step_reached(Path(settings.output))
         where = f"; the run is saved up to step {step}" if step else " before a step was saved"
+        again = "go on" if step and not dry else "begin anew"
         if is_first_process():
-            say(f"Stopped by {reason}{'' if dry else where}. Repeat the command to go on", err=True)
+            say(f"Stopped by {reason}{'' if dry else where}. Repeat the command to {again}", err=True)
 
     if dry:
         with in_order(stopped):

@@ -18,7 +18,6 @@ from latentdiff.training.data.load import hold_out, read_source
 from latentdiff.training.data.masks import MASK_SUFFIX
 from latentdiff.training.data.source import TRAIN, Finding, NoPicturesError, Source, Wanted, normal
 from latentdiff.training.data.survey import (
-    NAMED,
     Entry,
     alike,
     leave_out,
@@ -33,7 +32,7 @@ from latentdiff.training.settings.run import HELD_OUT_SHARE
 
 ENORMOUS = 25_000_000  # pixels: takes long to read each time
 CUT_AWAY = 1 / 3 + 1e-6  # of a picture, by cropping
-GROUPS = 10  # of duplicates that are named
+NAMED = 5  # findings of a kind, and groups of duplicates, that are named; the rest are counted
 Tokens = tuple[Callable[[Sequence[str]], list[int]], int]
 
 
@@ -81,7 +80,7 @@ class DataReport:
             yield self.splits
         yield from self.advice
         for title, findings in (("Cannot be used", self.refused), ("Worth a look", self.warnings)):
-            named, left = alike(findings)
+            named, left = alike(findings, NAMED)
             more = [f"and {left} more"] if left else []
             yield from _section(["", f"{title} ({len(findings)}):"], [*named, *more], indent=2, most=NAMED + 1)
         if self.entries:
@@ -97,7 +96,7 @@ class DataReport:
             names = [[_name(self.entries[i].name) for i in group] for group in groups]
             lines = [", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "") for some in names]
             counts = f"{_many(len(groups), 'group')}, {sum(map(len, groups))} pictures"
-            yield from _section(["", f"Pictures that are {what}: {counts}"], lines, indent=2, most=GROUPS)
+            yield from _section(["", f"Pictures that are {what}: {counts}"], lines, indent=2, most=NAMED)
 
     def _masks(self) -> Iterator[str]:
         without = [_name(picture.name) for picture in self.pictures if picture.mask is None]

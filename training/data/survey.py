@@ -289,8 +289,8 @@ def not_too_bad(data: str, refused: Sequence[Finding], bad: int, good: int, max_
         raise NoPicturesError(f"{data}: nothing is left to train on")
 
 
-def alike(findings: Sequence[Finding]) -> tuple[list[str], int]:
-    """A line for each finding, or for many with the same reason together; at most `NAMED` lines, and how many findings
+def alike(findings: Sequence[Finding], most: int = NAMED) -> tuple[list[str], int]:
+    """A line for each finding, or for many with the same reason together; at most `most` lines, and how many findings
     are in none of them."""
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -303,7 +303,7 @@ def alike(findings: Sequence[Finding]) -> tuple[list[str], int]:
             rows.append((f"{len(group)} alike, {first} and so on; the first: {reason}", len(group)))
         else:
             rows += [(f"{shorten(one.name, 300)}: {shorten(one.reason, 500)}", 1) for one in group]
-    return [line for line, _ in rows[:NAMED]], sum(count for _, count in rows[NAMED:])
+    return [line for line, _ in rows[:most]], sum(count for _, count in rows[most:])
 
 
 def sort_out(source: Source, entries: list[Entry]) -> tuple[list[CaptionedPicture], list[Finding]]:

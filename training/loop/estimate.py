@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FEW = 8  # pictures that a dry run takes, of each kind
 LONG_ENOUGH, MANY_ENOUGH = 10.0, 20  # seconds or updates, after which the pace is known
+VERY_LONG = 60.0  # seconds after which it is known by one or two updates
 SOON = 60.0  # seconds for samples that are drawn besides the plan: before training, and soon after its beginning
 FIRST_LINE, LATER_LINES = 5.0, 30.0  # seconds until the first line about a long work, and between later ones
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -61,22 +63,28 @@ def dry_run(train: Callable[[SettingsT], object], settings: SettingsT) -> None:
 
 
 class Pace:
-    """How long updates take, without what is done between them. The first counts only if it is alone: it is slower."""
+    """How long updates take, without what is done between them. The first counts only if it is alone: it is slower.
+
+    Of few updates it is the median, which one slow one does not change; of many the mean, with all that comes at times.
+    """
 
     def __init__(self, look: float | None = None) -> None:
         self.began = time.monotonic()
         self.updates, self.counted, self.aside, self.total = 0, 0.0, 0.0, 0.0
+        self.each: list[float] = []  # seconds of the first ones after the first
         self.look = look  # seconds that the last samples and figures took
 
     def tick(self, relative_time: float = 1.0) -> None:
         """An update is made. relative_time: that it should have taken; see `Objective`."""
         now = time.monotonic()
-        self.total = now - self.began - self.aside
+        before, self.total = self.total, now - self.began - self.aside
         self.updates += 1
         if self.updates == 1:
-            self.first, self.began, self.aside = self.total / relative_time, now, 0.0
+            self.first, self.began, self.aside, self.total = self.total / relative_time, now, 0.0, 0.0
         else:
             self.counted += relative_time
+            if self.updates <= MANY_ENOUGH:
+                self.each.append((self.total - before) / relative_time)
 
     def looked(self, seconds: float, share: float) -> None:
         """Samples and figures, or a share of them, took so long; it is not the updates' time."""
@@ -86,12 +94,16 @@ class Pace:
 
     @property
     def is_known(self) -> bool:
-        return self.updates > 1 and (self.total > LONG_ENOUGH or self.updates > MANY_ENOUGH)
+        if self.updates > 3:  # three without the first, so that a slow one is not the median
+            return self.total > LONG_ENOUGH or self.updates > MANY_ENOUGH
+        return self.updates > 1 and self.total > VERY_LONG
 
     @property
     def seconds(self) -> float:
-        """Of the mean update."""
-        return self.total / self.counted if self.updates > 1 else self.first
+        """Of one update."""
+        if self.updates == 1:
+            return self.first
+        return self.total / self.counted if self.updates > MANY_ENOUGH else statistics.median(self.each)
 
 
 def looks(settings: RunSettings, step: int) -> int:

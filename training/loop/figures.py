@@ -24,14 +24,18 @@ LEAST = 64  # the least longer side of a picture on a sheet; smaller ones are en
 CELL, LINES, LINE = 128, 3, 13  # the least width of a labelled picture; lines of a label, and the height of one
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image | None:
-    """A panel for each of `CURVES` that the rows of figures by ``step`` have; None: they have none."""
+def curves(rows: Sequence[Mapping[str, Any]], weighted: str = "") -> Image.Image | None:
+    """A panel for each of `CURVES` that the rows of figures by ``step`` have; None: they have none.
+
+    weighted: by what the training loss is and the held-out loss is not, so that the two are not compared.
+    """
     panels = []
     for name, title in CURVES.items():
         found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         points = [(step, value) for step, value in found if math.isfinite(value)]
         if points:
-            panels.append(panel(title, points, in_steps=name == "learning_rate"))
+            named = f"{title}, weighted by {weighted}," if weighted and name == "loss" else title
+            panels.append(panel(named, points, in_steps=name == "learning_rate"))
     return image_grid(panels, 2) if panels else None
 
 

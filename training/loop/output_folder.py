@@ -129,8 +129,8 @@ def check_resumable(
         wrong = [f"it was trained by {before['trainer']}, not {type(settings).__name__}"]
     if wrong:
         raise ValueError(
-            f"{whole[-1]}: does not fit the model these settings describe; use the settings of that run, or another "
-            f"--output ({'; '.join(wrong)})"
+            f"{whole[-1]}: the run there was begun otherwise ({'; '.join(wrong)}), and does not go on with that; "
+            f"repeat it as it was, or begin a new one in another --output"
         )
     if "max_steps" not in unsettled and int(state["step"]) > settings.max_steps:
         raise ValueError(

@@ -27,6 +27,7 @@ class Records:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, settings: RunSettings, step: int) -> None:
+        self.weighted = weighting(settings)
         self.folder, self.file, self.accelerator = folder, folder / "metrics.jsonl", accelerator
         if accelerator.is_main_process and self.file.is_file():
             self._remove_after(step)
@@ -79,7 +80,7 @@ class Records:
         if not (self.accelerator.is_main_process and self.file.is_file()):
             return
         rows = [json.loads(row) for row in self.file.read_bytes().splitlines() if math.isfinite(step_of_row(row))]
-        sheet = curves(rows)
+        sheet = curves(rows, self.weighted)
         try:
             if sheet is not None:
                 save_picture(sheet, self.folder / "curves.png")
@@ -90,6 +91,13 @@ class Records:
         self.draw_curves()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def weighting(settings: RunSettings) -> str:
+    """By what a denoiser's training loss is weighted, other than its held-out loss; empty: by nothing."""
+    if getattr(settings, "p2_gamma", 0.0):
+        return "P2"
+    return "" if getattr(settings, "min_snr_gamma", None) is None else "min-SNR"
 
 
 def step_of_row(row: bytes) -> float:

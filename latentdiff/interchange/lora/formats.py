@@ -227,7 +227,7 @@ def write_files(files: Mapping[str, Content], target: Path, overwrite: bool) -> 
     places = {name: target / name if name else target for name in files}
     for place in places.values():
         if place.is_dir() or (place.exists() and not overwrite):
-            raise FileExistsError(f"{place} is there already; choose another name or ask to overwrite it")
+            raise FileExistsError(f"{place} is there already; choose another name, or --overwrite (overwrite=True)")
     beside = next(folder for folder in target.absolute().parents if folder.is_dir())
     with failures_named(target), tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as temporary:
         partial = {name: Path(temporary) / str(i) for i, name in enumerate(files)}

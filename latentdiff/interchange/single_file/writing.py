@@ -142,7 +142,7 @@ def check_target(file: Path, overwrite: bool) -> None:
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: the weights are written as safetensors; name it {file.stem}.safetensors")
     if file.is_dir() or (file.exists() and not overwrite):
-        raise FileExistsError(f"{file} is there already; choose another name, or ask to overwrite it")
+        raise FileExistsError(f"{file} is there already; choose another name, or --overwrite (overwrite=True)")
 
 
 def plain_config(part: Any) -> dict[str, Any]:

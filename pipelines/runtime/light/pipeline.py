@@ -149,12 +149,20 @@ class LightPipeline:
         return own[0], own[1]
 
     def check_request(
-        self, prompts: Iterable[str], height: int | None, width: int | None, steps: int | None, negative: str | None
+        self,
+        prompts: Iterable[str],
+        height: int | None,
+        width: int | None,
+        steps: int | None,
+        negative: str | None,
+        guidance: float | None = None,
     ) -> None:
         """Raises TorchNeededError for what is not drawn here, or warned of."""
         self.picture_size(height, width)
         for text in {*prompts, negative or ""}:
             self.words.tokens(text)
+        if guidance is not None and guidance > 1 >= self.defaults["guidance_scale"]:
+            raise TorchNeededError("guidance of a distilled model that was made for none")
         if steps is not None and steps != self.defaults["num_inference_steps"]:
             if self.defaults["guidance_scale"] <= 1:
                 raise TorchNeededError("other steps than a distilled model was made for")

@@ -45,6 +45,14 @@ def write(folder: Path, **changes: Any) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_card_names_the_folder_as_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = write(Path("runs/full"))
+    assert "--model runs/full -o" in text
+    assert 'TextToImagePipeline.from_pretrained("runs/full")' in text
+    assert "# full" in text
+
+
 def test_what_a_card_says(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     text = write(folder, base_model="somebody/some-model")

@@ -43,7 +43,7 @@ def test_pictures_without_captions_get_some(model: Path, tmp_path: Path) -> None
     (folder / "2.txt").write_text("my own")
     (folder / "more" / "3.txt").write_text(" ")
     before = hostile.state(folder)
-    assert "1 captions are in .txt files" in caption(folder, "--model", model)
+    assert "1 caption is in a .txt file beside its picture" in caption(folder, "--model", model)
     written = (folder / "1.txt").read_text()
     assert set(written.split()) <= {word.lower() for word in WORDS} | set(WORDS)
     assert written.strip()
@@ -53,7 +53,7 @@ def test_pictures_without_captions_get_some(model: Path, tmp_path: Path) -> None
     assert [picture.captions[0] for picture in load_pictures(str(folder))] == [written.strip(), "no picture", "my own"][
         ::2
     ]
-    assert "0 captions are" in caption(folder, "--model", model)
+    assert "No caption was written: no picture in" in caption(folder, "--model", model)
 
 
 def test_without_a_model_one_that_works_is_named(tmp_path: Path) -> None:

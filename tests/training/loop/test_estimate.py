@@ -82,6 +82,26 @@ def test_updates_that_take_longer_count_for_several(monkeypatch: pytest.MonkeyPa
     assert (pace.first, pace.seconds) == (pytest.approx(50 / 3), 4.0)
 
 
+def test_a_slow_one_among_few_updates_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 50.0, 80.0, 82.0, 84.0])  # the second takes 30 s, all others 2 s
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(clock))
+    pace = Pace()
+    known = []
+    for _ in range(4):
+        pace.tick()
+        known.append(pace.is_known)
+    assert (pace.seconds, known) == (2, [False, False, False, True])
+
+
+def test_of_many_updates_it_is_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, *(9.0 + 2 * count + 4 * (count // 4) for count in range(1, 25))])  # every fourth takes 6 s
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(clock))
+    pace = Pace()
+    for _ in range(25):
+        pace.tick()
+    assert pace.seconds == 3
+
+
 def test_a_limit_in_time_says_how_far_it_gets(tmp_path: Path) -> None:
     limited = settings(tmp_path, max_steps=400, max_minutes=5)
     (line,) = limit_lines(limited, 100, needed=900.0, left=240.0)
@@ -157,5 +177,5 @@ def test_a_dry_run_leaves_a_run_as_it_is(tmp_path: Path, caplog: pytest.LogCaptu
     assert "for 999,999,990 steps of" in caplog.text
     assert re.search("max_minutes=0.5 stops it before that: in about 30 seconds, near step [0-9,]+ of 1,0", caplog.text)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    with pytest.raises(ValueError, match="does not fit the model these settings describe"):
+    with pytest.raises(ValueError, match="the run there was begun otherwise"):
         dry_run(train, settings(tmp_path, max_steps=1000, seed=5))

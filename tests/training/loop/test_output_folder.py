@@ -115,7 +115,7 @@ def test_what_a_run_began_with_stays(changes: dict[str, Any], tmp_path: Path) ->
     go(TrainingRun(settings(tmp_path), Line()))
     before = state(tmp_path)
     key = next(iter(changes))
-    with pytest.raises(ValueError, match=rf"step-00000040: does not fit .*another --output \({key} was .*, now"):
+    with pytest.raises(ValueError, match=rf"step-00000040: the run there was begun otherwise \({key} was .*, now"):
         TrainingRun(settings(tmp_path, max_steps=50, **changes), Line())
     assert state(tmp_path) == before
 

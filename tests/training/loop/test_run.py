@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from straight_line import Line, Points, go, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.training.loop.checkpoints import whole_checkpoints
 from latentdiff.training.loop.distributed import accelerator_of
-from latentdiff.training.loop.figures import MARGINS, curves, panel
+from latentdiff.training.loop.figures import MARGINS, WIDTH, curves, panel
 from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.loop.stopping import Stopping, in_order
@@ -308,6 +308,14 @@ def test_every_run_draws_its_curves(tmp_path: Path) -> None:
     middle, bottom = (MARGINS[0] + MARGINS[2]) // 4, MARGINS[3] // 2
     for in_steps, colour in ((True, (31, 119, 180)), (False, (221, 221, 221))):  # it holds, or slopes away
         assert panel("rate", [(1, 0.0), (3, 1.0)], in_steps).getpixel((middle - 9, bottom)) == colour
+    rows = [{"step": 1, "loss": 1.0, "val_loss": 2.0}, {"step": 2, "loss": 0.5, "val_loss": 1.0}]
+    plain, weighted = curves(rows), curves(rows, "min-SNR")
+    assert plain is not None
+    assert weighted is not None
+    changed = ImageChops.difference(plain, weighted).getbbox()  # the title of the training loss
+    assert changed is not None
+    assert changed[2] < WIDTH // 2
+    assert changed[3] < MARGINS[1] // 2
     assert curves([{"step": 1, "pictures_per_second": 3.0}, {"step": 2, "loss": math.inf}]) is None
 
 

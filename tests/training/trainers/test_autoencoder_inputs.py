@@ -76,7 +76,7 @@ def test_settings_that_make_no_autoencoder(
 def test_another_bottleneck_than_the_run_began_with(pictures: Path, tmp_path: Path) -> None:
     train_autoencoder(autoencoder_settings(pictures, tmp_path / "out", max_steps=2))
     for other in (VQ, {"kind": "fsq"}):
-        with pytest.raises(ValueError, match=r"step-00000002: does not fit the model .* use the settings of that run"):
+        with pytest.raises(ValueError, match=r"step-00000002: the run there was begun otherwise .*kind was"):
             train_autoencoder(autoencoder_settings(pictures, tmp_path / "out", max_steps=4, **other))
 
 
