@@ -105,9 +105,9 @@ def test_networks_are_found_by_module_and_name(monkeypatch: pytest.MonkeyPatch) 
             {"process": "curved"},
             r"no process 'curved'; there are gaussian, flow, and those of modules given by --extension",
         ),
-        ({"denoiser": "dit"}, r"no denoiser 'dit'; there are unet"),
+        ({"denoiser": "mixed"}, r"no denoiser 'mixed'; there are unet, dit"),
         ({"process": "curved", "prediction_type": "sample"}, r"prediction_type is for process=gaussian"),
-        ({"denoiser": "dit", "layers_per_block": 2}, r"layers_per_block is for denoiser=unet"),
+        ({"denoiser": "mixed", "layers_per_block": 2}, r"layers_per_block is for denoiser=unet"),
         ({"process_options": {"shift": 2}}, r"process_options are for another process"),
     ],
 )

@@ -41,7 +41,7 @@ UNET = (
 )
 
 
-class DenoiserSettings(MaskSettings, DiffusionSettings):
+class DenoiserSettings(DiffusionSettings, MaskSettings):
     """Settings of ``latentdiff train denoiser``."""
 
     fixed: ClassVar[tuple[str, ...]] = (
@@ -218,7 +218,7 @@ class AdaptedSettings(DiffusionSettings):
     )
 
 
-class FinetuneSettings(MaskSettings, AdaptedSettings):
+class FinetuneSettings(AdaptedSettings, MaskSettings):
     """Settings of ``latentdiff finetune``."""
 
     fixed: ClassVar[tuple[str, ...]] = (

@@ -30,8 +30,8 @@ class Denoiser:
     def __init__(self, network: Network) -> None:
         self.network, self.config = network, SimpleNamespace()
 
-    def __call__(self, noisy: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.network(noisy, timesteps, encoder_hidden_states))
+    def __call__(self, noisy: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.network(noisy, timestep, encoder_hidden_states))
 
 
 @dataclass
