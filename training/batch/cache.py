@@ -127,13 +127,13 @@ class TensorStore:
             return
         content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.labels)
         name = f"{uuid.uuid4().hex}.safetensors"
-        self._sweep()
         try:
             if self._hold is not None:
                 with exclusive(self.folder):
                     self._hold.add([name])
             with atomic_file(self.folder / name, sync=True) as partial:
                 partial.write_bytes(content)
+                self._sweep(partial.stat().st_mtime)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -218,13 +218,16 @@ class TensorStore:
         self._maps.move_to_end(name)
         return self._maps[name]
 
-    def _sweep(self) -> None:
-        """Delete, once, what writers that were killed long ago left behind."""
+    def _sweep(self, now: float) -> None:
+        """Delete, once, what writers that were killed long ago left behind.
+
+        now: in seconds, by the clock that gives files their times, which is not that of every host that writes here.
+        """
         if not self._swept:
             self._swept = True
             for file in self.folder.glob(".partial-*.safetensors"):
                 with suppress(OSError):  # another process sweeps too
-                    if time.time() - file.stat().st_mtime > ABANDONED:
+                    if now - file.stat().st_mtime > ABANDONED:
                         file.unlink()
 
     def __getstate__(self) -> dict[str, Any]:

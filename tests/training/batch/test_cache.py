@@ -214,6 +214,17 @@ def test_only_old_leftovers_are_deleted(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {*names[1:], ".partial-mine.txt", shards(tmp_path)[0].name}
 
 
+def test_a_host_whose_clock_is_ahead_deletes_nothing_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / f".partial-{'a' * 32}.safetensors"
+    other.write_bytes(b"half")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 2 * ABANDONED)
+    put(TensorStore(tmp_path), KEYS[:1])
+    assert other.read_bytes() == b"half"
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match=r"file/cache: .* could not be written"):
