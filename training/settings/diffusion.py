@@ -14,7 +14,10 @@ class DiffusionSettings(RunSettings):
     """What training a new denoiser and fine-tuning one share."""
 
     min_snr_gamma: float | None = Field(
-        5.0, gt=0, description="limit on the weight of little noise (min-SNR); null: none"
+        5.0,
+        gt=0,
+        description="limit on the weight of little noise (min-SNR); null: none, the default where a schedule ends in "
+        "pure noise",
     )
     noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value for a whole channel")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
@@ -263,7 +266,7 @@ class FinetuneSettings(AdaptedSettings, MaskSettings):
             )
         if self.process != "model" and self.method == "textual-inversion":
             raise ValueError(f"a new word does not teach process={self.process}; leave it out, or take method=full")
-        if self.process == "flow":
+        if self.process == "flow" or self.process_options.get("zero_terminal_snr"):
             self.follow(min_snr_gamma=None)
         if self.method == "dreambooth" and not (self.caption and self.class_prompt):
             raise ValueError("dreambooth needs caption='a photo of sks dog' and class_prompt='a photo of a dog'")

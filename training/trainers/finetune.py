@@ -209,8 +209,10 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
             changes["caption"] = settings.placeholder_token
         if "caption_dropout" not in given:
             changes["caption_dropout"] = 0.0  # without the new word there is nothing to learn
-    if "min_snr_gamma" not in given and isinstance(process_from_config(pipeline.scheduler.config), RectifiedFlow):
-        changes["min_snr_gamma"] = None if settings.process == "model" else settings.min_snr_gamma
+    if "min_snr_gamma" not in given and settings.process == "model":
+        own = process_from_config(pipeline.scheduler.config)
+        if isinstance(own, RectifiedFlow) or getattr(own, "zero_terminal_snr", False):
+            changes["min_snr_gamma"] = None  # under which pure noise would count as nothing
     return settings.completed(**changes)
 
 

@@ -58,14 +58,9 @@ def hosts() -> Iterator[list[str]]:
 class Host:
     """A launcher and its process on one host."""
 
-    def __init__(self, name: str, rank: int, arguments: list[str], folder: Path, launcher: str) -> None:
-        if launcher == "accelerate":
-            command = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
-            command += ["--machine_rank", str(rank), "--main_process_ip", address(0), "--main_process_port", PORT]
-            command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        else:
-            command = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-            command += ["--master_addr", address(0), "--master_port", PORT]
+    def __init__(self, name: str, rank: int, arguments: list[str], folder: Path) -> None:
+        command = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+        command += ["--master_addr", address(0), "--master_port", PORT]
         (folder / "clock").mkdir(exist_ok=True)
         (folder / "clock" / "sitecustomize.py").write_text(SKEW)
         more = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": f"link{rank}"}
@@ -94,9 +89,8 @@ def trained(output: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((output / "training" / "checkpoints").glob("step-*"))[-1] / "trained.safetensors")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun"])
 def test_two_hosts_of_which_one_dies_train_what_one_process_does(
-    launcher: str, hosts: list[str], denoiser_settings: dict[str, Any], tmp_path: Path
+    hosts: list[str], denoiser_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     values = {**denoiser_settings, "checkpoint_every": 2, "log_every": 1, "max_steps": 60, "sample_every": 1000}
 
@@ -111,7 +105,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_process_does(
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     arguments = ["denoiser", *options, *(f"{name}={value}" for name, value in given.items())]
 
-    both = [Host(name, rank, arguments, tmp_path, launcher) for rank, name in enumerate(hosts)]
+    both = [Host(name, rank, arguments, tmp_path) for rank, name in enumerate(hosts)]
     try:
         end = time.monotonic() + 600
         while not any((output / "training" / "checkpoints").glob("step-*")) and time.monotonic() < end:
@@ -120,7 +114,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_process_does(
         both[1].kill()
         assert both[0].wait() != 0, "the other one does not go on alone, nor wait for ever"
         assert not (output / "model_index.json").exists()
-        both = [Host(name, rank, arguments, tmp_path, launcher) for rank, name in enumerate(hosts)]
+        both = [Host(name, rank, arguments, tmp_path) for rank, name in enumerate(hosts)]
         assert [host.wait() for host in both] == [0, 0], both[0].log.read_text()[-3000:]
     finally:
         for host in both:

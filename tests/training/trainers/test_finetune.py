@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler
 from lives import start, wait
 from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
@@ -336,6 +337,18 @@ def test_what_depends_on_the_model(model: Path) -> None:
     given = {**values, "resolution": 32, "sample_steps": 5, "sample_guidance_scale": 2.0}
     mine = complete(FinetuneSettings.load(None, given), ours(model))
     assert (mine.resolution, mine.sample_steps, mine.sample_guidance_scale) == (32, 5, 2.0)
+
+
+def test_min_snr_is_off_for_a_model_that_begins_at_pure_noise(model: Path) -> None:
+    values = {**options("full"), "data": "unused", "model": str(model), "output": "unused"}
+    pipeline = ours(model)
+    assert complete(FinetuneSettings.load(None, values), pipeline).min_snr_gamma == 5
+    change = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, **change})
+    assert complete(FinetuneSettings.load(None, values), pipeline).min_snr_gamma is None
+    assert complete(FinetuneSettings.load(None, {**values, "min_snr_gamma": 5}), pipeline).min_snr_gamma == 5
+    named = {**values, "process": "gaussian", "process_options": {"zero_terminal_snr": True}}
+    assert FinetuneSettings.load(None, named).min_snr_gamma is None
 
 
 @pytest.mark.parametrize(("method", "undone"), [("lora", True), ("full", True), ("textual-inversion", False)])
