@@ -55,12 +55,20 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+def launcher(name: str, rank: int) -> list[str]:
+    """Its module and options, as docs/machines.md has them."""
+    if name == "torchrun":
+        options = f"--nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr {address(0)} --master_port {PORT}"
+        return ["torch.distributed.run", *options.split()]
+    options = f"--num_machines 2 --num_processes 2 --machine_rank {rank} --main_process_ip {address(0)}"
+    options += f" --main_process_port {PORT} --mixed_precision no --dynamo_backend no --multi_gpu"
+    return ["accelerate.commands.launch", *options.split()]
+
+
 class Host:
     """A launcher and its process on one host."""
 
-    def __init__(self, name: str, rank: int, arguments: list[str], folder: Path) -> None:
-        command = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-        command += ["--master_addr", address(0), "--master_port", PORT]
+    def __init__(self, name: str, rank: int, command: list[str], arguments: list[str], folder: Path) -> None:
         (folder / "clock").mkdir(exist_ok=True)
         (folder / "clock" / "sitecustomize.py").write_text(SKEW)
         more = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": f"link{rank}"}
@@ -89,8 +97,9 @@ def trained(output: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((output / "training" / "checkpoints").glob("step-*"))[-1] / "trained.safetensors")
 
 
+@pytest.mark.parametrize("launched_by", ["torchrun", "accelerate"])
 def test_two_hosts_of_which_one_dies_train_what_one_process_does(
-    hosts: list[str], denoiser_settings: dict[str, Any], tmp_path: Path
+    launched_by: str, hosts: list[str], denoiser_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     values = {**denoiser_settings, "checkpoint_every": 2, "log_every": 1, "max_steps": 60, "sample_every": 1000}
 
@@ -105,7 +114,10 @@ def test_two_hosts_of_which_one_dies_train_what_one_process_does(
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     arguments = ["denoiser", *options, *(f"{name}={value}" for name, value in given.items())]
 
-    both = [Host(name, rank, arguments, tmp_path) for rank, name in enumerate(hosts)]
+    def launch() -> list[Host]:
+        return [Host(name, rank, launcher(launched_by, rank), arguments, tmp_path) for rank, name in enumerate(hosts)]
+
+    both = launch()
     try:
         end = time.monotonic() + 600
         while not any((output / "training" / "checkpoints").glob("step-*")) and time.monotonic() < end:
@@ -114,7 +126,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_process_does(
         both[1].kill()
         assert both[0].wait() != 0, "the other one does not go on alone, nor wait for ever"
         assert not (output / "model_index.json").exists()
-        both = [Host(name, rank, arguments, tmp_path) for rank, name in enumerate(hosts)]
+        both = launch()
         assert [host.wait() for host in both] == [0, 0], both[0].log.read_text()[-3000:]
     finally:
         for host in both:
