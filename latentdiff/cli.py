@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from functools import cache
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -17,12 +18,8 @@ USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplemen
 TOO_LARGE = re.compile(r"file too large|os error 27\b", re.IGNORECASE)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
 
-app = typer.Typer(
-    name="latentdiff",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Latent text-to-image diffusion: draw pictures from words, and train models that do.",
-)
+DRAWING = ("generate", "replay", "many", "models", "convert", "serve", "app")
+"""Commands of `latentdiff.pipelines.commands`, each in a module of its name."""
 
 
 def show_version(wanted: bool) -> None:
@@ -33,7 +30,6 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show where in the program an error comes from.", envvar="LATENTDIFF_DEBUG")
@@ -57,20 +53,25 @@ def options(
 
 
 @cache
-def application() -> typer.Typer:
-    """The program with all its commands."""
-    from latentdiff.pipelines.commands.app import app as draw_in_browser
-    from latentdiff.pipelines.commands.convert import convert
-    from latentdiff.pipelines.commands.generate import generate
-    from latentdiff.pipelines.commands.many import many
-    from latentdiff.pipelines.commands.models import models
-    from latentdiff.pipelines.commands.replay import replay
-    from latentdiff.pipelines.commands.serve import serve
-    from latentdiff.training.cli import add_commands
+def application(only: str | None = None) -> typer.Typer:
+    """The program with all its commands.
 
-    for command in (generate, replay, many, models, convert, serve, draw_in_browser):
-        app.command()(command)
-    add_commands(app)
+    Args:
+        only: a command that alone is wanted; if it draws, no other is loaded, which would take a tenth of a second.
+    """
+    app = typer.Typer(
+        name="latentdiff",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Latent text-to-image diffusion: draw pictures from words, and train models that do.",
+    )
+    app.callback()(options)
+    for name in (only,) if only in DRAWING else DRAWING:
+        app.command(name)(getattr(import_module(f"latentdiff.pipelines.commands.{name}"), name))
+    if only not in DRAWING:
+        from latentdiff.training.cli import add_commands
+
+        add_commands(app)
     return app
 
 
@@ -114,7 +115,7 @@ def explain(error: Exception) -> tuple[str, bool]:
 def main() -> None:
     """The ``latentdiff`` command, but for Ctrl-C while it begins, which is `latentdiff.__main__`'s."""
     try:
-        run(application())
+        run(application(sys.argv[1] if sys.argv[1:] else None))
     finally:
         gc.freeze()  # or Python looks through the objects of all libraries for cycles once more before it ends, 1.5 s
 

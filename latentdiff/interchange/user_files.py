@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -150,6 +148,8 @@ def read_yaml(file: Path) -> Any:
 
 def parse_yaml(text: str, where: object) -> Any:
     """The value of a YAML document, of plain types. Raises ValueError, beginning with `where`; see `read_yaml`."""
+    import yaml
+
     loader = None
     try:
         loader = yaml.SafeLoader(text)
@@ -176,7 +176,7 @@ def written_out(node: Any, known: dict[int, float]) -> float:
     """The number of values below a YAML node with every alias written out; infinite if one contains itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")  # what is found again below itself
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        children = [] if isinstance(node.value, str) else node.value  # a scalar's
         pairs = [child if isinstance(child, tuple) else (child,) for child in children]
         known[id(node)] = 1 + sum(written_out(child, known) for pair in pairs for child in pair)
     return known[id(node)]

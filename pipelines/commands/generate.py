@@ -35,7 +35,8 @@ from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.batch.draw import Drawn, PictureWriter
+    from latentdiff.pipelines.batch.draw import Drawn, PictureWriter, SourcePictures
+    from latentdiff.pipelines.batch.record import Settings
 
 FRAMES = 8  # of a filmstrip
 
@@ -124,26 +125,11 @@ def generate(
     digest = digest_in_background(place, loading.variant)
     started = time.perf_counter()
     load_module("latentdiff.pipelines.batch.draw")
-    from latentdiff.pipelines.batch.draw import PictureWriter, load_adapters, plan_batches, read_inputs, settings_of
+    from latentdiff.pipelines.batch.draw import PictureWriter, plan_batches, read_inputs
 
     inputs, used = read_inputs(source.image, source.mask)
-    asked_for = (loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime)
-    load = partial(load_pipeline, place, *asked_for)
-    pipeline = None
-    if kind == "TextToImagePipeline" and target.filmstrip is None:
-        pipeline = light_pipeline(place, loading, prompts, (source, drawing), load)
-    pipeline = pipeline or load()
-    if source.classes:
-        pipeline.label_numbers(source.classes)  # those that there are not are refused before anything is drawn
-    asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
-    asked["variation_strength"] = 0.0 if source.variation_seed is None else drawing.variation_strength
-    settings = settings_of(pipeline, loading.model, asked, inputs)
-    if inputs.image is not None and inputs.image.size != (settings.width, settings.height):
-        sizes = "{} x {} pixels and is {} at {} x {}".format(
-            *inputs.image.size, "cut" if settings.cut else "redrawn", settings.width, settings.height
-        )
-        say(f"{source.image} has {sizes}; --width and --height ask for other sizes")
-    load_adapters(pipeline, settings.loras, settings.embeddings)
+    pipeline = drawing_pipeline(place, kind, prompts, (target, loading, source, drawing))
+    settings = prepared(pipeline, (loading, source, drawing), inputs, used)
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
     writer = PictureWriter(
         pipeline,
@@ -161,6 +147,47 @@ def generate(
         say(f"{files_text(writer.written)}: {seeds}, {time.perf_counter() - started:.1f} s")
     if any(one.spoilt for one in writer.drawn):
         raise typer.Exit(FAILED)
+
+
+def drawing_pipeline(
+    place: Path, kind: str, prompts: list[str], options: tuple[TargetOptions, LoadingOptions, SourceOptions, Plain]
+) -> Any:
+    """What draws the model in `place`: without torch where that can be."""
+    target, loading, source, drawing = options
+    asked_for = (loading.device, loading.precision, loading.scheduler, kind, None, loading.variant, loading.runtime)
+    load = partial(load_pipeline, place, *asked_for)
+    pipeline = None
+    if kind == "TextToImagePipeline" and target.filmstrip is None:
+        pipeline = light_pipeline(place, loading, prompts, (source, drawing), load)
+    return pipeline or load()
+
+
+def prepared(
+    pipeline: Any,
+    options: tuple[LoadingOptions, SourceOptions, GenerateOptions],
+    inputs: "SourcePictures",
+    used: dict[str, Any],
+) -> "Settings":
+    """The settings to draw with, once the pipeline has its LoRAs and new words.
+
+    Raises:
+        ValueError: it does not draw with them, or has no such class.
+    """
+    from latentdiff.pipelines.batch.draw import load_adapters, settings_of
+
+    loading, source, drawing = options
+    if source.classes:
+        pipeline.label_numbers(source.classes)  # those that there are not are refused before anything is drawn
+    asked = {**vars(drawing), **used, **loading.adapters(), "variant": loading.variant}
+    asked["variation_strength"] = 0.0 if source.variation_seed is None else drawing.variation_strength
+    settings = settings_of(pipeline, loading.model, asked, inputs)
+    if inputs.image is not None and inputs.image.size != (settings.width, settings.height):
+        sizes = "{} x {} pixels and is {} at {} x {}".format(
+            *inputs.image.size, "cut" if settings.cut else "redrawn", settings.width, settings.height
+        )
+        say(f"{source.image} has {sizes}; --width and --height ask for other sizes")
+    load_adapters(pipeline, settings.loras, settings.embeddings)
+    return settings
 
 
 PLAIN = {"model", "precision", "runtime", "seed", "height", "width"}

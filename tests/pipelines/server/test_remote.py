@@ -96,10 +96,14 @@ def test_what_servers_refuse(run: Run, capsys: pytest.CaptureFixture[str], monke
         refused("say another --port", "serve", "--port", taken.getsockname()[1])
 
 
-def test_a_client_does_not_load_torch() -> None:
+def test_a_client_loads_little(served: Any, tmp_path: Path) -> None:
+    """Else a warm server would draw faster than its client begins."""
     program = (
-        "import sys; from latentdiff.pipelines.commands import remote, serve, app; from latentdiff import cli;"
-        "cli.application(); print([name for name in ('torch', 'fastapi', 'uvicorn') if name in sys.modules])"
+        "import atexit, sys; from latentdiff import cli;"
+        "names = ('torch', 'fastapi', 'uvicorn', 'yaml', 'latentdiff.training', 'latentdiff.pipelines.commands.serve');"
+        "atexit.register(lambda: print([name for name in names if name in sys.modules])); cli.main()"
     )
-    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == "[]"
+    command = ["generate", "a cup", "--server", served.url, "--steps", "2", "-o", str(tmp_path / "cup.png")]
+    found = subprocess.run([sys.executable, "-c", program, *command], check=True, capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "cup.png").is_file()

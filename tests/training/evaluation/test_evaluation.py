@@ -262,10 +262,9 @@ def test_only_inception_gives_fid(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(pictures: Path, tmp_path: Path) -> None:
-    from latentdiff.cli import app
-    from latentdiff.training.cli import add_commands
+    from latentdiff.cli import application
 
-    add_commands(app)
+    app = application()
     out = tmp_path / "out"
     arguments = ["evaluate", "emoji", "--data", str(pictures), "--split", "train", "--count", "6", "--steps", "2"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(out)], catch_exceptions=False)
