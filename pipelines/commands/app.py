@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from latentdiff.pipelines.commands.model_options import LoadingOptions, grouped
-from latentdiff.pipelines.commands.serve import KEY_VARIABLE, ServingOptions, run_server
+from latentdiff.pipelines.commands.model_options import grouped
+from latentdiff.pipelines.commands.serve import KEY_VARIABLE, ServedLoading, ServingOptions, run_server
 
 
 class AppOptions(ServingOptions):
@@ -20,7 +20,7 @@ class AppOptions(ServingOptions):
 
 @partial(grouped, argument="model")
 def app(
-    loading: LoadingOptions,
+    loading: ServedLoading,
     serving: AppOptions,
     password: Annotated[
         str | None,

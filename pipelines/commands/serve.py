@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
@@ -19,17 +19,32 @@ from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:
-    from latentdiff.pipelines.server.service import Service
+    from pathlib import Path
 
+    from latentdiff.pipelines.server.model import ServedModel
+    from latentdiff.pipelines.server.service import Service
+    from latentdiff.pipelines.server.shelf import Loader
+
+PACKAGED = "emoji"
 KEY_VARIABLE = "LATENTDIFF_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-TIMES_TRAINED = 4
-"""How many times the area of training a picture may have, where nothing else is said."""
+
+
+class ServedLoading(LoadingOptions):
+    """Which model a server has, if it is but one, and how models are loaded."""
+
+    model: str = Field(
+        "", description="A packaged model (emoji is the default), a folder, a .safetensors file, or owner/name."
+    )
 
 
 class ServingOptions(Plain):
     """Where a server listens, and what it gives to one request."""
 
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="A model more, that requests name; may be repeated."),
+    ] = None
     host: str = Field("127.0.0.1", description="Address to listen on; others than this machine's own need a key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     batch: int = Field(BATCH, ge=1, le=64, description="Pictures drawn at once.")
@@ -53,12 +68,14 @@ ApiKey = Annotated[
 
 
 @partial(grouped, argument="model")
-def serve(loading: LoadingOptions, serving: ServingOptions, api_key: ApiKey = None) -> None:
+def serve(loading: ServedLoading, serving: ServingOptions, api_key: ApiKey = None) -> None:
     """Draw for programs: a server that OpenAI's clients talk to.
 
     latentdiff serve
 
     latentdiff serve runs/birds --port 9000
+
+    latentdiff serve --model emoji --model runs/birds
 
     Pictures: POST /v1/images/generations and /v1/images/edits; also GET /v1/models, /health and /metrics. Requests for
     pictures of one size and the same steps are drawn together. Ctrl-C finishes what was taken, and stops.
@@ -67,31 +84,28 @@ def serve(loading: LoadingOptions, serving: ServingOptions, api_key: ApiKey = No
 
 
 def run_server(
-    loading: LoadingOptions,
+    loading: ServedLoading,
     serving: ServingOptions,
     key: str | None,
     page: bool = False,
     ready: Callable[[str], object] | None = None,
 ) -> None:
-    """Load the model, listen, and draw until stopped.
+    """Load the models, listen, and draw until stopped.
 
     Args:
         key: that requests must have.
         page: serve the page too.
-        ready: is told the address when the model is loaded.
+        ready: is told the address when the models are loaded.
 
     Raises:
-        ImportError, OSError, ValueError: a library is missing, the address cannot be had, or the model not served.
+        ImportError, OSError, ValueError: a library is missing, the address cannot be had, or a model not served.
     """
     check_serving(serving, key, "app" if page else "serve")
-    place = find_place(loading.model, loading.variant)
-    kind = kind_in(place, textless=True).name
-    if find_kind(kind).conditioned_by != "text" or find_kind(kind).pictures:
-        raise ValueError(f"the model {loading.model} is a {kind}; only models that draw from words alone are served")
+    loaders = loaders_of(loading, serving)
     listening = listen(serving.host, serving.port)
     host, port = listening.getsockname()[:2]
     with listening:
-        service = load_service(loading, serving, place, kind)
+        service = service_of(loaders, serving)
         import uvicorn
 
         from latentdiff.pipelines.server.http import create_app
@@ -103,7 +117,8 @@ def run_server(
             timeout_graceful_shutdown=max(1, math.ceil(serving.grace)),
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        say(f"{loading.model} draws at {address}{'' if page else '/v1'}; Ctrl-C stops it")
+        draws = "draws" if len(loaders) == 1 else "draw"
+        say(f"{' and '.join(loaders)} {draws} at {address}{'' if page else '/v1'}; Ctrl-C stops it")
         if ready is not None:
             ready(address)  # what comes before the server reads it waits in the socket
         try:
@@ -136,13 +151,36 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(what) from error
 
 
-def load_service(loading: LoadingOptions, serving: ServingOptions, place: Any, kind: str) -> "Service":
-    """The model, with a queue before it."""
+def loaders_of(loading: ServedLoading, serving: ServingOptions) -> dict[str, "Loader"]:
+    """What loads each model that a server was started with, by the name that requests give.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: there is no such model, or it does not draw from words.
+    """
+    loaders: dict[str, Loader] = {}
+    for model in [*filter(None, [loading.model]), *(serving.models or [])] or [PACKAGED]:
+        place = find_place(model, loading.variant)
+        is_path = os.sep in model and os.path.exists(os.path.expanduser(model))
+        name = place.name if is_path else model  # no folders of this disk
+        if name in loaders:
+            raise ValueError(f"two models are called {name}; rename the folder of one, or serve it by itself")
+        loaders[name] = loader_of(loading.model_copy(update={"model": model}), place, name)
+    return loaders
+
+
+def loader_of(loading: LoadingOptions, place: "Path", name: str) -> "Loader":
+    """What loads the model in `place`. Raises ValueError if it does not draw from words alone."""
+    kind = kind_in(place, textless=True).name
+    if find_kind(kind).conditioned_by != "text" or find_kind(kind).pictures:
+        raise ValueError(f"the model {name} is a {kind}; only models that draw from words alone are served")
+    return partial(load_served, loading, place, kind, name)
+
+
+def load_served(loading: LoadingOptions, place: "Path", kind: str, name: str) -> "ServedModel":
+    """A model, loaded, with the LoRAs and new words that it always has."""
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.pipelines.batch.draw import load_adapters
     from latentdiff.pipelines.server.model import ServedModel
-    from latentdiff.pipelines.server.requests import Limits
-    from latentdiff.pipelines.server.service import Service
 
     adapters = loading.adapters()
     digest = digest_in_background(place, loading.variant)
@@ -150,13 +188,20 @@ def load_service(loading: LoadingOptions, serving: ServingOptions, place: Any, k
     pipeline = load_pipeline(place, *choices)
     pipeline.set_progress_bar_config(disable=True)
     load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
-    height, width = pipeline.picture_size(None, None)
-    pixels = serving.max_pixels or TIMES_TRAINED * height * width
-    limits = Limits(pixels, serving.max_steps, serving.max_count, serving.max_prompt)
-    is_path = os.sep in loading.model and os.path.exists(os.path.expanduser(loading.model))
-    name = place.name if is_path else loading.model
     told = {
         of: [one.model_copy(update={"file": os.path.basename(one.file)}) for one in adapters[of]] for of in adapters
     }
-    model = ServedModel(name, pipeline, digest.result, {**told, "variant": loading.variant})  # no folders of this disk
-    return Service(model, limits, serving.timeout, serving.batch, serving.queue)
+    return ServedModel(name, pipeline, digest.result, {**told, "variant": loading.variant})  # no folders of this disk
+
+
+def service_of(loaders: dict[str, "Loader"], serving: ServingOptions) -> "Service":
+    """The models, loaded, with a queue before them."""
+    from latentdiff.pipelines.server.requests import Limits
+    from latentdiff.pipelines.server.service import Service
+    from latentdiff.pipelines.server.shelf import Shelf
+
+    shelf = Shelf(loaders)
+    for name in loaders:
+        shelf.get(name)
+    limits = Limits(serving.max_pixels, serving.max_steps, serving.max_count, serving.max_prompt)
+    return Service(shelf, limits, serving.timeout, serving.batch, serving.queue)

@@ -80,13 +80,11 @@ def add_drawing(app: FastAPI, service: Service) -> None:
 def add_status(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.describe()]}
+        return {"object": "list", "data": await asyncio.to_thread(service.list_models)}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != service.model.name:
-            raise RequestError(f"there is no model {name!r} here", "model", "model_not_found", 404)
-        return service.describe()
+        return await asyncio.to_thread(service.describe, name)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -74,16 +74,15 @@ class Job:
         return self._cancelled.is_set() or time.monotonic() > self.deadline
 
     def fits(self, other: "Job") -> bool:
-        """Whether the two can be drawn in one call: words alone, and all the same but prompts and seeds."""
-        if self is other:
-            return True
-        alone = self.inputs.image is not None or other.inputs.image is not None
-        return not alone and self.kind == other.kind and shape_of(self.settings) == shape_of(other.settings)
+        """Whether the two can be drawn in one call: all is the same but prompts, seeds and what they start from."""
+        return self is other or (self.kind == other.kind and shape_of(self.settings) == shape_of(other.settings))
 
 
-def shape_of(settings: Settings) -> tuple[Any, Settings]:
-    """What has to be the same within a batch; negative prompts may differ, where there are any."""
-    return settings.negative_prompt is None, settings.model_copy(update={"negative_prompt": None})
+def shape_of(settings: Settings) -> tuple[Any, ...]:
+    """What has to be the same within a batch; negative prompts and pictures may differ, where there are any."""
+    own = {"negative_prompt": None, "image": None, "mask": None, "cut": False}
+    there = (settings.negative_prompt is None, settings.image is None, settings.mask is None)
+    return *there, settings.model_copy(update=own)
 
 
 @dataclass(frozen=True)

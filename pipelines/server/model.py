@@ -10,6 +10,9 @@ from latentdiff.pipelines.core.sampling import Progress
 from latentdiff.pipelines.registry import find_kind, kind_taking
 from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
 
+TIMES_TRAINED = 4
+"""How many times the area of training a picture may have, where nothing else is said."""
+
 
 class ServedModel:
     """Draws batches of jobs, from words, from pictures and within masks.
@@ -25,6 +28,12 @@ class ServedModel:
         self.name, self.digest, self.adapters = name, digest, adapters
         self.pipeline = pipeline
         self._pipelines: dict[str, Any] = {type(pipeline).__name__: pipeline}
+
+    @property
+    def pixels(self) -> int:
+        """Of a picture at most, where nobody says how many."""
+        height, width = self.pipeline.picture_size(None, None)
+        return TIMES_TRAINED * height * width
 
     def kind_for(self, inputs: SourcePictures) -> str:
         """The class that draws from these pictures."""
@@ -52,6 +61,8 @@ class ServedModel:
         pipeline = self.pipeline_of(first.kind)
         batch = batch_of(rows)
         arguments = call_arguments(pipeline, first.settings, batch, first.inputs)
+        if any(row.job is not first for row in rows):
+            arguments |= pictures_of(rows)
         if first.settings.negative_prompt is not None:
             arguments["negative_prompt"] = [row.job.settings.negative_prompt for row in rows]
         with closing(pipeline.stream(**arguments)) as progress:
@@ -69,6 +80,16 @@ class ServedModel:
 
 def batch_of(rows: list[Row]) -> Batch:
     return Batch(prompts=[row.job.prompt for row in rows], seeds=[row.job.seeds[row.number] for row in rows])
+
+
+def pictures_of(rows: list[Row]) -> dict[str, Any]:
+    """What each row starts from, as arguments of a call; nothing where it is words alone."""
+    at = {id(row.job): row.job.inputs.at(*size_of(row.job), row.job.settings.cut) for row in rows}
+    return {name: [at[id(row.job)][name] for row in rows] for name in at[id(rows[0].job)]}
+
+
+def size_of(job: Job) -> tuple[int, int]:
+    return job.settings.width, job.settings.height
 
 
 def watched(progress: Iterator[Progress], rows: list[Row]) -> Any:

@@ -23,8 +23,8 @@ SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 class Limits:
     """What one request may ask for."""
 
-    pixels: int
-    """Of one picture."""
+    pixels: int | None = None
+    """Of one picture; None: by its model, see `ServedModel.pixels`."""
     steps: int = 100
     count: int = 10
     """Pictures."""
@@ -129,15 +129,12 @@ def check_limits(request: DrawRequest, limits: Limits) -> None:
     for name, (value, most, what) in asked.items():
         if value > most:
             raise RequestError(f"{name}: {value} {what} are more than this server gives, {most}", name)
-    width, height = request.sides
-    check_pixels(width or 1, height or 1, limits)
 
 
-def check_pixels(width: int, height: int, limits: Limits) -> None:
-    """Raises RequestError for a picture that is too large."""
-    if width * height > limits.pixels:
-        most = f"{limits.pixels} pixels"
-        raise RequestError(f"size: {width}x{height} is more than this server draws, {most} in all", "size")
+def check_pixels(width: int, height: int, most: int) -> None:
+    """Raises RequestError for a picture of more than `most` pixels."""
+    if width * height > most:
+        raise RequestError(f"size: {width}x{height} is more than this server draws, {most} pixels in all", "size")
 
 
 def read_pictures(

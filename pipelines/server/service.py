@@ -12,7 +12,6 @@ from latentdiff.interchange.png import picture_bytes
 from latentdiff.memory import is_lack_of_memory
 from latentdiff.pipelines.server.jobs import Event, Failed, Finished, Job, Preview
 from latentdiff.pipelines.server.metrics import Metrics
-from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.queue import Queue
 from latentdiff.pipelines.server.requests import (
     DrawRequest,
@@ -22,6 +21,7 @@ from latentdiff.pipelines.server.requests import (
     read_pictures,
     read_request,
 )
+from latentdiff.pipelines.server.shelf import Shelf
 
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -31,7 +31,7 @@ class GoneError(Exception):
 
 
 class Service:
-    """A model, the queue before it, and what may be asked of it.
+    """Models, the queue before them, and what may be asked of them.
 
     Args:
         timeout: seconds that a request may take, waiting included.
@@ -39,17 +39,15 @@ class Service:
         places: requests that may wait.
     """
 
-    def __init__(
-        self, model: ServedModel, limits: Limits, timeout: float = 300.0, batch: int = 8, places: int = 64
-    ) -> None:
-        self.model, self.limits, self.timeout = model, limits, timeout
+    def __init__(self, shelf: Shelf, limits: Limits, timeout: float = 300.0, batch: int = 8, places: int = 64) -> None:
+        self.shelf, self.limits, self.timeout = shelf, limits, timeout
         self.queue = Queue(self._draw, batch, places)
         self.metrics = Metrics(lambda: len(self.queue))
         self.started = int(time.time())
 
     def _draw(self, rows: list[Any]) -> None:
         self.metrics.batches.observe(len(rows))
-        self.model.draw(rows)
+        self.shelf.get(rows[0].job.settings.model).draw(rows)
 
     async def begin(
         self, values: Mapping[str, Any], files: Mapping[str, tuple[str, bytes]]
@@ -74,18 +72,16 @@ class Service:
         self, values: Mapping[str, Any], files: Mapping[str, tuple[str, bytes]], hear: Callable[[Event], None]
     ) -> tuple[DrawRequest, Job]:
         request = read_request(values, self.limits)
-        if request.model not in (None, self.model.name):
-            message = f"there is no model {request.model!r} here; there is {self.model.name!r}"
-            raise RequestError(message, "model", "model_not_found", 404)
+        model = self.shelf.get(request.model)
         inputs, used = read_pictures(files)
         if inputs.image is None and request.strength is not None:
             raise RequestError("strength is for pictures to start from; send those to /v1/images/edits", "strength")
-        settings = self.model.settings(request.options, inputs, used)
-        check_pixels(settings.width, settings.height, self.limits)
+        settings = model.settings(request.options, inputs, used)
+        check_pixels(settings.width, settings.height, self.limits.pixels or model.pixels)
         if settings.num_inference_steps > self.limits.steps:
             message = f"the model takes {settings.num_inference_steps} steps, this server gives {self.limits.steps}"
             raise RequestError(f"steps: {message}; say how many", "steps")
-        kind = self.model.kind_for(inputs)
+        kind = model.kind_for(inputs)
         previews = (request.partial_images or 0) if request.stream else 0
         ending = time.monotonic() + self.timeout
         return request, Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending)
@@ -133,22 +129,28 @@ class Service:
         message = f"the picture was not finished within {self.timeout:g} s; ask for fewer or smaller ones, or later"
         raise RequestError(message, code="timeout", status=504)
 
-    def describe(self) -> dict[str, Any]:
-        """The model as ``GET /v1/models`` shows it."""
-        pipeline, limits = self.model.pipeline, self.limits
-        height, width = pipeline.picture_size(None, None)
+    def describe(self, name: str) -> dict[str, Any]:
+        """A model as ``GET /v1/models/NAME`` shows it; it is loaded for that."""
+        model, limits = self.shelf.get(name), self.limits
+        height, width = model.pipeline.picture_size(None, None)
+        pixels = limits.pixels or model.pixels
         return {
-            "id": self.model.name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "latentdiff",
+            **self.named(name),
             "width": width,
             "height": height,
-            "multiple_of": pipeline.vae_scale_factor,
-            "steps": pipeline.defaults["num_inference_steps"],
-            "guidance_scale": pipeline.defaults["guidance_scale"],
-            "limits": {"pixels": limits.pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},
+            "multiple_of": model.pipeline.side_factor,
+            "steps": model.pipeline.defaults["num_inference_steps"],
+            "guidance_scale": model.pipeline.defaults["guidance_scale"],
+            "limits": {"pixels": pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},
         }
+
+    def named(self, name: str) -> dict[str, Any]:
+        """A model that need not be loaded."""
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "latentdiff"}
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """All models, with what is known of those that are loaded."""
+        return [self.describe(one) if self.shelf.is_loaded(one) else self.named(one) for one in self.shelf.names]
 
 
 def encoded(event: Finished, request: DrawRequest) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from latentdiff.pipelines.server.jobs import Event, Job, Preview
 from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.requests import Limits
 from latentdiff.pipelines.server.service import Service
+from latentdiff.pipelines.server.shelf import Shelf
 
 DIGEST = "0" * 64
 LIMITS = Limits(pixels=32 * 32, steps=50, count=10, prompt=100, upload=2**16)
@@ -75,7 +76,7 @@ class Held:
 
 def hold(service: Service, prompt: str = "a cup", **asked: Any) -> Held:
     """Keep the server of this service busy."""
-    settings = service.model.settings({"num_inference_steps": 3, **asked}, SourcePictures(), {})
+    settings = service.shelf.get().settings({"num_inference_steps": 3, **asked}, SourcePictures(), {})
     held = Held(Job("TextToImagePipeline", settings, prompt, [0], lambda event: held.hear(event), previews=1))
     service.queue.submit(held.job)
     assert held.waiting.wait(120)
@@ -84,4 +85,5 @@ def hold(service: Service, prompt: str = "a cup", **asked: Any) -> Held:
 
 def made(drawer: Any, **options: Any) -> Service:
     """A service of the tiny model."""
-    return Service(ServedModel("tiny", drawer, lambda: DIGEST, {}), LIMITS, **{"places": 4, **options})
+    shelf = Shelf({"tiny": lambda: ServedModel("tiny", drawer, lambda: DIGEST, {})})
+    return Service(shelf, LIMITS, **{"places": 4, **options})

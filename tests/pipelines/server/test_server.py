@@ -6,17 +6,24 @@ import io
 import json
 import re
 import threading
+from functools import partial
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 from PIL import Image
-from served import hold, made, serving, until
+from served import DIGEST, LIMITS, hold, made, serving, until
+from tiny import tiny_pipeline
 
-from latentdiff.interchange.png import settings_of
+from latentdiff import ImageToImagePipeline, InpaintPipeline
+from latentdiff.interchange.png import picture_bytes, settings_of
+from latentdiff.pipelines.commands.remote import form_of
 from latentdiff.pipelines.server.jobs import Failed, Finished, Job
+from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.service import Service
+from latentdiff.pipelines.server.shelf import Shelf
 
 DRAW = "/v1/images/generations"
 
@@ -40,6 +47,30 @@ def asked(url: str, body: Any) -> tuple[threading.Thread, list[Any]]:
     return thread, found
 
 
+def asked_to_edit(
+    url: str, pictures: dict[str, Image.Image], fields: dict[str, str]
+) -> tuple[threading.Thread, list[Any]]:
+    files = {name: (f"{name}.png", picture_bytes(one)) for name, one in pictures.items()}
+    body, kind = form_of(fields, files)
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.append(ask(f"{url}/v1/images/edits", body, content_type=kind)), daemon=True
+    )
+    thread.start()
+    return thread, found
+
+
+def answered(found: list[Any]) -> Image.Image:
+    """The picture of an answer."""
+    assert found[0][0] == 200, found
+    return Image.open(io.BytesIO(base64.b64decode(json.loads(found[0][1])["data"][0]["b64_json"])))
+
+
+def near(one: Image.Image, other: Image.Image) -> bool:
+    """But for last bits, which depend on the batch."""
+    return bool(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1)
+
+
 def test_requests_that_wait_are_drawn_together_and_tell_nothing_of_each_other(served: Any) -> None:
     held = hold(served.service)
     prompts = ["a red cup", "a blue cup", "a green cup"]
@@ -57,6 +88,53 @@ def test_requests_that_wait_are_drawn_together_and_tell_nothing_of_each_other(se
     assert "latentdiff_batch_pictures_sum 4.0" in metrics
     assert "latentdiff_batch_pictures_count 2.0" in metrics
     assert 'latentdiff_requests_total{path="/v1/images/generations",status="200"} 3.0' in metrics
+
+
+def test_edits_that_wait_are_drawn_together(served: Any, drawer: Any) -> None:
+    """Each from its own picture, and within its own mask, as when drawn alone."""
+    held = hold(served.service)
+    noise = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    images, masks = [Image.fromarray(one) for one in noise], [Image.new("L", (16, 16)) for _ in noise]
+    masks[0].paste(255, (8, 0, 16, 16))
+    masks[1].paste(255, (0, 0, 16, 8))
+    found: list[Any] = []
+    for files in [{"image": one} for one in images] + [{"image": images[i], "mask": masks[i]} for i in range(2)]:
+        found.append(asked_to_edit(served.url, files, {"prompt": "a cup", "seed": str(len(found) % 2)}))
+    until(lambda: len(served.service.queue) == 4)
+    held.let_go.set()
+    for thread, _ in found:
+        thread.join(120)
+    pictures = [answered(one) for _, one in found]
+    redraw, inpaint = ImageToImagePipeline.from_pipe(drawer), InpaintPipeline.from_pipe(drawer)
+    for i in range(2):
+        alone = redraw("a cup", image=images[i], seed=i).images[0]
+        assert near(pictures[i], alone)
+        within = inpaint("a cup", image=images[i], mask_image=masks[i], seed=i, strength=1.0).images[0]
+        assert near(pictures[2 + i], within)
+    assert not near(pictures[0], pictures[1])
+    assert "latentdiff_batch_pictures_count 3.0" in ask(served.url + "/metrics")[1].decode()
+
+
+def test_several_models(drawer: Any) -> None:
+    """The first draws what names none; requests for different ones are not mixed."""
+    other = tiny_pipeline(layers_per_block=2)
+    loaders = {name: partial(ServedModel, name, one, lambda: DIGEST, {}) for name, one in (("a", drawer), ("b", other))}
+    service = Service(Shelf(loaders, kept=1), LIMITS)
+    with serving(service) as served:
+        assert [one["id"] for one in json.loads(ask(served.url + "/v1/models")[1])["data"]] == ["a", "b"]
+        assert json.loads(ask(served.url + "/v1/models/b")[1])["steps"] == 2
+        held = hold(service)
+        asking = [asked(served.url + DRAW, {"prompt": "a cup", "seed": 1, **more}) for more in ({}, {"model": "b"})]
+        until(lambda: len(service.queue) == 2)
+        held.let_go.set()
+        for thread, _ in asking:
+            thread.join(120)
+        for (_, found), pipeline, name in zip(asking, (drawer, other), "ab", strict=True):
+            picture = answered(found)
+            assert near(picture, pipeline("a cup", seed=1).images[0])
+            assert (settings_of(picture) or {})["model"] == name
+        status, message, _ = ask(served.url + DRAW, {"prompt": "a cup", "model": "c"})
+        assert (status, message) == (404, "there is no model 'c' here; there is 'a' or 'b'")
 
 
 def test_a_full_queue_says_when_to_come_again(served: Any) -> None:
@@ -109,7 +187,7 @@ def test_a_request_that_cannot_be_drawn_spoils_no_other(service: Service) -> Non
     held = hold(service)
     heard: dict[str, list[Any]] = {"a cup": [], "\ud800": []}
     for prompt, events in heard.items():
-        settings = service.model.settings({}, held.job.inputs, {})
+        settings = service.shelf.get().settings({}, held.job.inputs, {})
         service.queue.submit(Job("TextToImagePipeline", settings, prompt, [0], events.append))
     held.let_go.set()
     service.queue.close()
