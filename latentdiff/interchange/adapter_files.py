@@ -13,13 +13,17 @@ from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.folders import check_links, check_safetensors, read_json
 from latentdiff.interchange.hub import asking_hub
 
-LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+LYCORIS_NAME = "lycoris_weights.safetensors"
+LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", LYCORIS_NAME)
 EMBEDDING_NAMES = ("learned_embeds.safetensors",)
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the LoRA's config in a file's header
 CONFIG_KEYS = frozenset(
     {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "lora_bias"}
 )
 """The keys of a foreign LoRA config that are used: those that define its weights, and none that acts on the network."""
+
+PEFT_TYPES = ("LORA", "LOHA", "LOKR")
+
 
 SAFE = (".safetensors",)
 PICKLED = (*SAFE, ".bin", ".pt")
@@ -130,8 +134,10 @@ def read_config(file: Path, header: Mapping[str, str], *, beside: bool) -> dict[
             raise ValueError(f"{file}: its {METADATA_KEY} is not JSON ({error})") from None
     elif beside and (other := file.with_name("adapter_config.json")).is_file():
         config = read_json(other)
-        if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"{other} is of {config['peft_type']}, not of a LoRA")
+        if config.get("peft_type", "LORA") not in PEFT_TYPES:
+            raise ValueError(f"{other} is of {config['peft_type']}, not of a LoRA, LoHa or LoKr")
+        if "alpha" in config and "lora_alpha" not in config:
+            config["lora_alpha"] = config["alpha"]
     if config is None:
         return None
     if not isinstance(config, dict):

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,6 +226,7 @@ def fit_lora(
             f"none of the {len(unmatched)} keys of this LoRA, such as {unmatched[0]}, is of this pipeline's "
             f"{' or '.join(networks)}; it is for another kind of model"
         )
+    found = {name: in_shape(layer, places[names[name]]) for name, layer in found.items()}
     for name, layer in found.items():
         check_fit(name, layer, places[names[name]])
     layers, others = {names[name]: layer for name, layer in found.items()}, set(unmatched)
@@ -247,6 +249,14 @@ def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             module = module.get_base_layer()
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield name, module
+
+
+def in_shape(layer: LoraLayer, module: nn.Module) -> LoraLayer:
+    """With the kernel of the convolution that it is for, where the file leaves that out."""
+    weight: Any = module.weight
+    if not layer.is_flat or weight.ndim != 4 or weight[0].numel() != layer.down.shape[1]:
+        return layer
+    return replace(layer, down=layer.down.reshape(-1, *weight.shape[1:]), up=layer.up[..., None, None])
 
 
 def check_fit(name: str, layer: LoraLayer, module: nn.Module) -> None:

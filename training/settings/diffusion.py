@@ -221,11 +221,15 @@ class AdaptedSettings(DiffusionSettings):
     )
 
 
+Adapter = Literal["lora", "dora", "loha", "lokr", "oft"]
+"""LoRA and its relatives."""
+
+
 class FinetuneSettings(AdaptedSettings, MaskSettings):
     """Settings of ``latentdiff finetune``."""
 
     fixed: ClassVar[tuple[str, ...]] = (
-        *(*RunSettings.fixed, "method", "lora_rank", "lora_alpha", "lora_targets", "train_text_encoder"),
+        *(*RunSettings.fixed, "method", "adapter", "lora_rank", "lora_alpha", "lora_targets", "train_text_encoder"),
         *("placeholder_token", "initializer_token", "num_vectors", "process", "process_options"),
     )
 
@@ -248,6 +252,11 @@ class FinetuneSettings(AdaptedSettings, MaskSettings):
     )
     process_options: dict[str, Any] = Field({}, description="arguments of the process; see DenoiserSettings")
     lora_rank: int = Field(0, ge=0, description="0: 16 for method=lora, and no LoRA with dreambooth")
+    adapter: Adapter = Field(
+        "lora",
+        description="what a LoRA is: dora (magnitude apart), loha (Hadamard product), lokr (Kronecker product), oft "
+        "(rotations in blocks of lora_rank)",
+    )
     train_text_encoder: bool = Field(False, description="train the text encoder too, by the same method")
     class_prompt: str | None = Field(None, description="dreambooth: what the subject is one of, such as 'a dog'")
     class_pictures: int = Field(100, ge=1, description="dreambooth: how many pictures of the class to draw and keep")
@@ -260,6 +269,10 @@ class FinetuneSettings(AdaptedSettings, MaskSettings):
     def _check_method(self) -> Self:
         rates = {"full": 1e-5, "lora": 1e-3, "dreambooth": 5e-6, "textual-inversion": 5e-3}
         self.follow(learning_rate=rates["lora" if self.lora_rank else self.method])
+        if self.adapter != "lora" and self.method == "dreambooth" and not self.lora_rank:
+            raise ValueError(f"adapter={self.adapter} needs a lora_rank=16 or so with method=dreambooth")
+        if self.adapter == "oft" and self.lora_alpha is not None:
+            raise ValueError("lora_alpha does nothing with adapter=oft, whose rotations have no strength; leave it out")
         if self.process == "model" and self.process_options:
             raise ValueError(
                 "process_options are for a process that is named; give process=flow or process=gaussian too"

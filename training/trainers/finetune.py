@@ -34,6 +34,7 @@ from latentdiff.training.trainers.textual_inversion import Expand, add_word, che
 logger = logging.getLogger(__name__)
 
 USED_BY = {
+    "adapter": ("lora", "dreambooth"),
     "lora_rank": ("lora", "dreambooth"),
     "lora_alpha": ("lora", "dreambooth"),
     "lora_targets": ("lora", "dreambooth"),
@@ -269,7 +270,7 @@ def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Dat
     if settings.method == "textual-inversion":
         return prepare_word(settings, pipeline, data)
     if lora_rank(settings):
-        add_lora(settings, unet, *trained)
+        add_lora(settings, unet, *trained, kind=settings.adapter)
     else:
         unet.requires_grad_(True)
         for encoder in trained:
@@ -277,7 +278,9 @@ def prepare(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Dat
                 parameter.requires_grad_("pooler" not in name)  # what pools has no part in the text states
     if len(trained) > 1:
         leave_out_unused(trained[0])
-    return partial(save_and_merge, pipeline, Path(settings.output)) if lora_rank(settings) else lambda: None
+    if not lora_rank(settings):
+        return lambda: None
+    return partial(save_and_merge, pipeline, Path(settings.output), settings.adapter)
 
 
 def prepare_word(settings: FinetuneSettings, pipeline: Any, data: Data) -> Finish:

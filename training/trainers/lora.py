@@ -1,14 +1,21 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) of a UNet and a text encoder: added, trained, saved, merged."""
+"""LoRA (Hu et al. 2021) and its relatives, by PEFT, in a UNet and a text encoder: added, trained, saved, merged."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from latentdiff.interchange.adapter_files import CONFIG_KEYS, LORA_NAMES
-from latentdiff.pipelines import LatentPipeline
+from latentdiff.interchange.adapter_files import CONFIG_KEYS, LORA_NAMES, LYCORIS_NAME, save_whole
+from latentdiff.interchange.atomic import json_text, write_text_whole
+from latentdiff.interchange.lora.formats import CONFIG_NAME
+from latentdiff.interchange.lora.kohya_names import to_kohya_name
+from latentdiff.interchange.lora.layers import PEFT_PREFIX
+from latentdiff.pipelines import LatentPipeline, TextToImagePipeline
 from latentdiff.training.settings import AdaptedSettings
+from latentdiff.training.settings.diffusion import Adapter
 
 DEFAULT_RANK = 16
 
@@ -25,28 +32,37 @@ def lora_rank(settings: AdaptedSettings) -> int:
     return settings.lora_rank or (DEFAULT_RANK if settings.method == "lora" else 0)
 
 
-def add_lora(settings: AdaptedSettings, unet: Any, *text_encoders: Any) -> None:
-    """Put a new LoRA into the UNet and into the text encoders that are given; only its matrices require a gradient.
+def add_lora(settings: AdaptedSettings, unet: Any, *text_encoders: Any, kind: Adapter = "lora") -> None:
+    """Put a new adapter into the UNet and into the text encoders that are given; only its matrices require a gradient.
 
-    They are float32 whatever the precision of the rest, and change nothing as long as they are not trained: B is zero.
+    They are float32 whatever the precision of the rest, and change nothing as long as they are not trained.
 
     Raises:
         ValueError: a target is not there.
     """
-    add_to(unet, settings, check_targets(unet, settings.lora_targets))
+    add_to(unet, settings, check_targets(unet, settings.lora_targets), kind)
     for text_encoder in text_encoders:
-        add_to(text_encoder, settings, text_targets(text_encoder))
+        add_to(text_encoder, settings, text_targets(text_encoder), kind)
 
 
-def add_to(network: Any, settings: AdaptedSettings, targets: Sequence[str]) -> None:
-    from peft import LoraConfig
+def adapter_config(settings: AdaptedSettings, targets: Sequence[str], kind: Adapter) -> Any:
+    """PEFT's config of a new adapter: of `lora_rank`, which are the sides of OFT's blocks."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 
+    rank, modules = lora_rank(settings), list(targets)
+    alpha: Any = settings.lora_alpha or rank
+    if kind == "oft":  # Qiu et al. 2023
+        return OFTConfig(oft_block_size=rank, target_modules=modules)
+    if kind in ("loha", "lokr"):
+        return {"loha": LoHaConfig, "lokr": LoKrConfig}[kind](r=rank, alpha=alpha, target_modules=modules)
+    gaussian: Any = "gaussian"
+    dora = kind == "dora"  # Liu et al. 2024
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights=gaussian, use_dora=dora)
+
+
+def add_to(network: Any, settings: AdaptedSettings, targets: Sequence[str], kind: Adapter) -> None:
     network.requires_grad_(False)
-    rank = lora_rank(settings)
-    config = LoraConfig(
-        r=rank, lora_alpha=settings.lora_alpha or rank, target_modules=list(targets), init_lora_weights="gaussian"
-    )
-    network.add_adapter(config)
+    network.add_adapter(adapter_config(settings, targets, kind))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -119,7 +135,52 @@ def merge_lora(pipeline: LatentPipeline) -> None:
     pipeline.unload_lora_weights()
 
 
-def save_and_merge(pipeline: LatentPipeline, folder: Path) -> None:
-    """`save_lora`, then `merge_lora`."""
-    save_lora(pipeline, folder)
+def save_adapter(pipeline: TextToImagePipeline, folder: Path, kind: Adapter) -> None:
+    """Write the adapter: LoRA and DoRA as `save_lora` does, LoHa and LoKr in LyCORIS's format, which others read too.
+
+    All but LoRA and DoRA are in PEFT's format too, in ``adapter/NETWORK``.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    if kind in ("lora", "dora"):
+        save_lora(pipeline, folder)
+        return
+    flat, two = dict[str, Tensor](), pipeline.for_sdxl
+    for name in pipeline._lora_loadable_modules:
+        network = getattr(pipeline, name)
+        config = getattr(network, "peft_config", {}).get("default")
+        if config is None:
+            continue
+        state, place = get_peft_model_state_dict(network), folder / "adapter" / name
+        save_whole({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, place / LORA_NAMES[1])
+        said = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": None}
+        said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
+        write_text_whole(place / CONFIG_NAME, json_text(said))
+        flat |= lycoris_tensors({f"{name}.{key}": tensor for key, tensor in state.items()}, config, two)
+    if kind != "oft":
+        header = {"format": "pt", "ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": kind})}
+        save_whole(flat, folder / LYCORIS_NAME, header)
+
+
+def lycoris_tensors(state: Mapping[str, Tensor], config: Any, two_encoders: bool = False) -> dict[str, Tensor]:
+    """PEFT's tensors of a LoHa or LoKr, with the network's name, under LyCORIS's, with alphas.
+
+    LyCORIS does not scale a product of two whole matrices, so its first one is scaled here.
+    """
+    found: dict[str, Tensor] = {}
+    names = {key.rpartition(".")[0] for key in state}
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        if part == "lokr_w1" and f"{name}.lokr_w2" in state:
+            tensor = tensor * (config.alpha / config.r)
+        found[f"{to_kohya_name(name, two_encoders)}.{part}"] = tensor
+    for name in names if hasattr(config, "alpha") else ():
+        whole = {f"{name}.lokr_w1", f"{name}.lokr_w2"} <= state.keys()
+        found[f"{to_kohya_name(name, two_encoders)}.alpha"] = torch.tensor(float(config.r if whole else config.alpha))
+    return found
+
+
+def save_and_merge(pipeline: TextToImagePipeline, folder: Path, kind: Adapter = "lora") -> None:
+    """`save_adapter`, then `merge_lora`."""
+    save_adapter(pipeline, folder, kind)
     merge_lora(pipeline)

@@ -27,6 +27,7 @@ from latentdiff.interchange.lora.layers import (
     plain_key,
     read_layers,
 )
+from latentdiff.interchange.lora.lycoris import CONVOLUTIONS
 from latentdiff.interchange.user_files import faults_named
 
 LoraFormat = Literal["diffusers", "peft", "kohya"]
@@ -142,6 +143,7 @@ def convert_lora(
         layers, others = read_layers(file.state, file.config, layers_per_block=layers_per_block)
         if others:
             raise ValueError(f"{len(others)} keys, such as {others[0]}, are no LoRA's of a known layer")
+        check_shapes(layers)
         files = FORMATS[to](layers, {key: value for key, value in file.header.items() if key.startswith(KEPT)})
     written = write_files(files, target, overwrite)
     return LoraReport(
@@ -151,6 +153,16 @@ def convert_lora(
         tuple(sorted({layer.rank for layer in layers.values()})),
         tuple(sorted({layer.scale for layer in layers.values()})),
     )
+
+
+def check_shapes(layers: Layers) -> None:
+    """Raises ValueError for a layer of a LoHa or LoKr whose kernel only the network tells."""
+    for name, layer in layers.items():
+        if layer.is_flat and name.rpartition(".")[2] in CONVOLUTIONS:
+            raise ValueError(
+                f"{name}: such a file does not say whether this is a convolution, and of which size; a pipeline of its "
+                f"model loads it (load_lora_weights), and fuse_lora() keeps it in the weights"
+            )
 
 
 Content = tuple[dict[str, Tensor], dict[str, str]] | dict[str, Any]

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021), layer by layer, independent of the file's format: W + alpha/r B A, bias and DoRA's magnitude.
 
-The formats of diffusers (also its older names), PEFT and kohya are read and written.
+The formats of diffusers (also its older names), PEFT and kohya are read and written. LoHa and LoKr are read as LoRAs.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.interchange.lora import lycoris
 from latentdiff.interchange.lora.kohya_names import (
     KOHYA_PREFIXES,
     TEXT,
@@ -31,6 +32,7 @@ KOHYA_PARTS = {
     "lora_mid.weight": "mid",
     "alpha": "alpha",
     "dora_scale": "magnitude",
+    **lycoris.PARTS,
 }
 OWN_PARTS = {
     "lora_A.weight": "down",
@@ -43,6 +45,7 @@ OWN_PARTS = {
     "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up",
     "alpha": "alpha",
+    **lycoris.PARTS,
 }
 OLD_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 PLAIN_NAME = re.compile(r"[\w.]*")
@@ -52,8 +55,6 @@ MAX_PATTERNS, MAX_EXPRESSIONS, MAX_LENGTH = 10_000, 32, 200
 """Of patterns, of regular expressions among them, and of the letters of one. A UNet has some hundred layers."""
 
 OTHER_KINDS = {
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
     "oft_": "OFT",
     ".diff": "a difference of weights",
     ".on_input": "IA3",
@@ -73,6 +74,8 @@ class LoraLayer:
     """(out,), of B."""
     magnitude: Tensor | None = None
     """(out,), of DoRA (Liu et al. 2024)."""
+    is_flat: bool = False
+    """Whether ``down`` may be that of a convolution, (r, in * k * k), which only the network can tell."""
 
     @property
     def rank(self) -> int:
@@ -97,10 +100,11 @@ def format_of(state: Mapping[str, Tensor]) -> str:
         raise ValueError("there are no tensors in it")
     kinds = {kind for mark, kind in OTHER_KINDS.items() for key in state if mark in key}
     if kinds:
-        raise ValueError(f"it holds {' and '.join(sorted(kinds))}; of such adapters only LoRA can be read")
+        raise ValueError(f"it holds {' and '.join(sorted(kinds))}; of such adapters LoRA, LoHa and LoKr can be read")
     if all(key.startswith(tuple(KOHYA_PREFIXES)) for key in state):
         return "kohya (original blocks)" if any(is_ldm_name(key.split(".")[0]) for key in state) else "kohya"
-    if "down" not in {split_key(plain_key(key))[1] for key in state}:
+    parts = {split_key(plain_key(key))[1] for key in state}
+    if "down" not in parts and not lycoris.kind_of(filter(None, parts)):
         raise ValueError(f"keys such as {next(iter(state))} are not LoRA in diffusers', PEFT's or kohya's format")
     if all(key.startswith(PEFT_PREFIX) for key in state):
         return "peft"
@@ -143,7 +147,13 @@ def read_layers(
         else:
             found[name][part] = tensor
             keys.setdefault(name, key)
-    return {name: make_layer(name, keys[name], parts, config) for name, parts in found.items()}, others
+    layers, total = dict[str, LoraLayer](), 0
+    for name, parts in found.items():
+        layers[name] = make_layer(name, keys[name], parts, config)
+        total += layers[name].up.numel() + layers[name].down.numel() if lycoris.kind_of(parts) else 0
+        if total > lycoris.MOST_IN_ALL:
+            raise ValueError(f"its layers stand for more than {lycoris.MOST_IN_ALL:,} numbers; no model is as large")
+    return layers, others
 
 
 def split_key(
@@ -173,31 +183,54 @@ def own_name(name: str) -> str:
 
 
 def make_layer(name: str, key: str, parts: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> LoraLayer:
-    down, up = parts.get("down"), parts.get("up")
-    if down is None or up is None:
-        raise ValueError(f"{key}: this layer has no {'down (A)' if down is None else 'up (B)'} matrix")
-    for part, tensor in parts.items():
-        if not (tensor.is_floating_point() or part == "alpha") or 0 in tensor.shape:
-            raise ValueError(f"{key}: no matrix of a LoRA has {tensor.dtype} and shape {tuple(tensor.shape)}")
-        if not tensor.float().isfinite().all():
-            raise ValueError(f"{key}: the {part} part of this layer has values that are not finite (nan or inf)")
-    check_matrices(key, down, up, parts.get("mid"))
-    if "mid" in parts:  # LyCORIS: three factors of a convolution; the first two are multiplied
-        down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.flatten(1).float()).to(down.dtype)
-    rank = down.shape[0]
-    if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise ValueError(f"{key}: its alpha must be one number, not of shape {tuple(parts['alpha'].shape)}")
-        alpha = float(parts["alpha"])
-    else:
-        alpha = alpha_of(name, rank, config)
+    check_tensors(key, parts)
+    down, up, alpha = (of_lycoris if lycoris.kind_of(parts) else of_lora)(name, key, parts, config)
     if not math.isfinite(alpha):
         raise ValueError(f"{key}: its alpha is {alpha}; it must be finite")
     magnitude = parts.get("magnitude")
     if magnitude is not None:
         check_magnitude(key, magnitude, len(up))
         magnitude = magnitude.flatten()
-    return LoraLayer(down, up, alpha, parts.get("bias"), magnitude)
+    is_flat = lycoris.kind_of(parts) is not None and down.ndim == 2
+    return LoraLayer(down, up, alpha, parts.get("bias"), magnitude, is_flat)
+
+
+def check_tensors(key: str, parts: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for parts of a layer that can be none."""
+    for part, tensor in parts.items():
+        if not (tensor.is_floating_point() or part == "alpha") or 0 in tensor.shape:
+            raise ValueError(f"{key}: no matrix of a LoRA has {tensor.dtype} and shape {tuple(tensor.shape)}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{key}: the {part} part of this layer has values that are not finite (nan or inf)")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise ValueError(f"{key}: its alpha must be one number, not of shape {tuple(parts['alpha'].shape)}")
+
+
+def of_lycoris(
+    name: str, key: str, parts: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor, float]:
+    """Down, up and alpha of a LoRA that does what a layer of a LoHa or LoKr does."""
+    down, up, rank = lycoris.as_lora(key, parts)
+    if rank is None:  # LyCORIS leaves such a layer as it is; PEFT scales it all the same
+        rank = int(setting_of("r", name, config) or 0)
+        alpha = float(rank or 1) if not rank or "alpha" in parts else alpha_of(name, rank, config)
+        rank = rank or 1
+    else:
+        alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank, config)
+    return down, up, alpha / rank * len(down)
+
+
+def of_lora(
+    name: str, key: str, parts: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor, float]:
+    """Down, up and alpha of a LoRA's layer."""
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None:
+        raise ValueError(f"{key}: this layer has no {'down (A)' if down is None else 'up (B)'} matrix")
+    check_matrices(key, down, up, parts.get("mid"))
+    if "mid" in parts:  # LyCORIS: three factors of a convolution; the first two are multiplied
+        down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.flatten(1).float()).to(down.dtype)
+    return down, up, float(parts["alpha"]) if "alpha" in parts else alpha_of(name, len(down), config)
 
 
 def check_magnitude(key: str, magnitude: Tensor, outputs: int) -> None:
@@ -221,19 +254,31 @@ def check_matrices(key: str, down: Tensor, up: Tensor, mid: Tensor | None) -> No
 
 def alpha_of(name: str, rank: int, config: Mapping[str, Any] | None) -> float:
     """Alpha of a layer by a PEFT config; the rank if there is none for its network."""
+    alpha = setting_of("lora_alpha", name, config)
+    if alpha is None:
+        return float(rank)
+    rs = (config or {}).get(f"{name.partition('.')[0]}.use_rslora")
+    return alpha * math.sqrt(rank) if rs else alpha  # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
+
+
+PATTERNS = {"lora_alpha": "alpha_pattern", "r": "rank_pattern"}
+"""What says a setting of single layers."""
+
+
+def setting_of(key: str, name: str, config: Mapping[str, Any] | None) -> float | None:
+    """A setting of `PATTERNS` for a layer by a PEFT config; None if there is no config for its network."""
     network, _, module = name.partition(".")
     start = f"{network}."
     own = {key.removeprefix(start): value for key, value in (config or {}).items() if key.startswith(start)}
     if not own:
-        return float(rank)
-    patterns = own.get("alpha_pattern") or {}
+        return None
+    patterns = own.get(PATTERNS[key]) or {}
     try:
         check_patterns(patterns)
-        matching = (value for key, value in patterns.items() if matches(key, module))
-        alpha = float(next(matching, own.get("lora_alpha", 8)))
+        matching = (value for pattern, value in patterns.items() if matches(pattern, module))
+        return float(next(matching, own.get(key, 8)))  # PEFT's default of both
     except (TypeError, ValueError, AttributeError, re.error, RecursionError) as error:
-        raise ValueError(f"the LoRA's config is damaged: lora_alpha or alpha_pattern ({error})") from error
-    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
+        raise ValueError(f"the LoRA's config is damaged: {key} or {PATTERNS[key]} ({error})") from error
 
 
 def check_patterns(patterns: Mapping[str, Any]) -> None:

@@ -84,6 +84,17 @@ def test_a_lora_is_merged_and_beside_for_diffusers_too(
 
 
 @pytest.mark.slow
+def test_a_lokr_of_both_text_encoders_is_beside(pictures: Path, model: Path, tmp_path: Path) -> None:
+    out = run(pictures, model, tmp_path / "out", "lora of all", adapter="lokr")
+    merged, adapted = draw(theirs(out)), ours(model)
+    keys = load_file(out / "lycoris_weights.safetensors")
+    assert {key.split("_")[1] for key in keys} == {"unet", "te1", "te2"}
+    assert not adapted.load_lora_weights(out).unmatched
+    torch.testing.assert_close(draw(adapted), merged, atol=1e-4, rtol=0)
+    assert {path.name for path in (out / "adapter").iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_resumes_exactly(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
     if method == "textual-inversion":
