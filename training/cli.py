@@ -2,6 +2,7 @@
 
 import typer
 
+from latentdiff.training.commands.average import average
 from latentdiff.training.commands.cache import cache
 from latentdiff.training.commands.caption import caption
 from latentdiff.training.commands.doctor import doctor
@@ -29,5 +30,5 @@ for command in (autoencoder, denoiser, classifier, prior, finetune, distill, enc
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of training and measuring to the program's own."""
     app.add_typer(train, name="train")
-    for command in (finetune, distill, settings, caption, encode, doctor, cache, evaluate, likelihood):
+    for command in (finetune, distill, average, settings, caption, encode, doctor, cache, evaluate, likelihood):
         app.command(cls=TrainingCommand)(command)

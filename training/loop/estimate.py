@@ -172,7 +172,7 @@ def checkpoint_bytes(learner: Learner) -> int:
     tensors = [tensor for module in modules for tensor in trained_state(module).values()]
     states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
     tensors += [value for values in states for value in values if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in [*tensors, *learner.average.weights])
+    return sum(tensor.nbytes for tensor in [*tensors, *learner.averages])
 
 
 def module_bytes(*modules: object) -> int:

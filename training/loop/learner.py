@@ -17,6 +17,7 @@ from latentdiff.training.batch.random_choices import seed_of
 from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.moving_average import average_of
 from latentdiff.training.loop.optimizers_and_schedules import build_optimizer, learning_rate_at
+from latentdiff.training.loop.power_averages import power_averages_of
 from latentdiff.training.objectives.objective import Objective, RealAndFake
 from latentdiff.training.settings import RunSettings
 
@@ -37,6 +38,7 @@ class Learner:
     Attributes:
         objective: as Accelerate has wrapped it.
         plain: the same without the wrapper.
+        average, powers: of the trained weights.
 
     Raises:
         ValueError: there is nothing to train, or FSDP is to train against an adversary.
@@ -66,6 +68,9 @@ class Learner:
                 raise ValueError("FSDP cannot train against a discriminator; use several processes without FSDP")
             self.adversary = Adversary(accelerator, settings, adversary, adversary_rate)
         self.average = average_of(self.parameters, settings, self.optimizer)
+        if settings.ema_snapshots and spread_modules(self.objective):
+            raise ValueError("ema_snapshots are not for FSDP, where no process has all weights; leave them out")
+        self.powers = power_averages_of(self.plain, settings)
         self.watch = LossWatch(settings.explosion)
         self.skipped, self._bad_in_a_row = 0, 0
         self._pass_losses: list[Tensor] = []
@@ -125,6 +130,8 @@ class Learner:
             self.adversary.optimizer.zero_grad()
         if fault is None:
             self.average.update()
+            if self.powers is not None:
+                self.powers.update()
         self.plain.after_update(fault is None)
 
     def _change_weights(self, learning_rate: float) -> None:
@@ -160,6 +167,18 @@ class Learner:
         logger.warning("%s. The update was left out.", fault)
         if self.accelerator.scaler is not None:  # it must know of every update whose gradients it has seen
             self.accelerator.scaler.update()
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """All averages of the weights, for a checkpoint: the moving one, if there is one, then those of `powers`."""
+        return [*self.average.weights, *([] if self.powers is None else self.powers.weights)]
+
+    def restore_averages(self, averages: Sequence[Tensor], updates: int, power_updates: int) -> None:
+        """Go on from those of a checkpoint."""
+        count = 0 if self.powers is None else len(self.powers.weights)
+        if self.powers is not None:
+            self.powers.restore(averages[-count:], power_updates)
+        self.average.restore(averages[: len(averages) - count], updates)
 
     def figures(self) -> dict[str, float]:
         """The objectives' figures, of the last pass and of the updates before."""

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.loop import estimate
 from latentdiff.training.loop.checkpoints import Checkpoints
@@ -22,6 +23,7 @@ from latentdiff.training.loop.estimate import SOON, duration
 from latentdiff.training.loop.learner import Learner
 from latentdiff.training.loop.optimizers_and_schedules import learning_rate_at
 from latentdiff.training.loop.output_folder import hold, log_changes, open_output, places_of, release, state_of
+from latentdiff.training.loop.power_averages import AVERAGES
 from latentdiff.training.loop.records import Records, memory_in_use
 from latentdiff.training.loop.stopping import Stopping
 from latentdiff.training.objectives.objective import Objective, RealAndFake
@@ -151,6 +153,7 @@ class TrainingRun:
         self.step += 1
         self._bar.update()
         self._say_estimate()
+        self._keep_averages()
         if not self.due(self.settings.log_every):
             if self.step == 1:  # so that the curves of a run that is stopped early begin somewhere
                 self._record_now()
@@ -279,6 +282,7 @@ class TrainingRun:
             "skipped": self.learner.skipped,
             "figures": self.figures,
             "optimization_step": self.learner.average.updates,
+            "power_updates": 0 if self.learner.powers is None else self.learner.powers.updates,
             "settings": state_of(self.settings),
             "chosen": self.settings.given,
             "places": places_of(state_of(self.settings)),
@@ -286,11 +290,26 @@ class TrainingRun:
             "history": self.history,
         }
         try:
-            self.checkpoints.save(self.step, state, self.learner.average.weights)
+            self.checkpoints.save(self.step, state, self.learner.averages)
         except OSError as error:
             if must:
                 raise
             logger.warning("%s. The run goes on; the older checkpoints are kept.", error)
+
+    def _keep_averages(self) -> None:
+        """Write the averages from which `latentdiff average` makes others, as often as the settings say.
+
+        What cannot be written is missing later, and does not end the run.
+        """
+        powers, every = self.learner.powers, self.settings.ema_snapshots
+        if powers is None or not self.due(every) or self.settings.is_dry_run or not self.accelerator.is_main_process:
+            return
+        for tensors, header in powers.files():
+            file = self.folder / AVERAGES / f"step-{self.step:08d}-{header['length']}.safetensors"
+            try:
+                save_whole(tensors, file, {"format": "pt", **header})
+            except OSError as error:
+                logger.warning("%s could not be written (%s). The run goes on without it.", file, error.strerror)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -301,7 +320,8 @@ class TrainingRun:
             self.step, self.learner.skipped = int(state["step"]), int(state["skipped"])
             self.learner.watch.restore(state["watch"])
             self.figures = state["figures"]
-            self.learner.average.restore(averaged, int(state["optimization_step"]))
+            updates = (int(state["optimization_step"]), int(state.get("power_updates", 0)))
+            self.learner.restore_averages(averaged, *updates)
 
     # The trained networks
 

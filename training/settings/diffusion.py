@@ -220,6 +220,12 @@ class AdaptedSettings(DiffusionSettings):
         description="layers of the UNet's blocks; the first four alone, as is usual, learn colours better than shapes",
     )
 
+    @model_validator(mode="after")
+    def _check_snapshots(self) -> Self:
+        if self.ema_snapshots and (self.lora_rank or self.method in ("lora", "textual-inversion")):
+            raise ValueError("ema_snapshots are for whole networks; for adapters and words take ema_decay")
+        return self
+
 
 Adapter = Literal["lora", "dora", "loha", "lokr", "oft"]
 """LoRA and its relatives."""

@@ -81,7 +81,7 @@ def yaml_no(value: Any) -> Any:
 class RunSettings(DataSettings):
     """What every training run has. Steps are optimizer steps; the batch size is that of one process's one pass."""
 
-    fixed: ClassVar[tuple[str, ...]] = ("seed", "optimizer")
+    fixed: ClassVar[tuple[str, ...]] = ("seed", "optimizer", "ema_snapshots")
     """What an unfinished run began with and cannot go on without: anything else would be another training."""
     unsettled: ClassVar[tuple[str, ...]] = ()
     """Settings that a model may change, so that they say nothing before it is loaded."""
@@ -133,6 +133,11 @@ class RunSettings(DataSettings):
     adam_beta2: float = Field(0.99, gt=0, lt=1, description="memory of Adam's mean of squared gradients")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights that are saved; 0: no average")
+    ema_snapshots: int = Field(
+        0,
+        ge=0,
+        description="steps between averages kept for 'latentdiff average', which makes one of any length; 0: none",
+    )
     ema_warmup: bool = Field(True, description="let the average follow faster at first: (1 + step) / (10 + step)")
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(yaml_no)] = Field(
         "no", description="bf16 or fp16: faster and less memory on a GPU that has it"
