@@ -9,13 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from straight_line import Line, go, settings
 from tiny import DENOISER
 from torch import nn
 from typer.testing import CliRunner
 
-from latentdiff.cli import app
+from latentdiff.training.commands.average import average as command
 from latentdiff.training.loop.power_averages import LENGTHS, PowerAverages, exponent, mixture, overlap
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DenoiserSettings, FinetuneSettings
@@ -105,7 +106,9 @@ def finished(pictures: Path, tmp_path: Path) -> Path:
 def test_a_model_of_another_length(finished: Path, tmp_path: Path) -> None:
     before = sorted(path for path in finished.rglob("*"))
     file = "unet/diffusion_pytorch_model.safetensors"
-    result = CliRunner().invoke(app, ["average", str(finished), "--length", "0.1", "-o", str(tmp_path / "new")])
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(finished), "--length", "0.1", "-o", str(tmp_path / "new")])
     assert result.exit_code == 0, result.output
     found, last = load_file(tmp_path / "new" / file), load_file(finished / file)
     snapshot = load_file(finished / "training" / "averages" / "step-00000006-0.1.safetensors")
