@@ -124,10 +124,10 @@ def parts_of(run: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[Path, dic
     Raises:
         ValueError: there is no file with all weights of a network.
     """
-    networks: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in shapes:
-        network, _, own = name.partition(".")
-        networks[network][own] = name
+    networks = by_network({name: name for name in shapes})
+    pair = by_network(networks.get("text_encoder", {}))
+    if pair.keys() == {"first", "second"}:  # of `TwoTextEncoders`
+        networks = {name: own for name, own in networks.items() if name != "text_encoder"} | pair
     places = {file.relative_to(run): shapes_of(file) for file in model_files(run)}
     found = {}
     for network, names in networks.items():
@@ -142,6 +142,15 @@ def parts_of(run: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[Path, dic
                 f"{network}; averages of adapters and of sharded weights are not put into models"
             )
         found[fitting[0]] = names
+    return found
+
+
+def by_network(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """By the first part of a name, {the rest of it: what is said of it}."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, said in names.items():
+        network, _, own = name.partition(".")
+        found[network][own] = said
     return found
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from lives import live_and_die, start, wait
 from safetensors.torch import load_file, save_file
 from straight_line import Line, go, settings
 from tiny import DENOISER
@@ -76,6 +79,24 @@ def test_a_toy_run() -> None:
         assert float((found - wanted).norm() / (wanted - walk[-1]).norm()) < max(3 * far, 1e-3)
 
 
+@pytest.mark.parametrize("length", [0.06, 0.15, 0.2])
+def test_a_profile_that_is_put_together_is_the_papers(length: float) -> None:
+    """Its curve over time beside tau^gamma, and beside the best that least squares on that curve can do."""
+    ticks, steps = (np.arange(30_000) + 0.5) / 1000, range(1, 31)
+    kept = [(exponent(one), step) for step in steps for one in LENGTHS]
+
+    def curve(gamma: float, end: float) -> Any:  # EDM2, Eq. 3
+        return np.where(ticks < end, (gamma + 1) * ticks**gamma / end ** (gamma + 1), 0)
+
+    factors, missed = mixture(kept, (exponent(length), 30))
+    wanted, curves = curve(exponent(length), 30), np.stack([curve(*one) for one in kept], axis=1)
+    norm = np.linalg.norm(wanted)
+    assert np.linalg.norm(curves @ factors - wanted) / norm == pytest.approx(missed, rel=0.02, abs=1e-4)
+    best = curves @ np.linalg.lstsq(curves, wanted)[0]  # App. C.3, where the factors' sum is left free
+    assert missed <= 1.1 * np.linalg.norm(best - wanted) / norm + 1e-4
+    assert missed < 0.01
+
+
 def test_a_run_that_stops_keeps_the_same_averages(tmp_path: Path) -> None:
     def run(name: str, **changes: Any) -> dict[str, dict[str, torch.Tensor]]:
         go(TrainingRun(settings(tmp_path / name, ema_snapshots=4, **changes), Line()))
@@ -96,11 +117,38 @@ def test_a_run_that_stops_keeps_the_same_averages(tmp_path: Path) -> None:
         TrainingRun(settings(tmp_path / "calm", max_steps=10), Line())
 
 
+def train(pictures: Path, output: Path, **changes: Any) -> Path:
+    values = {**DENOISER, "data": str(pictures), "autoencoder": "pixels", "condition": "none", "max_steps": 6}
+    values |= {"ema_snapshots": 2, "learning_rate": 1e-2, "sample_every": 6, "ema_decay": 0.0, **changes}
+    return train_denoiser(DenoiserSettings.load(None, {**values, "output": str(output)}))
+
+
 @pytest.fixture
 def finished(pictures: Path, tmp_path: Path) -> Path:
-    values = {**DENOISER, "data": str(pictures), "autoencoder": "pixels", "condition": "none", "max_steps": 6}
-    values |= {"ema_snapshots": 2, "learning_rate": 1e-2, "sample_every": 6, "ema_decay": 0.0}
-    return train_denoiser(DenoiserSettings.load(None, {**values, "output": str(tmp_path / "run")}))
+    return train(pictures, tmp_path / "run")
+
+
+def averages_in(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {file.name: load_file(file) for file in (run / "training" / "averages").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_kills_change_no_average_and_two_processes_keep_the_same(pictures: Path, tmp_path: Path) -> None:
+    def work(name: str, **changes: Any) -> Callable[[], object]:
+        return lambda: train(pictures, tmp_path / name, max_steps=20, checkpoint_every=3, learning_rate=1e-3, **changes)
+
+    log = tmp_path / "log.txt"
+    assert wait(start(work("calm", batch_size=4), log)) == [0], log.read_text()
+    assert live_and_die(work("killed", batch_size=4), log, kills=3, longest=2.0, seed=1)
+    assert wait(start(work("two", batch_size=2), log, processes=2)) == [0, 0], log.read_text()
+    calm, killed, two = (averages_in(tmp_path / name) for name in ("calm", "killed", "two"))
+    assert calm.keys() == killed.keys() == two.keys()
+    for file, tensors in calm.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(killed[file][name], tensor)
+            torch.testing.assert_close(two[file][name], tensor, atol=2e-4, rtol=1e-3)
 
 
 def test_a_model_of_another_length(finished: Path, tmp_path: Path) -> None:
@@ -152,7 +200,11 @@ def test_averages_that_are_damaged_or_of_another_model(kind: str, tmp_path: Path
     save_file(weight, file, {"length": {"length": "nan", "updates": "2"}, "header": {}}.get(kind, header))
     if kind == "cut":
         file.write_bytes(file.read_bytes()[:-3])
-    message = {"cut": "", "header": "does not say of which length", "length": "a length of nan cannot be"}
+    message = {
+        "cut": "step-00000002-0.1.safetensors",
+        "header": "does not say of which length",
+        "length": "a length of nan cannot be",
+    }
     with pytest.raises(ValueError, match=message.get(kind, "0 files of the model have all 1 weights")):
         average(tmp_path / "run", 0.1, tmp_path / "new")
     assert not (tmp_path / "new").exists()

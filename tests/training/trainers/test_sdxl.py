@@ -19,6 +19,7 @@ from latentdiff.training.batch.two_encoders import JointTextCache, caption_condi
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.settings import DistillationSettings, FinetuneSettings
+from latentdiff.training.trainers.average import average
 from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
 
@@ -92,6 +93,21 @@ def test_a_lokr_of_both_text_encoders_is_beside(pictures: Path, model: Path, tmp
     assert not adapted.load_lora_weights(out).unmatched
     torch.testing.assert_close(draw(adapted), merged, atol=1e-4, rtol=0)
     assert {path.name for path in (out / "adapter").iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.slow
+def test_all_networks_are_averaged_afterwards(pictures: Path, model: Path, tmp_path: Path) -> None:
+    out = run(pictures, model, tmp_path / "out", "full of all", ema_snapshots=2)
+    average(out, 0.1, tmp_path / "new")
+    kept = load_file(out / "training" / "averages" / "step-00000004-0.1.safetensors")
+    files = {"denoiser": "unet/diffusion_pytorch_model", "text_encoder.first": "text_encoder/model"}
+    for part, file in {**files, "text_encoder.second": "text_encoder_2/model"}.items():
+        found = load_file(tmp_path / "new" / f"{file}.safetensors")
+        mine = {name.removeprefix(f"{part}."): one for name, one in kept.items() if name.startswith(f"{part}.")}
+        assert len(mine) > 10
+        for name, tensor in mine.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+    draw(theirs(tmp_path / "new"))
 
 
 @pytest.mark.slow
