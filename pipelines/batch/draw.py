@@ -174,7 +174,9 @@ def call_arguments(pipeline: Any, settings: Settings, batch: Batch, inputs: Sour
     elif "batch_size" not in takes:
         items = {"prompt": batch.prompts}
     usual = defaults_of(GenerateOptions)
-    elsewhere = ("candidates", "reranker", "variation_strength", "height", "width")
+    elsewhere = ["candidates", "reranker", "variation_strength", "height", "width", "refiner"]
+    if not getattr(pipeline, "takes_scores", False):
+        elsewhere += ["aesthetic_score", "negative_aesthetic_score"]
     given = {name: getattr(settings, name) for name in usual if name not in elsewhere}
     arguments: dict[str, Any] = {
         **items,
@@ -190,8 +192,17 @@ def call_arguments(pipeline: Any, settings: Settings, batch: Batch, inputs: Sour
 
 
 def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePictures, number: int = 0) -> list[Drawn]:
-    """The pictures of `batch`, which is the batch with this `number`."""
-    return drawn_of(pipeline(**call_arguments(pipeline, settings, batch, inputs)), number)
+    """The pictures of `batch`, which is the batch with this `number`; a refiner, if there is one, ends them."""
+    arguments = call_arguments(pipeline, settings, batch, inputs)
+    if settings.refiner is None:
+        return drawn_of(pipeline(**arguments), number)
+    latents = pipeline(**arguments, output_type="latent").images
+    refined = call_arguments(pipeline.refiner, settings, batch, SourcePictures())
+    for name in ("height", "width", "strength", "denoising_end", "variation_seed", "variation_strength"):
+        refined.pop(name, None)
+    if pipeline.refiner.text_encoder is None:
+        refined = {name: value for name, value in refined.items() if not name.endswith("prompt_2")}
+    return drawn_of(pipeline.refiner(**refined, image=latents, denoising_start=settings.denoising_end), number)
 
 
 def draw_filmstrip(
@@ -218,7 +229,7 @@ class PictureWriter:
     Args:
         files: one for each picture, or one for all.
         columns: of the grid, where there is one file for all.
-        digest: of the model; asked for when the first file is written.
+        digest, refiner_digest: of the models; asked for when the first file is written.
     """
 
     pipeline: Any
@@ -227,6 +238,7 @@ class PictureWriter:
     files: Sequence[Path]
     columns: int
     digest: Callable[[], str]
+    refiner_digest: Callable[[], str] | None = None
     drawn: list[Drawn] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
 
@@ -249,7 +261,8 @@ class PictureWriter:
 
     def record(self, drawn: Sequence[Drawn], **more: Any) -> Record:
         """Of a file with these pictures; `more` as in `record_of`."""
-        settings = self.settings.model_copy(update={"model_digest": self.digest()})
+        refiner = None if self.refiner_digest is None else self.refiner_digest()
+        settings = self.settings.model_copy(update={"model_digest": self.digest(), "refiner_digest": refiner})
         return record_of(settings, self.batches, drawn, this_machine(self.pipeline), **more)
 
     def seed_of(self, one: Drawn) -> int:

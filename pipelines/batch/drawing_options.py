@@ -134,7 +134,25 @@ class DrawingOptions(SDXLOptions):
     )
 
 
-class GenerateOptions(DrawingOptions):
+class RefinedOptions(DrawingOptions):
+    """What SDXL takes besides where a second model goes on with the first one's latents."""
+
+    refiner: str | None = Field(
+        None,
+        description="SDXL: a second model, which draws the last steps: a folder, a file, or owner/name on the hub.",
+    )
+    denoising_end: float | None = Field(
+        None, gt=0, lt=1, description="SDXL: where on the way from noise the refiner goes on; by default at 0.8."
+    )
+    aesthetic_score: float | None = Field(
+        None, allow_inf_nan=False, description="SDXL's refiner: how good a picture to draw, 1 to 10; by default 6."
+    )
+    negative_aesthetic_score: float | None = Field(
+        None, allow_inf_nan=False, description="SDXL's refiner: how good a picture to keep away from; by default 2.5."
+    )
+
+
+class GenerateOptions(RefinedOptions):
     """What drawing a few pictures from one command can ask for besides."""
 
     variation_strength: float = Field(

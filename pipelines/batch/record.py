@@ -76,6 +76,7 @@ class Settings(GenerateOptions):
     """Whether the picture keeps its size but for what is cut off at its edges; else it is enlarged or made smaller."""
     model: str
     model_digest: Digest | None = None
+    refiner_digest: Digest | None = None
     variant: str | None = None
     loras: list[Lora] = Field([])
     embeddings: list[Embedding] = Field([])

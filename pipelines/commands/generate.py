@@ -20,6 +20,7 @@ from latentdiff.pipelines.batch.drawing_options import (
     DrawingOptions,
     GenerateOptions,
     Plain,
+    RefinedOptions,
     RowOptions,
     SDXLOptions,
 )
@@ -30,6 +31,7 @@ from latentdiff.pipelines.commands.model_options import (
     grouped,
     load_pipeline,
 )
+from latentdiff.pipelines.commands.refiner import DENOISING_END, IMAGE_TO_IMAGE, find_refiner
 from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
@@ -117,6 +119,9 @@ def generate(
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)
     check_words(kind, prompts, source.classes, loading, drawing)
+    refiner = find_refiner(drawing, loading.variant, source.mask or target.filmstrip)
+    if refiner is not None:
+        drawing = drawing.model_copy(update={"denoising_end": drawing.denoising_end or DENOISING_END})
 
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.interchange.folders import check_clip_source
@@ -130,6 +135,9 @@ def generate(
     inputs, used = read_inputs(source.image, source.mask)
     pipeline = drawing_pipeline(place, kind, prompts, (target, loading, source, drawing))
     settings = prepared(pipeline, (loading, source, drawing), inputs, used)
+    if refiner is not None:
+        loaded_as = (loading.device, loading.precision, loading.scheduler, IMAGE_TO_IMAGE, None, loading.variant)
+        refiner.join(pipeline, load_pipeline(refiner.place, *loaded_as))
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
     writer = PictureWriter(
         pipeline,
@@ -138,6 +146,7 @@ def generate(
         files,
         columns=count if len(items) > 1 and count > 1 else math.isqrt(total - 1) + 1,
         digest=digest.result,
+        refiner_digest=None if refiner is None else refiner.digest.result,
     )
     draw(writer, items, count, inputs, target.filmstrip)
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
@@ -321,9 +330,11 @@ def check_family(kind: str, model: str, drawing: DrawingOptions) -> None:
             raise ValueError(f"{flag}: the model {model} draws by diffusion and not code by code; leave it out")
     if find_kind(kind).family == "SDXL":
         return
-    for name in SDXLOptions.model_fields.keys() - RowOptions.model_fields.keys():
-        if getattr(drawing, name) is not None:
-            shown = next((note.flag for note in SDXLOptions.model_fields[name].metadata if hasattr(note, "flag")), None)
+    fields = RefinedOptions.model_fields
+    ours = SDXLOptions.model_fields.keys() - RowOptions.model_fields.keys()
+    for name in sorted(ours | (fields.keys() - DrawingOptions.model_fields.keys())):
+        if getattr(drawing, name, None) is not None:
+            shown = next((note.flag for note in fields[name].metadata if hasattr(note, "flag")), None)
             flag = shown or f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is for SDXL, and the model {model} is not; leave it out")
 

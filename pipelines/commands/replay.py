@@ -11,6 +11,7 @@ from latentdiff import __version__
 from latentdiff.imports import load_module
 from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, load_pipeline
+from latentdiff.pipelines.commands.refiner import IMAGE_TO_IMAGE, Refiner
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
@@ -27,6 +28,9 @@ def replay(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file for the new picture.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Where the model is now; by default as the picture says.")
+    ] = None,
+    refiner: Annotated[
+        str | None, typer.Option(help="Where the refiner is now; by default as the picture says.")
     ] = None,
     any_model: Annotated[
         bool, typer.Option("--any-model", help="Go on with a model that is not the one it was drawn with.")
@@ -78,6 +82,10 @@ def replay(
     if type(pipeline.scheduler).__name__ != record.scheduler:
         pipeline.scheduler = change_scheduler(pipeline.scheduler, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
+    if record.refiner is not None:
+        loaded_as = (device, precision, None, IMAGE_TO_IMAGE, None, record.variant)
+        second = refiner_of(record, picture, refiner, any_model)
+        second.join(pipeline, load_pipeline(second.place, *loaded_as))
     after = redraw(pipeline, record, inputs)
     machine = this_machine(pipeline)
     if output is not None:
@@ -104,6 +112,24 @@ def find_model_of(record: "Record", model: str | None) -> Path:
             f"the model {record.model!r}, with which this picture was drawn, is not here; say with --model where it "
             f"is, a folder or owner/name on the hub"
         ) from error
+
+
+def refiner_of(record: "Record", picture: Path, named: str | None, any_model: bool) -> Refiner:
+    """What drew the last steps. Raises FileNotFoundError, ValueError as for the model."""
+    name = named or str(record.refiner)
+    try:
+        place = find_place(name, record.variant, fetch=named is not None)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the refiner {name!r}, with which this picture was drawn, is not here; say with --refiner where it is"
+        ) from error
+    refiner = Refiner.at(name, place, record.variant)
+    if refiner.digest.result() != record.refiner_digest and not any_model:
+        raise ValueError(
+            f"{picture} was drawn with another refiner than {name!r} is now; say with --refiner where the right one "
+            f"is, or go on with --any-model"
+        )
+    return refiner
 
 
 def check_model(record: "Record", picture: Path, pipeline: Any, place: Path, digest: str, any_model: bool) -> str:

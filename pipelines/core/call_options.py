@@ -109,6 +109,14 @@ def side_lengths(value: Any, name: str, least: int = 1) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def part_of_all(value: Any, name: str) -> float:
+    """Raises ValueError for what is no share above 0."""
+    share = real_number(value, name)
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must lie above 0 and up to 1, not {value!r}")
+    return share
+
+
 def noise_levels(value: Any, name: str) -> tuple[float, float]:
     """Raises ValueError for what is not two numbers."""
     levels = one_or_more(partial(real_number, infinite=True))(value, name)
@@ -188,6 +196,14 @@ class TextExtras(Extras, total=False):
     """By default as above; (0, 0) if both other negative ones are given."""
     negative_target_size: Sequence[int] | None
     """By default as above."""
+    denoising_start: float | None
+    """SDXL: the share of the way from noise that ``image``, latents, has behind it; the rest is drawn."""
+    denoising_end: float | None
+    """SDXL: stop after this share of the way, for a refiner to go on with the latents."""
+    aesthetic_score: float | None
+    """SDXL's refiner: how good a picture to draw is, from 1 to 10; by default 6."""
+    negative_aesthetic_score: float | None
+    """The same of what to keep away from; by default 2.5."""
 
 
 class PictureExtras(TextExtras, total=False):
@@ -277,11 +293,15 @@ class TextOptions(GuidedOptions):
     negative_original_size: Annotated[tuple[int, int] | None, side_lengths] = None
     negative_crops_coords_top_left: Annotated[tuple[int, int] | None, partial(side_lengths, least=0)] = None
     negative_target_size: Annotated[tuple[int, int] | None, side_lengths] = None
+    denoising_start: Annotated[float | None, part_of_all] = None
+    denoising_end: Annotated[float | None, part_of_all] = None
+    aesthetic_score: Annotated[float | None, real_number] = None
+    negative_aesthetic_score: Annotated[float | None, real_number] = None
 
     @property
     def sdxl(self) -> dict[str, Any]:
         """What only SDXL takes and was given."""
-        ends = ("_size", "_left", "_2")
+        ends = ("_size", "_left", "_2", "_start", "_end", "_score")
         names = [name for name in TextExtras.__annotations__ if name.endswith(ends) or "pooled" in name]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

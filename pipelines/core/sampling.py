@@ -131,6 +131,32 @@ class Sampler:
             self.scheduler.set_begin_index(start * self.scheduler.order)
         return timesteps[start * self.scheduler.order :]
 
+    def between(self, timesteps: Tensor, start: float | None, end: float | None) -> Tensor:
+        """Of the planned `timesteps`, those between two shares of the way from noise, where one model follows another.
+
+        Which they are the process's time decides, as in diffusers, and not their number: eDiff-I (Balaji et al. 2022).
+        A solver of second order is handed over at a step of its own, which the next model begins with.
+
+        Raises:
+            ValueError: there are none.
+        """
+        scheduler, chosen = self.scheduler, timesteps
+        most = scheduler.config.num_train_timesteps
+        if start is not None:
+            count = int((timesteps < round(most - start * most)).sum())
+            count += scheduler.order == 2 and count % 2 == 0
+            chosen = timesteps[len(timesteps) - count :]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(len(timesteps) - count)
+        if end is not None:
+            chosen = chosen[chosen >= round(most - end * most)]
+        if not len(chosen):
+            raise ValueError(
+                f"none of the {len(timesteps)} steps lies between denoising_start={start} and denoising_end={end}; "
+                f"give more steps, or other shares"
+            )
+        return chosen
+
     def from_noise(self, noise: Tensor) -> Tensor:
         """Standard normal noise (B, C, h, w) in the scale that sampling starts from, after `plan`."""
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)

@@ -1,7 +1,7 @@
 """Image to image: a picture, noised in part, denoised towards a prompt."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -22,6 +22,7 @@ class ImageToImagePipeline(TextPipeline):
     """
 
     saved_class_name = "StableDiffusionImg2ImgPipeline"
+    call_class: ClassVar[type[TextCall]] = TextCall
 
     @whole
     @torch.no_grad()
@@ -78,9 +79,8 @@ class ImageToImagePipeline(TextPipeline):
         self.check_channels(0, "for a UNet that takes a mask there is InpaintPipeline")
         placement = self.placement(image, options.height, options.width, options.resize_mode)
         pixels = to_pixels(self.image_processor, image, placement)
-        call = TextCall(self, options)
+        call = self.call_class(self, options)
         schedule = call.timesteps(options.strength)
         start = call.start_latents(pixels)
-        noise = call.first_noise(tuple(start.shape)).to(start)
-        latents = call.sampler.noised(start, noise, schedule[0])
+        latents = call.noised_start(start, schedule[0])
         return (yield from call.draw(call.denoiser(latents=latents), latents, schedule))

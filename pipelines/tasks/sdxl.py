@@ -17,11 +17,16 @@ from latentdiff.pipelines.core.denoiser import loras_at
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
 from latentdiff.pipelines.storage.textual_inversion import check_new_word
 from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
-from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
-from latentdiff.pipelines.tasks.text_to_image import TextPipeline, TextToImagePipeline
+from latentdiff.pipelines.tasks.inpaint import Canvas, InpaintPipeline, MaskOptions, PaintingCall
+from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline, TextToImagePipeline
 from latentdiff.text.encode import Prompts, TextConditioner
 from latentdiff.text.two_encoders import JointTextConditioner
 
+EXPLAINED = {
+    5: "it is a refiner's, which takes an aesthetic score instead of the target size: load it with "
+    "ImageToImagePipeline, and its model_index.json must say requires_aesthetics_score",
+    6: "it takes no aesthetic score: its model_index.json must not say requires_aesthetics_score",
+}
 USUAL = {"num_inference_steps": 50, "guidance_scale": 5.0}  # of diffusers' StableDiffusionXLPipeline
 
 
@@ -38,7 +43,7 @@ class SDXLPipeline(TextPipeline):
         text_encoder_2, tokenizer_2: CLIP's with a projection, which makes the pooled embedding.
         unet: with ``addition_embed_type="text_time"``.
         scheduler: any of diffusers' with ``step``.
-        image_encoder, feature_extractor: must be None (no IP-Adapter).
+        image_encoder, feature_extractor: of IP-Adapters; kept and saved, and not used.
         force_zeros_for_empty_prompt: zeros stand for a negative prompt that is not given.
         add_watermarker: must not be true.
 
@@ -49,6 +54,9 @@ class SDXLPipeline(TextPipeline):
     text_encoder_2: Any
     tokenizer_2: Any
     safety_checker: Any = None
+
+    refiner: Any = None
+    """Another SDXL pipeline, of pictures, that draws the last steps of what commands ask for."""
 
     save_lora_weights: Any = classmethod(StableDiffusionXLLoraLoaderMixin.save_lora_weights.__func__)
 
@@ -74,9 +82,7 @@ class SDXLPipeline(TextPipeline):
         add_watermarker: bool | None = None,
     ) -> None:
         super(TextPipeline, self).__init__()
-        refuse(
-            image_encoder=image_encoder, feature_extractor=feature_extractor, add_watermarker=add_watermarker or None
-        )
+        refuse(add_watermarker=add_watermarker or None)
         if unet is not None and getattr(unet.config, "addition_embed_type", None) != "text_time":
             raise ValueError(
                 f"a {type(self).__name__} needs a UNet with addition_embed_type='text_time', and this one has "
@@ -134,6 +140,11 @@ class SDXLPipeline(TextPipeline):
         """
         for part in self._text_parts("made to forget words"):
             super().unload_textual_inversion(tokens, *part)
+
+    @property
+    def takes_scores(self) -> bool:
+        """Whether the UNet is told an aesthetic score instead of the target size."""
+        return bool(self.config.get("requires_aesthetics_score", False))
 
     def _text_parts(self, what: str) -> list[tuple[Any, Any]]:
         if self.text_encoder is None:
@@ -214,44 +225,120 @@ class SDXLPipeline(TextPipeline):
     def with_sizes(
         self, conditioning: GuidedConditioning, options: TextOptions, height: int, width: int
     ) -> GuidedConditioning:
-        """With original size, crop and target size, (P, 6); see ``TextExtras`` for the defaults."""
-        drawn = (height, width)
-        original, target = options.original_size or drawn, options.target_size or drawn
-        crop = options.crops_coords_top_left or (0, 0)
+        """With original size, crop and target size, (P, 6); see ``TextExtras`` for the defaults.
+
+        With original size, crop and aesthetic score, (P, 5), where the UNet takes that.
+
+        Raises:
+            ValueError: a score is given that the UNet does not take, or it takes other numbers.
+        """
+        drawn, scored = (height, width), self.takes_scores
+        crop, original = options.crops_coords_top_left or (0, 0), options.original_size or drawn
         both = options.negative_original_size is not None and options.negative_target_size is not None
-        without = (
-            *(options.negative_original_size or original),
-            *(options.negative_crops_coords_top_left or ((0, 0) if both else crop)),
-            *(options.negative_target_size or target),
-        )
-        sides = [(conditioning.positive, (*original, *crop, *target)), (conditioning.negative, without)]
+        without = options.negative_crops_coords_top_left or ((0, 0) if both or scored else crop)
+        target, scores = options.target_size or drawn, (options.aesthetic_score, options.negative_aesthetic_score)
+        ends: list[tuple[float, ...]] = [target, options.negative_target_size or target]
+        if scored:
+            ends = [(6.0 if scores[0] is None else scores[0],), (2.5 if scores[1] is None else scores[1],)]
+        elif scores != (None, None):
+            raise ValueError("this model's UNet takes no aesthetic_score, which is for SDXL's refiner; leave it out")
+        sides = [
+            (conditioning.positive, (*original, *crop, *ends[0])),
+            (conditioning.negative, (*(options.negative_original_size or original), *without, *ends[1])),
+        ]
         positive, negative = (
-            None if part is None else part.replace(time_ids=told(numbers, part.pooled)) for part, numbers in sides
+            None if part is None else part.replace(time_ids=self.told(numbers, part.pooled)) for part, numbers in sides
         )
         assert positive is not None
         return GuidedConditioning(positive, negative)
 
+    def told(self, numbers: tuple[float, ...], pooled: Tensor | None) -> Tensor:
+        """The same numbers for each of B images, (B, N), where their pooled embeddings are."""
+        assert pooled is not None
+        config = self.unet.config
+        taken = (config.projection_class_embeddings_input_dim - pooled.shape[-1]) / config.addition_time_embed_dim
+        if taken != len(numbers):
+            raise ValueError(
+                f"this model's UNet takes {taken:g} numbers besides a pooled embedding of {pooled.shape[-1]}, and "
+                f"{len(numbers)} are given: {EXPLAINED.get(taken, 'its config does not fit the text encoder')}"
+            )
+        return torch.tensor(numbers, dtype=torch.float32, device=pooled.device).expand(len(pooled), -1)
 
-def told(numbers: tuple[int, ...], pooled: Tensor | None) -> Tensor:
-    """The same numbers for each of B images, (B, N), where their pooled embeddings are."""
-    assert pooled is not None
-    return torch.tensor(numbers, dtype=torch.float32, device=pooled.device).expand(len(pooled), -1)
+
+class SDXLCall(TextCall):
+    """A call that may draw a part of the way from noise, before another model or after it."""
+
+    def timesteps(self, strength: float | None = None) -> Tensor:
+        """See `Call.timesteps`; of these, those between ``denoising_start`` and ``denoising_end``."""
+        start, end = self.options.denoising_start, self.options.denoising_end
+        if start is not None and strength is None:
+            raise ValueError("denoising_start needs the latents to go on with: give them to ImageToImagePipeline")
+        if start is not None and end is not None and start >= end:  # diffusers' words, which programs look for
+            raise ValueError(f"`denoising_start`: {start} cannot be larger than or equal to `denoising_end`: {end}")
+        timesteps = super().timesteps(strength if start is None else None)
+        return timesteps if start is end else self.sampler.between(timesteps, start, end)
+
+    def noised_start(self, start: Tensor, timestep: Tensor) -> Tensor:
+        return start if self.options.denoising_start is not None else super().noised_start(start, timestep)
+
+
+class SDXLPaintingCall(SDXLCall, PaintingCall):
+    """The same within a mask."""
+
+    options: MaskOptions
+
+    def first_painting(self, canvas: Canvas, shape: tuple[int, ...], schedule: Tensor, plain: bool) -> Tensor:
+        noisy = super().first_painting(canvas, shape, schedule, plain)
+        if self.options.denoising_start is None:
+            return noisy
+        return self.start_latents(canvas.pixels) if self.start is None else self.start
 
 
 class SDXLTextToImagePipeline(SDXLPipeline, TextToImagePipeline):
     """`TextToImagePipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLPipeline``."""
 
     saved_class_name = "StableDiffusionXLPipeline"
+    call_class: ClassVar[type[TextCall]] = SDXLCall
 
 
-class SDXLImageToImagePipeline(SDXLPipeline, ImageToImagePipeline):
+class ScoredPipeline(SDXLPipeline):
+    """What SDXL's pipelines of pictures have besides: their UNet may take an aesthetic score, as the refiner's does.
+
+    Args:
+        requires_aesthetics_score: it does, instead of the target size.
+        others: as for `SDXLPipeline`.
+    """
+
+    def __init__(
+        self,
+        vae: AnyAutoencoder,
+        text_encoder: torch.nn.Module | None,
+        text_encoder_2: torch.nn.Module,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: UNet2DConditionModel | diffusers.UNet2DConditionModel,
+        scheduler: Any,
+        image_encoder: torch.nn.Module | None = None,
+        feature_extractor: Any = None,
+        requires_aesthetics_score: bool = False,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        parts = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler)
+        super().__init__(*parts, image_encoder, feature_extractor, force_zeros_for_empty_prompt, add_watermarker)
+        self.register_to_config(requires_aesthetics_score=requires_aesthetics_score)
+
+
+class SDXLImageToImagePipeline(ScoredPipeline, ImageToImagePipeline):
     """`ImageToImagePipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLImg2ImgPipeline``."""
 
     saved_class_name = "StableDiffusionXLImg2ImgPipeline"
+    call_class: ClassVar[type[TextCall]] = SDXLCall
 
 
-class SDXLInpaintPipeline(SDXLPipeline, InpaintPipeline):
+class SDXLInpaintPipeline(ScoredPipeline, InpaintPipeline):
     """`InpaintPipeline` of SDXL's models; saved as diffusers' ``StableDiffusionXLInpaintPipeline``."""
 
     saved_class_name = "StableDiffusionXLInpaintPipeline"
+    call_class: ClassVar[type[PaintingCall]] = SDXLPaintingCall
     usual_defaults: ClassVar[dict[str, Any]] = {**USUAL, "guidance_scale": 7.5}

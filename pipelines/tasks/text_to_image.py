@@ -50,6 +50,9 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
     for_sdxl: ClassVar[bool] = False
     """Whether a call takes what only SDXL takes."""
 
+    call_class: ClassVar[type["TextCall"]]
+    """What reads a call's options and draws; a kind that changes that has its own."""
+
     reranker: Any = None
     """What ``candidates`` are compared with: a ``ClipScore``, or where to load one from."""
 
@@ -210,6 +213,11 @@ class TextCall(Call):
             latents = self.codec.encode(pixels, self.generator, self.count, self.noise_dtype)
         return latents.to(self.device, self.pipeline.unet.dtype)
 
+    def noised_start(self, start: Tensor, timestep: Tensor) -> Tensor:
+        """Latents of the pictures to start from, (B, C, h, w), with noise as there is at `timestep`."""
+        noise = self.first_noise(tuple(start.shape)).to(start)
+        return self.sampler.noised(start, noise, timestep)
+
     def choose(self, pixels: Tensor, output: ImagesOutput) -> Tensor:
         """Of candidates the best, with their scores."""
         if self.reranker is None:
@@ -234,7 +242,6 @@ class TextToImagePipeline(TextPipeline):
 
     saved_class_name = "StableDiffusionPipeline"
     call_class: ClassVar[type[TextCall]] = TextCall
-    """What reads a call's options and draws; a kind that changes that has its own."""
 
     @whole
     @torch.no_grad()

@@ -6,9 +6,9 @@
     pip install parameterized requests_mock          # which those tests need
     python tests/conformance/run.py --diffusers diffusers
 
-runs the fast tests of diffusers' Stable Diffusion pipelines, autoencoders and UNet twice without a network, once as
-they are and once with our classes in their place. It prints a table, and every test that passes for diffusers' classes
-and not for ours. Those that are known are in ``known.py``, with the reason; any other makes the exit status 1.
+runs the fast tests of diffusers' Stable Diffusion and SDXL pipelines, autoencoders and UNet twice without a network,
+once as they are and once with our classes in their place. It prints a table, and every test that passes for diffusers'
+classes and not for ours. Those that are known are in ``known.py``, with the reason; any other makes the exit status 1.
 
 A test that fails for both, mostly as it needs the hub or the pictures of a tokenizer that is there, still compares:
 both must fail with the same message and the same numbers in it.
@@ -29,6 +29,7 @@ from known import reason
 from messages import alike
 
 STABLE_DIFFUSION = "tests/pipelines/stable_diffusion/test_stable_diffusion"
+SDXL = "tests/pipelines/stable_diffusion_xl/test_stable_diffusion_xl"
 GROUPS = {
     "text-to-image": [f"{STABLE_DIFFUSION}.py", "tests/pipelines/stable_diffusion_2/test_stable_diffusion.py"],
     "image-to-image": [f"{STABLE_DIFFUSION}_img2img.py"],
@@ -45,6 +46,10 @@ GROUPS = {
     ],
     "unet": ["tests/models/unets/test_models_unet_2d_condition.py"],
     "lora": ["tests/lora/test_lora_layers_sd.py"],
+    "sdxl": [f"{SDXL}.py"],
+    "sdxl-image": [f"{SDXL}_img2img.py"],
+    "sdxl-inpainting": [f"{SDXL}_inpaint.py"],
+    "sdxl-lora": ["tests/lora/test_lora_layers_sdxl.py"],
 }
 
 

@@ -6,13 +6,13 @@ In both runs the tests' tokenizer and text encoder, which are on the hub, are ma
 
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PIPELINES = {
     "StableDiffusionPipeline": "TextToImagePipeline",
@@ -20,6 +20,9 @@ PIPELINES = {
     "StableDiffusionInpaintPipeline": "InpaintPipeline",
     "StableDiffusionUpscalePipeline": "SuperResolutionPipeline",
     "StableDiffusionImageVariationPipeline": "ImageVariationPipeline",
+    "StableDiffusionXLPipeline": "SDXLTextToImagePipeline",
+    "StableDiffusionXLImg2ImgPipeline": "SDXLImageToImagePipeline",
+    "StableDiffusionXLInpaintPipeline": "SDXLInpaintPipeline",
 }
 NETWORKS = ("AutoencoderKL", "UNet2DConditionModel", "VQModel")
 TINY_CLIPS = ("hf-internal-testing/tiny-random-clip", "peft-internal-testing/tiny-clip-text-2")
@@ -33,7 +36,7 @@ def make_tokenizer() -> Any:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def make_text_encoder() -> Any:
+def make_text_encoder(cls: Any = CLIPTextModel) -> Any:
     config = CLIPTextConfig(
         vocab_size=1000,
         hidden_size=32,
@@ -47,7 +50,7 @@ def make_text_encoder() -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return CLIPTextModel(config).eval()
+        return cls(config).eval()
 
 
 def stand_in(cls: Any, make: Callable[[], Any]) -> None:
@@ -81,9 +84,10 @@ def with_weights_of(theirs: type, build: Any) -> Any:
 
 def substitute() -> None:
     import latentdiff
+    from latentdiff import pipelines
 
     for theirs, ours in PIPELINES.items():
-        setattr(diffusers, theirs, getattr(latentdiff, ours))
+        setattr(diffusers, theirs, getattr(pipelines, ours))
     for name in NETWORKS:
         own, original = getattr(latentdiff, name), getattr(diffusers, name)
         own.__init__ = with_weights_of(original, own.__init__)
@@ -92,5 +96,6 @@ def substitute() -> None:
 
 stand_in(transformers.CLIPTokenizer, make_tokenizer)
 stand_in(transformers.CLIPTextModel, make_text_encoder)
+stand_in(CLIPTextModelWithProjection, partial(make_text_encoder, CLIPTextModelWithProjection))
 if os.environ.get("CONFORMANCE") == "ours":
     substitute()

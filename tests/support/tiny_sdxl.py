@@ -40,3 +40,21 @@ def tiny_sdxl(seed: int = 4) -> diffusers.StableDiffusionXLPipeline:
         scheduler=diffusers.EulerDiscreteScheduler(),
         add_watermarker=False,
     )
+
+
+def tiny_refiner(base: diffusers.StableDiffusionXLPipeline) -> diffusers.StableDiffusionXLImg2ImgPipeline:
+    """What goes on with the latents of `base`: with its autoencoder, and its second text encoder alone."""
+    torch.manual_seed(5)
+    unet = {**UNET, "cross_attention_dim": 24, "projection_class_embeddings_input_dim": 20 + 5 * 8}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer_2=base.tokenizer_2,
+        unet=diffusers.UNet2DConditionModel(**unet),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sdxl import tiny_sdxl
+from tiny_sdxl import tiny_refiner, tiny_sdxl
 
-from latentdiff import TextToImagePipeline
+from latentdiff import ImageToImagePipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
 
 Run = Callable[..., int]
@@ -22,7 +22,9 @@ CALL |= {"negative_prompt": "", "negative_prompt_2": "red", "negative_original_s
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("sdxl") / "model"
-    tiny_sdxl().save_pretrained(folder)
+    base = tiny_sdxl()
+    base.save_pretrained(folder)
+    tiny_refiner(base).save_pretrained(folder.with_name("refiner"))
     return str(folder)
 
 
@@ -54,9 +56,57 @@ def test_sizes_and_second_prompts_are_drawn_with_recorded_and_replayed(sdxl: str
 def test_other_models_refuse_them(
     options: list[str], why: str, model: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert run("generate", "a car", "--model", model, "--refiner", model, "-o", "car.png") != 0
+    assert "--refiner is for SDXL, and the model" in capsys.readouterr().err
     assert run("generate", "a car", "--model", model, *options, "-o", "car.png") != 0
     assert why.format(model=model) in " ".join(capsys.readouterr().err.split())
     Path("prompts.txt").write_text("a car\n")
     assert run("many", "prompts.txt", "--model", model, *options, "-o", "many") != 0
     assert not Path("car.png").exists()
     assert not Path("many").exists()
+
+
+def test_a_refiner_draws_the_last_steps_and_is_recorded_and_replayed(sdxl: str, run: Run) -> None:
+    refiner = str(Path(sdxl).with_name("refiner"))
+    asked = ["a car", "--model", sdxl, "--refiner", refiner, "--steps", 4, "--seed", 1, "-n", 2, "--separate"]
+    more = ["--negative-prompt", "sun", "--prompt-2", "red", "--aesthetic-score", 9]
+    assert run("generate", *asked, *more, "--denoising-end", 0.5, "-o", "car.png") == 0
+    call = {"prompt": "a car", "negative_prompt": "sun", "num_inference_steps": 4, "num_images_per_prompt": 2}
+    first = TextToImagePipeline.from_pretrained(sdxl)(
+        **call, prompt_2="red", seed=1, denoising_end=0.5, output_type="latent"
+    )
+    second = ImageToImagePipeline.from_pretrained(refiner)
+    wanted = second(**call, image=first.images, denoising_start=0.5, aesthetic_score=9.0, seed=1).images
+    for number, one in enumerate(wanted, 1):
+        with Image.open(f"car-{number}.png") as drawn:
+            assert (np.asarray(drawn) == np.asarray(one)).all()
+    found = read_settings(Path("car-1.png")) or {}
+    assert (found["refiner"], found["denoising_end"], len(found["refiner_digest"])) == (refiner, 0.5, 64)
+    assert run("replay", "car-1.png") == 0
+    Path(refiner).rename("elsewhere")
+    assert run("replay", "car-1.png") != 0
+    assert run("replay", "car-1.png", "--refiner", "elsewhere") == 0
+    assert run("replay", "car-1.png", "--refiner", sdxl) != 0
+    Path("elsewhere").rename(refiner)
+    assert run("generate", *asked, "-o", "usual.png") == 0
+    assert (read_settings(Path("usual-1.png")) or {})["denoising_end"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--denoising-end", "0.5"], "--denoising-end needs --refiner, the model that draws the rest"),
+        (["--refiner", "{other}"], "--refiner: {other} is not a model of SDXL"),
+        (["--refiner", "{refiner}", "--filmstrip", "strip.png"], "without --mask and --filmstrip"),
+        (["--refiner", "nowhere/at/all"], "nowhere/at/all"),
+        (["--aesthetic-score", "nan"], "aesthetic_score: Input should be a finite number"),
+    ],
+)
+def test_refiners_that_cannot_be(
+    sdxl: str, options: list[str], why: str, model: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"other": model, "refiner": str(Path(sdxl).with_name("refiner"))}
+    options = [option.format(**names) for option in options]
+    assert run("generate", "a car", "--model", sdxl, *options, "-o", "car.png") != 0
+    assert why.format(**names) in " ".join(capsys.readouterr().err.split())
+    assert not Path("car.png").exists()
