@@ -181,8 +181,9 @@ class ClassConditionalPipeline(TextlessPipeline):
                 It acts at every noise level, also outside ``guidance_interval``.
             height, width: in pixels; by default what the model was trained on.
             extras: ``guidance_interval``, ``variation_seed`` and ``variation_strength``.
-            num_inference_steps, timesteps, sigmas, eta, guidance_rescale, generator, latents, output_type,
-                return_dict, callback_on_step_end, seed: as of ``TextToImagePipeline``.
+            num_inference_steps: and ``timesteps``, ``sigmas``, ``eta``, ``guidance_rescale``, ``generator``,
+                ``latents``, ``output_type``, ``return_dict``, ``callback_on_step_end``, ``seed``, as of
+                ``TextToImagePipeline``.
 
         Raises:
             TypeError, ValueError: a value does not fit; the message says which and why.

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,19 +19,34 @@ def as_yaml(kind: type[Settings], title: str) -> str:
 
 
 def _lines(kind: type[Settings]) -> Iterator[str]:
+    for row in rows(kind):
+        yield ""
+        yield from textwrap.wrap(f"{row.meaning} ({row.type})", WIDTH, initial_indent="# ", subsequent_indent="#   ")
+        yield f"#{row.name}:" if row.default is None else f"#{row.name}: {row.default}"
+
+
+class Row(NamedTuple):
+    """What is said of a setting."""
+
+    name: str
+    meaning: str
+    type: str
+    """Its type and limits, whether it is needed, and its other names."""
+    default: str | None
+    """As YAML; None where one has to be given."""
+
+
+def rows(kind: type[Settings]) -> Iterator[Row]:
+    """Every setting of `kind`, in their order."""
     schema = kind.model_json_schema()
     for name, about in schema["properties"].items():
         if about.get("type") == "null":  # a setting of the base class that does nothing here
             continue
         also = "".join(f"; also {alias}" for alias, key in ALIASES.items() if key == name)
         needed = "; needed" if name in schema.get("required", ()) else ""
-        text = f"{description(kind, name)} ({type_name(about)}{needed}{also})"
-        yield ""
-        yield from textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="#   ")
-        value = (
-            yaml.safe_dump(about.get("default"), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-        )
-        yield f"#{name}:" if needed else f"#{name}: {value}"
+        value = yaml.safe_dump(about.get("default"), default_flow_style=True, width=10_000)
+        default = None if needed else value.removesuffix("...\n").strip()
+        yield Row(name, description(kind, name), f"{type_name(about)}{needed}{also}", default)
 
 
 def description(kind: type[Settings], name: str) -> str:
