@@ -37,6 +37,9 @@ which itself would import any module that a folder names."""
 COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "classifier", "transformer")
 """What a folder's index names by library and class, if it names it at all."""
 
+DENOISERS = ("unet", "transformer")
+"""What a pipeline's denoiser is called in its folder."""
+
 OUR_MODULES = (
     "latentdiff.models.autoencoder",  # of folders saved before there was `codes`
     "latentdiff.models.classifier",

@@ -31,6 +31,7 @@ class Form(StrEnum):
 
 class Component(StrEnum):
     unet = "unet"
+    transformer = "transformer"
     vae = "vae"
     text_encoder = "text_encoder"
 
@@ -40,11 +41,12 @@ FORMS = {
     "lora": (Form.diffusers, Form.peft, Form.kohya),
     "embedding": (Form.diffusers, Form.a1111),
 }
-READING = ("--prediction-type", "--original-config", "--ema", "--tokenizer", "--scaling-factor")
+READING = ("--prediction-type", "--original-config", "--ema", "--tokenizer", "--scaling-factor", "--vae")
 """Options that only single files take."""
 USEFUL = {  # of these to read a component alone
     Component.unet: ("--prediction-type", "--original-config", "--ema"),
     Component.vae: ("--original-config", "--scaling-factor", "--ema"),
+    Component.transformer: ("--vae",),
     Component.text_encoder: (),
 }
 
@@ -57,6 +59,10 @@ class ReadingOptions(Plain):
     tokenizer: str | None = Field(None, description="Of a single file without CLIP's: folder or hub id of a tokenizer.")
     scaling_factor: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Of a single file's autoencoder, which its weights do not show."
+    )
+    vae: str | None = Field(
+        None,
+        description="Of a DiT's checkpoint: folder or hub id of its autoencoder; with it a whole pipeline is written.",
     )
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the averaged weights of a single file's UNet, or its only autoencoder.")
@@ -72,8 +78,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder of a pipeline, UNet or autoencoder; .safetensors or .ckpt file; LoRA; embedding. Models also "
-            "by name or from the hub.",
+            help="Folder of a pipeline, denoiser or autoencoder; .safetensors or .ckpt file; LoRA; embedding. Models "
+            "also by name or from the hub.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to write.")],
@@ -102,6 +108,8 @@ def convert(
     latentdiff convert sd15 sd15-half.safetensors --dtype float16
 
     latentdiff convert vq-f4/model.ckpt vq-f4-diffusers --ckpt
+
+    latentdiff convert DiT-XL-2-256x256.pt dit --ckpt --vae stabilityai/sd-vae-ft-ema
 
     latentdiff convert lora.safetensors kohya-lora.safetensors --to kohya
 
@@ -140,6 +148,7 @@ def convert(
     precision = None if dtype is None else getattr(torch, dtype.value)
     engine = None if runtime is None else Runtime.of(runtime.value, precision)
     pipeline = read_model(source, kind, component, None if engine else precision, from_variant, reading)
+    component = None if reading.vae is not None else component
     write_model(pipeline, form, target, variant, component, overwrite, engine)
     say(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
 
@@ -187,6 +196,10 @@ def check_options(kind: str, form: Form, component: Component | None, given: dic
         refuse(f"the {component} alone", given, {*READING, "--runtime"} - set(USEFUL[component]))
     if kind in ("checkpoint", "packed"):
         refuse("a single file", given, ("--from-variant",))
+    if component is not Component.transformer:
+        refuse("what is no checkpoint of DiT", given, ("--vae",))
+    elif form is Form.file and given["--vae"] is None:
+        raise ValueError("a transformer alone is written as a folder; give the name of one, without .safetensors")
     if kind != "checkpoint":
         refuse("a file that holds a whole folder" if kind == "packed" else "a folder", given, READING)
 
@@ -208,8 +221,10 @@ def read_model(
 ) -> Any:
     """The pipeline of a folder or a single file, or something with only the component that is wanted."""
     from latentdiff.interchange.single_file import Checkpoint, OriginalSettings, find_file, read_autoencoder
+    from latentdiff.models import DiTTransformer2DModel
     from latentdiff.pipelines.storage.converting import (
         checkpoint_pipeline,
+        dit_pipeline,
         folder_pipeline,
         network_alone,
         packed_pipeline,
@@ -218,10 +233,18 @@ def read_model(
 
     if kind == "network":
         return one_part(**{str(component): network_alone(source, dtype, variant)})
-    if kind == "folder":
-        return folder_pipeline(source, dtype, variant)
-    if kind == "packed":
-        return packed_pipeline(Path(source).expanduser(), dtype)
+    if kind in ("folder", "packed"):
+        place = Path(source).expanduser()
+        found = folder_pipeline(source, dtype, variant) if kind == "folder" else packed_pipeline(place, dtype)
+        if component in (Component.unet, Component.transformer) and component.value not in found.components:
+            raise ValueError(f"{source} has no {component.value}; it has {', '.join(found.components)}")
+        return found
+    if component is Component.transformer:
+        if reading.vae is not None:
+            return dit_pipeline(source, reading.vae, dtype, reading.ckpt)
+        return one_part(
+            transformer=DiTTransformer2DModel.from_single_file(source, dtype=dtype, allow_pickle=reading.ckpt)
+        )
     check_prediction(reading.prediction_type)
     scale, yaml = reading.scaling_factor, reading.original_config
     stated: dict[str, Any] = {"prediction_type": reading.prediction_type, "scaling_factor": scale}

@@ -172,16 +172,21 @@ def size_of(place: Path, index: dict[str, Any]) -> int:
 
 
 def model_shape(place: Path) -> tuple[int | None, int | None]:
-    """A pipeline's resolution and the pixels per latent, as far as its folder, or single file, says; None for what it
-    does not.
+    """A pipeline's resolution and the pixels per latent, or per patch of latents, as far as its folder, or single file,
+    says; None for what it does not.
     """
-    unet, *autoencoders = (config_of(place, part) for part in ("unet", "vae", "vqvae"))
-    configs = [one for one in autoencoders if one is not None]
-    if unet is None:
+    from latentdiff.interchange.folders import DENOISERS
+
+    networks, autoencoders = (
+        [config for part in parts if (config := config_of(place, part)) is not None]
+        for parts in (DENOISERS, ("vae", "vqvae"))
+    )
+    if not networks:
         return None, None
-    factor = 2 ** (len(configs[0].get("block_out_channels", [0])) - 1) if configs else 1
-    size = unet.get("sample_size")
-    return (size * factor if isinstance(size, int) else None), factor
+    factor = 2 ** (len(autoencoders[0].get("block_out_channels", [0])) - 1) if autoencoders else 1
+    size, patch = networks[0].get("sample_size"), networks[0].get("patch_size")
+    side = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+    return (side * factor if isinstance(side, int) else None), factor * (patch if isinstance(patch, int) else 1)
 
 
 def config_of(place: Path, part: str) -> dict[str, Any] | None:

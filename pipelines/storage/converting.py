@@ -4,9 +4,10 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DDIMScheduler
 
 from latentdiff.interchange.adapter_files import EMBEDDING_NAMES, LORA_NAMES
 from latentdiff.interchange.atomic import allow_as_usual, atomic_folder, failures_named
@@ -17,8 +18,10 @@ from latentdiff.interchange.folders import (
     find_model,
     read_json,
 )
+from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.packed import packed_content, unpacked
-from latentdiff.interchange.single_file import Checkpoint, find_file, text_kind
+from latentdiff.interchange.single_file import Checkpoint, find_file, is_dit, text_kind
+from latentdiff.interchange.single_file.checkpoint import PICKLED, load_pickle, state_of
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.registry import KINDS, Kind, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.runtime.choice import Runtime
@@ -32,6 +35,9 @@ from latentdiff.pipelines.storage.loading import (
     stored_dtype,
     stored_dtypes,
 )
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines import DiTPipeline
 
 LATENT_DIFFUSION = "LDMTextToImagePipeline"
 FEW = 8  # an embedding file holds at most this many tensors; with more it is taken for a model
@@ -61,7 +67,7 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
         from latentdiff.interchange.single_file import ON_THE_HUB
 
         address = ON_THE_HUB.fullmatch(source)
-        if address and address[3].endswith((".safetensors", ".ckpt")) and not place.parent.exists():
+        if address and address[3].endswith((".safetensors", *PICKLED)) and not place.parent.exists():
             return "checkpoint"
         find_model(source)  # raises if it is nothing
         return "folder"
@@ -72,14 +78,12 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
             return "packed"
         with safe_open(place, "pt") as stream:
             return kind_of_names(stream.keys())
-    from latentdiff.interchange.single_file.checkpoint import load_pickle
-
     content = load_pickle(place, allow_pickle)
-    return kind_of_names(content.get("state_dict", content) if isinstance(content, dict) else [])
+    return kind_of_names(state_of(content) if isinstance(content, dict) else [])
 
 
 def network_class(folder: Path) -> str | None:
-    """Which component of a pipeline a network's folder holds, "unet" or "vae"; None if neither."""
+    """Which component of a pipeline a network's folder holds, "unet", "transformer" or "vae"; None if none of them."""
     if not (folder / "config.json").is_file():
         return None
     name = read_json(folder / "config.json").get("_class_name")
@@ -100,8 +104,10 @@ def network_alone(source: str, dtype: torch.dtype | None = None, variant: str | 
 
 
 def only_part(source: str, allow_pickle: bool = False) -> str | None:
-    """Which component a checkpoint holds, if that is an autoencoder and nothing else; else None."""
+    """Which component a checkpoint holds, if that is an autoencoder, or DiT's transformer, and nothing else."""
     weights = Checkpoint(find_file(source, allow_pickle), allow_pickle)
+    if is_dit(weights):
+        return "transformer"
     return "vae" if weights.has_vae and not weights.has_unet and text_kind(weights) is None else None
 
 
@@ -201,6 +207,31 @@ def checkpoint_kind(file: Path, allow_pickle: bool = False) -> Kind:
     unet, vae = weights.header.get("unet") or unet_config(weights), weights.header.get("vae") or vae_config(weights)
     fitting = kinds_of_unet(unet.get("in_channels", 4), vae.get("latent_channels", 4))
     return fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
+
+
+def dit_pipeline(source: str, vae: str, dtype: torch.dtype | None = None, allow_pickle: bool = False) -> "DiTPipeline":
+    """The pipeline of a released checkpoint of DiT, drawing as its code does: with DDIM, and this autoencoder.
+
+    Args:
+        vae: folder of an autoencoder or of a pipeline with one, a packaged model, or an autoencoder on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: one cannot be read, or they do not fit together.
+    """
+    from latentdiff.models import AutoencoderKL, DiTTransformer2DModel
+    from latentdiff.pipelines import DiTPipeline
+
+    folder = find_model(vae)
+    if folder is None:
+        with asking_hub(vae):
+            autoencoder = AutoencoderKL.from_pretrained(vae, dtype=dtype or torch.float32)
+    else:
+        place = folder / "vae" if (folder / "vae").is_dir() else folder
+        if network_class(place) != "vae":
+            raise ValueError(f"{vae} holds no autoencoder")
+        autoencoder = network_alone(str(place), dtype)
+    transformer = DiTTransformer2DModel.from_single_file(source, dtype=dtype, allow_pickle=allow_pickle)
+    return DiTPipeline(transformer, autoencoder, DDIMScheduler(clip_sample=False))
 
 
 def write_folder(

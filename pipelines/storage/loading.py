@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from latentdiff.extensions import registered_network
-from latentdiff.interchange.folders import first_dtype, load_whole, read_json
+from latentdiff.interchange.folders import DENOISERS, first_dtype, load_whole, read_json
 from latentdiff.models.network import Network, check_finite
 from latentdiff.pipelines.core.call_options import refuse_unknown
 
@@ -51,9 +51,6 @@ TRANSFORMERS = {
 
 OLD_CLASS = "Transformer2DModel"
 """What diffusers' transformers were called in the folders of the first releases."""
-
-DENOISERS = ("unet", "transformer")
-"""What a pipeline's denoiser is called in its folder."""
 
 ALIGNMENT = 64  # bytes
 

@@ -14,7 +14,7 @@ from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
 from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
 from latentdiff.pipelines.tasks.text_to_image import TextPipeline, TextToImagePipeline
 from latentdiff.text.encode import Prompts, TextConditioner
-from latentdiff.text.masked import MaskedTextConditioner, with_mask
+from latentdiff.text.masked import LONGEST, MaskedTextConditioner, with_mask
 
 
 class PixArtPipeline(TransformerPipeline, TextPipeline):
@@ -54,6 +54,16 @@ class PixArtPipeline(TransformerPipeline, TextPipeline):
     ) -> None:
         super(TextPipeline, self).__init__()
         self.register_parts(scheduler, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
+
+    @property
+    def diffusers_options(self) -> dict[str, Any]:  # type: ignore[override]
+        """That the prompt is not rewritten, that any size is drawn, and how many tokens the encoder takes."""
+        length = self.conditioner(torch.device("cpu")).length
+        return {
+            "clean_caption": False,
+            "use_resolution_binning": False,
+            **({"max_sequence_length": length} if length < LONGEST else {}),
+        }
 
     def load_lora_weights(self, *args: Any, **options: Any) -> Any:
         """Raises ValueError: LoRAs for PixArt are not supported; nor are they in diffusers' pipeline."""

@@ -1,6 +1,6 @@
 """Text to image: noise, denoised towards a prompt, decoded; and what all pipelines with a text encoder share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Unpack
 
 import diffusers
@@ -52,6 +52,9 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
 
     call_class: ClassVar[type["TextCall"]]
     """What reads a call's options and draws; a kind that changes that has its own."""
+
+    diffusers_options: ClassVar[Mapping[str, Any]] = {}
+    """What diffusers' pipeline must be told in a call to draw as this one does by itself."""
 
     reranker: Any = None
     """What ``candidates`` are compared with: a ``ClipScore``, or where to load one from."""

@@ -9,8 +9,7 @@ import pytest
 import torch
 from compare import largest_difference
 from PIL import Image
-from tiny import VAE, bert_parts
-from transformers import T5Config, T5EncoderModel
+from tiny_transformers import dit_folder, pixart_folder
 
 from latentdiff.pipelines import (
     ClassConditionalPipeline,
@@ -22,51 +21,14 @@ from latentdiff.pipelines import (
 )
 from latentdiff.pipelines.registry import kind_in
 
-SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "out_channels": 8}
 PLAIN = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 12}
 """How diffusers draws from a PixArt of another size than the released ones."""
 
 
-def parts(text: str) -> dict[str, Any]:
-    found = bert_parts()
-    if text == "t5":
-        words = len(found["tokenizer"])
-        config = T5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0)
-        found["text_encoder"] = T5EncoderModel(config).eval()
-    return found
-
-
-def randomized(network: Any) -> Any:
-    for parameter in network.parameters():  # by default half of a transformer's are too small to show
-        torch.nn.init.normal_(parameter, std=0.15)
-    return network.eval()
-
-
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of diffusers' DiTPipeline, with names as ImageNet's have them."""
-    torch.manual_seed(4)
-    transformer = randomized(diffusers.DiTTransformer2DModel(**SMALL, num_embeds_ada_norm=1000))
-    pipeline = diffusers.DiTPipeline(transformer, diffusers.AutoencoderKL(**VAE), diffusers.DDIMScheduler())
-    folder = tmp_path_factory.mktemp("dit") / "model"
-    pipeline.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index["id2label"] = {str(i): f"thing {i}, item {i}" for i in range(1000)}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def pixart_folder(folder: Path, text: str = "t5", **config: Any) -> Path:
-    torch.manual_seed(5)
-    transformer = diffusers.PixArtTransformer2DModel(**SMALL, cross_attention_dim=24, caption_channels=16, **config)
-    pipeline = diffusers.PixArtAlphaPipeline(
-        **parts(text),
-        vae=diffusers.AutoencoderKL(**VAE),
-        transformer=randomized(transformer),
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+    """A folder of diffusers' DiTPipeline."""
+    return dit_folder(tmp_path_factory.mktemp("dit") / "model")
 
 
 @pytest.fixture(scope="module")

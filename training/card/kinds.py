@@ -1,7 +1,7 @@
 """What kinds of model training makes, as their cards say it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -121,11 +121,14 @@ def text_to_image_kind(
     method: str | None = None,
     lora: bool = False,
     saved_as: str = "StableDiffusionPipeline",
+    told: Mapping[str, object] | None = None,
 ) -> ModelKind:
-    """method: of fine-tuning, if it was. saved_as: diffusers' class for the folder."""
+    """method: of fine-tuning, if it was. saved_as: diffusers' class for the folder. told: options that this needs."""
     prompts = [*sample_prompts, "a red car"]
     plain = next(prompt for prompt in prompts if is_plain(prompt))
-    usage = PIPELINE_USAGE.replace("PROMPT", f'"{plain}"').replace("StableDiffusionPipeline", saved_as)
+    options = "".join(f", {key}={value!r}" for key, value in (told or {}).items())
+    usage = PIPELINE_USAGE.replace('")(PROMPT)', f'")(PROMPT{options})').replace("PROMPT", f'"{plain}"')
+    usage = usage.replace("StableDiffusionPipeline", saved_as)
     name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
     return ModelKind(name, "text-to-image", usage, lora)
 

@@ -89,10 +89,11 @@ def configs_of(model: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    from latentdiff.interchange.folders import DENOISERS
     from latentdiff.interchange.hub import asking_hub
 
     with asking_hub(model):
-        names = [f"{part}/config.json" for part in ("unet", "vae", "vqvae")]
+        names = [f"{part}/config.json" for part in (*DENOISERS, "vae", "vqvae")]
         return Path(snapshot_download(model, allow_patterns=names))
 
 

@@ -137,4 +137,9 @@ def kind_of(model: DiffusionModel, settings: DenoiserSettings, data: Data) -> Mo
             return class_conditional_kind([ONE_CLASS])
         case UnconditionalModel():
             return unconditional_kind()
-    return text_to_image_kind([*settings.sample_prompts, *short_captions(data.pictures)])
+    pipeline = model.pipeline()
+    return text_to_image_kind(
+        [*settings.sample_prompts, *short_captions(data.pictures)],
+        saved_as=pipeline.saved_class_name,
+        told=pipeline.diffusers_options,
+    )

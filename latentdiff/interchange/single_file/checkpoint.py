@@ -301,6 +301,13 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+def state_of(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The weights by name in the content of a pickled checkpoint; of DiT's training checkpoints the averages."""
+    averages = content.get("ema")
+    state: Mapping[Any, Any] = content.get("state_dict", averages if isinstance(averages, dict) else content)
+    return state
+
+
 def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]:
     """The named tensors of a pickled checkpoint, and its number of training steps, if it holds it.
 
@@ -309,8 +316,7 @@ def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]
     """
     content = load_pickle(file, allow)
     content = content if isinstance(content, dict) else {}
-    averages = content.get("ema")  # of DiT's training checkpoints
-    state = content.get("state_dict", averages if isinstance(averages, dict) else content)
+    state = state_of(content)
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{file}: there are no named tensors in it")

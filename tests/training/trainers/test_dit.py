@@ -42,13 +42,18 @@ def test_text_resumes_exactly_and_diffusers_draws_the_same(denoiser_settings: di
     ours: Any = TextToImagePipeline.from_pretrained(out)
     theirs = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(theirs) is diffusers.PixArtAlphaPipeline
+    told = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 12}
+    assert ours.diffusers_options == told
+    card = (out / "README.md").read_text()
+    assert "from diffusers import PixArtAlphaPipeline" in card
+    options = "clean_caption=False, use_resolution_binning=False, max_sequence_length=12"
+    assert f'\nPixArtAlphaPipeline.from_pretrained("a")("a red thing", {options}).images[0]\n' in card
     for pipeline in (ours, theirs):
         for parameter in pipeline.transformer.parameters():  # three updates make no picture
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
         pipeline.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": 3.0}
     found = ours("A red disc", generator=torch.Generator().manual_seed(7), **call).images
-    told = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 12}
     wanted = theirs("A red disc", generator=torch.Generator().manual_seed(7), **call, **told).images
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
