@@ -15,6 +15,7 @@ from latentdiff.interchange.folders import packaged_models, read_json
 from latentdiff.models import (
     AutoencoderKL,
     AutoencoderTiny,
+    DalleAutoencoder,
     DiTTransformer2DModel,
     FSQModel,
     GumbelVQModel,
@@ -31,7 +32,9 @@ from latentdiff.text.encode import TextConditioner
 from latentdiff.text.masked import MaskedTextConditioner
 from latentdiff.training.settings import AutoencoderSettings, ClassifierSettings, DenoiserSettings
 
-Autoencoder = AutoencoderKL | VQModel | GumbelVQModel | FSQModel | AutoencoderTiny | IdentityAutoencoder
+Autoencoder = (
+    AutoencoderKL | VQModel | GumbelVQModel | FSQModel | DalleAutoencoder | AutoencoderTiny | IdentityAutoencoder
+)
 AUTOENCODERS = OUR_CLASSES["vae"] + OURS_ALONE["vae"]
 
 

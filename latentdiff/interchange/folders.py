@@ -44,6 +44,7 @@ OUR_MODULES = (
     "latentdiff.models.autoencoder",  # of folders saved before there was `codes`
     "latentdiff.models.classifier",
     "latentdiff.models.codes",
+    "latentdiff.models.dalle",
     "latentdiff.models.identity",
     "latentdiff.models.token_transformer",
 )

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from latentdiff.models.bottlenecks import BottleneckOutput, DiagonalGaussianDistribution
     from latentdiff.models.classifier import NoisyClassifier
     from latentdiff.models.codes import FSQModel, GumbelVQModel, VQModel
+    from latentdiff.models.dalle import DalleAutoencoder
     from latentdiff.models.dit import DiTTransformer2DModel
     from latentdiff.models.identity import IdentityAutoencoder
     from latentdiff.models.pixart import PixArtTransformer2DModel
@@ -23,6 +24,7 @@ _HOMES = {
     "AutoencoderTiny": "tiny_autoencoder",
     "BottleneckOutput": "bottlenecks",
     "DiagonalGaussianDistribution": "bottlenecks",
+    "DalleAutoencoder": "dalle",
     "DiTTransformer2DModel": "dit",
     "FSQModel": "codes",
     "GumbelVQModel": "codes",
@@ -40,6 +42,7 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
     "BottleneckOutput",
+    "DalleAutoencoder",
     "DiTTransformer2DModel",
     "DiagonalGaussianDistribution",
     "FSQModel",

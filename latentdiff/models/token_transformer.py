@@ -6,7 +6,8 @@ the others (MaskGIT, Chang et al. 2022; MUSE, Chang et al. 2023).
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import Attention, Checkpointed, KeyValue, TextInput, merge_heads
 from latentdiff.models.network import Network
+from latentdiff.models.single_file_networks import find_checkpoint, packed_network
 
 ORDERS = ("raster", "masked")
 SMALL = 0.02  # standard deviation of the first weights, GPT-2's
@@ -146,10 +148,13 @@ class TokenTransformer(Checkpointed, Network):
         sample_size: the grid's height and width in training, the largest it takes.
         order: "raster", each code from those before it, or "masked", hidden codes from the others.
         num_layers, num_attention_heads, attention_head_dim: the width is the product of the last two.
-        positions: "rotary" (turns with row and column, RoFormer) or "axial" (learned for rows and for columns, DALL-E).
+        positions: "rotary" (turns with row and column, RoFormer), "axial" (learned for rows and for columns, DALL-E) or
+            "learned" (for each place in raster order, GPT-2).
         cross_attention_dim: of the text states; None: no text.
         num_classes: of class labels, besides none of them, which is the label after the last; None: no classes.
         autoencoder_digest: whose codes they are, see `fingerprint.codes_digest`; "": not known.
+        label_first: (in ``others``, of raster order) the class stands before the first code, as in Taming Transformers,
+            and is not added to every token.
 
     Raises:
         ValueError: a key is unknown, or a value makes no sense.
@@ -157,6 +162,7 @@ class TokenTransformer(Checkpointed, Network):
 
     config: Any
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    own: ClassVar[dict[str, tuple[Any, ...]]] = {"label_first": (False, True)}
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TokenBlock"]
 
@@ -181,21 +187,71 @@ class TokenTransformer(Checkpointed, Network):
             self.per_level(key)
         self.per_level("num_vq_embeddings", least=2)
         self.check_choice("order", ORDERS)
-        self.check_choice("positions", ("rotary", "axial"))
+        self.check_choice("positions", ("rotary", "axial", "learned"))
         self.check_multiple("attention_head_dim", [attention_head_dim], 4, "the numbers of a pair of pairs")
         dim = num_attention_heads * attention_head_dim
-        self.causal = order == "raster"
+        self.causal, self.label_first = order == "raster", bool(others.get("label_first"))
+        if self.label_first and (not self.causal or num_classes is None):
+            self.refuse("label_first", True, "is for order='raster' with num_classes.")
         self.token_embedding = nn.Embedding(num_vq_embeddings + 1, dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
         if positions == "axial":
             self.rows = nn.Parameter(torch.randn(self.grid[0], dim) * SMALL)
             self.columns = nn.Parameter(torch.randn(self.grid[1], dim) * SMALL)
+        if positions == "learned":
+            self.places = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], dim) * SMALL)
         self.blocks = nn.ModuleList(
             TokenBlock(dim, num_attention_heads, cross_attention_dim) for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_vq_embeddings, bias=False)
         self.initialize(dim, num_layers)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        heads: int | None = None,
+        num_classes: int | None = None,
+        sample_size: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load the transformer of a checkpoint of Taming Transformers, of classes or of one data set.
+
+        ::
+
+            file = "cin_transformer.ckpt"
+            transformer = TokenTransformer.from_single_file(file, num_classes=1000, allow_pickle=True)
+            vqvae = VQModel.from_single_file(file, allow_pickle=True)
+            ClassTokenPipeline(transformer, vqvae)("207", seed=0, top_k=250)
+
+        Args:
+            source: a ``.safetensors`` file, or ``owner/name/file.safetensors`` on the hub, or its address there.
+            heads: of every attention, which weights do not show; by default as in the released sizes.
+            num_classes: of a model of classes, whose labels are its first tokens; None: it begins with the token 0.
+            sample_size: of a picture's grid of codes; by default 16 or what fits.
+            dtype: of the weights; None leaves the file's.
+            allow_pickle: read a ``.ckpt`` too, by ``torch.load(weights_only=True)``, which executes no code.
+            hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, holds something else or lacks weights, or is told by another picture.
+            TypeError: an unknown argument.
+            OSError: the hub cannot be asked.
+        """
+        from latentdiff.interchange.single_file import Checkpoint
+        from latentdiff.interchange.single_file.taming import read_transformer
+
+        file = find_checkpoint(cls, source, allow_pickle, hub)
+        options = {"heads": heads, "num_classes": num_classes, "sample_size": sample_size}
+        network: Self = packed_network(cls, file, dtype, options) or read_transformer(
+            Checkpoint(file, allow_pickle), cls, dtype, **options
+        )
+        return network
 
     def initialize(self, dim: int, layers: int) -> None:
         """GPT-2's first weights (Radford et al. 2019, Sec. 2.3): what the shortcuts get is smaller with depth."""
@@ -271,6 +327,8 @@ class TokenTransformer(Checkpointed, Network):
         """Of a grid: rotations, or what is added to the tokens, (L, D)."""
         if self.config.positions == "rotary":
             return rotations(height, width, self.config.attention_head_dim, like)
+        if self.config.positions == "learned":
+            return self.places[: height * width]
         return (self.rows[:height, None] + self.columns[None, :width]).flatten(0, 1)
 
     @apply_forward_hook
@@ -281,6 +339,8 @@ class TokenTransformer(Checkpointed, Network):
         if self.causal:  # each place sees the code before it; the first one what stands for none
             tokens = torch.cat([torch.full_like(tokens[:, :1], self.codes), tokens[:, :-1]], dim=1)
         x = self.token_embedding(tokens)  # (B, L, D)
+        if self.label_first and prepared.label is not None:
+            x = torch.cat([prepared.label.expand_as(x[:, :1]), x[:, 1:]], dim=1)
         logits = self._run(x, self.positions(height, width, x), prepared)  # (B, L, K)
         return logits.transpose(1, 2).unflatten(2, (height, width))
 
@@ -298,7 +358,10 @@ class TokenTransformer(Checkpointed, Network):
         if before is None:
             before = torch.full((batch,), self.codes, device=cache.memory.device)
         at = cache.positions.at(place) if isinstance(cache.positions, Rotations) else cache.positions[place : place + 1]
-        logits = self._run(self.token_embedding(before[:, None]), at, prepared, cache)  # (B, 1, K)
+        x = self.token_embedding(before[:, None])  # (B, 1, D)
+        if self.label_first and place == 0 and prepared.label is not None:
+            x = prepared.label.expand_as(x)
+        logits = self._run(x, at, prepared, cache)  # (B, 1, K)
         cache.length += 1
         return logits[:, 0]
 
@@ -309,7 +372,7 @@ class TokenTransformer(Checkpointed, Network):
         turn = positions if isinstance(positions, Rotations) else None
         if isinstance(positions, Tensor):
             x = x + positions
-        if prepared.label is not None:
+        if prepared.label is not None and not self.label_first:
             x = x + prepared.label
         for layer, block in enumerate(self.blocks):
             text = prepared.keys_values[layer] if prepared.keys_values else None

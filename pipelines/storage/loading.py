@@ -34,8 +34,8 @@ OUR_CLASSES: dict[str, tuple[str, ...]] = {
 """Per component, the classes of diffusers that we have our own version of."""
 
 OURS_ALONE: dict[str, tuple[str, ...]] = {
-    "vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
-    "vqvae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder"),
+    "vae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder", "DalleAutoencoder"),
+    "vqvae": ("GumbelVQModel", "FSQModel", "IdentityAutoencoder", "DalleAutoencoder"),
     "unet": (),
     "transformer": ("TokenTransformer",),
     "classifier": ("NoisyClassifier",),

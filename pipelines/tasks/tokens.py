@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.diffusion.tokens import ORDERS
 from latentdiff.interchange.fingerprint import codes_digest
-from latentdiff.models import FSQModel, GumbelVQModel, TokenTransformer, VQModel
+from latentdiff.models import DalleAutoencoder, FSQModel, GumbelVQModel, TokenTransformer, VQModel
 from latentdiff.pipelines.core.call_options import StepCallback, TextExtras, TextOptions
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.pipeline import LatentPipeline
@@ -19,7 +19,7 @@ from latentdiff.pipelines.core.token_call import TokenCall, TokenOptions
 from latentdiff.pipelines.tasks.text_to_image import TextCall
 from latentdiff.text.encode import Prompts, TextConditioner
 
-CodeAutoencoders = VQModel | GumbelVQModel | FSQModel
+CodeAutoencoders = VQModel | GumbelVQModel | FSQModel | DalleAutoencoder
 STEPS = 12
 """Of the masked order; MaskGIT and MUSE take 8 to 24."""
 

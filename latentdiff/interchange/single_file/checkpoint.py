@@ -25,7 +25,7 @@ ON_THE_HUB = re.compile(
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """The arguments of ``hf_hub_download`` that are accepted."""
 
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 OTHER_KIND = "the file is incomplete, or of another kind of model"
 
 
@@ -232,6 +232,39 @@ IGNORED = (
 DiT's training checkpoints."""
 
 
+class HeldModule:
+    """Stand-in for a module that was pickled whole: of its state what holds tensors is kept."""
+
+    _parameters: Mapping[str, Any] = {}
+    _modules: Mapping[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        held = state if isinstance(state, dict) else {}
+        self._parameters, self._modules = (dict(held.get(name) or {}) for name in ("_parameters", "_modules"))
+
+    def tensors(self, file: Path, beginning: str = "") -> Iterator[tuple[str, Tensor]]:
+        """All of them, by name. Raises ValueError, with the file's name, for modules in modules without end."""
+        if beginning.count(".") > DEEPEST:
+            raise ValueError(f"{file}: its modules are in one another without end")
+        for name, tensor in self._parameters.items():
+            if isinstance(tensor, Tensor):
+                yield f"{beginning}{name}", tensor
+        for name, module in self._modules.items():
+            if isinstance(module, HeldModule):
+                yield from module.tensors(file, f"{beginning}{name}.")
+
+
+MODULES = (
+    *(f"dall_e.{name}" for name in ("encoder.Encoder", "encoder.EncoderBlock", "decoder.Decoder")),
+    *("dall_e.decoder.DecoderBlock", "dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential"),
+    *("torch.nn.modules.activation.ReLU", "torch.nn.modules.pooling.MaxPool2d"),
+    *("torch.nn.modules.upsampling.Upsample", "torch.nn.modules.linear.Identity"),
+)
+"""Classes of modules that are read as `HeldModule` and never imported: those of DALL-E's released files."""
+DEEPEST = 16
+"""Of modules in modules."""
+
+
 def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
     """The content of a file of ``torch.save``, if it is tensors, numbers, strings and containers of them.
 
@@ -252,7 +285,12 @@ def load_pickle(file: Path, allow: bool, classes: Sequence[type] = ()) -> Any:
         )
     is_zip = check_inflated(file)
     own = {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
-    stand_ins: list[Any] = [(type(name, (Ignored,), {}), name) for name in IGNORED if name not in own]
+    stand_ins: list[Any] = [
+        (type(name, (base,), {}), name)
+        for base, names in ((Ignored, IGNORED), (HeldModule, MODULES))
+        for name in names
+        if name not in own
+    ]
     try:
         with torch.serialization.safe_globals([*stand_ins, *classes]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -315,6 +353,8 @@ def read_pickle(file: Path, allow: bool) -> tuple[dict[str, Tensor], int | None]
         ValueError: see `load_pickle`; or there are no named tensors in it.
     """
     content = load_pickle(file, allow)
+    if isinstance(content, HeldModule):
+        content = {"state_dict": dict(content.tensors(file))}
     content = content if isinstance(content, dict) else {}
     state = state_of(content)
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
