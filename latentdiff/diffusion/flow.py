@@ -103,6 +103,16 @@ class RectifiedFlow(Process):
         """All times alike, whatever training draws, so that runs can be compared."""
         return self.num_timesteps * uniform
 
+    def even_times(self, steps: int) -> Tensor:
+        """Float32, evenly spaced before they are shifted, to 1 - 1/T, where diffusers' schedulers begin."""
+        t = torch.arange(steps + 1) * ((1 - 1 / self.num_timesteps) / steps)
+        return self.num_timesteps * self.shift * t / (1 + (self.shift - 1) * t)
+
+    def first_order_scheduler(self) -> Any:
+        scheduler = self.scheduler(IN_SIGMAS[0])
+        scheduler.register_to_config(solver_order=1)
+        return scheduler
+
     def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         self._check(times)
         sigma = times.to(like.device).view(-1, *[1] * (like.ndim - 1)) / self.num_timesteps

@@ -150,6 +150,13 @@ class GaussianDiffusion(GaussianProcess):
             name = "DDPMScheduler" if self.learns_variance else "DDIMScheduler"
         return make_scheduler(self.scheduler_config(), name)
 
+    def even_times(self, steps: int) -> Tensor:
+        """Long, evenly spaced to the last one; -1 is the picture."""
+        return (torch.arange(steps + 1) * (self.num_timesteps / steps)).round().long() - 1
+
+    def first_order_scheduler(self) -> Any:
+        return self.scheduler("DDIMScheduler")
+
     def times(self, uniform: Tensor) -> Tensor:
         """(B,) in [0, 1) -> (B,) long, all timesteps alike."""
         return (uniform * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)

@@ -201,6 +201,24 @@ class Process(Clock):
         """The process that this diffusers scheduler samples from."""
         return cls.from_scheduler_config(scheduler.config)
 
+    # What a process says that can be distilled
+
+    def even_times(self, steps: int) -> Tensor:
+        """The times at which `first_order_scheduler` plans `steps`, (steps + 1,), the first of them the picture's.
+
+        Raises:
+            ValueError: this process is not distilled.
+        """
+        raise ValueError(f"the {self.name} process says no times of a plan (even_times), so it cannot be distilled")
+
+    def first_order_scheduler(self) -> Any:
+        """The diffusers scheduler that goes straight to the x_0 of each prediction: DDIM's step, or Euler's of a flow.
+
+        Raises:
+            ValueError: this process is not distilled.
+        """
+        raise ValueError(f"the {self.name} process has no first_order_scheduler, so it cannot be distilled")
+
     # What follows from it; a subclass may replace it
 
     def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:

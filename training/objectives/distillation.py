@@ -97,7 +97,10 @@ class DistillationObjective(Objective[DiffusionBatch]):
         return Guess(target.clean(noisy, prediction, *levels), target.noise(noisy, prediction, *levels))
 
     def moved(self, guess: Guess, times: Tensor) -> Tensor:
-        """DDIM's deterministic step (Song et al. 2021, Eq. 12) to the times (B,); before 0 the latents are clean."""
+        """DDIM's deterministic step (Song et al. 2021, Eq. 12) to the times (B,); before 0 the latents are clean.
+
+        On the line of a flow it is Euler's.
+        """
         signal, sigma = self.levels(times, guess.clean)
         return signal * guess.clean + sigma * guess.noise
 
@@ -108,9 +111,8 @@ class DistillationObjective(Objective[DiffusionBatch]):
         return signal.masked_fill(clean, 1.0), sigma.masked_fill(clean, 0.0)
 
     def grid(self, steps: int) -> Tensor:
-        """The times of a plan, evenly spaced to the last one, from the least: (steps + 1,) long; -1 is clean."""
-        spaced = torch.arange(steps + 1, device=self.empty.device) * (self.process.num_timesteps / steps)
-        return spaced.round().long() - 1
+        """The times of a plan from the least, which is clean: (steps + 1,)."""
+        return self.process.even_times(steps).to(self.empty.device)
 
     def clean_between(self, begin: Tensor, end: Tensor, start_times: Tensor, end_times: Tensor) -> Tensor:
         """The x_0 with which a single DDIM step leads from `begin` to `end`. Salimans & Ho, Alg. 2 and App. G."""

@@ -65,7 +65,10 @@ class ProgressiveObjective(DistillationObjective):
         """Squared errors (B,), and the times (B,) at which the student was asked."""
         steps, condition = self.steps, given_condition(batch)
         index, uniform = self.places(batch.draws, steps or self.process.num_timesteps)
-        times = index if steps == 0 else self.grid(steps)[index + 1]
+        if steps == 0:
+            times = self.process.held_out_times((index + 0.5) / self.process.num_timesteps)
+        else:
+            times = self.grid(steps)[index + 1]
         scales = self.scales(uniform)
         noisy = self.process.mix(batch.latents, batch.noise, times)
         with torch.no_grad():

@@ -147,13 +147,14 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
     Raises:
         ValueError: there is none for the teacher's process.
     """
-    if not isinstance(process, GaussianDiffusion):
-        raise ValueError(
-            f"{settings.model} is of the {process.name} process, and distillation knows models of noise levels alone; "
-            f"'latentdiff finetune' with process=gaussian makes it one"
-        )
     if settings.method in ("progressive", "trajectory"):
-        scheduler = process.scheduler("DDIMScheduler")
+        scheduler = process.first_order_scheduler()
+    elif not isinstance(process, GaussianDiffusion):
+        raise ValueError(
+            f"{settings.model} is of the {process.name} process, and method={settings.method} makes students that put "
+            f"new noise into each answer, which is known of models of noise levels alone; take method=trajectory or "
+            f"progressive, or make it one by 'latentdiff finetune' with process=gaussian"
+        )
     else:
         scheduler = process.scheduler("LCMScheduler")  # which puts new noise into each answer, as is taught
         among = process.num_timesteps if settings.method in ("adversarial", "dmd") else settings.solver_steps

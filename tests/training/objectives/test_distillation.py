@@ -1,5 +1,6 @@
 """Distillation's losses, against diffusers' schedulers and closed forms, on real networks of a few weights."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import UNET
 from torch import Tensor
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.diffusion import GaussianDiffusion, RectifiedFlow
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.models.discriminator import FeatureDiscriminator
 from latentdiff.training.batch.batch_types import DiffusionBatch
@@ -275,6 +276,65 @@ def test_each_step_of_a_trajectory_ends_where_diffusers_guided_ddim_ends(
             error = error / (1 if zero_snr else coarse.alphas_cumprod[now])  # of v
             losses.append((error + 0.1**2).sqrt() - 0.1)
         torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=5e-4)
+
+
+def plan_of_a_flow(steps: int) -> list[tuple[float, float]]:
+    """diffusers' times and noise levels of a flow, from noise."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(sigmas=[0.999 * (steps - i) / steps for i in range(steps)])
+    return list(zip([*scheduler.timesteps.tolist(), 0.0], scheduler.sigmas.tolist(), strict=True))
+
+
+@torch.no_grad()
+def euler(network: Any, state: Tensor, plan: list[tuple[float, float]], *texts: Tensor) -> Tensor:
+    """Steps of dx = u dsigma, with a guidance of 3 if there are two texts, the empty one first."""
+    for (time, sigma), (_, then) in itertools.pairwise(plan):
+        answers = [network(state, time, text).sample for text in texts]
+        velocity = answers[0] if len(answers) == 1 else answers[0] + 3 * (answers[1] - answers[0])
+        state = state + (then - sigma) * velocity
+    return state
+
+
+def test_each_step_of_a_flows_trajectory_ends_where_diffusers_times_lead(batch: DiffusionBatch, empty: Tensor) -> None:
+    taught, student = teacher(), teacher().requires_grad_(True)
+    with torch.no_grad():
+        student.conv_out.bias.add_(0.3)
+    kind = {"steps": 2, "substeps": 2, "repeats": 1, "own_from": 0, "huber_c": 0.1}
+    objective = TrajectoryObjective(student, taught, RectifiedFlow(2.0), (3.0, 3.0), empty, **kind)
+    coarse, fine = plan_of_a_flow(2), plan_of_a_flow(4)
+    for turn in range(2):
+        objective.updates.fill_(turn * KEPT)
+        losses = []
+        for i, draw in enumerate(batch.draws.tolist()):
+            first = 1 - (int(draw * 2) + turn) % 2  # the other step at the other turn
+            state, states = batch.noise[i : i + 1], batch.condition.states[i : i + 1]
+            state = euler(student, state, coarse[: first + 1], states)  # where the student's own steps end
+            ended = euler(taught, state, fine[2 * first : 2 * first + 3], empty, states)
+            (time, sigma), (_, then) = coarse[first : first + 2]
+            wanted = (ended - state) / (then - sigma)
+            error = (student(state, time, states).sample - wanted).square().mean()
+            losses.append((error + 0.1**2).sqrt() - 0.1)
+        torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=5e-4)
+
+
+def test_progressive_ends_in_one_step_of_a_flow_where_its_teacher_ends_in_two(
+    batch: DiffusionBatch, empty: Tensor
+) -> None:
+    student, process = teacher().requires_grad_(True), RectifiedFlow(2.0)
+    objective = ProgressiveObjective(student, process, (3.0, 3.0), empty, (0, 4), stage_steps=1)
+    with torch.no_grad():
+        objective.teacher.conv_out.bias.add_(0.3)
+    assert objective(batch).loss.isfinite()  # of the guided stage, also next to the picture
+    objective.updates.fill_(1)
+    coarse, fine, losses = plan_of_a_flow(4), plan_of_a_flow(8), []
+    for i, draw in enumerate(batch.draws.tolist()):
+        first, states = 3 - int(draw * 4), batch.condition.states[i : i + 1]
+        (time, sigma), (_, then) = coarse[first : first + 2]
+        noisy = (1 - sigma) * batch.latents[i : i + 1] + sigma * batch.noise[i : i + 1]
+        ended = euler(objective.teacher, noisy, fine[2 * first : 2 * first + 3], states)
+        error = student(noisy, time, states).sample - (ended - noisy) / (then - sigma)
+        losses.append(error.square().mean() * sigma**2 * max(1.0, ((1 - sigma) / sigma) ** 2))  # of x_0
+    torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=5e-4)
 
 
 def test_a_cycle_has_a_few_batches_and_each_step_of_them_equally_often(batch: DiffusionBatch, empty: Tensor) -> None:

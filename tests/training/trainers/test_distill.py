@@ -10,11 +10,12 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from lives import start, wait
+from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
 
 from latentdiff import TextToImagePipeline
+from latentdiff.diffusion import process_of
 from latentdiff.interchange.png import read_settings
 from latentdiff.training.settings import DistillationSettings, FinetuneSettings
 from latentdiff.training.trainers.distill import distill
@@ -41,6 +42,13 @@ UNET = "diffusion_pytorch_model.safetensors"
 
 def save_tiny(folder: Path, **kind: Any) -> Path:
     tiny_pipeline("clip", **kind).save_pretrained(folder)
+    return folder
+
+
+def save_flow(folder: Path) -> Path:
+    pipeline = tiny_pipeline("clip")
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    pipeline.save_pretrained(folder)
     return folder
 
 
@@ -101,6 +109,20 @@ def test_others_draw_in_plain_diffusers_as_here(pictures: Path, model: Path, tmp
     torch.testing.assert_close(drawn(ours, **few), drawn(theirs, **few, callback_on_step_end=keep), atol=1e-4, rtol=0)
     assert timesteps == [999, 499]
     assert drawn(ours, num_inference_steps=4, guidance_scale=1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["trajectory", "progressive"])
+def test_a_flow_of_few_steps_draws_in_plain_diffusers_as_here(pictures: Path, tmp_path: Path, method: str) -> None:
+    common = {"data": str(pictures), **METHODS[method], **FEW[method]}
+    out = run(save_flow(tmp_path / "model"), tmp_path / "out", **common)
+    ours = TextToImagePipeline.from_pretrained(out)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    assert ours.defaults == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    process: Any = process_of(ours.scheduler)
+    few = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    torch.testing.assert_close(drawn(ours, **few), drawn(theirs, **few), atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs.scheduler.sigmas.flip(0) * 1000, process.even_times(2), rtol=1e-5, atol=1e-3)
+    assert not torch.equal(unet(out)["conv_in.weight"], unet(tmp_path / "model")["conv_in.weight"])
 
 
 def test_a_lora_is_loaded_by_plain_diffusers_with_its_lcm_scheduler(
@@ -172,8 +194,23 @@ def test_resumes_exactly(pictures: Path, model: Path, tmp_path: Path, method: st
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("method", METHODS)
+def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_path: Path) -> None:
+    save_flow(tmp_path / "model")
+    common = {**METHODS["trajectory"], "data": str(pictures), "max_steps": 6, "checkpoint_every": 1}
+    log, straight = tmp_path / "log.txt", run(tmp_path / "model", tmp_path / "straight", **common)
+    assert live_and_die(lambda: run(tmp_path / "model", tmp_path / "killed", **common), log, 2, 2.0, seed=0)
+    assert all(torch.equal(unet(tmp_path / "killed")[name], one) for name, one in unet(straight).items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", [*METHODS, "trajectory of a flow"])
 def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
+    method, _, of_flow = method.partition(" ")
+    if of_flow:
+        save_flow(model)
+
     def train(name: str, size: int) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         common = {**METHODS[method], "data": str(pictures), "batch_size": size}
@@ -245,11 +282,10 @@ def test_teachers_that_cannot_be(pictures: Path, tmp_path: Path) -> None:
     varied = save_tiny(tmp_path / "varied", out_channels=8)
     with pytest.raises(ValueError, match="its UNet predicts 8 channels for latents with 4"):
         run(varied, tmp_path / "out", data=str(pictures))
-    flow = tiny_pipeline("clip")
-    flow.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    flow.save_pretrained(tmp_path / "flow")
-    with pytest.raises(ValueError, match=r"is of the flow process"):
-        run(tmp_path / "flow", tmp_path / "out", data=str(pictures))
+    save_flow(tmp_path / "flow")
+    for method in ("lcm", "consistency", "adversarial", "dmd"):
+        with pytest.raises(ValueError, match=rf"flow is of the flow process, and method={method} .*take method=traj"):
+            run(tmp_path / "flow", tmp_path / "out", data=str(pictures), method=method)
     assert not (tmp_path / "out").exists()
 
 

@@ -141,12 +141,12 @@ def test_what_cannot_be_taught(
         tune(pictures, model, tmp_path / "out", **changes)
 
 
-def test_a_flow_is_not_distilled(pictures: Path, tmp_path: Path) -> None:
+def test_a_flow_is_not_distilled_by_what_draws_with_new_noise(pictures: Path, tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     pipeline.scheduler = RectifiedFlow().scheduler()
     pipeline.save_pretrained(tmp_path / "model")
     values = {"data": str(pictures), "model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="is of the flow process, and distillation knows models of noise levels"):
+    with pytest.raises(ValueError, match="is of the flow process, and method=lcm makes students that put new noise"):
         distill(DistillationSettings.load(None, values))
 
 
