@@ -102,7 +102,9 @@ class AddedEmbedding(TimestepEmbedding):
                 f"{pooled.shape[-1] + numbers.shape[-1]}: the text encoder is not the one this UNet was made for, or "
                 f"the numbers are too few or too many"
             )
-        return self(torch.cat([pooled, numbers], dim=-1).to(self.linear_1.weight.dtype))
+        features, layer = torch.cat([pooled, numbers], dim=-1), self.linear_1
+        # Hooks of diffusers may keep the weights in another dtype than they compute.
+        return self(features if hasattr(layer, "_diffusers_hook") else features.to(layer.weight.dtype))
 
 
 class TimeConditioned(Network):

@@ -202,6 +202,7 @@ def size_of(processor: VaeImageProcessor, picture: Any) -> tuple[int, int]:
 def to_pixels(processor: VaeImageProcessor, image: Pictures, placement: Placement | None = None) -> Tensor:
     """Pictures as (P, 3, H, W), values in [-1, 1], at the size and with the part that `placement` says.
 
+    With ``do_normalize=False`` in the processor's config values stay as they are.
     What has the latents' channels is taken for scaled latents and given back as it is, (P, C, h, w).
 
     Args:
@@ -217,7 +218,8 @@ def to_pixels(processor: VaeImageProcessor, image: Pictures, placement: Placemen
     pixels = picture_values(image, processor.config.vae_latent_channels)
     if are_latents(pixels, processor.config.vae_latent_channels):
         return pixels
-    return signed(resized(pixels, placement))
+    pixels = resized(pixels, placement)
+    return signed(pixels) if processor.config.do_normalize else pixels
 
 
 def to_mask(processor: VaeImageProcessor, mask: Pictures, placement: Placement | None = None) -> Tensor:

@@ -2,12 +2,20 @@
 
 IP_ADAPTER = "no IP-Adapter"
 PROCESSORS = "attention is scaled_dot_product_attention; there are no attention processors to exchange"
+SIZES = "a PIL image far from the size of training is brought near it, and the test's are half as large"
+UPCAST = "in half precision an autoencoder with force_upcast is in float32 from the beginning, and not while it runs"
 NAMES = "the test looks for classes or attributes inside diffusers' blocks; ours are other classes"
 PICKLES = "the test wants the weights in a pickle; here they go into safetensors files only"
 
 KNOWN = {
     "IPAdapter::": IP_ADAPTER,
     "test_ip_adapter": IP_ADAPTER,
+    "PipelineFastTests::test_pipeline_signature": IP_ADAPTER,
+    "ImgPipelineFastTests::test_pt_np_pil_inputs_equivalent": SIZES,
+    "RefinerOnlyPipelineFastTests::test_pt_np_pil_inputs_equivalent": SIZES,
+    "test_dtype_alias": UPCAST,
+    "test_dtype_dict": UPCAST,
+    "StableDiffusionXLPipelineFastTests::test_freeu": NAMES,
     "test_get_set_processor": PROCESSORS,
     "test_attention_processor": PROCESSORS,
     "test_special_attn_proc": PROCESSORS,

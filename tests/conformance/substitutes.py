@@ -90,6 +90,7 @@ def substitute() -> None:
         setattr(diffusers, theirs, getattr(pipelines, ours))
     for name in NETWORKS:
         own, original = getattr(latentdiff, name), getattr(diffusers, name)
+        own.set_default_attn_processor = lambda self: None  # ours has no other attention
         own.__init__ = with_weights_of(original, own.__init__)
         setattr(diffusers, name, own)
 

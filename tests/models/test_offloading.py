@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from latentdiff.models import AutoencoderKL, UNet2DConditionModel, VQModel
 
 UNET = small.UNET | {"num_class_embeds": 3}
+SDXL = small.UNET | {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+SDXL |= {"projection_class_embeddings_input_dim": 8 + 6 * 4}
 CODER = small.CODER | {"latent_channels": 4}
 CPU = torch.device("cpu")
 
@@ -58,6 +60,13 @@ def unet_call(unet: Any) -> Tensor:
     return unet(sample, torch.tensor([3, 900]), states, class_labels=torch.tensor([2, 0])).sample
 
 
+def sdxl_call(unet: Any) -> Tensor:
+    torch.manual_seed(1)
+    sample, states, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 8)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)}
+    return unet(sample, torch.tensor([3, 900]), states, added_cond_kwargs=added).sample
+
+
 def unet_in_parts(unet: Any) -> Tensor:
     torch.manual_seed(1)
     sample, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
@@ -83,6 +92,7 @@ def there_and_back(model: Any) -> Tensor:
 
 CALLS = [
     (UNet2DConditionModel, UNET, unet_call),
+    (UNet2DConditionModel, SDXL, sdxl_call),
     *((kind, CODER, call) for kind in (AutoencoderKL, VQModel) for call in (encoded, decoded, there_and_back)),
 ]
 

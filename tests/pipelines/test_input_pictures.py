@@ -203,6 +203,15 @@ def test_grey_and_transparent_arrays() -> None:
         torch.testing.assert_close(to_pixels(processor, given).float(), wanted, atol=0.02, rtol=0)
 
 
+def test_a_processor_that_does_not_normalize_leaves_values_as_they_are() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    processor = VaeImageProcessor(vae_scale_factor=2, vae_latent_channels=4, do_normalize=False)
+    pixels = torch.rand(1, 3, 16, 16)
+    assert torch.equal(to_pixels(processor, pixels), pixels)
+    assert to_pixels(processor, Image.fromarray(LEVELS)).min() == 0
+
+
 def test_only_tensors_of_floating_point_are_latents(pipeline: Any) -> None:
     latents = torch.randn(1, 4, 8, 8) * 9
     assert to_pixels(pipeline.image_processor, latents) is latents or torch.equal(
