@@ -1,7 +1,8 @@
 """Pixels to scaled latents and back, with any autoencoder: where pipelines and training scale latents.
 
 What a denoiser works on is (latents - shift) * scale, by the autoencoder's ``scaling_factor`` and ``shift_factor`` (the
-latter as in Stable Diffusion 3), so that it has about unit variance. `pipelines.storage.onnx`
+latter as in Stable Diffusion 3), so that it has about unit variance; where the config has ``latents_mean`` and
+``latents_std``, as Playground 2.5's, it is (latents - mean) / std * scale, by channel. `pipelines.storage.onnx`
 traces this code into its graphs.
 """
 
@@ -77,12 +78,37 @@ class Codec:
         """In what caches keep latents: pixels exactly."""
         return torch.float32 if self.is_identity else torch.float16
 
+    @cached_property
+    def spread(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of each channel of the autoencoder's latents, (C, 1, 1), where its config says.
+
+        Raises:
+            ValueError: they are not one for each channel, or a deviation is not above 0.
+        """
+        names = ("latents_mean", "latents_std")
+        given: list[Any] = [getattr(self.autoencoder.config, name, None) for name in names]
+        if given[0] is None or given[1] is None:
+            return None
+        if any(len(values) != self.channels for values in given) or not min(given[1]) > 0:
+            raise ValueError(
+                f"{type(self.autoencoder).__name__}: latents_mean={given[0]} and latents_std={given[1]} must have "
+                f"a number for each of {self.channels} channels, and deviations above 0"
+            )
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in given)
+        return mean, std
+
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents of the autoencoder -> those of the denoiser. (B, C, h, w)"""
+        if self.spread is not None:
+            mean, std = (one.to(latents) for one in self.spread)
+            return (latents - mean) * self.scale / std
         return (latents - self.shift) * self.scale
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Latents of the denoiser -> those of the autoencoder. (B, C, h, w)"""
+        if self.spread is not None:
+            mean, std = (one.to(latents) for one in self.spread)
+            return latents * std / self.scale + mean
         return latents / self.scale + self.shift
 
     def posterior(self, pixels: Tensor) -> Posterior:
@@ -151,6 +177,7 @@ class TokenCodec(Codec):
     channels = 1
     scale = 1.0
     shift = 0.0
+    spread = None
 
     @cached_property
     def is_identity(self) -> bool:

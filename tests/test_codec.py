@@ -58,6 +58,19 @@ def test_every_kind_goes_both_ways(kind: str) -> None:
         torch.testing.assert_close(latents, pixels() * 0.5)
 
 
+def test_channels_have_a_mean_and_a_deviation_of_their_own() -> None:
+    mean, std = [1.0, -2.0, 0.5, 0.0], [2.0, 0.5, 1.0, 4.0]
+    for kind in ("kl", "theirs"):
+        codec = Codec(autoencoder(kind, scaling_factor=0.5, latents_mean=mean, latents_std=std))
+        latents = torch.randn(2, 4, 8, 8)
+        scaled = codec.scaled(latents)
+        torch.testing.assert_close(scaled[:, 1], (latents[:, 1] + 2.0) / 0.5 * 0.5)
+        torch.testing.assert_close(codec.unscaled(scaled), latents)
+    for wrong in ([1.0, 1.0], [1.0, 1.0, 1.0, 0.0]):
+        with pytest.raises(ValueError, match="a number for each of 4 channels, and deviations above 0"):
+            Codec(autoencoder(latents_mean=mean, latents_std=wrong)).scaled(latents)
+
+
 def test_pictures_are_repeated_in_a_row() -> None:
     codec = Codec(autoencoder())
     shared = codec.encode(pixels(), torch.Generator().manual_seed(3), 4)

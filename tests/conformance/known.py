@@ -23,6 +23,7 @@ KNOWN = {
     "test_gradient_checkpointing_is_applied": NAMES,
     "TestStableDiffusionPipeline::test_freeu_disabled": NAMES,
     "StableDiffusion2PipelineFastTests::test_freeu": NAMES,
+    "test_stable_diffusion_xl_inpaint_mask_latents": "the test calls a private method of diffusers' pipeline",
     "test_asymmetrical_unet": "the test's config has depths for two layers of a block with one, which is an error here",
     "ImageVariationPipelineFastTests::test_save_load_optional_components": "the feature extractor is optional here: "
     "without one pictures are tensors, and the test gives none",

@@ -56,6 +56,18 @@ def test_they_draw_diffusers_pictures(name: str, embeds_guidance: bool, tmp_path
         assert largest_difference(ours, theirs, prompt=["a car", "sun"], **call) < 1e-4, call
 
 
+def test_an_autoencoder_may_say_how_its_channels_spread(tmp_path: Path) -> None:
+    pipeline = tiny_sdxl()
+    spread = {"latents_mean": [0.5, -1.0, 0.0, 1.0], "latents_std": [2.0, 0.5, 1.0, 3.0]}
+    pipeline.vae.register_to_config(**spread)  # as Playground 2.5's
+    pipeline.scheduler = diffusers.EDMEulerScheduler()
+    pipeline.save_pretrained(tmp_path / "model")
+    both = (ImageToImagePipeline, diffusers.StableDiffusionXLImg2ImgPipeline)
+    ours, theirs = (kind.from_pretrained(tmp_path / "model") for kind in both)
+    image = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    assert largest_difference(ours, theirs, prompt="a car", image=image, strength=0.7, num_inference_steps=3) < 1e-4
+
+
 def test_turbo_redraws_diffusers_pictures(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "model", "turbo")
     both = (ImageToImagePipeline, diffusers.StableDiffusionXLImg2ImgPipeline)
