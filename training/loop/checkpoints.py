@@ -15,10 +15,11 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
-STATE, SUMS = "state.json", "SHA256SUMS"
+STATE, SUMS, AVERAGED = "state.json", "SHA256SUMS", "averaged-0.safetensors"
 
 FORMAT = 3  # of what a checkpoint holds; to be raised when names of weights or of the state change
 
@@ -28,7 +29,7 @@ class Checkpoints:
 
     Each holds the trained weights (what is frozen is not repeated), the averaged ones, Accelerate's optimizer state,
     ``state.json``, and ``SHA256SUMS`` as ``sha256sum -c`` takes it. Those of one process and of several are alike;
-    under FSDP and DeepSpeed Accelerate saves its sharded weights itself.
+    under FSDP and DeepSpeed Accelerate saves trained weights and optimizer itself, in parts.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2) -> None:
@@ -47,8 +48,9 @@ class Checkpoints:
         final, partial = self.folder / f"step-{step:08d}", self.folder / f".partial-{step:08d}"
         if final.exists():
             return
-        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        main = self.accelerator.is_main_process
         problem: OSError | None = None
+        whole = gathered(averaged, here=main)
         if main:
             for leftover in self.folder.glob(".partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -56,10 +58,8 @@ class Checkpoints:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             self.accelerator.save_state(str(partial))
-            if averaged and (main or self.sharded):
-                save_tensors(
-                    {str(i): local(tensor) for i, tensor in enumerate(averaged)}, partial / averaged_name(rank)
-                )
+            if whole:
+                save_tensors({str(i): tensor for i, tensor in enumerate(whole)}, partial / AVERAGED)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
             problem = OSError(f"{final} could not be written: {error}")
         problem = self._agree(problem, final)
@@ -111,6 +111,11 @@ class Checkpoints:
             return {}, []
         latest, state = whole[-1], read_state(whole)
         check_files(whole)
+        if (latest / trained_name(0)).is_file() == self.sharded:
+            raise ValueError(
+                f"{latest} was written {'without' if self.sharded else 'under'} FSDP or DeepSpeed; go on with the run "
+                f"{'without' if self.sharded else 'under'} it, or choose another --output"
+            )
         try:
             self.accelerator.load_state(str(latest))
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -118,7 +123,7 @@ class Checkpoints:
                 f"{latest}: does not fit the model these settings describe; use the settings of that run, "
                 f"or another --output ({str(error).splitlines()[0]})"
             ) from error
-        file = latest / averaged_name(self.accelerator.process_index if self.sharded else 0)
+        file = latest / AVERAGED
         averaged = load_file(file) if file.is_file() else {}
         logger.info("resumed from %s", latest)
         return state, [averaged[str(i)] for i in range(len(averaged))]
@@ -243,8 +248,17 @@ def trained_name(i: int) -> str:
     return f"trained-{i}.safetensors" if i else "trained.safetensors"
 
 
-def averaged_name(rank: int) -> str:
-    return f"averaged-{rank}.safetensors"
+def gathered(tensors: Sequence[Tensor], here: bool) -> list[Tensor]:
+    """Tensors with all that FSDP has spread of them over the processes, which must all call it; others as they are.
+
+    here: whether this process wants them; otherwise none come back.
+    """
+    found = []
+    for tensor in tensors:
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if here:
+            found.append(whole)
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from latentdiff.pipelines.distributed import on_cpu, processes
 from latentdiff.training.settings import RunSettings
@@ -58,14 +64,37 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(str(settings.folder), str(settings.folder / "logs")),
     )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")
+    spread_on_processors(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        check_spreading(accelerator.state.fsdp_plugin)
     if accelerator.state.deepspeed_plugin is not None:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's ZeRO stage 3 is not supported; set zero_stage to 2, or use FSDP version 2")
         # It asks, since it is shown no data loader.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
     return accelerator
+
+
+def spread_on_processors(accelerator: Accelerator) -> None:
+    """Choose FSDP if the configuration asks for it: on processors torch has it, and Accelerate passes over it."""
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def check_spreading(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ValueError for what of Accelerate's configuration of FSDP does not work here."""
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in Accelerate's configuration")
+    policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+    if policy is size_based_auto_wrap_policy:
+        raise ValueError(
+            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP takes lists of layers for layers; set TRANSFORMER_BASED_WRAP in "
+            "Accelerate's configuration, without fsdp_transformer_layer_cls_to_wrap: the networks know their layers"
+        )
 
 
 def spread_modules(objective: nn.Module) -> list[Any]:
@@ -78,9 +107,11 @@ def whole_parameters(objective: nn.Module) -> Iterator[None]:
     """With spread weights: every process has all of them, so that parts of the objective can be called alone."""
     spread = spread_modules(objective)
     for module in spread:
+        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
         for module in spread:
             module.reshard()
+            module.set_reshard_after_forward(module is not objective, recurse=False)

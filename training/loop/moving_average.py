@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latentdiff.training.loop.checkpoints import local
 from latentdiff.training.settings import RunSettings
@@ -47,6 +47,8 @@ class MovingAverage:
             return
         self._ema.optimization_step = updates
         for mine, saved in zip(self.weights, weights or self.parameters, strict=True):
+            if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
+                saved = distribute_tensor(saved.to(mine.device), mine.device_mesh, mine.placements)
             local(mine).copy_(local(saved).detach())
 
     def exchange(self) -> None:

@@ -44,6 +44,13 @@ class Objective(nn.Module, ABC, Generic[Batch]):
 
     takes_latents = True
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers in it that FSDP spreads one by one; Accelerate asks for them."""
+        inside = list(self.modules())[1:]
+        wanted = {name for module in inside for name in getattr(module, "_no_split_modules", None) or ()}
+        return sorted(wanted & {type(module).__name__ for module in inside})
+
     def forward(self, batch: Batch, held_out: bool = False) -> Result:
         """`training_loss`, or with `held_out` `held_out_loss`: wrappers of several processes pass only this on."""
         return self.held_out_loss(batch) if held_out else self.training_loss(batch)

@@ -25,6 +25,7 @@ from latentdiff.training.batch.conditions import ConditionSource, class_source, 
 from latentdiff.training.batch.latents import latents_digest
 from latentdiff.training.batch.two_encoders import caption_conditioner, joint_source, joint_token_source
 from latentdiff.training.data import CaptionedPicture
+from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.diffusion import TwoTextEncoders
 from latentdiff.training.settings import ClassifierSettings, DiffusionSettings
@@ -83,7 +84,10 @@ class DiffusionModel(ABC):
         return settings.sample_steps
 
     def _pictures(self, device: torch.device, settings: DiffusionSettings, *args: Any, **call: Any) -> list[Any]:
-        pipeline = self.pipeline().to(device)
+        pipeline = self.pipeline()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and not spread_modules(part):  # those, `to` would spread again
+                part.to(device)
         pipeline.sizes_warned_of = self.sizes_warned_of
         quiet = None if processes().is_main_process else True  # None: where nobody looks on
         pipeline.set_progress_bar_config(disable=quiet, desc="drawing samples", leave=False, dynamic_ncols=True)

@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from discs import add_masks
 from lives import free_port, start, wait
 from safetensors.torch import load_file
 
 from latentdiff.models.codebook_learning import CodebookLearner
-from latentdiff.training.loop import run
 from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
@@ -26,6 +23,16 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
+
+
+CONFIGURATIONS = Path(__file__).parents[3] / "docs" / "accelerate"
+SPREAD = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What `accelerate launch` sets for FSDP version 2."""
 
 
 def trained(output: Path) -> dict[str, torch.Tensor]:
@@ -118,20 +125,22 @@ def test_two_processes_against_a_discriminator_hold_the_same_codes(pictures: Pat
     assert (sorted((tmp_path / "out/training/checkpoints").glob("step-*"))[-1] / "trained-1.safetensors").is_file()
 
 
-def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate offers FSDP on GPUs only, while torch has it on CPUs too: the child says that it has been chosen."""
+def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path) -> None:
+    """And a run goes on with another number of processes, but not without FSDP."""
 
     def train(name: str, size: int, steps: int, spread: bool = False) -> None:
         if spread:
-            monkeypatch.setattr(run, "accelerator_of", spreading_accelerator)
+            os.environ |= SPREAD
         values = {"resolution": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "warmup_steps": 1}
         values |= {"batch_size": size, "max_steps": steps, "data": str(pictures), "output": str(tmp_path / name)}
         train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1, "sample_every": 3}))
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("b", 2, 3, spread=True), log, processes=2)) == [0, 0], log.read_text()
-    assert wait(start(lambda: train("b", 2, 6, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("a", 6, 6), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("b", 3, 3, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    assert wait(start(lambda: train("b", 6, 6), tmp_path / "without.txt")) != [0]
+    assert "step-00000003 was written under FSDP or DeepSpeed; go on" in (tmp_path / "without.txt").read_text()
+    assert wait(start(lambda: train("b", 2, 6, spread=True), log, processes=3)) == [0, 0, 0], log.read_text()
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
     figures = [json.loads((tmp_path / name / "evaluation.json").read_text())["psnr"] for name in "ab"]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4), "measured with the averaged weights"
@@ -140,15 +149,28 @@ def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path, monkeypatch: pyt
         torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
 
 
-def spreading_accelerator(settings: Any, make: Any = run.accelerator_of) -> Any:
-    accelerator = make(settings)
-    state, processes = AcceleratorState(), PartialState()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
-    )
-    state.__dict__ |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    processes.__dict__["distributed_type"] = DistributedType.FSDP
-    return accelerator
+def test_fsdp_by_a_configuration_of_accelerate(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The one in the documentation; layers are spread one by one, and the denoiser's parts are called alone."""
+    values = {**denoiser_settings, "max_steps": 4, "log_every": 1, "checkpoint_every": 2}
+
+    def alone() -> None:
+        train_denoiser(DenoiserSettings.load(None, {**values, "batch_size": 4, "output": str(tmp_path / "one")}))
+
+    log, output = tmp_path / "log.txt", tmp_path / "two"
+    assert wait(start(alone, log)) == [0], log.read_text()
+    options = [f"--{name}={values.pop(name)}" for name in ("data", "autoencoder")] + [f"--output={output}"]
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "fsdp2.yaml")]
+    command += ["--main_process_port", str(free_port()), "-m", "latentdiff.training", "denoiser", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command += [f"{name}={value}" for name, value in given.items()]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "one") == pytest.approx(losses(output), rel=1e-4)
+    assert (output / "training" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp_0").is_dir(), "in parts"
+    one, other = (load_file(name / "unet/diffusion_pytorch_model.safetensors") for name in (tmp_path / "one", output))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
 
 
 def test_torchrun(pictures: Path, tmp_path: Path) -> None:
