@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from latentdiff.models.layers import Checkpointed
@@ -107,7 +108,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class PatchTransformer(Network, Checkpointed):
+class PatchTransformer(Network, Checkpointed, PeftAdapterMixin):
     """A denoiser that is a transformer over patches."""
 
     _supports_gradient_checkpointing = True

@@ -15,8 +15,9 @@ from diffusers.utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, name_of, save_whole
+from latentdiff.interchange.folders import DENOISERS
 from latentdiff.interchange.lora.formats import LoraFile, with_network
-from latentdiff.interchange.lora.kohya_names import UNET, flat_names, short
+from latentdiff.interchange.lora.kohya_names import TRANSFORMER, UNET, flat_names, short
 from latentdiff.interchange.lora.layers import (
     Layers,
     LoraLayer,
@@ -99,7 +100,7 @@ class LoraPipeline(StableDiffusionLoraLoaderMixin):
         low_cpu_mem_usage: bool = True,
         **hub: Any,
     ) -> LoadedLora:
-        """Load a LoRA of the UNet, of the text encoder, or of both; it then is the active one.
+        """Load a LoRA of the denoiser, of the text encoder, or of both; it then is the active one.
 
         Several can be loaded, one after the other; ``set_adapters(["a", "b"], [0.7, 0.3])`` makes them act together.
 
@@ -107,8 +108,8 @@ class LoraPipeline(StableDiffusionLoraLoaderMixin):
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, an ``owner/name`` on the hub, or the
                 tensors themselves; in diffusers', PEFT's or kohya's format.
             adapter_name: its name in later calls; by default ``default_0`` and so on.
-            hotswap: put it in the place of the adapter of this name, as long as that need not be compiled anew (UNet
-                only, all layers of one alpha / rank; see diffusers).
+            hotswap: put it in the place of the adapter of this name, as long as that need not be compiled anew
+                (denoiser only, all layers of one alpha / rank; see diffusers).
             weight_name: of the file in the folder or on the hub.
             scale: how strongly it acts.
             low_cpu_mem_usage: do not make random weights first.
@@ -148,11 +149,11 @@ class LoraPipeline(StableDiffusionLoraLoaderMixin):
             if not (own := of_network(layers, name)):
                 continue
             network = whole_network(getattr(self, name))
-            if name == "unet":
+            if name in DENOISERS:
                 tensors, config = peft_tensors(own), peft_config(own)
-                options |= {"metadata": {f"unet.{key}": value for key, value in config.items()}, "_pipeline": self}
-                tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
-                self.load_lora_into_unet(tensors, None, network, adapter_name=adapter_name, **options)
+                options |= {"metadata": {f"{name}.{key}": value for key, value in config.items()}, "_pipeline": self}
+                tensors = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+                network.load_lora_adapter(tensors, prefix=name, adapter_name=adapter_name, **options)
             else:
                 with offloading_paused(self):
                     add_to_encoder(network, own, adapter_name)
@@ -273,7 +274,7 @@ def check_fit(name: str, layer: LoraLayer, module: nn.Module) -> None:
 
 def check_swappable(layers: Layers) -> None:
     """Raises ValueError if PEFT's hotswap, which knows one strength for all layers, would load a LoRA wrongly."""
-    if not all(name.startswith(f"{UNET}.") for name in layers):
+    if not all(name.startswith((f"{UNET}.", f"{TRANSFORMER}.")) for name in layers):
         raise ValueError("hotswap: a LoRA with layers of the text encoder cannot be swapped in; load it as an adapter")
     if len({round(layer.scale, 6) for layer in layers.values()}) > 1:
         raise ValueError(

@@ -1,19 +1,22 @@
 """Pipelines whose denoiser is a transformer, and DiT's (Peebles & Xie 2023), of classes."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
 
 from latentdiff.models import DiTTransformer2DModel
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder, LatentPipeline
+from latentdiff.pipelines.storage.loras import LoraPipeline
 from latentdiff.pipelines.tasks.class_conditional import ClassConditionalPipeline
 
 
-class TransformerPipeline(LatentPipeline):
+class TransformerPipeline(LoraPipeline, LatentPipeline):
     """What pipelines share whose denoiser is a transformer, the component ``transformer``; ``unet`` is it, too."""
 
     transformer: Any
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
     for_runtimes: ClassVar[bool] = False
 
     @property
@@ -28,6 +31,35 @@ class TransformerPipeline(LatentPipeline):
     def side_factor(self) -> int:
         """Pixels of a patch's side."""
         return self.vae_scale_factor * int(self.transformer.config.patch_size)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        transformer_lora_layers: Mapping[str, Any] | None = None,
+        text_encoder_lora_layers: Mapping[str, Any] | None = None,
+        *,
+        transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        **saving: Any,
+    ) -> None:
+        """Write a LoRA's matrices, by PEFT's names, as diffusers writes those of its pipelines with a transformer.
+
+        diffusers' pipelines of PixArt and DiT load no LoRA. PEFT does, into the transformer, from its own format
+        (``latentdiff convert FILE FOLDER --to peft``; ``PeftModel.from_pretrained(pipeline.transformer, FOLDER)``).
+
+        Args:
+            saving: ``weight_name``, ``is_main_process``.
+
+        Raises:
+            ValueError: there are none, or another way of saving is asked for.
+        """
+        layers = {"transformer": transformer_lora_layers, "text_encoder": text_encoder_lora_layers}
+        told = {"transformer": transformer_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
+        layers = {name: matrices for name, matrices in layers.items() if matrices}
+        if not layers:
+            raise ValueError("save_lora_weights: there are no transformer_lora_layers or text_encoder_lora_layers")
+        cls._save_lora_weights(save_directory, layers, {name: told[name] for name in layers}, **saving)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Raises ValueError: FreeU is for UNets."""

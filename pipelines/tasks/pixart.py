@@ -41,6 +41,7 @@ class PixArtPipeline(TransformerPipeline, TextPipeline):
     saved_class_name = "PixArtAlphaPipeline"
     usual_defaults: ClassVar[dict[str, Any]] = {"num_inference_steps": 20, "guidance_scale": 4.5}
     unet_classes = ("PixArtTransformer2DModel",)
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer", "text_encoder"]
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
 
@@ -64,10 +65,6 @@ class PixArtPipeline(TransformerPipeline, TextPipeline):
             "use_resolution_binning": False,
             **({"max_sequence_length": length} if length < LONGEST else {}),
         }
-
-    def load_lora_weights(self, *args: Any, **options: Any) -> Any:
-        """Raises ValueError: LoRAs for PixArt are not supported; nor are they in diffusers' pipeline."""
-        raise ValueError(f"LoRAs cannot be loaded into a {type(self).__name__}")
 
     def conditioner(
         self,

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -194,7 +194,7 @@ class Reader:
         """What an objective takes, of samples that were read."""
         condition = self.conditions.condition(samples.captions, self.device)
         if samples.time_ids is not None:
-            condition = replace(condition, time_ids=samples.time_ids.to(self.device, non_blocking=True))
+            condition = self.conditions.tell(condition, samples.time_ids.to(self.device, non_blocking=True))
         return DiffusionBatch(
             latents=self.latents.latents(samples.pictures, samples.posterior_noise),
             noise=samples.noise.to(self.device, non_blocking=True),

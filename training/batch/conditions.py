@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,17 @@ def text_digest(tokenizer: Any, text_encoder: Any) -> str:
     return digest(digest(words), manner, weights_digest(text_encoder.state_dict())[:DIGEST], config, length)
 
 
+def with_time_ids(condition: Any, told: Tensor) -> Any:
+    """As SDXL is told of sizes."""
+    return replace(condition, time_ids=told)
+
+
+def with_sizes(condition: Conditioning, told: Tensor) -> Conditioning:
+    """As PixArt is: height and width of what is seen of a picture, and their ratio."""
+    height, width = told[:, 4], told[:, 5]
+    return condition.replace(sizes=torch.stack([height, width, height / width], dim=1))
+
+
 @dataclass(frozen=True)
 class ConditionSource:
     """What a network is given of captions.
@@ -163,12 +174,14 @@ class ConditionSource:
         encoder: makes conditions of the `Captions` that were read, in the training process.
         idle: networks that training does not need, as a cache takes their place.
         tells_sizes: whether the network is given the sizes of pictures too, see `View.told`.
+        tell: adds them, (B, 6), to `Conditioning` or `Tokens`.
     """
 
     read: Callable[[tuple[str, ...]], ReadCaptions]
     encoder: TextConditioner | None = None
     idle: tuple[nn.Module, ...] = ()
     tells_sizes: bool = False
+    tell: Callable[[Any, Tensor], Any] = with_time_ids
 
     @torch.no_grad()
     def condition(self, captions: ReadCaptions, device: torch.device) -> Conditioning | Tokens:

@@ -238,6 +238,7 @@ class FinetuneSettings(AdaptedSettings, MaskSettings):
         *(*RunSettings.fixed, "method", "adapter", "lora_rank", "lora_alpha", "lora_targets", "train_text_encoder"),
         *("placeholder_token", "initializer_token", "num_vectors", "process", "process_options"),
     )
+    unsettled = ("lora_targets",)  # of a transformer
 
     model: str = Field(
         "emoji", description="what to start from: a packaged model, a pipeline folder, a .safetensors file, a hub id"

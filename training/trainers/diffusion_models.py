@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from latentdiff.pipelines import (
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text.masked import MaskedTextConditioner
 from latentdiff.training.batch.cache import digest
-from latentdiff.training.batch.conditions import ConditionSource, class_source, text_source, token_source
+from latentdiff.training.batch.conditions import (
+    ConditionSource,
+    class_source,
+    text_source,
+    token_source,
+    with_sizes,
+)
 from latentdiff.training.batch.latents import latents_digest
 from latentdiff.training.batch.two_encoders import caption_conditioner, joint_source, joint_token_source
 from latentdiff.training.data import CaptionedPicture
@@ -213,7 +219,8 @@ class PixArtModel(TextModel):
     def conditions(
         self, run: TrainingRun, settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]
     ) -> ConditionSource:
-        return text_source(run, settings, self.tokenizer, self.text_encoder, pictures, MaskedTextConditioner)
+        source = text_source(run, settings, self.tokenizer, self.text_encoder, pictures, MaskedTextConditioner)
+        return replace(source, tells_sizes=True, tell=with_sizes) if self.network.takes_sizes else source
 
 
 @dataclass

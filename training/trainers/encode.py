@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from latentdiff.codec import Codec
 from latentdiff.pipelines.distributed import processes
+from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import load_text_encoder
 from latentdiff.training.batch.conditions import TextCache, captions_of
 from latentdiff.training.batch.latents import PART, LatentCache, PictureView, cache_labels
@@ -51,7 +52,7 @@ def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -
     text: tuple[Any, Any] | None
     pipeline: Any = None
     if isinstance(settings, FinetuneSettings):
-        pipeline = load_model(settings.model, sdxl=True)
+        pipeline = load_model(settings.model, (SDXLTextToImagePipeline,))
         settings = complete(settings, pipeline)
         codec, text = Codec(pipeline.vae), (pipeline.tokenizer, pipeline.text_encoder)
         step = codec.factor * (pipeline.unet.downscale_factor if settings.buckets else 1)

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,23 @@ from accelerate.utils import set_seed
 from latentdiff.codec import Codec
 from latentdiff.diffusion.flow import RectifiedFlow
 from latentdiff.diffusion.process import Process, known_processes, process_from_config
-from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines import DiTPipeline, PixArtTextToImagePipeline, TextToImagePipeline
 from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place, open_place
+from latentdiff.pipelines.tasks.class_conditional import class_number
+from latentdiff.pipelines.tasks.dit import TransformerPipeline
 from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import max_tokens
-from latentdiff.training.card.kinds import short_captions, text_to_image_kind
+from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, short_captions, text_to_image_kind
+from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.starting_networks import freeze, made_by, without_dropout
 from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
-from latentdiff.training.trainers.diffusion_models import SDXLModel, TextModel
+from latentdiff.training.trainers.diffusion_models import DiTModel, PixArtModel, SDXLModel, TextModel
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge
 from latentdiff.training.trainers.textual_inversion import Expand, add_word, check_captions, save_word, settle
@@ -53,6 +56,12 @@ UNDISTILLED = {"num_inference_steps": 25, "guidance_scale": 2.0}
 OF_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 """Schedulers that draw with distilled models alone."""
 
+FAMILIES = (SDXLTextToImagePipeline, PixArtTextToImagePipeline, DiTPipeline)
+"""What is fine-tuned besides Stable Diffusion's kind."""
+
+OF_TRANSFORMERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+"""Layers of a transformer's blocks that a LoRA is in by default."""
+
 Finish = Callable[[], None]
 """Prepares the pipeline for saving, and saves the files beside it."""
 
@@ -72,10 +81,12 @@ def finetune(settings: FinetuneSettings) -> Path:
     """
     check_method(settings)
     check_output(settings)
-    open_output(settings)
-    pipeline = load_model(settings.model, sdxl=True)
+    open_output(settings, unsettled=settings.unsettled)
+    pipeline = load_model(settings.model, FAMILIES)
+    check_family(settings, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     settings = complete(settings, pipeline)
+    open_output(settings)
     if pipeline.guides_itself and settings.method != "textual-inversion":
         raise ValueError(
             f"{settings.model}: its UNet was distilled and takes the guidance scale as a condition, which fine-tuning "
@@ -89,8 +100,8 @@ def finetune(settings: FinetuneSettings) -> Path:
         logger.info(own, settings.model, *UNDISTILLED.values())
     process = taught_process(settings, pipeline)
     freeze(pipeline.vae, *text_encoders(pipeline), pipeline.unet)
-    data = load_data(settings)
-    prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
+    data = load_pictures(settings, pipeline)
+    kind = kind_of(settings, pipeline, data)
     if settings.method == "dreambooth":
         data = with_class_pictures(settings, pipeline, data)
     set_seed(settings.seed)  # the adapters' first weights
@@ -105,8 +116,6 @@ def finetune(settings: FinetuneSettings) -> Path:
         finish()
         pipeline.save_pretrained(settings.output)
 
-    saved_as = type(pipeline).saved_class_name
-    kind = text_to_image_kind(prompts, settings.method, lora=lora_rank(settings) > 0, saved_as=saved_as)
     return train_diffusion(settings, model, data, objective, save, kind, settings.model)
 
 
@@ -127,24 +136,37 @@ def check_output(settings: AdaptedSettings) -> None:
         raise ValueError(f"{output} holds a pipeline that was not made by training; choose another --output")
 
 
-def load_model(model: str, sdxl: bool = False) -> TextToImagePipeline:
+def check_family(settings: FinetuneSettings, pipeline: Any) -> None:
+    """Raises ValueError for what cannot be done with a transformer, or with one that is told classes."""
+    if not isinstance(pipeline, TransformerPipeline):
+        return
+    what = f"{settings.model} is a {type(pipeline).__name__}"
+    if settings.train_text_encoder or settings.method == "textual-inversion":
+        raise ValueError(f"{what}, whose text encoder, if any, is not trained; take method=full or method=lora")
+    if isinstance(pipeline, DiTPipeline) and settings.method == "dreambooth":
+        raise ValueError(f"{what}, which draws classes and reads no text; dreambooth needs a model of text")
+    if settings.adapter not in ("lora", "dora"):
+        raise ValueError(f"{what}; adapter={settings.adapter} is for UNets, take adapter=lora or dora")
+
+
+def load_model(model: str, families: Sequence[type] = ()) -> TextToImagePipeline:
     """The model to start from, as the class that its folder, or single file, names.
 
-    sdxl: it may be one of SDXL.
+    families: what it may be besides a `TextToImagePipeline`.
 
     Raises:
         ValueError: a class that has other components, or makes its conditions in its own way.
         FileNotFoundError, OSError: see ``from_pretrained``.
     """
     place = find_place(model)
-    kind: Any = kind_in(place).load()
-    known = SDXLTextToImagePipeline if sdxl and issubclass(kind, SDXLTextToImagePipeline) else TextToImagePipeline
+    kind: Any = kind_in(place, textless=DiTPipeline in families).load()
+    known: Any = next((family for family in families if issubclass(kind, family)), TextToImagePipeline)
     parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, known))
     methods = ("conditioner", "condition", "encode_prompt")
-    if parts != usual or any(getattr(kind, name) is not getattr(known, name) for name in methods):
+    if parts != usual or any(getattr(kind, name, None) is not getattr(known, name, None) for name in methods):
         raise ValueError(
             f"{model} is a {kind.__name__}, which has components or conditions of its own; this knows models "
-            f"with one text encoder, an autoencoder and a UNet{', and SDXL' if sdxl else ''}"
+            f"with one text encoder, an autoencoder and a UNet{', SDXL, PixArt and DiT' if families else ''}"
         )
     loaded: TextToImagePipeline = open_place(kind, place)
     if known is SDXLTextToImagePipeline and loaded.text_encoder is None:
@@ -153,8 +175,8 @@ def load_model(model: str, sdxl: bool = False) -> TextToImagePipeline:
 
 
 def text_encoders(pipeline: Any) -> list[Any]:
-    """One, or SDXL's two."""
-    return [pipeline.text_encoder, *([pipeline.text_encoder_2] if pipeline.for_sdxl else [])]
+    """One, SDXL's two, or none, where classes are drawn."""
+    return [part for name in ("text_encoder", "text_encoder_2") if (part := pipeline.components.get(name)) is not None]
 
 
 def is_distilled(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> bool:
@@ -186,6 +208,9 @@ def own_resolution(settings: AdaptedSettings, pipeline: TextToImagePipeline) -> 
     factor = pipeline.vae_scale_factor
     if settings.resolution % factor:
         raise ValueError(f"resolution {settings.resolution} is not divisible by the autoencoder's factor {factor}")
+    patch = pipeline.unet.config.get("patch_size", 1)
+    if settings.resolution % (factor * patch):
+        raise ValueError(f"resolution {settings.resolution} makes latents that do not divide into patches of {patch}")
     height, width = pipeline.picture_size(None, None)
     if not settings.resolution and height != width:
         raise ValueError(f"{settings.model} draws {width}x{height} pictures; give a resolution=")
@@ -200,6 +225,8 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
     """
     changes: dict[str, Any] = {"resolution": own_resolution(settings, pipeline)}
     given = settings.model_fields_set
+    if "lora_targets" not in given and isinstance(pipeline, TransformerPipeline):
+        changes["lora_targets"] = OF_TRANSFORMERS
     drawing = UNDISTILLED if is_distilled(settings, pipeline) else pipeline.defaults
     if "sample_steps" not in given:
         changes["sample_steps"] = drawing["num_inference_steps"]
@@ -211,10 +238,57 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
         if "caption_dropout" not in given:
             changes["caption_dropout"] = 0.0  # without the new word there is nothing to learn
     if "min_snr_gamma" not in given and settings.process == "model":
-        own = process_from_config(pipeline.scheduler.config)
+        own = own_process(pipeline)
         if isinstance(own, RectifiedFlow) or getattr(own, "zero_terminal_snr", False):
             changes["min_snr_gamma"] = None  # under which pure noise would count as nothing
     return settings.completed(**changes)
+
+
+def own_process(pipeline: Any) -> Process:
+    """The process that a pipeline's scheduler samples from; with variances, where the network has learned them, which
+    the schedulers of many released folders leave out.
+    """
+    config, network = pipeline.scheduler.config, pipeline.unet.config
+    if network.get("out_channels") == 2 * network.in_channels:
+        config = {**config, "variance_type": "learned_range"}
+    return process_from_config(config)
+
+
+def load_pictures(settings: FinetuneSettings, pipeline: Any) -> Data:
+    """The pictures; of a model of classes with the names that it has for them as captions.
+
+    Raises:
+        ValueError: a picture is of no class that the model knows; see `load_data` too.
+    """
+    if not isinstance(pipeline, DiTPipeline):
+        return load_data(settings)
+    data, names = load_data(settings, "class"), classes_of(pipeline)
+
+    def named(picture: CaptionedPicture) -> CaptionedPicture:
+        try:
+            number = class_number(picture.captions[0], pipeline.id2label or {}, pipeline.num_classes)
+        except ValueError as error:
+            raise ValueError(f"{picture.name}: {error}; a class that the model knows is needed") from None
+        return replace(picture, captions=(names[number],))
+
+    return replace(data, pictures=list(map(named, data.pictures)), held_out=list(map(named, data.held_out)))
+
+
+def classes_of(pipeline: Any) -> list[str]:
+    """The names of a model's classes, or else their numbers."""
+    names = pipeline.id2label or {}
+    return [names.get(number, str(number)) for number in range(pipeline.num_classes)]
+
+
+def kind_of(settings: FinetuneSettings, pipeline: Any, data: Data) -> ModelKind:
+    """What is made, for its card."""
+    is_lora = lora_rank(settings) > 0
+    if isinstance(pipeline, DiTPipeline):
+        kind = class_conditional_kind([data.pictures[0].captions[0]])
+        return replace(kind, name=f"{kind.name}, fine-tuned ({settings.method})", lora=is_lora)
+    prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
+    told = {"saved_as": pipeline.saved_class_name, "told": pipeline.diffusers_options}
+    return text_to_image_kind(prompts, settings.method, is_lora, **told)
 
 
 def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Process:
@@ -223,7 +297,7 @@ def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) ->
     Raises:
         ValueError: there is no such process, or it does not take these arguments.
     """
-    own = process_from_config(pipeline.scheduler.config)
+    own = own_process(pipeline)
     if settings.process == "model":
         return own
     process: Process = made_by(known_processes(), "process", settings.process, **settings.process_options)
@@ -234,20 +308,21 @@ def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) ->
     return process
 
 
-def model_of(pipeline: TextToImagePipeline, trains_text: bool) -> TextModel:
+def model_of(pipeline: Any, trains_text: bool) -> Any:
     """The networks of `pipeline`, and the process that its scheduler samples from."""
-    process = process_from_config(pipeline.scheduler.config)
+    networks = (Codec(pipeline.vae), pipeline.unet, pipeline.scheduler, own_process(pipeline))
+    if isinstance(pipeline, DiTPipeline):
+        return DiTModel(*networks, classes_of(pipeline))
     parts = (
-        Codec(pipeline.vae),
-        pipeline.unet,
-        pipeline.scheduler,
-        process,
+        *networks,
         pipeline.tokenizer,
         pipeline.text_encoder,
         Expand(pipeline.tokenizer) if trains_text else None,
         type(pipeline),
     )
-    return SDXLModel(*parts, pipeline) if pipeline.for_sdxl else TextModel(*parts)
+    if pipeline.for_sdxl:
+        return SDXLModel(*parts, pipeline)
+    return (PixArtModel if isinstance(pipeline, PixArtTextToImagePipeline) else TextModel)(*parts)
 
 
 def with_class_pictures(settings: FinetuneSettings, pipeline: TextToImagePipeline, data: Data) -> Data:

@@ -74,7 +74,7 @@ def check_targets(network: nn.Module, targets: Sequence[str]) -> Sequence[str]:
     for target in targets:
         if not any(is_of(name, target) for name in names):
             kinds = sorted({short(name) for name in names})
-            raise ValueError(f"lora_targets: the UNet has no layer {target!r}; it has {', '.join(kinds)}")
+            raise ValueError(f"lora_targets: the denoiser has no layer {target!r}; it has {', '.join(kinds)}")
     if not targets:
         raise ValueError("lora_targets is empty; name at least one kind of layer, such as to_q")
     return targets

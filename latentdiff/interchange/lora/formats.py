@@ -16,7 +16,15 @@ from torch import Tensor
 from latentdiff.interchange.adapter_files import LORA_NAMES, METADATA_KEY, find_adapter, read_config
 from latentdiff.interchange.atomic import allow_as_usual, failures_named, json_text
 from latentdiff.interchange.folders import check_links
-from latentdiff.interchange.lora.kohya_names import NETWORKS, TEXT, TEXT_2, UNET, from_kohya_name, to_kohya_name
+from latentdiff.interchange.lora.kohya_names import (
+    NETWORKS,
+    TEXT,
+    TEXT_2,
+    TRANSFORMER,
+    UNET,
+    from_kohya_name,
+    to_kohya_name,
+)
 from latentdiff.interchange.lora.layers import (
     PEFT_PREFIX,
     Layers,
@@ -34,6 +42,9 @@ LoraFormat = Literal["diffusers", "peft", "kohya"]
 CONFIG_NAME = "adapter_config.json"
 OF_ENCODERS = ("encoder.", "text_model.", "embeddings.", "pooler.")
 """Beginnings of PEFT's names that belong to a text encoder."""
+
+OF_TRANSFORMERS = ("transformer_blocks.", "adaln_single.", "caption_projection.", "pos_embed.", "proj_out")
+"""The same of a transformer that denoises."""
 
 KEPT = ("ss_", "modelspec.")
 """Beginnings of the header's keys that describe the training; they are kept in every format."""
@@ -57,7 +68,7 @@ class LoraReport:
 class LoraFile:
     """A LoRA as read from disk: its tensors, PEFT's config if there is one, and the header.
 
-    A LoRA of several networks in PEFT's format has the folders ``unet``, ``text_encoder`` and ``text_encoder_2``.
+    A LoRA of several networks in PEFT's format has folders of their names, such as ``unet`` and ``text_encoder``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -103,7 +114,9 @@ def with_network(state: Mapping[str, Tensor], source_format: str, network: str |
         raise ValueError("there are several adapters in it; save each to a file of its own")
     if source_format != "peft" or all(key.startswith(tuple(f"{network}." for network in NETWORKS)) for key in plain):
         return plain
-    network = network or (TEXT if all(key.startswith(OF_ENCODERS) for key in plain) else UNET)
+    if network is None:
+        network = TEXT if all(key.startswith(OF_ENCODERS) for key in plain) else UNET
+        network = TRANSFORMER if any(key.startswith(OF_TRANSFORMERS) for key in plain) else network
     return {f"{network}.{key}": tensor for key, tensor in plain.items()}
 
 
@@ -114,7 +127,7 @@ def convert_lora(
 
     Only PEFT's training settings, which do not affect pictures, are dropped. ``target`` is a safetensors file; for
     diffusers it may also be a folder, which then holds ``pytorch_lora_weights.safetensors``. PEFT's format is a folder
-    for one network, and for several a folder with such folders, ``unet``, ``text_encoder`` and ``text_encoder_2``. It
+    for one network, and for several a folder with such folders, ``unet``, ``text_encoder`` and so on. It
     does not name its model; PEFT loads it into the network itself.
 
     Args:

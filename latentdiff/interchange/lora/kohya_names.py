@@ -8,8 +8,8 @@ that occur in the names of Stable Diffusion's networks.
 import re
 from collections.abc import Mapping
 
-UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
-NETWORKS = (UNET, TEXT, TEXT_2)
+UNET, TRANSFORMER, TEXT, TEXT_2 = "unet", "transformer", "text_encoder", "text_encoder_2"
+NETWORKS = (UNET, TRANSFORMER, TEXT, TEXT_2)
 KOHYA_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
 
 JOINED = (
@@ -51,11 +51,16 @@ def to_kohya_name(name: str, two_encoders: bool = False) -> str:
 
     Args:
         two_encoders: the model has two text encoders, and the first is called ``lora_te1_``.
+
+    Raises:
+        ValueError: it is of a network that the format does not know.
     """
     network, _, module = name.partition(".")
     if network in (TEXT, TEXT_2) and module.startswith("encoder.layers."):
         module = f"text_model.{module}"
     prefixes = [prefix for prefix, meant in KOHYA_PREFIXES.items() if meant == network]
+    if not prefixes:
+        raise ValueError(f"{name} is no layer of Stable Diffusion's; kohya's format has no name for it")
     prefix = prefixes[-1 if two_encoders else 0]
     return prefix + module.replace(".", "_")
 

@@ -18,6 +18,7 @@ from latentdiff.interchange.lora.kohya_names import (
     KOHYA_PREFIXES,
     TEXT,
     TEXT_2,
+    TRANSFORMER,
     UNET,
     from_kohya_name,
     is_ldm_name,
@@ -177,8 +178,10 @@ def split_key(
 
 
 def own_name(name: str) -> str:
-    """A name with its network, which diffusers' oldest files leave out for the UNet."""
+    """A name with its network, which diffusers' oldest files leave out for the denoiser."""
     name = name.replace(".processor.", ".")
+    if name.startswith("transformer_blocks."):
+        return f"{TRANSFORMER}.{name}"
     return f"{UNET}.{name}" if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else short(name)
 
 
