@@ -2,6 +2,7 @@
 
 import webbrowser
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,14 +27,24 @@ def app(
         str | None,
         typer.Option("--password", envvar=KEY_VARIABLE, help="That the page asks for; better set as the variable."),
     ] = None,
+    folder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--folder",
+            metavar="DIR",
+            help="Folder whose models, LoRAs and pictures the page may use, and write models in; may be repeated.",
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Draw in the browser: a page with previews, a gallery, pictures to start from and masks to paint.
+    """Draw and fine-tune in the browser: previews, a gallery, masks to paint, and curves of a training.
 
     latentdiff app
 
     latentdiff app runs/birds --open
 
+    latentdiff app --folder runs --folder pictures
+
     The page is for this machine only, unless --host says otherwise, and asks nothing of any other. Ctrl-C stops it.
     """
-    run_server(loading, serving, password, page=True, ready=webbrowser.open if browser else None)
+    run_server(loading, serving, password, folder or [], ready=webbrowser.open if browser else None)

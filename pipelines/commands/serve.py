@@ -3,10 +3,11 @@
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
@@ -19,13 +20,14 @@ from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from latentdiff.pipelines.server.model import ServedModel
+    from latentdiff.pipelines.server.page import Page
     from latentdiff.pipelines.server.service import Service
     from latentdiff.pipelines.server.shelf import Loader
 
 PACKAGED = "emoji"
+KEPT = 2
+"""Models that a page keeps loaded, at least."""
 KEY_VARIABLE = "LATENTDIFF_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -57,6 +59,10 @@ class ServingOptions(Plain):
     max_steps: int = Field(100, ge=1, description="Denoising steps at most.")
     max_count: int = Field(10, ge=1, description="Pictures of one request at most.")
     max_prompt: int = Field(4000, ge=1, description="Characters of a prompt at most.")
+    clip: str | None = Field(
+        None,
+        description="CLIP model that compares pictures with prompts (scores): a folder, or open_clip:NAME/WEIGHTS.",
+    )
 
 
 ApiKey = Annotated[
@@ -87,25 +93,31 @@ def run_server(
     loading: ServedLoading,
     serving: ServingOptions,
     key: str | None,
-    page: bool = False,
+    folders: Sequence[Path] | None = None,
     ready: Callable[[str], object] | None = None,
 ) -> None:
     """Load the models, listen, and draw until stopped.
 
     Args:
         key: that requests must have.
-        page: serve the page too.
+        folders: serve the page too, with what is in these; None: no page.
         ready: is told the address when the models are loaded.
 
     Raises:
         ImportError, OSError, ValueError: a library is missing, the address cannot be had, or a model not served.
     """
-    check_serving(serving, key, "app" if page else "serve")
-    loaders = loaders_of(loading, serving)
+    from latentdiff.interchange.folders import check_clip_source
+
+    check_clip_source(serving.clip)
+    check_serving(serving, key, "serve" if folders is None else "app")
+    offers = offers_of(loading, serving)
+    if folders is not None:
+        check_folders(folders)
     listening = listen(serving.host, serving.port)
     host, port = listening.getsockname()[:2]
     with listening:
-        service = service_of(loaders, serving)
+        service = service_of(offers, serving, kept=len(offers) if folders is None else max(KEPT, len(offers)))
+        page = None if folders is None else page_of(service, loading, offers, folders)
         import uvicorn
 
         from latentdiff.pipelines.server.http import create_app
@@ -117,8 +129,8 @@ def run_server(
             timeout_graceful_shutdown=max(1, math.ceil(serving.grace)),
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        draws = "draws" if len(loaders) == 1 else "draw"
-        say(f"{' and '.join(loaders)} {draws} at {address}{'' if page else '/v1'}; Ctrl-C stops it")
+        draws = "draws" if len(offers) == 1 else "draw"
+        say(f"{' and '.join(offers)} {draws} at {address}{'/v1' if page is None else ''}; Ctrl-C stops it")
         if ready is not None:
             ready(address)  # what comes before the server reads it waits in the socket
         try:
@@ -151,24 +163,24 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(what) from error
 
 
-def loaders_of(loading: ServedLoading, serving: ServingOptions) -> dict[str, "Loader"]:
-    """What loads each model that a server was started with, by the name that requests give.
+def offers_of(loading: ServedLoading, serving: ServingOptions) -> dict[str, "tuple[Path, Loader]"]:
+    """Where each model lies that a server was started with, and what loads it, by the name that requests give.
 
     Raises:
         FileNotFoundError, OSError, ValueError: there is no such model, or it does not draw from words.
     """
-    loaders: dict[str, Loader] = {}
+    offers: dict[str, tuple[Path, Loader]] = {}
     for model in [*filter(None, [loading.model]), *(serving.models or [])] or [PACKAGED]:
         place = find_place(model, loading.variant)
         is_path = os.sep in model and os.path.exists(os.path.expanduser(model))
         name = place.name if is_path else model  # no folders of this disk
-        if name in loaders:
+        if name in offers:
             raise ValueError(f"two models are called {name}; rename the folder of one, or serve it by itself")
-        loaders[name] = loader_of(loading.model_copy(update={"model": model}), place, name)
-    return loaders
+        offers[name] = (place, loader_of(loading, place, name))
+    return offers
 
 
-def loader_of(loading: LoadingOptions, place: "Path", name: str) -> "Loader":
+def loader_of(loading: LoadingOptions, place: Path, name: str) -> "Loader":
     """What loads the model in `place`. Raises ValueError if it does not draw from words alone."""
     kind = kind_in(place, textless=True).name
     if find_kind(kind).conditioned_by != "text" or find_kind(kind).pictures:
@@ -176,7 +188,7 @@ def loader_of(loading: LoadingOptions, place: "Path", name: str) -> "Loader":
     return partial(load_served, loading, place, kind, name)
 
 
-def load_served(loading: LoadingOptions, place: "Path", kind: str, name: str) -> "ServedModel":
+def load_served(loading: LoadingOptions, place: Path, kind: str, name: str) -> "ServedModel":
     """A model, loaded, with the LoRAs and new words that it always has."""
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.pipelines.batch.draw import load_adapters
@@ -188,20 +200,54 @@ def load_served(loading: LoadingOptions, place: "Path", kind: str, name: str) ->
     pipeline = load_pipeline(place, *choices)
     pipeline.set_progress_bar_config(disable=True)
     load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
-    told = {
+    told: dict[str, Any] = {  # no folders of this disk
         of: [one.model_copy(update={"file": os.path.basename(one.file)}) for one in adapters[of]] for of in adapters
     }
-    return ServedModel(name, pipeline, digest.result, {**told, "variant": loading.variant})  # no folders of this disk
+    files = {one.sha256: Path(one.file) for one in adapters["loras"]}
+    told["variant"] = loading.variant
+    return ServedModel(name, pipeline, digest.result, told, files)
 
 
-def service_of(loaders: dict[str, "Loader"], serving: ServingOptions) -> "Service":
+def service_of(offers: dict[str, "tuple[Path, Loader]"], serving: ServingOptions, kept: int) -> "Service":
     """The models, loaded, with a queue before them."""
     from latentdiff.pipelines.server.requests import Limits
     from latentdiff.pipelines.server.service import Service
     from latentdiff.pipelines.server.shelf import Shelf
 
-    shelf = Shelf(loaders)
-    for name in loaders:
+    shelf = Shelf({name: load for name, (_, load) in offers.items()}, kept)
+    for name in offers:
         shelf.get(name)
     limits = Limits(serving.max_pixels, serving.max_steps, serving.max_count, serving.max_prompt)
-    return Service(shelf, limits, serving.timeout, serving.batch, serving.queue)
+    return Service(shelf, limits, serving.timeout, serving.batch, serving.queue, serving.clip)
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raises ValueError or NotADirectoryError for folders that cannot be told to the page."""
+    from latentdiff.pipelines.server.folders import label_of
+
+    labels = [label_of(one) for one in folders]
+    for folder, label in zip(folders, labels, strict=True):
+        if not folder.expanduser().is_dir():
+            raise NotADirectoryError(f"--folder {folder}: no such folder")
+        if labels.count(label) > 1:
+            raise ValueError(f"--folder {folder}: another one is called {label} too; name one above both")
+
+
+def page_of(
+    service: "Service", loading: LoadingOptions, offers: dict[str, "tuple[Path, Loader]"], folders: Sequence[Path]
+) -> "Page":
+    """The page's models, packaged ones and those in the folders too, and its training."""
+    from latentdiff.interchange.folders import packaged_models
+    from latentdiff.pipelines.server.folders import Folders
+    from latentdiff.pipelines.server.library import Library
+    from latentdiff.pipelines.server.page import Page
+    from latentdiff.pipelines.server.training import Training
+
+    named = Folders(folders)
+    places = {name: place for name, (place, _) in offers.items()}
+    library = Library(service.shelf, places, named, partial(loader_of, loading))
+    for name, place in packaged_models().items():
+        if place not in places.values():
+            library.put(place, name)
+    service.find_lora = library.lora if folders else None
+    return Page(library, Training(named, library.place_of))

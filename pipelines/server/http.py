@@ -6,11 +6,10 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -22,44 +21,43 @@ from latentdiff.interchange.user_files import parse_json_object
 from latentdiff.pipelines.server.guard import Guard, TooLargeError, error_body
 from latentdiff.pipelines.server.jobs import Event, Finished, Job, Preview
 from latentdiff.pipelines.server.metrics import Counting
+from latentdiff.pipelines.server.page import CLOSING, Page, add_page
 from latentdiff.pipelines.server.queue import ClosedError, QueueFullError
 from latentdiff.pipelines.server.requests import DrawRequest, RequestError
 from latentdiff.pipelines.server.service import GoneError, Service, encoded, said_of
 
 PICTURES = ("image", "mask")
 CLIENT_GONE = 499  # nobody reads it; nginx calls it so
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def create_app(
-    service: Service, key: str | None = None, hosts: tuple[str, ...] | None = None, page: bool = False
+    service: Service, key: str | None = None, hosts: tuple[str, ...] | None = None, page: Page | None = None
 ) -> Any:
     """The server as an ASGI application.
 
     Args:
         key: that requests must have; None: everybody may ask.
         hosts: names by which it may be asked; None: any.
-        page: serve the page to draw on at ``/`` too.
+        page: to serve at ``/`` too.
     """
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
         yield
+        if page is not None:
+            page.training.stop()
         await asyncio.to_thread(service.queue.close)
+        if page is not None:
+            await asyncio.to_thread(page.training.close, CLOSING)
 
     app = FastAPI(title="latentdiff", version=__version__, lifespan=living, docs_url=None, redoc_url=None)
     add_errors(app)
     add_status(app, service)
     add_drawing(app, service)
-    if page:
-        add_page(app)
+    if page is not None:
+        add_page(app, service, page)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    public = ("/health", "/") if page else ("/health",)
+    public = ("/health",) if page is None else ("/health", "/")
     return Counting(Guard(app, key, hosts, service.limits.upload, public), service.metrics, paths)
 
 
@@ -88,19 +86,11 @@ def add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": len(service.queue)}
+        return {"status": "ok", "waiting": len(service.queue), "drawing": service.queue.drawing}
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-def add_page(app: FastAPI) -> None:
-    content = files("latentdiff.pipelines.server").joinpath("page.html").read_text(encoding="utf-8")
-
-    @app.get("/", response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(content, headers=PAGE_HEADERS)
 
 
 def add_errors(app: FastAPI) -> None:

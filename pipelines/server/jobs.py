@@ -51,6 +51,7 @@ class Job:
         previews: how many steps to show of each picture; the steps are evenly spread.
         listener: is told of every event, in the drawing thread.
         deadline: when nobody waits any more, by `time.monotonic`.
+        clip: the CLIP model that compares its pictures with the prompt; None: they are not compared.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Job:
     inputs: SourcePictures = field(default_factory=SourcePictures)
     previews: int = 0
     deadline: float = float("inf")
+    clip: str | None = None
     begun: int = 0
     """Pictures that were given to a batch."""
     _cancelled: threading.Event = field(default_factory=threading.Event)

@@ -1,14 +1,24 @@
 """The model behind a server: one set of networks, as all kinds of pipeline that it can be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from latentdiff.pipelines.batch.draw import SourcePictures, call_arguments, drawn_of, settings_of, this_machine
-from latentdiff.pipelines.batch.record import Batch, Settings, UsedFile, record_of
+from latentdiff.pipelines.batch.draw import (
+    SourcePictures,
+    call_arguments,
+    drawn_of,
+    load_adapters,
+    settings_of,
+    this_machine,
+)
+from latentdiff.pipelines.batch.record import Batch, Drawn, Lora, Settings, UsedFile, record_of
 from latentdiff.pipelines.core.sampling import Progress
 from latentdiff.pipelines.registry import find_kind, kind_taking
 from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
+from latentdiff.text.tokens import without_weights
 
 TIMES_TRAINED = 4
 """How many times the area of training a picture may have, where nothing else is said."""
@@ -22,11 +32,20 @@ class ServedModel:
         pipeline: that draws from words.
         digest: of the model; asked for at the first record.
         adapters: ``loras``, ``embeddings`` and ``variant`` of a record, of what is loaded into the pipeline.
+        files: of LoRAs, by digest; requests may bring more.
     """
 
-    def __init__(self, name: str, pipeline: Any, digest: Callable[[], str], adapters: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        pipeline: Any,
+        digest: Callable[[], str],
+        adapters: dict[str, Any],
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
         self.name, self.digest, self.adapters = name, digest, adapters
-        self.pipeline = pipeline
+        self.pipeline, self.files = pipeline, dict(files or {})
+        self._worn: list[Lora] | None = list(adapters.get("loras", []))
         self._pipelines: dict[str, Any] = {type(pipeline).__name__: pipeline}
 
     @property
@@ -50,14 +69,40 @@ class ServedModel:
             self._pipelines[kind] = made
         return self._pipelines[kind]
 
-    def settings(self, asked: dict[str, Any], inputs: SourcePictures, used: dict[str, UsedFile]) -> Settings:
-        """Raises ValueError for what this model cannot draw; see `settings_of`."""
+    def settings(
+        self,
+        asked: dict[str, Any],
+        inputs: SourcePictures,
+        used: dict[str, UsedFile],
+        loras: Sequence[Lora] = (),
+    ) -> Settings:
+        """Raises ValueError for what this model cannot draw; see `settings_of`.
+
+        loras: besides those that it always has.
+        """
         pipeline = self.pipeline_of(self.kind_for(inputs))
-        return settings_of(pipeline, self.name, {**asked, **used, **self.adapters}, inputs)
+        worn = [*self.adapters.get("loras", []), *loras]
+        return settings_of(pipeline, self.name, {**asked, **used, **self.adapters, "loras": worn}, inputs)
+
+    def wear(self, loras: list[Lora]) -> None:
+        """Have these LoRAs loaded and no others. Raises ValueError if one does not fit, and has none then."""
+        if loras == self._worn:
+            return
+        self._worn = None
+        self.pipeline.unload_lora_weights()
+        try:
+            load_adapters(
+                self.pipeline, [one.model_copy(update={"file": str(self.files[one.sha256])}) for one in loras], []
+            )
+        except BaseException:
+            self.pipeline.unload_lora_weights()
+            raise
+        self._worn = list(loras)
 
     def draw(self, rows: list[Row]) -> None:
         """Draw a batch and tell the listeners of its jobs; it is stopped after the step at which no job is wanted."""
         first = rows[0].job
+        self.wear(first.settings.loras)
         pipeline = self.pipeline_of(first.kind)
         batch = batch_of(rows)
         arguments = call_arguments(pipeline, first.settings, batch, first.inputs)
@@ -70,16 +115,32 @@ class ServedModel:
         if output is None:
             return
         digest, machine = self.digest(), this_machine(pipeline)
-        for row, drawn in zip(rows, drawn_of(output, 0), strict=True):
+        for row, drawn in zip(rows, scored(drawn_of(output, 0), rows, pipeline.device), strict=True):
             own = [one for one in rows if one.job is row.job]  # nobody else's prompts are told
             settings = row.job.settings.model_copy(update={"model_digest": digest})
-            placed = type(drawn)(drawn.image, (0, own.index(row)), drawn.withheld, drawn.spoilt)
+            placed = replace(drawn, place=(0, own.index(row)))
             record = record_of(settings, [batch_of(own)], [placed], machine)
             row.job.listener(Finished(row.number, placed, record))
 
 
 def batch_of(rows: list[Row]) -> Batch:
     return Batch(prompts=[row.job.prompt for row in rows], seeds=[row.job.seeds[row.number] for row in rows])
+
+
+def scored(pictures: list[Drawn], rows: list[Row], device: Any) -> list[Drawn]:
+    """The pictures, with CLIP scores where their jobs want them."""
+    wanted = [i for i, row in enumerate(rows) if row.job.clip is not None and not pictures[i].spoilt]
+    if not wanted:
+        return pictures
+    from latentdiff.pipelines.core.candidates import load_reranker
+
+    captions = [
+        without_weights(rows[i].job.prompt) if rows[i].job.settings.prompt_weights else rows[i].job.prompt
+        for i in wanted
+    ]
+    cosines = load_reranker(rows[wanted[0]].job.clip, device).cosines([pictures[i].image for i in wanted], captions)
+    scores = dict(zip(wanted, (100 * cosines.clamp(min=0)).tolist(), strict=True))
+    return [replace(one, score=scores.get(i)) for i, one in enumerate(pictures)]
 
 
 def pictures_of(rows: list[Row]) -> dict[str, Any]:

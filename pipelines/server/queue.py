@@ -42,6 +42,8 @@ class Queue:
     def __init__(self, draw: Callable[[list[Row]], None], size: int = BATCH, places: int = 64) -> None:
         self.draw, self.size, self.places = draw, size, places
         self.seconds_per_picture = 1.0
+        self.drawing = 0
+        """Pictures that are being drawn."""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -100,8 +102,10 @@ class Queue:
                     if self._closed:
                         return
                     self._changed.wait()
+                self.drawing = len(rows)
             started = time.perf_counter()
             self._draw(rows)
+            self.drawing = 0
             took = (time.perf_counter() - started) / len(rows)
             self.seconds_per_picture += 0.3 * (took - self.seconds_per_picture)
 

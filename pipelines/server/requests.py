@@ -1,14 +1,15 @@
 """What clients send, in OpenAI's names and ours, read and checked; nothing in it reaches a pipeline unread."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from latentdiff.interchange.picture_files import picture_of
 from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, paired
@@ -74,6 +75,15 @@ class DrawRequest(BaseModel):
     strength: float | None = Field(None, ge=0, le=1)
     guidance_rescale: float | None = Field(None, ge=0, le=1)
     prompt_weights: bool | None = None
+    lora: Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = (
+        None
+    )
+    scores: bool | None = None
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Names and strengths of ``lora``, NAME or NAME:STRENGTH."""
+        return [name_and_scale(one) for one in self.lora or []]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,6 +104,20 @@ class DrawRequest(BaseModel):
         count = self.n or 1
         check_seeds(first, count)
         return [first + i for i in range(count)]
+
+
+def name_and_scale(text: str) -> tuple[str, float]:
+    """Raises RequestError for a strength that is not finite."""
+    name, _, scale = text.rpartition(":")
+    try:
+        strength = float(scale)
+    except ValueError:
+        return text, 1.0
+    if not name:
+        return text, 1.0
+    if not math.isfinite(strength):
+        raise RequestError(f"lora: the strength must be a finite number, not {scale}", "lora")
+    return name, strength
 
 
 OURS = ("guidance_scale", "negative_prompt", "strength", "guidance_rescale", "prompt_weights")

@@ -6,12 +6,17 @@ import io
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from latentdiff.interchange.adapter_files import LORA_NAMES, find_adapter
+from latentdiff.interchange.fingerprint import file_digest
 from latentdiff.interchange.png import picture_bytes
 from latentdiff.memory import is_lack_of_memory
+from latentdiff.pipelines.batch.record import Lora
 from latentdiff.pipelines.server.jobs import Event, Failed, Finished, Job, Preview
 from latentdiff.pipelines.server.metrics import Metrics
+from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.queue import Queue
 from latentdiff.pipelines.server.requests import (
     DrawRequest,
@@ -37,9 +42,22 @@ class Service:
         timeout: seconds that a request may take, waiting included.
         batch: pictures drawn at once.
         places: requests that may wait.
+        clip: CLIP model that compares pictures with their prompts; None: there is none.
     """
 
-    def __init__(self, shelf: Shelf, limits: Limits, timeout: float = 300.0, batch: int = 8, places: int = 64) -> None:
+    find_lora: Callable[[str], Path] | None = None
+    """The file of a LoRA that a request names; None: requests name none."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        limits: Limits,
+        timeout: float = 300.0,
+        batch: int = 8,
+        places: int = 64,
+        clip: str | None = None,
+    ) -> None:
+        self.clip = clip
         self.shelf, self.limits, self.timeout = shelf, limits, timeout
         self.queue = Queue(self._draw, batch, places)
         self.metrics = Metrics(lambda: len(self.queue))
@@ -76,7 +94,9 @@ class Service:
         inputs, used = read_pictures(files)
         if inputs.image is None and request.strength is not None:
             raise RequestError("strength is for pictures to start from; send those to /v1/images/edits", "strength")
-        settings = model.settings(request.options, inputs, used)
+        settings = model.settings(request.options, inputs, used, self._loras(request, model))
+        if request.scores and self.clip is None:
+            raise RequestError("scores: there is no CLIP model here; start the server with --clip", "scores")
         check_pixels(settings.width, settings.height, self.limits.pixels or model.pixels)
         if settings.num_inference_steps > self.limits.steps:
             message = f"the model takes {settings.num_inference_steps} steps, this server gives {self.limits.steps}"
@@ -84,7 +104,19 @@ class Service:
         kind = model.kind_for(inputs)
         previews = (request.partial_images or 0) if request.stream else 0
         ending = time.monotonic() + self.timeout
-        return request, Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending)
+        clip = self.clip if request.scores else None
+        return request, Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending, clip)
+
+    def _loras(self, request: DrawRequest, model: ServedModel) -> list[Lora]:
+        """What a request names, for the record; the model learns where the files are."""
+        found = []
+        for name, scale in request.loras:
+            if self.find_lora is None:
+                raise RequestError("lora: this server draws as it was started; leave it out", "lora")
+            file = find_adapter(self.find_lora(name), LORA_NAMES)
+            found.append(Lora(file=name, sha256=file_digest(file), scale=scale))
+            model.files[found[-1].sha256] = file
+        return found
 
     async def follow(
         self, job: Job, events: "asyncio.Queue[Event]", gone: Callable[[], Awaitable[None]]
@@ -169,6 +201,8 @@ def encoded(event: Finished, request: DrawRequest) -> dict[str, Any]:
         entry["url"] = f"data:{TYPES[form]};base64,{text}"
     else:
         entry["b64_json"] = text
+    if event.drawn.score is not None:
+        entry["score"] = event.drawn.score
     flags = {"withheld": event.drawn.withheld, "not_finite": event.drawn.spoilt}
     return entry | {name: True for name, there in flags.items() if there}
 

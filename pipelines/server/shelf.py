@@ -46,6 +46,9 @@ class Shelf:
             if name not in self._loaded:
                 while len(self._loaded) >= self.kept:
                     self._loaded.popitem(last=False)
-                self._loaded[name] = self.loaders[name]()
+                try:
+                    self._loaded[name] = self.loaders[name]()
+                except OSError as error:
+                    raise RequestError(f"the model {name} cannot be loaded: {error}", "model") from error
             self._loaded.move_to_end(name)
             return self._loaded[name]

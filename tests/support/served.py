@@ -1,16 +1,24 @@
 """A server in a thread, before a tiny model."""
 
+import base64
+import io
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+import numpy as np
 import uvicorn
+from PIL import Image
 
 from latentdiff.pipelines.batch.draw import SourcePictures
-from latentdiff.pipelines.commands.serve import listen
+from latentdiff.pipelines.commands.serve import ServedLoading, listen, page_of
 from latentdiff.pipelines.server.http import create_app
 from latentdiff.pipelines.server.jobs import Event, Job, Preview
 from latentdiff.pipelines.server.model import ServedModel
@@ -18,6 +26,7 @@ from latentdiff.pipelines.server.requests import Limits
 from latentdiff.pipelines.server.service import Service
 from latentdiff.pipelines.server.shelf import Shelf
 
+DRAW = "/v1/images/generations"
 DIGEST = "0" * 64
 LIMITS = Limits(pixels=32 * 32, steps=50, count=10, prompt=100, upload=2**16)
 
@@ -30,11 +39,18 @@ class Served:
     service: Service
     server: Any
     thread: threading.Thread
+    page: Any = None
 
 
 @contextmanager
-def serving(service: Service, **options: Any) -> Iterator[Served]:
-    """Until the context ends."""
+def serving(service: Service, folders: Sequence[Path] | None = None, **options: Any) -> Iterator[Served]:
+    """Until the context ends.
+
+    folders: of its page; None: it has none.
+    """
+    if folders is not None:
+        places = {name: (Path("nowhere"), load) for name, load in service.shelf.loaders.items()}
+        options["page"] = page_of(service, ServedLoading(), places, folders)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = create_app(service, **options)
@@ -43,7 +59,7 @@ def serving(service: Service, **options: Any) -> Iterator[Served]:
     thread.start()
     until(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{port}", service, server, thread)
+        yield Served(f"http://127.0.0.1:{port}", service, server, thread, options.get("page"))
     finally:
         server.should_exit = True
         thread.join(120)
@@ -87,3 +103,25 @@ def made(drawer: Any, **options: Any) -> Service:
     """A service of the tiny model."""
     shelf = Shelf({"tiny": lambda: ServedModel("tiny", drawer, lambda: DIGEST, {})})
     return Service(shelf, LIMITS, **{"places": 4, **options})
+
+
+def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+    """Status, body and headers."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    request = Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read(), answer.headers
+    except HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"], error.headers
+
+
+def answered(found: list[Any]) -> Image.Image:
+    """The picture of an answer."""
+    assert found[0][0] == 200, found
+    return Image.open(io.BytesIO(base64.b64decode(json.loads(found[0][1])["data"][0]["b64_json"])))
+
+
+def near(one: Image.Image, other: Image.Image) -> bool:
+    """But for last bits, which depend on the batch."""
+    return bool(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1)

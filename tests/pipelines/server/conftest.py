@@ -30,5 +30,14 @@ def service(drawer: Any) -> Iterator[Any]:
 def served(service: Any) -> Iterator[Any]:
     from served import serving
 
-    with serving(service, hosts=("127.0.0.1",), page=True) as running:
+    with serving(service, hosts=("127.0.0.1",)) as running:
+        yield running
+
+
+@pytest.fixture
+def paged(service: Any) -> Iterator[Any]:
+    """With the page, without folders."""
+    from served import serving
+
+    with serving(service, hosts=("127.0.0.1",), folders=()) as running:
         yield running

@@ -5,14 +5,19 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
+from discs import save_discs
+from loras import diffusers_lora
 from PIL import Image
 from served import hold, made, serving, until
+from tiny_clip import save_clip
 
 from latentdiff import InpaintPipeline
 from latentdiff.interchange.png import read_settings, settings_of
@@ -26,8 +31,8 @@ DROP = """([content, name, place]) => {
 }"""
 
 
-def test_the_page_is_served_and_asks_nothing_of_others(served: Any) -> None:
-    with urlopen(served.url, timeout=60) as answer:
+def test_the_page_is_served_and_asks_nothing_of_others(paged: Any) -> None:
+    with urlopen(paged.url, timeout=60) as answer:
         text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     for mark in ("http://", "https://", "src=", "@import"):
@@ -35,21 +40,28 @@ def test_the_page_is_served_and_asks_nothing_of_others(served: Any) -> None:
 
 
 @pytest.fixture
-def page(served: Any) -> Iterator[Any]:
+def page(paged: Any) -> Iterator[Any]:
+    with opened(paged.url) as page:
+        yield page
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Any]:
+    """The page in Chromium, in which nothing fails."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(
+        page = browser.new_page(
             viewport={"width": 1280, "height": 900}, bypass_csp=True
         )  # or nothing is evaluated in it
-        opened.set_default_timeout(120_000)
+        page.set_default_timeout(120_000)
         faults: list[str] = []
-        opened.on("pageerror", lambda error: faults.append(str(error)))
-        opened.goto(served.url)
-        opened.wait_for_function("info !== null")
-        yield opened
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(url)
+        page.wait_for_function("info !== null")
+        yield page
         browser.close()
     assert faults == []
 
@@ -98,19 +110,19 @@ def test_drawing_and_drawing_again(page: Any, drawer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_previews_and_stop(page: Any, served: Any) -> None:
+def test_previews_and_stop(page: Any, paged: Any) -> None:
     page.fill("#prompt", "a red cup")
     page.fill("#steps", "50")
     page.click("#draw")
     page.wait_for_function("document.querySelector('#now img')?.src.startsWith('data:image/png')")
     shot(page, "preview")
     page.wait_for_function("running === null")
-    held = hold(served.service)
+    held = hold(paged.service)
     page.fill("#steps", "2")
     page.click("#draw")
     page.wait_for_function("document.querySelector('#said').textContent.startsWith('Waiting')")
-    until(lambda: len(served.service.queue) == 1)
-    job = served.service.queue._waiting[0]
+    until(lambda: len(paged.service.queue) == 1)
+    job = paged.service.queue._waiting[0]
     page.click("#stop")
     page.wait_for_function("running === null")
     assert page.inner_text("#said") == "Stopped."
@@ -126,8 +138,9 @@ def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
     image.save(stream, "PNG")
     drop(page, stream.getvalue(), "photo.png", "#start")
     page.wait_for_function("document.querySelector('#mask').width === 16")
-    box = page.locator("#mask").bounding_box()
     page.fill("#brush", "40")
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"])
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"], steps=8)
@@ -150,7 +163,7 @@ def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_errors_are_said_in_words(page: Any, served: Any) -> None:
+def test_errors_are_said_in_words(page: Any, paged: Any) -> None:
     page.fill("#prompt", "a" * 101)
     page.click("#draw")
     page.wait_for_function("document.querySelector('#said').className === 'error'")
@@ -161,9 +174,9 @@ def test_errors_are_said_in_words(page: Any, served: Any) -> None:
 
 @pytest.mark.slow
 def test_the_page_asks_for_the_password(page: Any, drawer: Any) -> None:
-    with serving(made(drawer), key="secret", page=True) as served:
+    with serving(made(drawer), key="secret", folders=()) as guarded:
         strict = page.context.browser.new_page()  # with the page's own policy
-        strict.goto(served.url)
+        strict.goto(guarded.url)
         strict.wait_for_selector("#password", state="visible", timeout=120_000)
         strict.fill("#password", "secret")
         strict.press("#password", "Tab")
@@ -171,3 +184,72 @@ def test_the_page_asks_for_the_password(page: Any, drawer: Any) -> None:
         strict.fill("#prompt", "a red cup")
         strict.click("#draw")
         strict.wait_for_selector("#gallery figure img", timeout=120_000)
+
+
+@pytest.mark.slow
+def test_steps_models_and_loras(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawer.save_pretrained("runs/birds")
+    diffusers_lora(drawer, Path("runs"), text=False)
+    torch.manual_seed(1)  # with which the scores differ
+    service = made(drawer, clip=str(save_clip(tmp_path / "clip")))
+    with serving(service, folders=[Path("runs")]) as served, opened(served.url) as page:
+        page.select_option("#model", "runs/birds")
+        page.wait_for_function("info.id === 'runs/birds'")
+        page.select_option("#lora", "runs/pytorch_lora_weights.safetensors")
+        page.fill("#lora-scale", "0.5")
+        page.fill("#prompt", "a red cup")
+        page.fill("#steps", "6")
+        page.fill("#count", "3")
+        page.check("#scores")
+        drawn(page, 3)
+        page.locator("#gallery button", has_text="steps").first.click()
+        assert page.locator("#gallery .strip img").count() == 6
+        shot(page, "strip")
+        best = read_settings(download(page)) or {}
+        scores = [(read_settings(download(page, i)) or {})["scores"][0] for i in range(3)]
+        assert scores == sorted(set(scores), reverse=True)
+        assert (best["model"], best["loras"][0]["scale"]) == ("runs/birds", 0.5)
+        page.select_option("#model", "tiny")
+        page.wait_for_function("info.id === 'tiny'")
+        page.select_option("#lora", "")
+        page.locator("#gallery button", has_text="use settings").first.click()
+        page.wait_for_function("document.querySelector('#said').textContent === 'Settings taken over.'")
+        assert page.input_value("#model") == "runs/birds"
+        assert (page.input_value("#lora"), page.input_value("#lora-scale")) == (best["loras"][0]["file"], "0.5")
+        page.select_option("#model", label="another, within the folders ...")
+        page.fill("#typed", "/etc")
+        page.press("#typed", "Enter")
+        page.wait_for_function("document.querySelector('#said').textContent.includes('/etc is not within runs')")
+
+
+@pytest.mark.slow
+def test_fine_tuning(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is closed meanwhile; opened again it shows curves and samples, and the result draws."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    drawer.save_pretrained("runs/birds")
+    save_discs(tmp_path / "runs" / "discs")
+    with serving(made(drawer), folders=[Path("runs")]) as served:
+        with opened(served.url) as page:
+            page.click("#to-train")
+            page.fill("#data", "runs/discs")
+            page.select_option("#base", "runs/birds")
+            page.click("#begin")
+            assert "in which folder" in page.inner_text("#told")
+            for name, value in {"output": "runs/new", "max-steps": "10", "batch": "2", "every": "5"}.items():
+                page.fill(f"#{name}", value)
+            page.click("#begin")
+            page.wait_for_selector("#told:has-text('Training runs/new on runs/discs ...')")
+        with opened(served.url) as page:
+            page.click("#to-train")
+            page.wait_for_selector("#told:has-text('Finished.')", timeout=300_000)
+            page.wait_for_function("[...document.querySelectorAll('#samples img')].some((one) => one.naturalWidth > 0)")
+            assert page.locator("#plot path[data-curve=loss]").get_attribute("d").startswith("M")
+            assert page.locator("#plot path[data-curve=val_loss]").count() == 1
+            shot(page, "trained")
+            page.click("#try")
+            page.wait_for_function("info.id === 'runs/new'")
+            page.fill("#prompt", "a red thing")
+            drawn(page, 1)
+            assert (read_settings(download(page)) or {})["model"] == "runs/new"

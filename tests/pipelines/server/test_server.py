@@ -8,13 +8,11 @@ import re
 import threading
 from functools import partial
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 from PIL import Image
-from served import DIGEST, LIMITS, hold, made, serving, until
+from served import DIGEST, DRAW, LIMITS, answered, ask, hold, made, near, serving, until
 from tiny import tiny_pipeline
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline
@@ -24,19 +22,6 @@ from latentdiff.pipelines.server.jobs import Failed, Finished, Job
 from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.service import Service
 from latentdiff.pipelines.server.shelf import Shelf
-
-DRAW = "/v1/images/generations"
-
-
-def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
-    """Status, body and headers."""
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    request = Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
-    try:
-        with urlopen(request, timeout=120) as answer:
-            return answer.status, answer.read(), answer.headers
-    except HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"], error.headers
 
 
 def asked(url: str, body: Any) -> tuple[threading.Thread, list[Any]]:
@@ -58,17 +43,6 @@ def asked_to_edit(
     )
     thread.start()
     return thread, found
-
-
-def answered(found: list[Any]) -> Image.Image:
-    """The picture of an answer."""
-    assert found[0][0] == 200, found
-    return Image.open(io.BytesIO(base64.b64decode(json.loads(found[0][1])["data"][0]["b64_json"])))
-
-
-def near(one: Image.Image, other: Image.Image) -> bool:
-    """But for last bits, which depend on the batch."""
-    return bool(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1)
 
 
 def test_requests_that_wait_are_drawn_together_and_tell_nothing_of_each_other(served: Any) -> None:
