@@ -35,7 +35,7 @@ GRAPHS_SAY = "runtime.json"
 STORE = re.compile(r"[0-9a-f]{40}")
 SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 HELD = re.compile(r"\.held-[0-9a-f]{32}")
-LOCK = ".lock"
+LOCK, INDEX = ".lock", ".index"
 PATIENCE = 60.0  # seconds to wait for a lock that is kept for moments
 
 
@@ -197,6 +197,7 @@ def delete(some: Sequence[Shard], enough: Callable[[int], bool] = lambda freed: 
                 shutil.rmtree(gone, ignore_errors=True)
             else:
                 shard.path.unlink(missing_ok=True)
+                (store / INDEX).unlink(missing_ok=True)  # it speaks of all of them
             freed += shard.size
     return freed, kept
 

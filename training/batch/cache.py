@@ -10,26 +10,23 @@ import json
 import logging
 import math
 import os
-import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.cache_folder import shared_folder
-from latentdiff.interchange.shared_cache import Hold, exclusive, trim
-from latentdiff.training.loop.estimate import ProgressLines
+from latentdiff.interchange.shared_cache import INDEX, Hold, exclusive, trim
+from latentdiff.training.batch.key_index import KeyIndex, split_key, write_index
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +34,8 @@ DIGEST = 40  # hexadecimal digits of a digest, 160 bits
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32}
 OPEN_SHARDS = 1024  # memory maps kept at a time; they hold no file open
 ABANDONED = 86_400.0  # seconds after which a half-written shard has no writer any more
+INDEXED = 1 << 18  # places in memory, from which on they are moved to a file
 START_BITS = 48  # of a place, for the offset in the shard; the rest is the number of its kind
-SHARD_TENSORS, SHARD_SECONDS, SHARD_BYTES = 4096, 30.0, 2**27  # a shard is written when one of these is reached
-
-Batches = list[list[str]]  # of keys
 
 
 def digest(*parts: object) -> str:
@@ -70,11 +65,20 @@ class Kind:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def values(self) -> list[Any]:
+        """For `plain`."""
+        return [self.shard, str(self.dtype).removeprefix("torch."), list(self.shape)]
+
+    @classmethod
+    def plain(cls, shard: str, dtype: str, shape: Sequence[int]) -> Self:
+        return cls(shard, getattr(torch, dtype), tuple(shape))
+
 
 class TensorStore:
     """Tensors by key, in `folder`, which is made when first written to.
 
-    Keys are digests: what is stored under a key never changes. A tensor that comes back is a copy.
+    Keys are digests: what is stored under a key never changes. A tensor that comes back is a copy. Where very many
+    lie is read from a file that all processes map, see `KeyIndex`; where the others lie is in memory.
 
     Args:
         labels: of what is written, for `shared_cache.Shard.labels`.
@@ -86,24 +90,31 @@ class TensorStore:
         root = shared_folder()
         self._hold = Hold(self.folder) if self.folder.absolute().is_relative_to(root) else None
         self._swept = False
+        self._index_seen: tuple[int, ...] = ()
         self._forget()
         self.refresh()
 
-    def _forget(self) -> None:
-        self._places: dict[str, int] = {}  # whole numbers, because there may be millions
-        self._kinds: list[Kind] = []
-        self._sizes: dict[str, int] = {}  # of each shard that was looked at, in bytes
+    def _forget(self, index: KeyIndex | None = None) -> None:
+        """Know only what an index says."""
+        self._index = index
+        self._places: dict[str, int] = {}  # of keys that are not in it; whole numbers, because there may be millions
+        self._kinds = [] if index is None else [Kind.plain(*values) for values in index.kinds]
+        self._sizes = {} if index is None else dict(index.shards)  # of each shard that was looked at, in bytes
         self._maps: OrderedDict[str, Tensor] = OrderedDict()
 
+    def _place(self, key: str) -> int | None:
+        place = self._places.get(key)
+        return self._index.find(key) if place is None and self._index is not None else place
+
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return self._place(key) is not None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._places) + len(self._index or ())
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are not stored, each once, in their order."""
-        return [key for key in dict.fromkeys(keys) if key not in self._places]
+        return [key for key in dict.fromkeys(keys) if key not in self]
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor, on the CPU.
@@ -112,7 +123,10 @@ class TensorStore:
             KeyError: there is none.
             OSError: its file was deleted or changed.
         """
-        number, start = divmod(self._places[key], 1 << START_BITS)
+        place = self._place(key)
+        if place is None:
+            raise KeyError(key)
+        number, start = divmod(place, 1 << START_BITS)
         kind = self._kinds[number]
         content = self._map(kind.shard)[start : start + kind.nbytes].clone()
         return content.view(kind.dtype).reshape(kind.shape)
@@ -149,7 +163,7 @@ class TensorStore:
             return self.refresh()
         with exclusive(self.folder):
             self.refresh()
-            numbers = {self._places[key] >> START_BITS for key in keys if key in self._places}
+            numbers = {place >> START_BITS for place in map(self._place, keys) if place is not None}
             self._hold.add({self._kinds[number].shard for number in numbers})
         return None
 
@@ -160,18 +174,47 @@ class TensorStore:
 
     def refresh(self) -> None:
         """See what other processes have written, and what was deleted."""
-        present = list(self._shards())
-        if not self._sizes.keys() <= set(present):
+        present = dict(self._shards())
+        if not self._sizes.keys() <= present.keys():
             self._forget()
+        self._read_index(present)
         for name in present:
             if name not in self._sizes:
                 self._look_at(name)
 
-    def _shards(self) -> Iterator[str]:
+    def _read_index(self, present: Mapping[str, int]) -> None:
+        """Take up an index that is new, if all shards of which it speaks are there as they were."""
+        file = self.folder / INDEX
+        with suppress(OSError):
+            state = file.stat()
+            now = (state.st_ino, state.st_size, state.st_mtime_ns)
+            if now == self._index_seen and self._index is not None:
+                return
+            index = KeyIndex.read(file)
+            if index is not None and all(present.get(name) == size for name, size in index.shards.items()):
+                self._forget(index)
+                self._index_seen = now
+
+    def index(self) -> None:
+        """Move the places that are in memory to the file on the disk, if they are very many.
+
+        It is left out where the disk is full.
+        """
+        if len(self._places) < INDEXED or any(split_key(key) is None for key in self._places):
+            return
+        kinds = [kind.values() for kind in self._kinds]
+        try:
+            write_index(self.folder / INDEX, self._sizes, kinds, self._index, self._places)
+        except OSError as error:
+            logger.warning("%s; the next start reads all of the cache's files", error)
+        self.refresh()
+
+    def _shards(self) -> Iterator[tuple[str, int]]:
+        """Names and sizes."""
         if self.folder.is_dir():
             for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
                 if entry.name.endswith(".safetensors") and not entry.name.startswith(".") and entry.is_file():
-                    yield entry.name
+                    yield entry.name, entry.stat().st_size
 
     def _look_at(self, name: str) -> None:
         file = self.folder / name
@@ -198,7 +241,8 @@ class TensorStore:
             if kind not in numbers:
                 numbers[kind] = len(self._kinds)
                 self._kinds.append(kind)
-            self._places.setdefault(key, numbers[kind] << START_BITS | start)
+            if key not in self:
+                self._places[key] = numbers[kind] << START_BITS | start
             start += size
 
     def _map(self, name: str) -> Tensor:
@@ -231,7 +275,14 @@ class TensorStore:
                         file.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict(), "_hold": None}  # another process opens its own
+        state = {**self.__dict__, "_maps": OrderedDict(), "_hold": None}  # another process opens its own
+        return state if self._index is None else {"folder": self.folder, "labels": self.labels, "_hold": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {"_swept": False, "_index_seen": (), **state}
+        if "_places" not in state:
+            self._forget()
+            self.refresh()
 
 
 def contents(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -245,117 +296,6 @@ def contents(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for key in whole.offset_keys():
             tensor = whole.get_slice(key)
             yield key, DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())
-
-
-def fill(
-    store: TensorStore,
-    keys: Sequence[str],
-    encode: Callable[[Batches], Iterator[Mapping[str, Tensor]]],
-    accelerator: Accelerator,
-    *,
-    batch_size: int,
-    kind: Callable[[str], Any] = lambda key: None,
-    things: str,
-) -> None:
-    """Encode what is missing, each process its share, and wait for the others.
-
-    Args:
-        keys: distinct.
-        encode: yields the tensors of each batch.
-        kind: what the keys of a batch must have in common.
-        things: what the keys stand for, in messages.
-
-    Raises:
-        OSError: the disk is full, or the processes do not see the same folder.
-    """
-    store.claim(keys)
-    missing = set(store.missing(keys))
-    if missing and accelerator.is_main_process:
-        logger.info("%d %s to encode, %d are there already", len(missing), things, len(keys) - len(missing))
-    batches = plan(share(keys, accelerator.process_index, accelerator.num_processes), missing, batch_size, kind)
-    total = sum(map(len, batches))
-    hidden = True if not accelerator.is_main_process or not total else None  # None: unless there is no terminal
-    progress = ProgressLines(total, f"{things} encoded")
-    try:
-        with ShardWriter(store) as writer, tqdm(total=total, desc=f"encoding {things}", disable=hidden) as bar:
-            for tensors in encode(batches):
-                writer.add(tensors)
-                bar.update(len(tensors))
-                progress.update(len(tensors), accelerator.is_main_process and bool(bar.disable))
-    except (KeyboardInterrupt, SystemExit):
-        if accelerator.is_main_process:
-            kept = len(keys) - len(store.missing(keys))
-            logger.warning("stopped while encoding; %d of %d %s are encoded and kept", kept, len(keys), things)
-        raise
-    accelerator.wait_for_everyone()
-    store.claim(keys)
-    if accelerator.is_main_process:
-        store.trim()
-    if lost := store.missing(keys):
-        raise OSError(
-            f"{store.folder}: {len(lost)} of {len(keys)} {things} are not there after all were encoded; let cache_dir "
-            f"be a folder that all processes see, and delete nothing in it meanwhile"
-        )
-
-
-def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
-    """One process's share of the work.
-
-    It depends on the keys alone: processes that check at different moments see different keys as missing.
-    """
-    return [key for key in keys if int(key[:8], 16) % processes == rank]
-
-
-def plan(keys: Sequence[str], missing: set[str], size: int, kind: Callable[[str], Any]) -> Batches:
-    """The missing keys in batches.
-
-    A network's output for one input depends, in its last digits, on the others in the batch. So a batch that was lost
-    by an interruption is encoded again as the same batch.
-    """
-    batches = in_batches(keys, size, kind)
-    whole = [batch for batch in batches if missing.issuperset(batch)]
-    rest = [key for batch in batches if not missing.issuperset(batch) for key in batch if key in missing]
-    return whole + in_batches(rest, size, kind)
-
-
-def in_batches(keys: Iterable[str], size: int, kind: Callable[[str], Any]) -> Batches:
-    """Keys in batches of at most `size`, all of a batch of one kind."""
-    alike: dict[Any, list[str]] = {}
-    for key in keys:
-        alike.setdefault(kind(key), []).append(key)
-    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
-
-
-class ShardWriter:
-    """A context that gathers tensors into shards. What it was given is kept even where an error ends the work."""
-
-    def __init__(self, store: TensorStore) -> None:
-        self.store = store
-        self._waiting: dict[str, Tensor] = {}
-        self._bytes, self._since = 0, time.monotonic()
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        self._waiting |= tensors
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
-        due = len(self._waiting) >= SHARD_TENSORS or self._bytes >= SHARD_BYTES
-        if due or time.monotonic() - self._since > SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        waiting, self._waiting, self._bytes = self._waiting, {}, 0
-        self.store.write(waiting)
-        self._since = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _kind: Any, first: BaseException | None, _trace: Any) -> None:
-        try:
-            self.flush()
-        except OSError as error:
-            if first is None:
-                raise
-            logger.warning("what was encoded last is lost: %s", error)  # the first error is the one to report
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from latentdiff.text.masked import MaskedTextConditioner, with_mask
 from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
-from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
+from latentdiff.training.batch.cache import DIGEST, TensorStore, digest, evaluating, finite, plain_config
+from latentdiff.training.batch.filling import Batches, fill
 from latentdiff.training.batch.latents import cache_folder, cache_labels
 from latentdiff.training.batch.random_choices import CaptionChoice
 from latentdiff.training.data import CaptionedPicture

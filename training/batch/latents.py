@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from latentdiff.codec import Codec, Posterior, TokenCodec
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
-from latentdiff.training.batch.cache import DIGEST, Batches, TensorStore, digest, evaluating, fill, finite, plain_config
+from latentdiff.training.batch.cache import DIGEST, TensorStore, digest, evaluating, finite, plain_config
+from latentdiff.training.batch.filling import Batches, fill
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.loop.run import TrainingRun

@@ -9,7 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentdiff.training.batch.cache import Batches, TensorStore, digest, fill
+from latentdiff.training.batch.cache import TensorStore, digest
+from latentdiff.training.batch.filling import Batches, fill
 from latentdiff.training.batch.latents import PictureView, cache_folder, cache_labels, load
 from latentdiff.training.data.captioned_picture import CaptionedPicture, View
 from latentdiff.training.data.masks import read_mask

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 from latentdiff import AutoencoderKL, VQModel
 from latentdiff.codec import Codec
-from latentdiff.training.batch import cache as filling
-from latentdiff.training.batch.cache import ShardWriter, TensorStore, digest
+from latentdiff.training.batch import filling
+from latentdiff.training.batch.cache import TensorStore, digest
+from latentdiff.training.batch.filling import ShardWriter
 from latentdiff.training.batch.latents import LatentCache, codec_digest, encode, key_of
 from latentdiff.training.data import CaptionedPicture, from_dataset, read_pixels
 from latentdiff.training.data.captioned_picture import View
