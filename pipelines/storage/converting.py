@@ -244,7 +244,10 @@ def write_folder(
 
     Raises:
         FileExistsError: there is something, and `overwrite` is False.
+        ValueError: no runtime draws with such a pipeline.
     """
+    if runtime is not None and not pipeline.for_runtimes:
+        raise ValueError(f"a {type(pipeline).__name__} is drawn with by torch only; leave --runtime out")
 
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder, variant=variant)

@@ -90,7 +90,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
                 again = {"runtime": runtime, "device_map": device}
                 return own.from_pretrained(folder, **options, **{k: v for k, v in again.items() if v is not None})
         if runtime is not None and not cls.for_runtimes:
-            raise ValueError(f"runtime={runtime!r}: {cls.__name__} is drawn with by torch only; leave runtime out")
+            raise ValueError(f"a {cls.__name__} is drawn with by torch only; leave runtime (--runtime) out")
         if runtime is not None:
             from latentdiff.pipelines.runtime.prepared import load
 

@@ -129,5 +129,5 @@ def test_bad_parts(sdxl: Path, pipeline: Any, caplog: pytest.LogCaptureFixture) 
     for name, value in (("original_size", (8, 8)), ("prompt_2", "sun")):
         with pytest.raises(ValueError, match=f"{name} is for SDXL, and this is a TextToImagePipeline"):
             pipeline("a car", **{name: value}, num_inference_steps=1)
-    with pytest.raises(ValueError, match="is drawn with by torch only; leave runtime out"):
+    with pytest.raises(ValueError, match="is drawn with by torch only; leave runtime"):
         TextToImagePipeline.from_pretrained(sdxl, runtime="onnx")

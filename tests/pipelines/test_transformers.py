@@ -1,6 +1,7 @@
 """Folders of DiT and PixArt are drawn from as diffusers' pipelines draw, and found by what they are."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from compare import largest_difference
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_transformers import dit_folder, pixart_folder
 
 from latentdiff.pipelines import (
@@ -161,3 +163,67 @@ def test_what_does_not_go_is_refused(dit: Path, pixart: Path) -> None:
         classes("thing 1000")
     with pytest.raises(ValueError, match="at most the 1000 of the transformer"):
         DiTPipeline(classes.transformer, classes.vae, classes.scheduler, {i: str(i) for i in range(1001)})
+
+
+def config_says(folder: Path, **changes: Any) -> None:
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def weights_say(folder: Path, change: Any) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def of_nan(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor * torch.nan if name == "proj_out.bias" else tensor for name, tensor in weights.items()}
+
+
+def without_one(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name != "proj_out.bias"}
+
+
+def pickled(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: config_says(folder, num_layers=0), "num_layers=0"),
+        (lambda folder: config_says(folder, num_layers=3), "weights do not fit config.json"),
+        (lambda folder: config_says(folder, patch_size="2"), "patch_size"),
+        (lambda folder: config_says(folder, caption_channels=32), "weights do not fit config.json"),
+        (lambda folder: config_says(folder, capton_channels=16), "unknown config key 'capton_channels'; did you mean"),
+        (lambda folder: weights_say(folder, of_nan), "not finite"),
+        (lambda folder: weights_say(folder, without_one), "1 are missing, such as proj_out.bias"),
+        (pickled, "transformer"),
+    ],
+)
+def test_hostile_folders_are_refused(pixart: Path, tmp_path: Path, harm: Any, message: str) -> None:
+    folder = shutil.copytree(pixart, tmp_path / "folder")
+    harm(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_A": torch.ones(2, 24)}, "no up .B. matrix"),
+        ({"lora_A": torch.ones(2, 8), "lora_B": torch.ones(24, 2)}, "is made for a weight of shape"),
+        ({"lora_A": torch.ones(2, 24), "lora_B": torch.full((24, 2), torch.nan)}, "not finite"),
+        ({"lora_A": torch.ones(2, 24), "lora_B": torch.ones(24, 3)}, "do not fit each other"),
+    ],
+)
+def test_hostile_loras_are_refused(
+    pixart: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    name = "transformer.transformer_blocks.0.attn1.to_q."
+    save_file({f"{name}{part}.weight": tensor for part, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    pipeline: Any = TextToImagePipeline.from_pretrained(pixart)
+    with pytest.raises(ValueError, match=message):
+        pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    assert not getattr(pipeline.transformer, "peft_config", {})

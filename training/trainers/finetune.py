@@ -159,7 +159,7 @@ def load_model(model: str, families: Sequence[type] = ()) -> TextToImagePipeline
         FileNotFoundError, OSError: see ``from_pretrained``.
     """
     place = find_place(model)
-    kind: Any = kind_in(place, textless=DiTPipeline in families).load()
+    kind: Any = kind_in(place, textless=True).load()
     known: Any = next((family for family in families if issubclass(kind, family)), TextToImagePipeline)
     parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, known))
     methods = ("conditioner", "condition", "encode_prompt")

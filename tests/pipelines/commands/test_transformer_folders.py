@@ -78,6 +78,8 @@ def test_a_released_checkpoint_becomes_a_network_or_a_pipeline(
         (["dit", "out", "--vae", "dit"], "--vae does nothing for"),
         (["code.pt", "out", "--ckpt"], "code.pt holds more than tensors, which could run code"),
         (["part.safetensors", "out"], "3 weights of the DiT are missing"),
+        (["dit", "out", "--to", "onnx"], "a DiTPipeline cannot be exported to ONNX"),
+        (["dit", "out", "--runtime", "onnx"], "a DiTPipeline is drawn with by torch only; leave --runtime out"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -91,3 +93,12 @@ def test_what_cannot_be_meant_is_refused(
     assert run("convert", *arguments) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not Path("out").exists()
+
+
+def test_runtimes_are_refused(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ("generate", "--class", "item 3", "--model", str(models / "dit"), "-o", "x.png", "--runtime", "onnx")
+    assert run(*call) == 2
+    assert "a DiTPipeline is drawn with by torch only; leave runtime (--runtime) out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not Path("x.png").exists()

@@ -1,12 +1,15 @@
 """Transformer denoisers from a folder of pictures to a picture that diffusers draws too: text, classes and neither."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from compare import largest_difference
+from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 
 from latentdiff import ClassConditionalPipeline, TextToImagePipeline
@@ -56,6 +59,30 @@ def test_text_resumes_exactly_and_diffusers_draws_the_same(denoiser_settings: di
     found = ours("A red disc", generator=torch.Generator().manual_seed(7), **call).images
     wanted = theirs("A red disc", generator=torch.Generator().manual_seed(7), **call, **told).images
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("condition", ["text", "class"])
+def test_kills_and_several_processes_change_nothing(
+    labelled: Path, denoiser_settings: dict[str, Any], tmp_path: Path, condition: str
+) -> None:
+    values = {**denoiser_settings, "condition": condition, "max_steps": 4, "checkpoint_every": 1, "optimizer": "sgd"}
+    values |= {"caption_column": "colour" if condition == "class" else "text", "learning_rate": 0.1}
+    log = tmp_path / "log.txt"
+
+    def work(name: str, size: int = 2) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
+        train(values, tmp_path / name, batch_size=size)
+
+    assert wait(start(lambda: work("one"), log)) == [0], log.read_text()
+    assert wait(start(lambda: work("two", 1), log, processes=2)) == [0, 0], log.read_text()
+    assert live_and_die(lambda: work("killed"), log, 2, 2.0, seed=0)
+    one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
+    assert same(one, killed)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("condition", ["class", "none"])

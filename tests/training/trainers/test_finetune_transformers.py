@@ -1,20 +1,24 @@
 """Fine-tuning of PixArt's and DiT's folders, as they come from diffusers: from pictures to what diffusers draws."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from compare import largest_difference
+from lives import live_and_die, start, wait
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_transformers import dit_folder, pixart_folder
 
 from latentdiff import ClassConditionalPipeline, TextToImagePipeline
 from latentdiff.interchange.lora.formats import convert_lora
-from latentdiff.training.settings import FinetuneSettings
+from latentdiff.training.settings import DistillationSettings, FinetuneSettings
+from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
 
 SMALL = {"batch_size": 2, "max_steps": 4, "checkpoint_every": 2, "sample_every": 4, "learning_rate": 1e-2}
@@ -164,3 +168,39 @@ def test_what_does_not_go_is_refused(
     with pytest.raises(ValueError, match=message):
         run(pictures, request.getfixturevalue(kind), tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["pixart", "dit"])
+def test_distillation_refuses_them(pictures: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    values = {"data": str(pictures), "model": str(request.getfixturevalue(kind)), "output": str(tmp_path / "out")}
+    with pytest.raises(
+        ValueError, match=r"is a (PixArtTextToImage|DiT)Pipeline, which has components or conditions of"
+    ):
+        distill(DistillationSettings.load(None, values))
+
+
+FORKED = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("pixart", marks=FORKED), pytest.param("dit", marks=FORKED)])
+def test_kills_and_several_processes_change_nothing(
+    numbered: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    model, log = request.getfixturevalue(kind), tmp_path / "log.txt"
+
+    def train(name: str, size: int = 2) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
+        changes = {"method": "lora", "lora_rank": 2, "checkpoint_every": 1, "batch_size": size, "learning_rate": 1e-3}
+        run(numbered, model, tmp_path / name, **changes)
+
+    assert wait(start(lambda: train("one"), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("two", 1), log, processes=2)) == [0, 0], log.read_text()
+    assert live_and_die(lambda: train("killed"), log, 2, 2.0, seed=0)
+    one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
+    assert same(one, killed)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
