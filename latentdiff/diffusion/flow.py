@@ -7,7 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.process import SMALLEST_SIGNAL, Coefficient, Process, Target, register_process
+from latentdiff.diffusion.process import (
+    SMALLEST_SIGNAL,
+    Coefficient,
+    Process,
+    Target,
+    process_class,
+    register_process,
+)
 
 TIMES = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
@@ -219,6 +226,20 @@ def resolution_shift(pixels: float, base_pixels: float) -> float:
     check_positive("pixels", pixels)
     check_positive("base_pixels", base_pixels)
     return math.sqrt(pixels / base_pixels)
+
+
+def check_flow(scheduler: Any) -> None:
+    """Raises ValueError for a flow whose scheduler steps between noise levels, or whose times cannot be."""
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+    kind = process_class(config)
+    if kind is RectifiedFlow:
+        kind.from_scheduler_config(config)
+    elif kind.name == "gaussian" and config.get("prediction_type") == RectifiedFlow.predicts.name:
+        raise ValueError(
+            f"the {type(scheduler).__name__} steps between noise levels, and by its config the network predicts a flow "
+            f"(prediction_type={RectifiedFlow.predicts.name!r}); {', '.join(OWN)} step along it, and "
+            f"{', '.join(IN_SIGMAS)} with use_flow_sigmas=True"
+        )
 
 
 def check_finite(name: str, value: Any) -> None:

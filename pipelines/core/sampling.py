@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentdiff.codec import Generators
 from latentdiff.diffusion import Process, process_of
+from latentdiff.diffusion.flow import check_flow
 from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.memory import DRAWING, memory_advice
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser
@@ -64,9 +65,11 @@ class Sampler:
 
         Raises:
             ValueError: both are given, or one that this scheduler does not take; timesteps beyond the process; fewer
-                than one step, or more than T; or more than the scheduler can tell apart.
+                than one step, or more than T, or than the scheduler can tell apart; or the network is a flow's and the
+            scheduler does not sample from it.
         """
         scheduler = self.scheduler
+        check_flow(scheduler)
         if device.type != "mps":  # which has no float64, as some plans are in; schedulers see to it
             device = torch.device("cpu")
         own = {name: list(v) for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}

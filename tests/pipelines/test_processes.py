@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from latentdiff.diffusion import RectifiedFlow, process, register_process
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.pipelines.core.sampling import Sampler, denoise
 from latentdiff.pipelines.core.scheduler_names import change_scheduler
+
+FLOW = {"prediction_type": "flow_prediction"}
 
 
 @pytest.fixture
@@ -48,6 +51,29 @@ def test_a_perfect_network_is_sampled_to_its_picture(scheduler: Any) -> None:
     for progress in denoise(Perfect(), sampler, start, sampler.plan(5, torch.device("cpu"))):
         torch.testing.assert_close(progress.clean, picture, atol=exact, rtol=0)
     torch.testing.assert_close(progress.latents, picture, atol=exact, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("DDIMScheduler", FLOW, "the DDIMScheduler steps between noise levels, .* predicts a flow .*; FlowMatchEuler"),
+        ("EulerDiscreteScheduler", FLOW, "the EulerDiscreteScheduler steps between noise levels"),
+        ("PNDMScheduler", FLOW, "the PNDMScheduler steps between noise levels"),
+        ("DPMSolverMultistepScheduler", FLOW, "UniPCMultistepScheduler with use_flow_sigmas=True"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "of a flow with the network of another process"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True, .* not supp"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 0}, "shift=0 must be above 0"),
+    ],
+)
+def test_schedulers_that_do_not_sample_from_a_flow(
+    name: str, config: dict[str, Any], message: str, pipeline: Any
+) -> None:
+    pipeline.scheduler = getattr(diffusers, name)(**config)
+    calls: list[int] = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipeline("a red car", num_inference_steps=4)
+    assert not calls
 
 
 def test_pipelines_draw_with_it(scheduler: Any, pipeline: Any) -> None:
