@@ -28,6 +28,8 @@ from latentdiff.models.loras import refuse_loras
 
 logger = logging.getLogger(__name__)
 
+MAX_LAYERS = 1000
+"""Of one kind on one level: a config with more would keep a machine busy for hours."""
 WITH_SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -106,9 +108,9 @@ class StrictConfig(ConfigMixin):
         raise ValueError(f"{type(self).__name__}: {key}={value!r} {why}")
 
     def check_choice(self, key: str, choices: Sequence[Any], levels: int | None = None) -> None:
-        """The value must be one of `choices`, or a sequence of them: of `levels`, where that is given."""
+        """The value must be one of `choices`; with `levels`, a sequence of so many of them."""
         value = self.config[key]
-        for v in value if isinstance(value, (list, tuple)) else (value,):
+        for v in value if levels is not None and isinstance(value, (list, tuple)) else (value,):
             if v not in choices:
                 self.refuse(key, v, f"is not supported; use one of {', '.join(map(repr, choices))}.")
         if levels is not None and len(value) != levels:
@@ -130,6 +132,8 @@ class StrictConfig(ConfigMixin):
             self.refuse(key, value, f"has {len(values)} entries for {levels} levels.")
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
             self.refuse(key, value, f"is not supported; give a whole number, {least} or more, or one for each level.")
+        if ("layers" in key or "blocks" in key) and max(values, default=0) > MAX_LAYERS:
+            self.refuse(key, value, f"is more than the limit of {MAX_LAYERS}, which no network comes near.")
         return values
 
 

@@ -42,15 +42,18 @@ class Prepared(NamedTuple):
 
 
 class Rotations(NamedTuple):
-    """Cosines and sines, (L, D/N) each, by which queries and keys are turned; two neighbours are a pair."""
+    """Cosines and sines, (L, D/N) each, by which queries and keys are turned; two neighbours are a pair.
+
+    The first sine of a pair has the other sign, so that swapped neighbours are all that is needed.
+    """
 
     cosines: Tensor
     sines: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., L, D/N) -> the same shape. RoFormer (Su et al. 2021), Eq. 34."""
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        return x * self.cosines + turned * self.sines
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return x * self.cosines + swapped * self.sines
 
     def at(self, place: int) -> "Rotations":
         return Rotations(self.cosines[place : place + 1], self.sines[place : place + 1])
@@ -66,8 +69,9 @@ def rotations(height: int, width: int, dim: int, like: Tensor) -> Rotations:
     rows = torch.arange(height, device=like.device).repeat_interleave(width)  # (L,)
     columns = torch.arange(width, device=like.device).repeat(height)
     angles = torch.cat([place[:, None] * speeds for place in (rows, columns)], dim=1)  # (L, dim/2)
-    angles = angles.repeat_interleave(2, dim=1)
-    return Rotations(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+    cosines, sines = angles.cos(), angles.sin()
+    sines = torch.stack([-sines, sines], dim=-1).flatten(1)
+    return Rotations(cosines.repeat_interleave(2, dim=1).to(like.dtype), sines.to(like.dtype))
 
 
 class KeyValueCache:
@@ -186,6 +190,13 @@ class TokenTransformer(Checkpointed, Network):
         for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
             self.per_level(key)
         self.per_level("num_vq_embeddings", least=2)
+        for key in ("cross_attention_dim", "num_classes"):
+            if self.config[key] is not None:
+                self.per_level(key)
+        if sample_size is None:
+            self.refuse("sample_size", None, "is not a size; give a whole number, or (height, width).")
+        if not isinstance(autoencoder_digest, str):
+            self.refuse("autoencoder_digest", autoencoder_digest, "is no digest; give a text, '' if it is not known.")
         self.check_choice("order", ORDERS)
         self.check_choice("positions", ("rotary", "axial", "learned"))
         self.check_multiple("attention_head_dim", [attention_head_dim], 4, "the numbers of a pair of pairs")

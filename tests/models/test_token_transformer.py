@@ -159,6 +159,18 @@ def test_what_makes_no_sense_is_refused() -> None:
         TokenTransformer(**SMALL | {"order": "zigzag"})
     with pytest.raises(ValueError, match="attention_head_dim=6 is not a multiple"):
         TokenTransformer(**SMALL | {"attention_head_dim": 6})
+    for key, value, said in (
+        ("order", ["raster"], "is not supported; use one of"),
+        ("positions", ["axial"], "is not supported; use one of"),
+        ("num_layers", 10**9, "is more than the limit of 1000"),
+        ("num_classes", -5, "give a whole number, 1 or more"),
+        ("num_classes", 1.5, "give a whole number, 1 or more"),
+        ("cross_attention_dim", "x", "give a whole number, 1 or more"),
+        ("sample_size", None, "is not a size"),
+        ("autoencoder_digest", 5, "is no digest"),
+    ):
+        with pytest.raises(ValueError, match=f"TokenTransformer: {key}=.*{said}"):
+            TokenTransformer(**SMALL | {key: value})
     with pytest.raises(ValueError, match="it needs class labels"):
         model(num_classes=3)(some_codes())
     with pytest.raises(ValueError, match="it takes no text states"):

@@ -12,11 +12,13 @@ import torch
 from discs import add_masks
 from lives import free_port, start, wait
 from safetensors.torch import load_file
+from tiny import autoencoder_settings
 
 from latentdiff.models.codebook_learning import CodebookLearner
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, PriorSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
+from latentdiff.training.trainers.prior import train_prior
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,6 +78,26 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: 
     assert_alike(tmp_path / "one", tmp_path / "accumulated")
     assert_alike(tmp_path / "one", tmp_path / "two")
     assert not torch.equal(trained(tmp_path / "one")["denoiser.conv_in.weight"], torch.zeros(1))
+
+
+@pytest.mark.parametrize("order", ["raster", "masked"])
+def test_prior(order: str, pictures: Path, text_encoder: Path, tmp_path: Path) -> None:
+    vq = train_autoencoder(
+        autoencoder_settings(pictures, tmp_path / "vq", kind="vq", num_vq_embeddings=16, max_steps=2)
+    )
+
+    def train(name: str, size: int, accumulation: int = 1) -> None:
+        values = {"resolution": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "order": order}
+        values |= {"batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 6, "log_every": 1}
+        values |= {"data": str(pictures), "autoencoder": str(vq), "text_encoder": str(text_encoder)}
+        train_prior(PriorSettings.load(None, {**values, "warmup_steps": 1, "output": str(tmp_path / name)}))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    assert_alike(tmp_path / "one", tmp_path / "accumulated")
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_start": "none", "codebook_restart": 0}

@@ -14,13 +14,14 @@ from discs import add_masks
 from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
-from tiny import tiny_pipeline
+from tiny import autoencoder_settings, tiny_pipeline
 
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, DistillationSettings
+from latentdiff.training.settings import AutoencoderSettings, DenoiserSettings, DistillationSettings, PriorSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
 from latentdiff.training.trainers.distill import distill
+from latentdiff.training.trainers.prior import train_prior
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,6 +99,23 @@ def test_denoiser(
         values |= {"objective": objective, "masked_loss": masked}
         os.environ["LATENTDIFF_CACHE"] = str(output / "cache")  # the calm one fills none for others
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(output)}))
+
+    compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
+
+
+@pytest.mark.parametrize(("processes", "order"), [(1, "raster"), (2, "masked")])
+def test_prior(pictures: Path, text_encoder: Path, tmp_path: Path, processes: int, order: str) -> None:
+    vq = train_autoencoder(
+        autoencoder_settings(pictures, tmp_path / "vq", kind="vq", num_vq_embeddings=16, max_steps=2)
+    )
+
+    def train(output: Path) -> None:
+        values = {"resolution": 16, "batch_size": 2, "num_layers": 1, "num_attention_heads": 2, "caption_dropout": 0.3}
+        values |= {"attention_head_dim": 8, "warmup_steps": 1, "max_steps": 300, "checkpoint_every": 2}
+        values |= {"sample_every": 50, "log_every": 5, "gradient_accumulation_steps": 2, "order": order}
+        values |= {"data": str(pictures), "autoencoder": str(vq), "text_encoder": str(text_encoder)}
+        os.environ["LATENTDIFF_CACHE"] = str(output / "cache")
+        train_prior(PriorSettings.load(None, {**values, "output": str(output)}))
 
     compare(train, tmp_path, kills=KILLS, longest=2.0, processes=processes)
 
