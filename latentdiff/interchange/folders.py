@@ -327,11 +327,11 @@ def load_whole(model_class: Any, place: str | Path, **options: Any) -> Any:
     Raises:
         ValueError: weights are missing, of another shape or not finite; or there is an adapter in the folder.
     """
-    from latentdiff.models.network import check_finite
+    from latentdiff.models.network import TracerSpared, check_finite
 
     folder = Path(place, options.get("subfolder") or "")
     check_adapters(folder)
-    with held_back("transformers.modeling_utils"):  # a table of what it fills with random values
+    with held_back("transformers.modeling_utils"), TracerSpared():  # a table of what it fills with random values
         try:
             model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
         except RuntimeError as error:

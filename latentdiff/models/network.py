@@ -18,6 +18,7 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.interchange.atomic import allow_as_usual
@@ -244,6 +245,26 @@ class Network(ModelMixin, StrictConfig):
             logger.warning(
                 "%s: attention is PyTorch's, which takes as little memory; xFormers is not used", type(self).__name__
             )
+
+
+class TracerSpared(TorchFunctionMode):
+    """Within, tensors on the device "meta" are neither initialized nor measured in Python.
+
+    They have no values. To give them normal ones, or to make others of their shape, PyTorch 2 computes strides with its
+    tracer and sympy, whose import is a part of a second.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        tensor = args[0] if args else given.get("tensor")
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return tensor
+            if func is torch.empty_like and given.keys() == {"device"}:
+                return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, **given)
+        return func(*args, **given)
 
 
 def check_finite(network: nn.Module, where: object) -> None:

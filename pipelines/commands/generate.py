@@ -1,5 +1,6 @@
 """``latentdiff generate``."""
 
+import gc
 import math
 import os
 import re
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import Field
 
-from latentdiff.imports import load_module
+from latentdiff.deferred import imports_deferred
+from latentdiff.imports import collector_paused, load_module
 from latentdiff.pipelines.batch.drawing_options import (
     BATCH,
     MOST,
@@ -74,6 +76,7 @@ class TargetOptions(Plain):
 
 
 @grouped
+@imports_deferred(unless="torch")
 def generate(
     target: TargetOptions,
     loading: LoadingOptions,
@@ -149,6 +152,7 @@ def generate(
         refiner_digest=None if refiner is None else refiner.digest.result,
     )
     draw(writer, items, count, inputs, target.filmstrip)
+    gc.unfreeze()
     seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
     if source.variation_seed is not None:
         seeds = f"seed {seed}, variation {seeds}"
@@ -168,7 +172,11 @@ def drawing_pipeline(
     pipeline = None
     if kind == "TextToImagePipeline" and target.filmstrip is None:
         pipeline = light_pipeline(place, loading, prompts, (source, drawing), load)
-    return pipeline or load()
+    if pipeline is None:
+        with collector_paused():
+            pipeline = load()
+            gc.freeze()  # until it has drawn, or Python looks through all of it for cycles at once
+    return pipeline
 
 
 def prepared(
