@@ -1,0 +1,103 @@
+"""The pages of docs/ and the README: what they tell readers to type can be typed, and their links lead somewhere."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pages import ROOT, blocks, commands, pages, spoken
+from typer.main import get_command
+
+from latentdiff import cli
+from latentdiff.training import cli as training
+from latentdiff.training.commands.settings import Kind, settings_of
+from latentdiff.training.commands.settings_arguments import load_settings
+
+SETTINGS = {"autoencoder", "data", "model", "output", "prompts"}
+"""Options that are settings too."""
+
+
+def of_latentdiff(words: list[str]) -> tuple[typer.Typer, list[str]] | None:
+    """The program that a command calls, and with which arguments; None: another program."""
+    if words[0].startswith("OMP_NUM_THREADS="):
+        words = words[1:]
+    if words[0] == "latentdiff":
+        return cli.application(), words[1:]
+    if "-m" in words and words[0] in ("accelerate", "torchrun", "python"):
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        programs = {"latentdiff": cli.application(), "latentdiff.training": training.launched}
+        return (programs[module], arguments) if module in programs else None
+    return None
+
+
+def parse(program: typer.Typer, words: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command's name and its parameters, as it would get them; what it does is not begun."""
+    command: Any = get_command(program)
+    context = command.make_context("latentdiff", [*words])
+    while hasattr(command, "commands") and (rest := [*context._protected_args, *context.args]):
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    return context.info_name, context.params
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in pages()])
+def test_commands_have_these_options_and_settings(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in (*blocks(page, "sh"), *blocks(page, "bash")):
+        for words in commands(block.text):
+            check(words)
+    for words in spoken(page):
+        try:
+            check(words)
+        except Exception as error:
+            if type(error).__name__ not in ("MissingParameter", "NoArgsIsHelpError", "BadOptionUsage"):
+                raise  # a sentence need not give all
+
+
+def check(words: list[str]) -> None:
+    for name in words:  # files that have to be there
+        if name.endswith((".yaml", ".py", ".csv", ".txt")) and "/" not in name:
+            Path(name).touch()
+    called = of_latentdiff(words)
+    if called is None:
+        check_other(words)
+        return
+    name, given = parse(*called)
+    if name in tuple(Kind) and given.get("overrides"):
+        fields = settings_of(name).model_fields
+        options = {key: value for key, value in given.items() if key in SETTINGS and value is not None}
+        options |= {key: "x" for key in ("data", "output") if key not in options and fields[key].is_required()}
+        if given.get("method"):
+            options["method"] = str(given["method"])
+        load_settings(settings_of(name), None, [one.replace("METHOD", "lcm") for one in given["overrides"]], **options)
+
+
+def check_other(words: list[str]) -> None:
+    """Of other programs: our extras, modules and files that are named are there."""
+    if words[0] == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        named = {name for word in words for name in re.findall(r"^\.\[(.*)\]$", word)}
+        assert {name for names in named for name in names.split(",")} <= set(project["optional-dependencies"])
+    elif "-m" in words:
+        assert importlib.util.find_spec(words[words.index("-m") + 1])
+    else:
+        assert words[0] in ("pytest", "bash", "python", "mkdocs", "accelerate", "torchrun", "srun", "sbatch", "export")
+        assert all((ROOT / word).exists() for word in words if word.startswith("benchmarks/"))
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in pages()])
+def test_snippets_are_python(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block.text, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()])
+def test_links_lead_somewhere(page: Path) -> None:
+    """In the repository, as its readers see it; those of the site are looked at when it is built."""
+    generated = {"reference/commands.md", *(f"reference/settings-{kind}.md" for kind in Kind)}
+    for link in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", page.read_text(encoding="utf-8")):
+        target = (page.parent / link).resolve()
+        assert target.exists() or target.relative_to(ROOT / "docs").as_posix() in generated, link
