@@ -1,6 +1,8 @@
 """Priors over codes: trained, gone on with, saved, drawn from and evaluated."""
 
 import json
+import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import SMALL, autoencoder_settings
+from tiny_clip import save_clip
 
 from latentdiff import TokenPipeline
 from latentdiff.cli import application
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.tokens import MaskedOrder, RasterOrder
+from latentdiff.interchange.png import read_settings
 from latentdiff.models import TokenTransformer
 from latentdiff.pipelines import ClassTokenPipeline, UnconditionalTokenPipeline
 from latentdiff.training.batch.batch_types import DiffusionBatch
@@ -159,3 +163,42 @@ def test_it_learns_what_a_class_looks_like(order: str, labelled: Path, tmp_path:
     red, blue = (pipeline([name] * 4, seed=0, output_type="pt").images.mean((0, 2, 3)) for name in ("red", "blue"))
     assert red[0] - red[2] > 0.1
     assert blue[2] - blue[0] > 0.1
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand there, but for sizes; then what else a model of codes is asked for in a shell."""
+    page = (Path(__file__).parents[3] / "docs/tokens.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in page.split("```sh\n")[1].split("```")[0].splitlines()]
+    assert [command[1] for command in commands] == ["train", "train", "generate"]
+    small = ["resolution=16", "batch_size=2", "max_steps=2"]
+    sizes = [[*small, "block_out_channels=[8,8,16]"], [*small, "num_layers=1", "num_attention_heads=2"], []]
+    monkeypatch.chdir(tmp_path)
+    app = application()
+    for command, size in zip(commands, sizes, strict=True):
+        app([*command[1:], *size], standalone_mode=False)
+    with Image.open("car.png") as picture:
+        assert picture.size == (16, 16)
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        app(list(arguments), standalone_mode=False)
+        return capsys.readouterr().out
+
+    model = ("--model", "runs/words")
+    clip = str(save_clip(tmp_path / "clip"))
+    said = run("generate", "a red thing", *model, "--candidates", "4", "--clip", clip, "--seed", "1", "-o", "best.png")
+    scores = (read_settings(Path("best.png")) or {})["scores"]
+    assert f"CLIP score {scores[0]:.1f}" in said
+    run("replay", "best.png", "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("best.png").read_bytes()
+    run("generate", "a red thing", *model, "--steps", "10", "--filmstrip", "strip.png", "-o", "watched.png")
+    Path("prompts.txt").write_text("a red thing\na blue thing\n")
+    run("many", "prompts.txt", *model, "-o", "many", "--top-p", "0.9")
+    assert len(list(Path("many").glob("*.png"))) == 2
+    run("evaluate", "runs/words", "--data", "pictures", "--count", "2", "--extractor", "autoencoder", "--output", "out")
+    report = json.loads(Path("out/evaluation.json").read_text(encoding="utf-8"))
+    assert report["drawn"]["num_inference_steps"] == 12
+    assert all(math.isfinite(value) for value in report["metrics"].values())
