@@ -78,6 +78,7 @@ class TargetOptions(Plain):
 @grouped
 @imports_deferred(unless="torch")
 def generate(
+    context: typer.Context,
     target: TargetOptions,
     loading: LoadingOptions,
     source: SourceOptions,
@@ -117,7 +118,9 @@ def generate(
     if server is not None:
         from latentdiff.pipelines.commands.remote import draw_at
 
-        draw_at(server, prompts, count, (target, loading, source, drawing), files)
+        source_of_model = context.get_parameter_source("model")
+        named = source_of_model is not None and source_of_model.name != "DEFAULT"
+        draw_at(server, prompts, count, (target, loading, source, drawing), files, loading.model if named else None)
         return
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)

@@ -31,12 +31,20 @@ TRIES = 5
 """How often a server is asked that says that it has too much to do."""
 
 
-def draw_at(server: str, prompts: Sequence[str], count: int, options: Sequence[Plain], files: Sequence[Path]) -> None:
+def draw_at(
+    server: str,
+    prompts: Sequence[str],
+    count: int,
+    options: Sequence[Plain],
+    files: Sequence[Path],
+    model: str | None = None,
+) -> None:
     """Let a server draw `count` pictures of each prompt, and write them.
 
     Args:
         options: the command's.
         files: one for each picture, or one for all.
+        model: of the server's; None: its first.
 
     Raises:
         OSError: no server answers.
@@ -52,7 +60,7 @@ def draw_at(server: str, prompts: Sequence[str], count: int, options: Sequence[P
         flag = {"lora": "--lora", "classes": "--class", "reranker": "--clip"}.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{flag}: a server draws as it was started, and does not take this option; leave it out")
     seed = int.from_bytes(os.urandom(4)) if given.get("seed") is None else given["seed"]
-    body = body_of(given)
+    body = body_of(given) | ({} if model is None else {"model": model})
     asked = [
         {**body, "prompt": prompt, "seed": seed + i * count + first, "n": min(BATCH, count - first)}
         for i, prompt in enumerate(prompts)
@@ -77,8 +85,6 @@ def body_of(given: Mapping[str, Any]) -> dict[str, Any]:
     body = {name: given[name] for name in sorted(SENT & given.keys())}
     if "num_inference_steps" in given:
         body["steps"] = given["num_inference_steps"]
-    if "model" in given:
-        body["model"] = given["model"]
     if ("width" in given) != ("height" in given):
         raise ValueError("--width and --height go together where a server draws")
     if "width" in given:

@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.requests import RequestError
@@ -42,6 +43,10 @@ class Shelf:
         if name not in self.loaders:
             message = f"there is no model {name!r} here; there is {' or '.join(map(repr, self.names))}"
             raise RequestError(message, "model", "model_not_found", 404)
+        if name in self._loaded:  # what draws does not wait while another is loaded
+            with suppress(KeyError):
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
         with self._loading:
             if name not in self._loaded:
                 while len(self._loaded) >= self.kept:
