@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,47 @@ def settings_of(folder: Path) -> Any:
     )
 
 
+def make_caches(folder: Path, rows: int) -> None:
+    """The latents of two views of each picture, as shards without content and the index that a filling leaves."""
+    from latentdiff.interchange.shared_cache import INDEX
+    from latentdiff.training.batch.key_index import KEY, KeyIndex, write_index
+
+    store, each, nbytes, start = folder / "latents", 2000, 2 * 4 * 32 * 32 * 2, 200_000
+    store.mkdir()
+    sizes = {f"{number:032x}.safetensors": start + each * nbytes for number in range(-(-2 * rows // each))}
+    for name, size in sizes.items():
+        with (store / name).open("wb") as file:
+            file.truncate(size)
+    kinds = [[name, "float16", [2, 4, 32, 32]] for name in sizes]
+    random, old = np.random.default_rng(1), None
+    for first in range(0, 2 * rows, 1 << 20):
+        numbers = range(first, min(first + (1 << 20), 2 * rows))
+        keys = random.bytes(KEY * len(numbers)).hex()
+        places = (number // each << 48 | start + number % each * nbytes for number in numbers)
+        more = {keys[2 * KEY * i : 2 * KEY * (i + 1)]: place for i, place in enumerate(places)}
+        write_index(store / INDEX, sizes, kinds, old, more)
+        old = KeyIndex.read(store / INDEX)
+    (folder / "keys").write_text("\n".join(list(more)[:DEALT]))
+
+
+def open_caches(folder: Path, say: Callable[[str], None]) -> None:
+    from latentdiff.training.batch.cache import TensorStore
+    from latentdiff.training.batch.random_choices import views_digest
+    from latentdiff.training.data import prepare_splits
+    from latentdiff.training.data.picture_table import Joined
+
+    store = TensorStore(folder / "latents")
+    what = views_digest(settings_of(folder), Joined(*prepare_splits(settings_of(folder))), 8)
+    assert what is not None
+    if not store.holds(what):
+        store.note(what)
+    say(f"a cache of {len(store):,} latents is opened, and known to hold all")
+    began = time.perf_counter()
+    for key in (folder / "keys").read_text().split():
+        store[key]
+    say(f"{DEALT} of them were read, {1e3 * (time.perf_counter() - began) / DEALT:.2f} ms each")
+
+
 def memory() -> dict[str, float]:
     """Gigabytes of this process: its own, with what it maps of files, and the most so far."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -126,6 +168,7 @@ def start(folder: Path) -> None:
     assert isinstance(pictures, PictureTable)
     say(f"{len(pictures):,} pictures, {len(held_out)} held out")
     of_sides(pictures)
+    open_caches(folder, say)
     views = ViewChoice(settings, pictures, 8)
     order = PictureOrder(weights(pictures), 64, 0, views.buckets)
     say("views and order")
@@ -153,6 +196,7 @@ def main() -> None:
         began = time.perf_counter()
         make(Path(folder), options.rows)
         size = sum(file.stat().st_size for file in tables(Path(folder)).iterdir())
+        make_caches(Path(folder), options.rows)
         print(f"made in {time.perf_counter() - began:.0f} s; the table has {size / 1e9:.2f} GB", flush=True)
         for _ in range(2):
             subprocess.run([sys.executable, __file__, "--start", folder], check=True)

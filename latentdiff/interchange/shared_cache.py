@@ -35,7 +35,7 @@ GRAPHS_SAY = "runtime.json"
 STORE = re.compile(r"[0-9a-f]{40}")
 SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 HELD = re.compile(r"\.held-[0-9a-f]{32}")
-LOCK, INDEX = ".lock", ".index"
+LOCK, INDEX, NOTE = ".lock", ".index", ".filled-"
 PATIENCE = 60.0  # seconds to wait for a lock that is kept for moments
 
 
@@ -197,7 +197,8 @@ def delete(some: Sequence[Shard], enough: Callable[[int], bool] = lambda freed: 
                 shutil.rmtree(gone, ignore_errors=True)
             else:
                 shard.path.unlink(missing_ok=True)
-                (store / INDEX).unlink(missing_ok=True)  # it speaks of all of them
+                for other in (store / INDEX, *store.glob(f"{NOTE}*")):  # they speak of all of them
+                    other.unlink(missing_ok=True)
             freed += shard.size
     return freed, kept
 

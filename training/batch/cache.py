@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.cache_folder import shared_folder
-from latentdiff.interchange.shared_cache import INDEX, Hold, exclusive, trim
+from latentdiff.interchange.shared_cache import INDEX, NOTE, Hold, exclusive, trim
 from latentdiff.training.batch.key_index import KeyIndex, split_key, write_index
 
 logger = logging.getLogger(__name__)
@@ -194,6 +194,28 @@ class TensorStore:
             if index is not None and all(present.get(name) == size for name, size in index.shards.items()):
                 self._forget(index)
                 self._index_seen = now
+
+    def holds(self, what: str) -> bool:
+        """Whether all is here that was here when `what` was noted; then none of it is deleted while this process runs.
+
+        what: a digest.
+        """
+        try:
+            names = set(json.loads((self.folder / f"{NOTE}{what}").read_bytes()))
+            if self._hold is None:
+                return names <= self._sizes.keys()
+            with exclusive(self.folder):
+                self.refresh()
+                if whole := names <= self._sizes.keys():
+                    self._hold.add(names)
+            return whole
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def note(self, what: str) -> None:
+        """Let all that is here now be that of `what`."""
+        with suppress(OSError), atomic_file(self.folder / f"{NOTE}{what}") as partial:
+            partial.write_text(json.dumps(sorted(self._sizes)), encoding="utf-8")
 
     def index(self) -> None:
         """Move the places that are in memory to the file on the disk, if they are very many.

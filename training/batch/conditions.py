@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from latentdiff.text.tokenizing import tokenizing
 from latentdiff.text.words import expand_words
 from latentdiff.training.batch.batch_types import Captions, ReadCaptions, Tokens
 from latentdiff.training.batch.cache import DIGEST, TensorStore, digest, evaluating, finite, plain_config
-from latentdiff.training.batch.filling import Batches, fill
-from latentdiff.training.batch.latents import cache_folder, cache_labels
+from latentdiff.training.batch.filling import Batches, fill, is_filled
+from latentdiff.training.batch.latents import PART, cache_folder, cache_labels
 from latentdiff.training.batch.random_choices import CaptionChoice
 from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.picture_table import first_captions
+from latentdiff.training.data.picture_table import first_captions, identity
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import DiffusionSettings
 
@@ -259,8 +260,28 @@ def text_source(
     text_encoder.to(run.device)
     labels = cache_labels(settings, "text_encoder", "model")
     cache = TextCache(cache_folder(run, settings) / "text", tokenizer, text_encoder, labels, manner)
-    cache.fill(captions_of(settings, pictures), tokenizer, text_encoder, run.accelerator)
+    fill = partial(cache.fill, tokenizer=tokenizer, text_encoder=text_encoder, accelerator=run.accelerator)
+    fill_captions(cache.store, fill, settings, pictures, run.accelerator)
     return ConditionSource(partial(read_states, cache), idle=(text_encoder.to("cpu"),))
+
+
+def fill_captions(
+    store: TensorStore,
+    fill: Callable[[list[str]], None],
+    settings: DiffusionSettings,
+    pictures: Sequence[CaptionedPicture],
+    accelerator: Accelerator,
+) -> None:
+    """Encode all captions of pictures by `fill`, part by part; not if a run before has noted that it has done so."""
+    known, choice = identity(pictures), CaptionChoice(settings)
+    what = known and digest("captions", STATES, known, choice.shuffle, choice.keep, choice.variants)
+    if is_filled(store, what, accelerator, "captions"):
+        return
+    left = iter(pictures)
+    while some := list(islice(left, PART)):
+        fill(captions_of(settings, some))
+    if what and accelerator.is_main_process:
+        store.note(what)
 
 
 def captions_of(settings: DiffusionSettings, pictures: Iterable[CaptionedPicture]) -> list[str]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -71,6 +72,21 @@ def fill(
             f"{store.folder}: {len(lost)} of {len(keys)} {things} are not there after all were encoded; let cache_dir "
             f"be a folder that all processes see, and delete nothing in it meanwhile"
         )
+
+
+def is_filled(store: TensorStore, what: str | None, accelerator: Accelerator, things: str) -> bool:
+    """Whether a store holds all that is wanted, as was noted under `what`, so that no process has to look.
+
+    what: a digest of all that decides on what is wanted; None: look.
+    """
+    if what is None:
+        return False
+    held = torch.tensor(float(store.holds(what)), device=accelerator.device)
+    if float(accelerator.reduce(held, "sum")) < accelerator.num_processes:
+        return False
+    if accelerator.is_main_process:
+        logger.info("all %s are encoded, as a run before has found", things)
+    return True
 
 
 def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:

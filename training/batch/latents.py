@@ -21,7 +21,7 @@ from latentdiff.codec import Codec, Posterior, TokenCodec
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.training.batch.cache import DIGEST, TensorStore, digest, evaluating, finite, plain_config
-from latentdiff.training.batch.filling import Batches, fill
+from latentdiff.training.batch.filling import Batches, fill, is_filled
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.captioned_picture import View
 from latentdiff.training.loop.run import TrainingRun
@@ -81,21 +81,28 @@ class LatentCache:
         accelerator: Accelerator,
         batch_size: int = 8,
         num_workers: int = 0,
+        what: str | None = None,
     ) -> None:
         """Encode what is missing, each process its share; goes on where an interrupted one stopped.
 
         Args:
             wanted: the same in each process; very many are gone through part by part. Pictures need their digest.
             autoencoder: the one that the cache was made for, on the device that encodes.
+            what: see `is_filled`.
 
         Raises:
             ValueError: a picture cannot be read, or its latents are not finite; it is named.
             OSError: the disk is full.
         """
+        what = what and digest(PIXELS, what)
+        if is_filled(self.store, what, accelerator, "pictures"):
+            return
         with evaluating(autoencoder):
             left = iter(wanted)
             while part := list(islice(left, PART)):
                 self._fill(part, self.codec(autoencoder), accelerator, batch_size, num_workers)
+        if what is not None and accelerator.is_main_process:
+            self.store.note(what)
 
     def _fill(
         self, wanted: Sequence[PictureView], codec: Codec, accelerator: Accelerator, batch_size: int, num_workers: int
@@ -259,9 +266,13 @@ def read_nothing(_: PictureView) -> Tensor:
 
 
 def latent_source(
-    run: TrainingRun, settings: DiffusionSettings, codec: Codec, wanted: Callable[[], Iterable[PictureView]]
+    run: TrainingRun,
+    settings: DiffusionSettings,
+    codec: Codec,
+    wanted: Callable[[], Iterable[PictureView]],
+    what: str | None = None,
 ) -> LatentSource:
-    """The source that the settings ask for; a cache is filled with all that `wanted` gives.
+    """The source that the settings ask for; a cache is filled with all that `wanted` gives; `what`: see `is_filled`.
 
     The autoencoder is back on the CPU afterwards where it is not needed, so that a GPU's memory is the denoiser's.
     """
@@ -270,7 +281,8 @@ def latent_source(
         return LatentSource(codec, run.device)
     labels = cache_labels(settings, "autoencoder", "model")
     cache = LatentCache(cache_folder(run, settings) / "latents", codec.autoencoder, labels, type(codec))
-    cache.fill(wanted(), codec.autoencoder, run.accelerator, min(8, settings.batch_size), settings.num_workers)
+    size, workers = min(8, settings.batch_size), settings.num_workers
+    cache.fill(wanted(), codec.autoencoder, run.accelerator, size, workers, what)
     codec.autoencoder.to("cpu")
     return LatentSource(codec, run.device, cache)
 

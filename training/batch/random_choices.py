@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentdiff.training.batch.cache import digest
 from latentdiff.training.data import CaptionedPicture, assign_buckets
 from latentdiff.training.data.buckets import Sizes
 from latentdiff.training.data.caption_checks import has_sides
 from latentdiff.training.data.captioned_picture import View
-from latentdiff.training.data.picture_table import PictureTable
+from latentdiff.training.data.picture_table import PictureTable, identity
 from latentdiff.training.settings import DiffusionSettings, RunSettings
 
 SAMPLE, STRATA, POSTERIOR = 0, 1, 2  # streams of random numbers, kept apart
@@ -179,6 +180,13 @@ class ViewChoice:
     def _crop(self, variant: int) -> tuple[float, float]:
         x, y = torch.rand(2, generator=generator_of(variant)).tolist()
         return x, y
+
+
+def views_digest(settings: DiffusionSettings, pictures: Sequence[CaptionedPicture], step: int) -> str | None:
+    """A digest of the views that `ViewChoice` gives of very many pictures; None: they are only a few."""
+    known = identity(pictures)
+    values = (settings.resolution, step, settings.buckets, settings.crop, settings.random_flip)
+    return None if known is None else digest("views", known, *values, settings.cached_variants)
 
 
 class CaptionChoice:

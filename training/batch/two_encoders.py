@@ -20,7 +20,7 @@ from latentdiff.training.batch.cache import TensorStore, digest, evaluating
 from latentdiff.training.batch.conditions import (
     ConditionSource,
     TextCache,
-    captions_of,
+    fill_captions,
     look_for_long,
     read_tokens,
     text_digest,
@@ -105,7 +105,8 @@ def joint_source(
     cache = JointTextCache(
         cache_folder(run, settings) / "text", conditioner, cache_labels(settings, "text_encoder", "model")
     )
-    cache.fill_with(captions_of(settings, pictures), conditioner, run.accelerator)
+    fill = partial(cache.fill_with, conditioner=conditioner, accelerator=run.accelerator)
+    fill_captions(cache.store, fill, settings, pictures, run.accelerator)
     return ConditionSource(
         partial(read_joint, cache), idle=tuple(encoder.to("cpu") for encoder in encoders), tells_sizes=True
     )

@@ -1,5 +1,6 @@
 """Millions of captioned pictures as a table on the disk: memory-mapped Arrow, in memory only where it is read."""
 
+import hashlib
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -118,6 +119,12 @@ class PictureTable(Sequence[CaptionedPicture]):
             (row["width"], row["height"]),
         )
 
+    def identity(self) -> str:
+        """Differs if the file was written anew, or rows are others."""
+        state = self.file.stat()
+        rows = b"" if self.rows is None else np.ascontiguousarray(self.rows).data
+        return f"{state.st_size} {state.st_mtime_ns} {hashlib.sha256(rows).hexdigest()}"
+
     def select(self, rows: Rows) -> Self:
         """Those of these numbers, in their order."""
         return type(self)(self.file, self.readers, rows if self.rows is None else self.rows[rows])
@@ -196,6 +203,16 @@ class Joined(Sequence[CaptionedPicture]):
     def first_captions(self) -> set[str]:
         """The different ones among the first of each picture."""
         return set().union(*map(first_captions, self.parts))
+
+
+def identity(pictures: Sequence[CaptionedPicture]) -> str | None:
+    """What very many pictures, or these and a few, are known by in another run; None: they are only a few."""
+    if isinstance(pictures, PictureTable):
+        return pictures.identity()
+    if not isinstance(pictures, Joined) or not any(isinstance(part, PictureTable) for part in pictures.parts):
+        return None
+    found = [identity(part) or [(one.digest, one.size, *one.captions) for one in part] for part in pictures.parts]
+    return hashlib.sha256(repr(found).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def first_captions(pictures: Sequence[CaptionedPicture]) -> set[str]:

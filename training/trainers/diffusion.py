@@ -15,7 +15,7 @@ from latentdiff.training.batch.batch_loader import Reader, batches
 from latentdiff.training.batch.batch_types import DiffusionBatch, SampleBatch
 from latentdiff.training.batch.latents import NoLatents, PictureView, latent_source
 from latentdiff.training.batch.masks import mask_reader
-from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice
+from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, views_digest
 from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.data import CaptionedPicture, prepare_splits
@@ -178,10 +178,11 @@ def reader_of(
         yield from ((picture, view) for i, picture in enumerate(data.pictures) for view in views.all(i))
         yield from ((picture, other_views.centred(i)) for i, picture in enumerate(data.held_out))
 
+    what = views_digest(settings, Joined(data.pictures, data.held_out), step)
     reader = Reader(
         settings,
         model.codec,
-        latent_source(run, settings, model.codec, wanted) if looks else NoLatents(model.codec, run.device),
+        latent_source(run, settings, model.codec, wanted, what) if looks else NoLatents(model.codec, run.device),
         model.conditions(run, settings, Joined(data.pictures, data.held_out)),
         run.update_size,
         run.device,

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from latentdiff.codec import Codec
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import load_text_encoder
-from latentdiff.training.batch.conditions import TextCache, captions_of
-from latentdiff.training.batch.latents import PART, LatentCache, PictureView, cache_labels
+from latentdiff.training.batch.conditions import TextCache, fill_captions
+from latentdiff.training.batch.latents import LatentCache, PictureView, cache_labels
 from latentdiff.training.batch.random_choices import ViewChoice
 from latentdiff.training.batch.two_encoders import JointTextCache, caption_conditioner
 from latentdiff.training.data import CaptionedPicture, NoPicturesError
@@ -121,17 +120,17 @@ def _encode_captions(
 ) -> None:
     """joint: SDXL's pipeline, with both of its text encoders."""
     tokenizer, text_encoder = text
-    labels, left = cache_labels(settings, "text_encoder", "model"), iter(pictures)
+    labels = cache_labels(settings, "text_encoder", "model")
+    cache: TextCache
     fill: Callable[[list[str]], None]
     if joint is not None:
         joint.text_encoder_2.to(accelerator.device)
         text_encoder.to(accelerator.device)
         conditioner = caption_conditioner(joint, accelerator.device)
-        both = JointTextCache(output / "text", conditioner, labels)
+        cache = both = JointTextCache(output / "text", conditioner, labels)
         fill = partial(both.fill_with, conditioner=conditioner, accelerator=accelerator)
     else:
         manner = text_manner(getattr(settings, "denoiser", ""))
         cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels, manner)
         fill = partial(cache.fill, tokenizer=tokenizer, text_encoder=text_encoder, accelerator=accelerator)
-    while some := list(islice(left, PART)):
-        fill(captions_of(settings, some))
+    fill_captions(cache.store, fill, settings, pictures, accelerator)

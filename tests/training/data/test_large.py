@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tars import write
 
-from latentdiff.training.batch import random_choices
+from latentdiff.training.batch import conditions, filling, latents, random_choices
 from latentdiff.training.batch.random_choices import PictureOrder, ViewChoice, draw_in_proportion
 from latentdiff.training.data import CaptionedPicture, picture_table, prepare_pictures, prepare_splits, source
 from latentdiff.training.data import large as large_module
@@ -207,3 +207,36 @@ def test_a_training_on_a_table_is_one_on_a_list(
     request.getfixturevalue("few_are_many")
     for name, weight in train("table").items():
         assert torch.equal(weight, listed[name])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_are_many")
+def test_the_next_start_goes_through_no_cache(
+    shards: Path, denoiser_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless a file of it has gone, or the settings ask for other views or captions."""
+    filled: list[str] = []
+
+    def watched(store: Any, keys: Sequence[str], *rest: Any, things: str, **more: Any) -> None:
+        filled.append("captions" if things == "captions" else "pictures")
+        filling.fill(store, keys, *rest, things=things, **more)
+
+    for module in (latents, conditions):
+        monkeypatch.setattr(module, "fill", watched)
+    cache = shards.parent / "cache"
+
+    def start(steps: int, **changed: Any) -> list[str]:
+        filled.clear()
+        more = {"data": str(shards), "output": str(shards.parent / "run"), "max_steps": steps, "cache_dir": str(cache)}
+        train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **more, "held_out_share": 0.2, **changed}))
+        return filled
+
+    assert start(1) == ["pictures", "captions"]
+    assert start(2) == []
+    next((cache / "latents").glob("*/*.safetensors")).unlink()
+    assert start(3) == ["pictures"]
+    assert start(4) == []
+    assert start(3, output=str(shards.parent / "other"), crop="random") == ["pictures"], "other views"
+    with caplog.at_level("INFO", logger="latentdiff"):
+        assert start(5, output=str(shards.parent / "again")) == []
+    assert "all captions are encoded, as a run before has found" in caplog.text
