@@ -41,14 +41,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import clip_parts, tiny_pipeline
+from tiny_codes import save_codes
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, UNet2DModel
+from latentdiff import AutoencoderKL, TextToImagePipeline, TokenPipeline, UNet2DConditionModel, UNet2DModel
 from latentdiff.cli import application
 from latentdiff.interchange.embeddings import convert_embedding
 from latentdiff.interchange.lora.formats import convert_lora
 from latentdiff.interchange.packed import KEY as KEY_OF_PACKED
 from latentdiff.interchange.png import KEY, read_settings
 from latentdiff.interchange.single_file import OriginalSettings
+from latentdiff.models import DalleAutoencoder
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.batch.record import read_record
 from latentdiff.pipelines.storage.converting import kind_of_source
@@ -84,6 +86,7 @@ class Seeds:
             self.packed = stream.metadata()[KEY_OF_PACKED]
         save_file({"<new>": torch.ones(2, 16)}, folder / "word.safetensors")
         torch.save({"string_to_param": {"*": torch.ones(2, 16)}, "name": "word"}, folder / "word.pt")
+        save_codes(folder)
         self.make_tables()
         self.make_texts()
         arguments = ["generate", "a red thing", "--model", str(folder / "model"), "-o", str(folder / "a.png")]
@@ -130,6 +133,13 @@ class Seeds:
     def folders(self, draw: Any) -> Read:
         folder = self.changed_folder(draw, "model")
         return lambda: TextToImagePipeline.from_pretrained(folder)
+
+    def codes(self, draw: Any) -> Read:
+        if draw(st.booleans()):
+            file = change(draw, self.folder / "dalle.pkl", self.place / "dalle.pkl")
+            return lambda: DalleAutoencoder.from_single_file(file, allow_pickle=True)
+        folder = self.changed_folder(draw, "words")
+        return lambda: TokenPipeline.from_pretrained(folder)
 
     def networks(self, draw: Any) -> Read:
         """One network or tokenizer, without the checks of a pipeline's folder."""
