@@ -75,6 +75,12 @@ class TargetOptions(Plain):
     ] = False
 
 
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Let a server draw that `latentdiff serve` started, such as http://host:8000."),
+]
+
+
 @grouped
 @imports_deferred(unless="torch")
 def generate(
@@ -89,12 +95,7 @@ def generate(
     count: Annotated[
         int, typer.Option("--count", "-n", min=1, help="Pictures for each prompt or class, in one grid.")
     ] = 1,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Let a server draw that `latentdiff serve` started, such as http://host:8000."
-        ),
-    ] = None,
+    server: Server = None,
 ) -> None:
     """Draw pictures from words; or of classes, or of whatever a model without text was trained on.
 
@@ -118,8 +119,7 @@ def generate(
     if server is not None:
         from latentdiff.pipelines.commands.remote import draw_at
 
-        source_of_model = context.get_parameter_source("model")
-        named = source_of_model is not None and source_of_model.name != "DEFAULT"
+        named = getattr(context.get_parameter_source("model"), "name", "DEFAULT") != "DEFAULT"
         draw_at(server, prompts, count, (target, loading, source, drawing), files, loading.model if named else None)
         return
     place = find_place(loading.model, loading.variant)
@@ -156,13 +156,18 @@ def generate(
     )
     draw(writer, items, count, inputs, target.filmstrip)
     gc.unfreeze()
-    seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
-    if source.variation_seed is not None:
-        seeds = f"seed {seed}, variation {seeds}"
-    if writer.written:
-        say(f"{files_text(writer.written)}: {seeds}, {time.perf_counter() - started:.1f} s")
+    say_written(writer, None if source.variation_seed is None else seed, time.perf_counter() - started)
     if any(one.spoilt for one in writer.drawn):
         raise typer.Exit(FAILED)
+
+
+def say_written(writer: "PictureWriter", varied: int | None, seconds: float) -> None:
+    """Say which files were written; varied: the seed of which the pictures are variations."""
+    seeds = seeds_text([writer.seed_of(one) for one in writer.drawn])
+    if varied is not None:
+        seeds = f"seed {varied}, variation {seeds}"
+    if writer.written:
+        say(f"{files_text(writer.written)}: {seeds}, {seconds:.1f} s")
 
 
 def drawing_pipeline(

@@ -92,17 +92,8 @@ def many(
         options = {"seed": seed, **named, **vars(drawing), **adapters}
         pipeline = finished_outline(place, kind, loading, rows, output, options)
         if pipeline is None:
-            where = (
-                place,
-                loading.device,
-                loading.precision,
-                loading.scheduler,
-                kind.name,
-                own,
-                variant,
-                loading.runtime,
-            )
-            pipeline = load_pipeline(*where)
+            where = (loading.device, loading.precision, loading.scheduler, kind.name, own, variant, loading.runtime)
+            pipeline = load_pipeline(place, *where)
             pipeline.set_progress_bar_config(disable=True)
             if kind.conditioned_by == "class":
                 pipeline.label_numbers([row.prompt for row in rows])  # none may be unknown
