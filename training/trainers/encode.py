@@ -9,9 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from latentdiff.codec import Codec
+from latentdiff.pipelines import DiTPipeline, PixArtTextToImagePipeline
 from latentdiff.pipelines.distributed import processes
-from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import load_text_encoder
+from latentdiff.text.encode import TextConditioner
 from latentdiff.training.batch.conditions import TextCache, fill_captions
 from latentdiff.training.batch.latents import LatentCache, PictureView, cache_labels
 from latentdiff.training.batch.random_choices import ViewChoice
@@ -22,7 +23,7 @@ from latentdiff.training.loop.distributed import accelerator_of
 from latentdiff.training.settings import Condition, DenoiserSettings, DiffusionSettings, FinetuneSettings
 from latentdiff.training.starting_networks import Conditions, build_denoiser, load_autoencoder, text_manner
 from latentdiff.training.trainers.denoiser import build_process
-from latentdiff.training.trainers.finetune import complete, load_model
+from latentdiff.training.trainers.finetune import FAMILIES, complete, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,10 @@ def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -
     text: tuple[Any, Any] | None
     pipeline: Any = None
     if isinstance(settings, FinetuneSettings):
-        pipeline = load_model(settings.model, (SDXLTextToImagePipeline,))
+        pipeline = load_model(settings.model, FAMILIES)
         settings = complete(settings, pipeline)
-        codec, text = Codec(pipeline.vae), (pipeline.tokenizer, pipeline.text_encoder)
+        codec, condition = Codec(pipeline.vae), "class" if isinstance(pipeline, DiTPipeline) else "text"
+        text = (pipeline.tokenizer, pipeline.text_encoder) if condition == "text" else None
         step = codec.factor * (pipeline.unet.downscale_factor if settings.buckets else 1)
         if settings.train_text_encoder or settings.method == "textual-inversion":
             text = None
@@ -76,7 +78,9 @@ def encode(settings: FinetuneSettings | DenoiserSettings, part: Part = (1, 1)) -
             _encode_pictures(settings, codec, pictures, step, split is not None, output, accelerator)
         if text is not None and settings.cache_text:
             joint = None if pipeline is None or not pipeline.for_sdxl else pipeline
-            _encode_captions(settings, text, pictures, output, accelerator, joint)
+            masked = isinstance(pipeline, PixArtTextToImagePipeline)
+            manner = text_manner("dit" if masked else getattr(settings, "denoiser", ""))
+            _encode_captions(settings, text, pictures, output, accelerator, manner, joint)
     return output
 
 
@@ -116,6 +120,7 @@ def _encode_captions(
     pictures: Sequence[CaptionedPicture],
     output: Path,
     accelerator: Accelerator,
+    manner: type[TextConditioner],
     joint: Any = None,
 ) -> None:
     """joint: SDXL's pipeline, with both of its text encoders."""
@@ -130,7 +135,6 @@ def _encode_captions(
         cache = both = JointTextCache(output / "text", conditioner, labels)
         fill = partial(both.fill_with, conditioner=conditioner, accelerator=accelerator)
     else:
-        manner = text_manner(getattr(settings, "denoiser", ""))
         cache = TextCache(output / "text", tokenizer, text_encoder.to(accelerator.device), labels, manner)
         fill = partial(cache.fill, tokenizer=tokenizer, text_encoder=text_encoder, accelerator=accelerator)
     fill_captions(cache.store, fill, settings, pictures, accelerator)

@@ -19,6 +19,7 @@ from latentdiff import ClassConditionalPipeline, TextToImagePipeline
 from latentdiff.interchange.lora.formats import convert_lora
 from latentdiff.training.settings import DistillationSettings, FinetuneSettings
 from latentdiff.training.trainers.distill import distill
+from latentdiff.training.trainers.encode import encode
 from latentdiff.training.trainers.finetune import finetune
 
 SMALL = {"batch_size": 2, "max_steps": 4, "checkpoint_every": 2, "sample_every": 4, "learning_rate": 1e-2}
@@ -168,6 +169,21 @@ def test_what_does_not_go_is_refused(
     with pytest.raises(ValueError, match=message):
         run(pictures, request.getfixturevalue(kind), tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["pixart", "dit"])
+def test_encoded_beforehand_nothing_is_left_to_encode(
+    numbered: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    model, cache = request.getfixturevalue(kind), tmp_path / "cache"
+    values = {**SMALL, "data": str(numbered), "model": str(model), "method": "full", "max_steps": 1}
+    encode(FinetuneSettings.load(None, {**values, "output": str(cache)}))
+    before = {file for file in cache.rglob("*.safetensors")}
+    assert {file.relative_to(cache).parts[0] for file in before} >= (
+        {"latents", "text"} if kind == "pixart" else {"latents"}
+    )
+    run(numbered, model, tmp_path / "out", method="full", max_steps=1, cache_dir=str(cache))
+    assert {file for file in cache.rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize("kind", ["pixart", "dit"])
