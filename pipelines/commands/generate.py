@@ -329,7 +329,7 @@ def check_words(
     if wanted == "none" and classes:
         raise ValueError(f"--class: the model {model} was trained without classes; leave it out")
     words: dict[str, Any] = {
-        "--lora": loading.lora,
+        "--lora": None if find_kind(kind).family == "DiT" else loading.lora,
         "--embedding": loading.embedding,
         "--candidates": getattr(drawing, "candidates", None),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from released_dit import inputs, weights
 from safetensors.torch import load_file, save_file
 from tiny_transformers import dit_folder, pixart_folder
@@ -102,3 +103,16 @@ def test_runtimes_are_refused(models: Path, run: Run, capsys: pytest.CaptureFixt
         capsys.readouterr().err.split()
     )
     assert not Path("x.png").exists()
+
+
+def test_a_lora_of_a_dit_is_drawn_with_and_replayed(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    name = "transformer.transformer_blocks.0.attn1.to_q.lora_"
+    save_file({f"{name}A.weight": torch.randn(2, 24), f"{name}B.weight": torch.randn(24, 2)}, "lora.safetensors")
+    call = ("generate", "--class", "item 3", "--model", str(models / "dit"), "--steps", "2", "--seed", "0", "-o")
+    assert run(*call, "plain.png") == 0
+    assert run(*call, "lora.png", "--lora", "lora.safetensors") == 0
+    pixels = [Image.open(file).tobytes() for file in ("plain.png", "lora.png")]
+    assert pixels[0] != pixels[1]
+    assert run("replay", "lora.png", "-o", "again.png") == 0
+    assert "lora.png: equal" in capsys.readouterr().out
