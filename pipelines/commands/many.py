@@ -10,7 +10,7 @@ import typer
 
 from latentdiff.imports import load_module
 from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
-from latentdiff.pipelines.commands.generate import check_family, check_words
+from latentdiff.pipelines.commands.kind_options import check_family, check_words
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
