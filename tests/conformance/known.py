@@ -34,7 +34,7 @@ KNOWN = {
     "test_logs_info_when_no_lora_keys_found": "a file without LoRA is an error here, and a line in diffusers' log",
     "test_simple_inference_save_pretrained_with_text_lora": "a pipeline is not saved with LoRAs in it: a folder would "
     "hold the adapter in the place of the text encoder's weights",
-    "StableDiffusionLoRATests::test_low_cpu_mem_usage_with_loading": PICKLES,
+    "LoRATests::test_low_cpu_mem_usage_with_loading": PICKLES,
     "test_simple_inference_with_text_denoiser_lora_save_load": PICKLES,
     "test_simple_inference_with_text_lora_save_load": PICKLES,
 }

@@ -31,7 +31,7 @@ class JudgedObjective(DistillationObjective):
         teacher: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         settings: DistillationSettings,
     ) -> None:
         super().__init__(student, teacher, process, guidance, empty)
@@ -90,7 +90,7 @@ class AdversarialObjective(JudgedObjective):
         teacher: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         discriminator: FeatureDiscriminator,
         settings: DistillationSettings,
     ) -> None:

@@ -33,7 +33,7 @@ class ConsistencyObjective(DistillationObjective):
         teacher: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         settings: DistillationSettings,
     ) -> None:
         taught = settings.method == "lcm"

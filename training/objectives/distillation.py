@@ -31,16 +31,20 @@ class DistillationObjective(Objective[DiffusionBatch]):
         teacher: frozen; called as the student, but never told the scale.
         process: of both.
         guidance: least and largest scale; where both are equal, all of training has that one.
-        empty: text states (1, L, D) of the empty prompt.
+        empty: text states (1, L, D) of the empty prompt; with a pooled embedding for SDXL.
     """
 
     def __init__(
-        self, student: Any, teacher: Any, process: Process, guidance: tuple[float, float], empty: Tensor
+        self, student: Any, teacher: Any, process: Process, guidance: tuple[float, float], empty: Tensor | Conditioning
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.process, self.guidance = student, teacher, process, guidance
+        nothing = Conditioning(empty) if isinstance(empty, Tensor) else empty
+        assert nothing.states is not None
         self.empty: Tensor
-        self.register_buffer("empty", empty.float(), persistent=False)
+        self.register_buffer("empty", nothing.states.float(), persistent=False)
+        self.empty_pooled: Tensor | None
+        self.register_buffer("empty_pooled", nothing.pooled, persistent=False)
         self.updates: Tensor  # so far; checkpoints keep it
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
@@ -84,12 +88,18 @@ class DistillationObjective(Objective[DiffusionBatch]):
         """What the teacher makes of them under classifier-free guidance of the scales (B,) (Ho & Salimans 2022)."""
         if self.guidance == (1.0, 1.0):
             return self.guess(self.teacher, noisy, times, condition)
-        both = Conditioning.cat([Conditioning(self.empty.expand(len(noisy), -1, -1)), condition])
+        both = Conditioning.cat([self.without_prompt(condition), condition])
         twice = self.process.model_time(times).repeat(2)
         prediction = self.teacher(torch.cat([noisy] * 2), timestep=twice, **both.arguments()).sample.float()
         without, with_prompt = prediction.chunk(2)
         guided = without + scales.view(-1, 1, 1, 1) * (with_prompt - without)
         return self.meaning(noisy, guided, times)
+
+    def without_prompt(self, condition: Conditioning) -> Conditioning:
+        """The empty prompt in place of those in `condition`, with the same sizes."""
+        count, pooled = condition.batch_size or 1, self.empty_pooled
+        pooled = None if pooled is None else pooled.expand(count, -1)
+        return condition.replace(states=self.empty.expand(count, -1, -1), pooled=pooled, mask=None)
 
     def meaning(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Guess:
         """The clean latents and the noise that a prediction (B, C, h, w) stands for."""

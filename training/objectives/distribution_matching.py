@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.objectives.adversarial import JudgedObjective
@@ -32,7 +33,7 @@ class DistributionMatchingObjective(JudgedObjective):
         teacher: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         follower: nn.Module,
         settings: DistillationSettings,
     ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.objectives.distillation import DistillationObjective, follow, follower, given_condition
@@ -30,7 +31,7 @@ class ProgressiveObjective(DistillationObjective):
         student: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         stages: tuple[int, ...],
         stage_steps: int,
     ) -> None:

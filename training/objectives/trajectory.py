@@ -59,7 +59,7 @@ class TrajectoryObjective(DistillationObjective):
         teacher: Any,
         process: Process,
         guidance: tuple[float, float],
-        empty: Tensor,
+        empty: Tensor | Conditioning,
         *,
         steps: int,
         substeps: int,

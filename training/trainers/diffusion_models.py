@@ -109,12 +109,14 @@ class TextModel(DiffusionModel):
         prepare_caption: what is done to a caption before it becomes tokens for a text encoder that is trained; None:
             the text encoder is not.
         pipeline_class: what draws with these components.
+        teacher_digest: of the network that a student in distillation learns from.
     """
 
     tokenizer: Any = None
     text_encoder: Any = None
     prepare_caption: Callable[[str], str] | None = None
     pipeline_class: type[TextToImagePipeline] = TextToImagePipeline
+    teacher_digest: str = ""
 
     @property
     def whole_text_encoder(self) -> nn.Module:
@@ -123,7 +125,8 @@ class TextModel(DiffusionModel):
         return encoder
 
     def given(self) -> dict[str, str]:
-        return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder)}
+        teacher = {"teacher": self.teacher_digest} if self.teacher_digest else {}
+        return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder), **teacher}
 
     def pipeline(self) -> TextToImagePipeline:
         return self.pipeline_class(

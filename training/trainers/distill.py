@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from latentdiff import __version__
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.atomic import write_text_whole
@@ -24,6 +25,7 @@ from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
 from latentdiff.text import encode_prompts
+from latentdiff.training.batch.two_encoders import caption_conditioner
 from latentdiff.training.card.card import last_part
 from latentdiff.training.card.kinds import distilled_kind, short_captions
 from latentdiff.training.data import CaptionedPicture
@@ -53,6 +55,7 @@ from latentdiff.training.trainers.finetune import (
     load_model,
     model_of,
     own_resolution,
+    text_encoders,
 )
 from latentdiff.training.trainers.lora import add_lora, save_and_merge
 from latentdiff.training.trainers.samples import sample_captions
@@ -61,16 +64,6 @@ logger = logging.getLogger(__name__)
 
 SCALE_WIDTH = 256  # of an embedded guidance scale, as in diffusers' example
 BATCH = 8  # pictures drawn at once
-
-
-@dataclass
-class Student(TextModel):
-    """A model in distillation."""
-
-    teacher_digest: str = ""
-
-    def given(self) -> dict[str, str]:
-        return {**super().given(), "teacher": self.teacher_digest}
 
 
 def distill(settings: DistillationSettings) -> Path:
@@ -89,13 +82,13 @@ def distill(settings: DistillationSettings) -> Path:
     check_output(settings)
     prompts = [one.prompt for one in read_prompts(Path(settings.prompts))] if settings.prompts else []
     open_output(settings, unsettled=settings.unsettled)
-    pipeline = load_model(settings.model)
+    pipeline = load_model(settings.model, sdxl=True)
     pipeline.set_progress_bar_config(disable=True)
     model = model_of(pipeline, trains_text=False)
     scheduler = scheduler_of(settings, model.process)
     check_teacher(settings, pipeline, model.process)
     settings = complete(settings, pipeline)
-    freeze(pipeline.vae, pipeline.text_encoder, pipeline.unet)
+    freeze(pipeline.vae, *text_encoders(pipeline), pipeline.unet)
     open_output(settings)
     if settings.method == "trajectory" and prompts:
         data = captions_alone(settings, prompts)
@@ -103,17 +96,11 @@ def distill(settings: DistillationSettings) -> Path:
     else:
         data = load_data(with_drawings(settings, pipeline, prompts))
     set_seed(settings.seed)  # the adapters' first weights
-    teacher, empty = pipeline.unet, encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
+    teacher, empty = pipeline.unet, empty_prompt(pipeline)
     pipeline.unet = student_of(settings, teacher)
     pipeline.scheduler = scheduler
-    parts = {field: getattr(model, field) for field in ("codec", "process", "tokenizer", "text_encoder")}
-    student = Student(
-        **parts,
-        network=pipeline.unet,
-        scheduler=scheduler,
-        pipeline_class=type(pipeline),
-        teacher_digest=weights_digest(teacher.state_dict()),
-    )
+    digest = weights_digest(teacher.state_dict())
+    student = replace(model, network=pipeline.unet, scheduler=scheduler, teacher_digest=digest)
     objective, adversary = objectives_of(settings, student, teacher, empty)
 
     def save() -> None:
@@ -340,6 +327,14 @@ def captions_alone(settings: DistillationSettings, prompts: list[str]) -> Data:
     return Data(*hold_out(named, settings.held_out_share))
 
 
+def empty_prompt(pipeline: TextToImagePipeline) -> Tensor | Conditioning:
+    """What guidance keeps away from: text states (1, L, D), and of SDXL its pooled embedding too, or its zeros."""
+    if not pipeline.for_sdxl:
+        return encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
+    with torch.no_grad():
+        return caption_conditioner(pipeline, pipeline.device)([""])
+
+
 def student_of(settings: DistillationSettings, teacher: Any) -> Any:
     """A copy of the teacher, in which what is to be trained requires a gradient; it begins as the unguided teacher.
 
@@ -361,7 +356,7 @@ def student_of(settings: DistillationSettings, teacher: Any) -> Any:
 
 
 def objectives_of(
-    settings: DistillationSettings, model: Student, teacher: Any, empty: Tensor
+    settings: DistillationSettings, model: TextModel, teacher: Any, empty: Tensor | Conditioning
 ) -> tuple[DistillationObjective, Objective[RealAndFake] | None]:
     """What the settings' method minimises, and what its adversary does, if it has one."""
     guidance = (settings.guidance_scale[0], settings.guidance_scale[-1])

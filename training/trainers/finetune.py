@@ -170,7 +170,7 @@ def load_model(model: str, families: Sequence[type] = ()) -> TextToImagePipeline
         )
     loaded: TextToImagePipeline = open_place(kind, place)
     if known is SDXLTextToImagePipeline and loaded.text_encoder is None:
-        raise ValueError(f"{model} has the second text encoder alone, as SDXL's refiner, which cannot be fine-tuned")
+        raise ValueError(f"{model} has the second text encoder alone, as SDXL's refiner, which is not trained here")
     return loaded
 
 
@@ -321,7 +321,7 @@ def model_of(pipeline: Any, trains_text: bool) -> Any:
         type(pipeline),
     )
     if pipeline.for_sdxl:
-        return SDXLModel(*parts, pipeline)
+        return SDXLModel(*parts, drawn_with=pipeline)
     return (PixArtModel if isinstance(pipeline, PixArtTextToImagePipeline) else TextModel)(*parts)
 
 

@@ -18,9 +18,8 @@ from latentdiff import TextToImagePipeline
 from latentdiff.training.batch.two_encoders import JointTextCache, caption_conditioner
 from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.data.captioned_picture import View
-from latentdiff.training.settings import DistillationSettings, FinetuneSettings
+from latentdiff.training.settings import FinetuneSettings
 from latentdiff.training.trainers.average import average
-from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
 
 SMALL = {"batch_size": 2, "max_steps": 4, "checkpoint_every": 2, "sample_every": 4, "sample_steps": 2}
@@ -193,12 +192,6 @@ def test_a_new_word_for_both_encoders(pictures: Path, model: Path, tmp_path: Pat
         pipeline.load_textual_inversion(file)
     pipeline.unload_textual_inversion()
     torch.testing.assert_close(draw(pipeline, "a <x>"), plain, atol=0, rtol=0)
-
-
-def test_distillation_refuses_sdxl(pictures: Path, model: Path, tmp_path: Path) -> None:
-    values = {"data": str(pictures), "model": str(model), "output": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="is a SDXLTextToImagePipeline, which has components or conditions of its own"):
-        distill(DistillationSettings.load(None, values))
 
 
 @pytest.mark.slow
