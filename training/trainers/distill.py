@@ -24,6 +24,7 @@ from latentdiff.models.discriminator import FeatureDiscriminator
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
 from latentdiff.pipelines.distributed import processes
+from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import encode_prompts
 from latentdiff.training.batch.two_encoders import caption_conditioner
 from latentdiff.training.card.card import last_part
@@ -82,7 +83,7 @@ def distill(settings: DistillationSettings) -> Path:
     check_output(settings)
     prompts = [one.prompt for one in read_prompts(Path(settings.prompts))] if settings.prompts else []
     open_output(settings, unsettled=settings.unsettled)
-    pipeline = load_model(settings.model, sdxl=True)
+    pipeline = load_model(settings.model, (SDXLTextToImagePipeline,))
     pipeline.set_progress_bar_config(disable=True)
     model = model_of(pipeline, trains_text=False)
     scheduler = scheduler_of(settings, model.process)

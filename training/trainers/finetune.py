@@ -16,7 +16,7 @@ from latentdiff.diffusion.process import Process, known_processes, process_from_
 from latentdiff.pipelines import DiTPipeline, PixArtTextToImagePipeline, TextToImagePipeline
 from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
-from latentdiff.pipelines.registry import kind_in
+from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place, open_place
 from latentdiff.pipelines.tasks.class_conditional import class_number
 from latentdiff.pipelines.tasks.dit import TransformerPipeline
@@ -163,10 +163,11 @@ def load_model(model: str, families: Sequence[type] = ()) -> TextToImagePipeline
     known: Any = next((family for family in families if issubclass(kind, family)), TextToImagePipeline)
     parts, usual = (inspect.signature(one.__init__).parameters.keys() for one in (kind, known))
     methods = ("conditioner", "condition", "encode_prompt")
+    others = "".join(f", {find_kind(one.__name__).family}" for one in families)
     if parts != usual or any(getattr(kind, name, None) is not getattr(known, name, None) for name in methods):
         raise ValueError(
             f"{model} is a {kind.__name__}, which has components or conditions of its own; this knows models "
-            f"with one text encoder, an autoencoder and a UNet{', SDXL, PixArt and DiT' if families else ''}"
+            f"with one text encoder, an autoencoder and a UNet{others}"
         )
     loaded: TextToImagePipeline = open_place(kind, place)
     if known is SDXLTextToImagePipeline and loaded.text_encoder is None:
