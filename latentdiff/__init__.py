@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.imports import load_module
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
     from latentdiff.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
     from latentdiff.pipelines import (
         ClassConditionalPipeline,
@@ -44,6 +43,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("latentdiff")
     if name not in __all__:
         raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")
     home = "latentdiff.pipelines" if name.endswith("Pipeline") else "latentdiff.models"

@@ -1,5 +1,7 @@
 """What is installed is what is here."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("latentdiff", "pipelines", "training")
 
 
 def test_every_package_folder_is_installed() -> None:
@@ -22,6 +25,34 @@ def test_every_package_folder_is_installed() -> None:
         for file in (ROOT / top).rglob("__init__.py"):
             names.add(".".join([name, *file.parent.relative_to(ROOT / top).parts]))
     assert names == set(settings["packages"])
+
+
+def test_every_file_beside_the_code_is_installed() -> None:
+    """All that git knows in the packages' folders, but for what only this repository runs."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    tracked = subprocess.run(
+        ["git", "ls-files", *FOLDERS], cwd=ROOT, check=False, capture_output=True, text=True
+    ).stdout
+    left = {file for file in tracked.split() if not file.endswith((".py", ".sh")) and not (ROOT / file).is_symlink()}
+    for package, patterns in settings["package-data"].items():
+        top = next(
+            name for name in ("latentdiff.pipelines", "latentdiff.training", "latentdiff") if package.startswith(name)
+        )
+        folder = ROOT / settings["package-dir"][top] / package.removeprefix(top).strip(".").replace(".", "/")
+        left -= {str(file.relative_to(ROOT)) for pattern in patterns for file in folder.glob(pattern)}
+    assert left == set()
+
+
+def test_the_readme_has_no_relative_links_where_it_is_published() -> None:
+    spec = importlib.util.spec_from_file_location("absolute_links", ROOT / ".ci/absolute_links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://host/owner/name", "v1.2.3")
+    assert "![Twenty prompts drawn by the packaged model](https://host/owner/name/raw/v1.2.3/docs/grid.png)" in text
+    assert "](https://host/owner/name/blob/v1.2.3/docs/training.md)" in text
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", text) == []
 
 
 @pytest.mark.parametrize("folder", ["pipelines", "training"])
