@@ -58,7 +58,8 @@ def doctor(
         raise FileExistsError(f"{sheet} exists and was not written by latentdiff doctor; choose another --sheet")
     settings = DoctorSettings.load(config, given)
     place = None if model is None else local_place(model)
-    resolution, step = (None, None) if model is None else model_shape(place or configs_of(model))
+    folder = None if model is None else place or configs_of(model)
+    resolution, step = (None, None) if folder is None else model_shape(folder)
     if model is not None and resolution is None and "resolution" not in settings.model_fields_set:
         say(f"{model} does not say its resolution; judged at {settings.resolution}. resolution=... is another one.")
     if resolution is not None and "resolution" not in settings.model_fields_set:
@@ -67,7 +68,7 @@ def doctor(
 
     if model is not None:
         be_quiet()
-    tokens = token_counter(model) if model is not None else None
+    tokens = token_counter(model) if model is not None and folder is not None and reads_text(folder) else None
     step = step if step is not None and settings.resolution % step == 0 else math.gcd(settings.resolution, 8)
     report = examine_source(settings, manifest, step, tokens, drop_duplicates)
     for line in report.lines():
@@ -79,6 +80,13 @@ def doctor(
         say(line)
     if not report.entries or report.bad_share > settings.max_bad_share:
         raise typer.Exit(1)
+
+
+def reads_text(place: Path) -> bool:
+    """Whether a model's captions are for a text encoder, which models of classes and of nothing have not."""
+    from latentdiff.pipelines.registry import kind_in
+
+    return kind_in(place, textless=True).conditioned_by not in ("class", "none")
 
 
 def configs_of(model: str) -> Path:
@@ -93,7 +101,7 @@ def configs_of(model: str) -> Path:
     from latentdiff.interchange.hub import asking_hub
 
     with asking_hub(model):
-        names = [f"{part}/config.json" for part in (*DENOISERS, "vae", "vqvae")]
+        names = ["model_index.json", *(f"{part}/config.json" for part in (*DENOISERS, "vae", "vqvae"))]
         return Path(snapshot_download(model, allow_patterns=names))
 
 

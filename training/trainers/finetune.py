@@ -302,6 +302,12 @@ def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) ->
     if settings.process == "model":
         return own
     process: Process = made_by(known_processes(), "process", settings.process, **settings.process_options)
+    channels, gives = pipeline.unet.config.in_channels, pipeline.unet.config.get("out_channels")
+    if gives and process.prediction_channels(channels) != gives:
+        raise ValueError(
+            f"{settings.model}: its network gives {gives} channels for latents of {channels}, variances among them, "
+            f"and process={settings.process} has no use for these; leave process out to go on as the model was trained"
+        )
     if process.scheduler_config() != own.scheduler_config():
         pipeline.scheduler = process.scheduler()
         if type(process) is not type(own):

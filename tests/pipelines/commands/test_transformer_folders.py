@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from discs import save_discs
 from PIL import Image
 from released_dit import inputs, weights
 from safetensors.torch import load_file, save_file
@@ -116,3 +117,14 @@ def test_a_lora_of_a_dit_is_drawn_with_and_replayed(models: Path, run: Run, caps
     assert pixels[0] != pixels[1]
     assert run("replay", "lora.png", "-o", "again.png") == 0
     assert "lora.png: equal" in capsys.readouterr().out
+
+
+def test_doctor_needs_no_text_encoder(
+    models: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(save_discs(tmp_path / "pictures"))
+    for kind in ("pixart", "dit"):
+        assert run("doctor", data, "--model", str(models / kind), "--sheet", f"{kind}.png") == 0
+        said = capsys.readouterr().out
+        assert "give 8 of these pictures back, at 16x16" in said.replace("gives", "give")
+        assert Path(f"{kind}.png").is_file()

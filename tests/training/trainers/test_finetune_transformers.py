@@ -158,6 +158,7 @@ def test_dit_learns_its_own_classes_and_diffusers_draws_it(
         ),
         ("pixart", {"method": "lora", "adapter": "loha"}, "adapter=loha is for UNets"),
         ("pixart", {"method": "lora", "lora_targets": ("conv1",)}, "the denoiser has no layer 'conv1'"),
+        ("pixart", {"method": "full", "process": "flow"}, "gives 8 channels for latents of 4, variances among them"),
         ("pixart", {"method": "full", "resolution": 18}, "do not divide into patches of 2"),
         ("dit", {"method": "dreambooth", "caption": "a", "class_prompt": "b"}, "draws classes and reads no text"),
         ("dit", {"method": "full"}, r"there is no class 'a red thing'.*a class that the model knows is needed"),
