@@ -54,6 +54,10 @@ class Folders:
                 return (Path(name) / place.relative_to(root)).as_posix()
         raise ValueError(f"{place} is not within {self.shown}")
 
+    def hold(self, place: Path) -> bool:
+        """Whether a place lies within the folders, and what it links to does."""
+        return self._inside(place) is not None
+
     def _places(self, typed: str) -> Iterator[Path]:
         """What could be meant, most likely first."""
         path = Path(typed)

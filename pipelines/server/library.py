@@ -32,7 +32,7 @@ class Library:
         """Put models on the shelf that are in the folders now."""
         for root in self.folders.roots.values():
             for place in model_places(root):
-                if place not in self.places.values():
+                if place not in self.places.values() and self.folders.hold(place):
                     try:
                         self.put(place, self.folders.label(place))
                     except (OSError, ValueError):  # damaged, or one that does not draw from words
@@ -69,7 +69,7 @@ class Library:
             self.folders.label(file)
             for root in self.folders.roots.values()
             for file in sorted(root.glob("**/*.safetensors"))[: 10 * LORAS]
-            if is_lora(file)
+            if self.folders.hold(file) and is_lora(file)
         ]
         return found[:LORAS]
 

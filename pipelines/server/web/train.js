@@ -48,7 +48,7 @@ function show(state) {
   $("log").textContent = state.said.trim() || "It begins ...";
   $("log").scrollTop = state.kind === "look" ? 0 : $("log").scrollHeight;
   plot(state.curves);
-  $("done").hidden = !(state.kind === "finetune" && state.ended === "finished");
+  $("done").hidden = !(state.kind === "finetune" && ["finished", "stopped"].includes(state.ended));
   if (before?.running && !state.running && state.kind === "finetune") offered().catch(() => {});
   samples(state);
 }
@@ -57,6 +57,7 @@ async function samples(state) {
   const of = (state.output ?? "look") + "/";
   if (!Object.keys(seen).every((one) => one.startsWith(of))) { seen = {}; $("samples").replaceChildren(); }
   $("samples-title").hidden = !state.samples.length;
+  $("samples-title").textContent = state.output ? "Samples" : "Through the autoencoder";
   for (const name of state.samples.slice(-24)) {
     if (of + name in seen && state.output) continue;
     const old = seen[of + name], figure = seen[of + name] = document.createElement("figure");

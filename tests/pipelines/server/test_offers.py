@@ -52,6 +52,19 @@ def test_models_in_folders(runs: Path, drawer: Any) -> None:
             assert (status, words in message) == (400, True)
 
 
+def test_links_out_of_the_folders_offer_nothing(runs: Path, drawer: Any, tmp_path: Path) -> None:
+    drawer.save_pretrained("elsewhere/model")
+    (runs / "linked").symlink_to(tmp_path / "elsewhere")
+    (runs / "pytorch_lora_weights.safetensors").rename("elsewhere/lora.safetensors")
+    (runs / "lora.safetensors").symlink_to(tmp_path / "elsewhere/lora.safetensors")
+    with serving(made(drawer), folders=[runs]) as served:
+        offer = json.loads(ask(served.url + "/page")[1])
+        assert ([one["id"] for one in offer["models"]][2:], offer["loras"]) == (["runs/birds"], [])
+        for typed in ("runs/linked/model", "linked/model"):
+            assert ask(served.url + "/page/model", {"model": typed})[0] == 400
+        assert ask(served.url + DRAW, {"prompt": "a cup", "lora": "runs/lora.safetensors"})[0] == 400
+
+
 def test_a_lora_of_a_request(runs: Path, drawer: Any) -> None:
     """It acts in that picture and in no other."""
     from latentdiff import TextToImagePipeline
