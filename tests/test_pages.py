@@ -101,3 +101,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", page.read_text(encoding="utf-8")):
         target = (page.parent / link).resolve()
         assert target.exists() or target.relative_to(ROOT / "docs").as_posix() in generated, link
+
+
+def test_messages_are_those_of_the_program() -> None:
+    """Each message of the page of troubles is in the code, word by word between its values."""
+    folders = (ROOT / name for name in ("latentdiff", "pipelines", "training"))
+    code = "".join(file.read_text(encoding="utf-8") for folder in folders for file in folder.rglob("*.py"))
+    code = re.sub(r'"\n\s+f?"', "", code)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 25
+    assert [part for message in messages for part in message.split(" ... ") if part.strip(". ") not in code] == []
