@@ -119,7 +119,8 @@ def openvino_model(name: str, part: Part) -> Any:
             model = openvino().convert_model(graph, example_input=tuple(part.inputs.values()))
     except Exception as error:  # of many classes, of torch's and of OpenVINO's
         lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        raise ValueError(f"OpenVINO cannot take over the {name}: {lines[0] if lines else error!r}") from error
+        summary = [line.removeprefix("-- ") for line in lines if line.startswith("-- ")]  # after places in its source
+        raise ValueError(f"OpenVINO cannot take over the {name}: {[*summary, *lines, repr(error)][0]}") from error
     for port, wanted in zip(model.inputs, part.inputs, strict=True):
         port.get_tensor().set_names({wanted})
         port.get_node().set_friendly_name(wanted)

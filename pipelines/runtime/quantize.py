@@ -12,6 +12,7 @@ from latentdiff.pipelines.registry import kind_saved_as
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engine_networks import RuntimeUNet
 from latentdiff.pipelines.runtime.engines import Engine, core, openvino, without_telemetry
+from latentdiff.pipelines.storage.onnx import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ def openvino_int8(file: Path, seen: Sequence[Arrays]) -> None:
 
 def onnx_int8(file: Path, seen: Sequence[Arrays]) -> None:
     """By onnxruntime's static quantisation: weights of each channel, activations of each layer."""
+    import onnx
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
@@ -161,13 +163,22 @@ def onnx_int8(file: Path, seen: Sequence[Arrays]) -> None:
         def get_next(self) -> Arrays | None:
             return self.left.pop() if self.left else None
 
-    new = file.with_name("int8.onnx")
+    new, beside = file.with_name("int8.onnx"), file.with_name("model.onnx.data")
+    large = beside.is_file()  # too large for one file
     root, silent = logging.getLogger(), logging.NullHandler()
     root.addHandler(silent)  # it would set up logging for the whole process to give advice
     try:
         quantization.quantize_static(
-            *(file, new, Reader()), per_channel=True, op_types_to_quantize=["Conv", "MatMul", "Gemm"]
+            *(file, new, Reader()),
+            per_channel=True,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            use_external_data_format=large,
         )
     finally:
         root.removeHandler(silent)
+    if large:  # its weights are named after the file: a quarter as many bytes, which may well go into one file
+        model = onnx.load(new)
+        for old in (beside, new.with_name(f"{new.name}.data")):
+            old.unlink()
+        onnx.save(model, new, save_as_external_data=model.ByteSize() > MAX_BYTES, location=beside.name)
     os.replace(new, file)

@@ -16,13 +16,14 @@ from torch import nn
 
 from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from latentdiff.models.layers import Upsample2D
-from latentdiff.pipelines.runtime import choice
+from latentdiff.pipelines.runtime import choice, quantize
 from latentdiff.pipelines.runtime.choice import Runtime
-from latentdiff.pipelines.runtime.engines import check_shapes, core, without_telemetry
+from latentdiff.pipelines.runtime.engines import check_shapes, core, onnx_engine, without_telemetry
 from latentdiff.pipelines.runtime.graphs import ChannelNorm, Doubling, openvino_model
 from latentdiff.pipelines.runtime.places import cache_folder, folder_of
-from latentdiff.pipelines.runtime.quantize import without_pictures
-from latentdiff.pipelines.storage.onnx import decoder_part
+from latentdiff.pipelines.runtime.quantize import onnx_int8, without_pictures
+from latentdiff.pipelines.storage import onnx as storage_onnx
+from latentdiff.pipelines.storage.onnx import Part, decoder_part, write_part
 
 NEEDS = {"openvino": "openvino", "onnx": "onnxruntime"}
 CALL: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -188,6 +189,26 @@ def test_int8_states_its_error(models: Path, runtime: str) -> None:
         assert kinds == {"<Type: 'int8_t'>"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [100, 10**9])
+def test_int8_of_a_graph_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As a UNet of Stable Diffusion 1.5's size is; in int8 it may fit (second case), or not."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    monkeypatch.setattr(storage_onnx, "MAX_BYTES", 100)
+    monkeypatch.setattr(quantize, "MAX_BYTES", most)
+    network, given = nn.Conv2d(4, 32, 3, bias=False), {"sample": torch.randn(2, 4, 8, 8)}
+    write_part("unet", Part(network, given, {"sample": {0: "batch"}}, ["out_sample"], {}), tmp_path / "unet", 18)
+    file = tmp_path / "unet" / "model.onnx"
+    assert {one.name for one in file.parent.iterdir()} == {"config.json", "model.onnx", "model.onnx.data"}
+    onnx_int8(file, [{"sample": given["sample"].numpy()}])
+    left = {"config.json", "model.onnx"} | ({"model.onnx.data"} if most == 100 else set())
+    assert {one.name for one in file.parent.iterdir()} == left
+    drawn = onnx_engine(file, "int8", 1)({"sample": given["sample"].numpy()})[0]
+    expected = network(given["sample"]).detach().numpy()
+    assert 0 < abs(drawn - expected).max() < 0.1
+
+
 def test_int8_is_not_calibrated_from_pictures() -> None:
     pipeline = tiny_pipeline("bert", in_channels=9)
     with pytest.raises(ValueError, match="int8 is calibrated by drawing, which a InpaintPipeline does from pictures"):
@@ -262,6 +283,19 @@ def test_graphs_name_what_does_not_fit() -> None:
         check_shapes(Path("a.xml"), inputs, {"sample": np.zeros((2, 4, 8, 8))})
     with pytest.raises(ValueError, match="the graph has no input for class_labels"):
         check_shapes(Path("a.xml"), inputs, {"sample": np.zeros((2, 4, 8, 8)), "timestep": time, "class_labels": time})
+
+
+@pytest.mark.slow  # OpenVINO is imported
+def test_an_operation_that_openvino_does_not_know_is_named() -> None:
+    pytest.importorskip("openvino")
+
+    class Foreign(nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(sample).real
+
+    part = Part(Foreign(), {"sample": torch.randn(2, 4, 4)}, {"sample": {}}, ["out_sample"], {})
+    with pytest.raises(ValueError, match=r"take over the unet: No conversion rule found for operations: .*eigvals"):
+        openvino_model("unet", part)
 
 
 def test_channel_norm_is_group_norm() -> None:
