@@ -27,6 +27,10 @@ ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
 CALL: dict[str, Any] = {"num_inference_steps": 3, "seed": 0, "output_type": "pt"}
 
 
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pixart_folder(tmp_path_factory.mktemp("pixart") / "model", "bert")
@@ -100,7 +104,7 @@ def test_a_lora_of_pixart_merged_and_beside(pictures: Path, pixart: Path, tmp_pa
         convert_lora(out / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors", "kohya")
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "dreambooth"])
+@pytest.mark.parametrize("method", [slow("full"), "lora", slow("dreambooth")])
 def test_pixart_resumes_exactly_and_diffusers_draws_it(
     pictures: Path, pixart: Path, tmp_path: Path, method: str
 ) -> None:
@@ -127,7 +131,7 @@ def test_pixart_that_is_told_sizes_is_trained_with_them(pictures: Path, tmp_path
         assert any("resolution_embedder" in name for name in changed(before, transformer(out)))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [slow("full"), "lora"])
 def test_dit_learns_its_own_classes_and_diffusers_draws_it(
     numbered: Path, dit: Path, tmp_path: Path, method: str
 ) -> None:
@@ -172,7 +176,7 @@ def test_what_does_not_go_is_refused(
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["pixart", "dit"])
+@pytest.mark.parametrize("kind", ["pixart", slow("dit")])
 def test_encoded_beforehand_nothing_is_left_to_encode(
     numbered: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
