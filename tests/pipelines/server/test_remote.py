@@ -93,6 +93,13 @@ def test_what_servers_refuse(run: Run, capsys: pytest.CaptureFixture[str], monke
     refused("others could draw here; set a key", "serve", "--host", "0.0.0.0")
     refused("or with --password", "app", "--host", "0.0.0.0")
     refused("no such folder", "serve", "./nothing")
+    refused("two models are called emoji", "serve", "--model", "emoji", "--model", "emoji")
+    refused("a CLIP is open_clip:NAME/PRETRAINED", "serve", "--clip", "./nothing")
+    refused("--folder nothing: no such folder", "app", "--folder", "nothing")
+    folders = [Path(name).absolute() for name in ("a/runs", "b/runs")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    refused("another one is called runs too", "app", "--folder", folders[0], "--folder", folders[1])
     with listen("127.0.0.1", 0) as taken:
         refused("say another --port", "serve", "--port", taken.getsockname()[1])
 
