@@ -89,7 +89,12 @@ class Codec:
         given: list[Any] = [getattr(self.autoencoder.config, name, None) for name in names]
         if given[0] is None or given[1] is None:
             return None
-        if any(len(values) != self.channels for values in given) or not min(given[1]) > 0:
+        listed = all(isinstance(values, list | tuple) and len(values) == self.channels for values in given)
+        if (
+            not listed
+            or not all(isinstance(one, int | float) for values in given for one in values)
+            or min(given[1]) <= 0
+        ):
             raise ValueError(
                 f"{type(self.autoencoder).__name__}: latents_mean={given[0]} and latents_std={given[1]} must have "
                 f"a number for each of {self.channels} channels, and deviations above 0"

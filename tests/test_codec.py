@@ -66,7 +66,7 @@ def test_channels_have_a_mean_and_a_deviation_of_their_own() -> None:
         scaled = codec.scaled(latents)
         torch.testing.assert_close(scaled[:, 1], (latents[:, 1] + 2.0) / 0.5 * 0.5)
         torch.testing.assert_close(codec.unscaled(scaled), latents)
-    for wrong in ([1.0, 1.0], [1.0, 1.0, 1.0, 0.0]):
+    for wrong in ([1.0, 1.0], [1.0, 1.0, 1.0, 0.0], ["a"] * 4, 1.0):
         with pytest.raises(ValueError, match="a number for each of 4 channels, and deviations above 0"):
             Codec(autoencoder(latents_mean=mean, latents_std=wrong)).scaled(latents)
 

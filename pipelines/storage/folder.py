@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -105,6 +106,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         with faults_named(folder, foreign=True):
             check_schedulers(folder, wanted)
             networks = load_networks(folder, wanted, dtype, options["variant"], cls.unet_classes)
+            cls.check_complete(folder, index, options)
             simple = there and options.keys() <= UNUSED  # diffusers says which variants there are instead
             pipeline = cls.assembled(folder, index, networks) if simple else None
             if pipeline is None:
@@ -138,6 +140,19 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
                 f"models, with other text encoders; load it with {kind.name}"
             )
         return found
+
+    @classmethod
+    def check_complete(cls, folder: Path, index: dict[str, Any], given: Mapping[str, Any]) -> None:
+        """Raises ValueError if neither a folder's index nor what is given has a component that the class must have."""
+        parameters = inspect.signature(cls.__init__).parameters
+        needed = [name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name != "self"]
+        there = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+        lacking = [name for name in needed if name not in {*there, *given, *cls._optional_components}]
+        if lacking:
+            raise ValueError(
+                f"{folder / 'model_index.json'}: names no {' and no '.join(lacking)}, which a {index['_class_name']} "
+                f"has; part of it is missing, or it is of another kind of model"
+            )
 
     @classmethod
     def assembled(cls, folder: Path, index: dict[str, Any], networks: dict[str, Any]) -> Self | None:

@@ -83,6 +83,7 @@ class SDXLPipeline(TextPipeline):
     ) -> None:
         super(TextPipeline, self).__init__()
         refuse(add_watermarker=add_watermarker or None)
+        check_flag("force_zeros_for_empty_prompt", force_zeros_for_empty_prompt)
         if unet is not None and getattr(unet.config, "addition_embed_type", None) != "text_time":
             raise ValueError(
                 f"a {type(self).__name__} needs a UNet with addition_embed_type='text_time', and this one has "
@@ -265,6 +266,12 @@ class SDXLPipeline(TextPipeline):
         return torch.tensor(numbers, dtype=torch.float32, device=pooled.device).expand(len(pooled), -1)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+
+
 class SDXLCall(TextCall):
     """A call that may draw a part of the way from noise, before another model or after it."""
 
@@ -324,6 +331,7 @@ class ScoredPipeline(SDXLPipeline):
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
     ) -> None:
+        check_flag("requires_aesthetics_score", requires_aesthetics_score)
         parts = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler)
         super().__init__(*parts, image_encoder, feature_extractor, force_zeros_for_empty_prompt, add_watermarker)
         self.register_to_config(requires_aesthetics_score=requires_aesthetics_score)

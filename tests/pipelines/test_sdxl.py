@@ -1,6 +1,8 @@
 """SDXL's folders are drawn from as diffusers' pipelines draw, whatever class of ours is asked."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,37 @@ def test_bad_parts(sdxl: Path, pipeline: Any, caplog: pytest.LogCaptureFixture) 
             pipeline("a car", **{name: value}, num_inference_steps=1)
     with pytest.raises(ValueError, match="is drawn with by torch only; leave runtime"):
         TextToImagePipeline.from_pretrained(sdxl, runtime="onnx")
+
+
+NOTHING = [None, None]
+SAID = {"text_encoder_2": ["transformers", "CLIPTextModel"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "why"),
+    [
+        ("model_index.json", {"text_encoder_2": NOTHING}, "model_index.json: names no text_encoder_2, which a Stable"),
+        ("model_index.json", SAID, "text_encoder_2 must be a CLIPTextModelWithProjection, whose pooled embedding"),
+        ("model_index.json", {"force_zeros_for_empty_prompt": "no"}, "must be true or false, not 'no'"),
+        ("unet/config.json", {"addition_embed_type": None}, "with addition_embed_type='text_time', and this one has"),
+        ("unet/config.json", {"addition_time_embed_dim": None}, "'text_time' needs addition_time_embed_dim"),
+        ("unet/config.json", {"projection_class_embeddings_input_dim": 60}, "the weights do not fit config.json"),
+    ],
+)
+def test_hostile_folders(sdxl: Path, tmp_path: Path, file: str, changes: dict[str, Any], why: str) -> None:
+    shutil.copytree(sdxl, tmp_path / "model")
+    place = tmp_path / "model" / file
+    place.write_text(json.dumps({**json.loads(place.read_text()), **changes}))
+    with pytest.raises(ValueError, match=why):
+        TextToImagePipeline.from_pretrained(tmp_path / "model")
+
+
+def test_one_text_encoder_given_as_two(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    said = {**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}
+    index.write_text(json.dumps(said))
+    with pytest.raises(
+        ValueError, match="names no text_encoder_2 and no tokenizer_2, which a StableDiffusionXLPipeline"
+    ):
+        TextToImagePipeline.from_pretrained(tmp_path / "model")

@@ -110,3 +110,19 @@ def test_refiners_that_cannot_be(
     assert run("generate", "a car", "--model", sdxl, *options, "-o", "car.png") != 0
     assert why.format(**names) in " ".join(capsys.readouterr().err.split())
     assert not Path("car.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["generate", "a car", "--model", "{sdxl}", "--runtime", "onnx", "-o", "new.png"], "is drawn with by torch"),
+        (["convert", "{sdxl}", "new", "--runtime", "onnx"], "is drawn with by torch only; leave --runtime out"),
+        (["convert", "{sdxl}", "new", "--to", "onnx"], "a StableDiffusionXLPipeline cannot be exported to ONNX"),
+    ],
+)
+def test_runtimes_refuse_sdxl(
+    sdxl: str, command: list[str], why: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*(argument.format(sdxl=sdxl) for argument in command)) != 0
+    assert why in " ".join(capsys.readouterr().err.split())
+    assert not [*Path().glob("new*")]

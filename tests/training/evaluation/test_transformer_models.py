@@ -1,4 +1,4 @@
-"""``evaluate`` and ``likelihood`` of models whose denoiser is a transformer."""
+"""``evaluate`` and ``likelihood`` of models whose denoiser is a transformer, and of SDXL's."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_sdxl import tiny_sdxl
 from tiny_transformers import dit_folder, pixart_folder
 from typer.testing import CliRunner
 
@@ -25,9 +26,12 @@ def numbered(pictures: Path) -> Path:
     return pictures
 
 
-@pytest.mark.parametrize("kind", ["pixart", "dit"])
+@pytest.mark.parametrize("kind", ["pixart", "dit", "sdxl"])
 def test_they_are_evaluated(numbered: Path, tmp_path: Path, kind: str) -> None:
-    model = pixart_folder(tmp_path / "model", "bert") if kind == "pixart" else dit_folder(tmp_path / "model")
+    if kind == "sdxl":
+        tiny_sdxl().save_pretrained(model := tmp_path / "model")
+    else:
+        model = pixart_folder(tmp_path / "model", "bert") if kind == "pixart" else dit_folder(tmp_path / "model")
     options = ("--steps", "2", "--split", "train", "--extractor", "autoencoder")
     found = run("evaluate", model, "--data", numbered, "--output", tmp_path / "out", *options)
     assert found.exit_code == 0, found.output
@@ -46,5 +50,7 @@ def test_a_dit_has_a_likelihood_and_a_pixart_none(numbered: Path, tmp_path: Path
     assert all(map(math.isfinite, bits))
     assert bits[0] != bits[1]
     pixart_folder(tmp_path / "pixart", "bert")
-    found = run("likelihood", tmp_path / "pixart", "--data", numbered)
-    assert "is no model without text" in str(found.exception)
+    tiny_sdxl().save_pretrained(tmp_path / "sdxl")
+    for name in ("pixart", "sdxl"):
+        found = run("likelihood", tmp_path / name, "--data", numbered)
+        assert "is no model without text" in str(found.exception)
