@@ -2,6 +2,7 @@
 
     python benchmarks/side_by_side.py            # the packaged model
     python benchmarks/side_by_side.py --model runs/mine --repeats 9
+    python benchmarks/side_by_side.py --sdxl
 
 Prints the median time of each, the ratio theirs / ours (above 1: ours is faster), and the share of this machine's
 measured matrix-multiply rate that each reaches. Run it on a quiet machine: with another busy process on the same
@@ -19,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+from latentdiff.conditioning import Conditioning
 from latentdiff.interchange.folders import packaged_model
 
 Work = Callable[[], Any]
@@ -91,6 +93,44 @@ def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
     }
 
 
+SDXL: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (64, 128, 256),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 512,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 64,
+    "projection_class_embeddings_input_dim": 320 + 6 * 64,
+}
+"""SDXL's UNet, a fifth as wide."""
+
+
+def narrow_sdxl(batch: int) -> dict[str, tuple[Work, Work]]:
+    """The steps of a UNet of SDXL's shape, with random weights."""
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(**SDXL).eval()
+    ours = UNet2DConditionModel(**SDXL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    latents, timestep = torch.randn(batch, 4, 32, 32), torch.tensor(500)
+    states, pooled, sizes = torch.randn(batch, 77, 512), torch.randn(batch, 320), torch.full((batch, 6), 256.0)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    prepared = ours.prepare(Conditioning(states, pooled=pooled, time_ids=sizes))
+    return {
+        f"SDXL, plain call, batch {batch}": (
+            lambda: ours(latents, timestep, states, added_cond_kwargs=added).sample,
+            lambda: theirs(latents, timestep, states, added_cond_kwargs=added).sample,
+        ),
+        f"SDXL step in the loop, batch {batch}": (
+            lambda: ours.denoise(latents, ours.embed_time(timestep), prepared),
+            lambda: theirs(latents, timestep, states, added_cond_kwargs=added).sample,
+        ),
+    }
+
+
 def pipelines(model: str, steps: int, guidance_scale: float) -> tuple[Work, Work]:
     """Whole pipelines, prompt to picture: (ours, theirs)."""
     pair = [
@@ -118,6 +158,7 @@ def main() -> None:
     parser.add_argument("--model", help="pipeline folder; default: the packaged model")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--sdxl", action="store_true", help="a narrow UNet of SDXL's shape instead, random weights")
     arguments = parser.parse_args()
     model = arguments.model or str(packaged_model())
 
@@ -125,9 +166,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, float32")
     print(f"matrix multiply: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'':32}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'ours':>8}{'theirs':>8}  of the matrix-multiply rate")
-    jobs = {**networks(model, batch=2), **networks(model, batch=8)}
-    jobs[f"pipeline, {arguments.steps} steps, guided"] = pipelines(model, arguments.steps, 4.0)
-    jobs["pipeline, 4 steps, not guided"] = pipelines(model, 4, 1.0)
+    if arguments.sdxl:
+        jobs = {**narrow_sdxl(batch=1), **narrow_sdxl(batch=2)}
+    else:
+        jobs = {**networks(model, batch=2), **networks(model, batch=8)}
+        jobs[f"pipeline, {arguments.steps} steps, guided"] = pipelines(model, arguments.steps, 4.0)
+        jobs["pipeline, 4 steps, not guided"] = pipelines(model, 4, 1.0)
     for name, (ours, theirs) in jobs.items():
         mine, other, ratio = in_turn(ours, theirs, arguments.repeats)
         work = operations(ours), operations(theirs)
