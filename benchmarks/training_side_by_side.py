@@ -9,17 +9,20 @@ without the cache. Without ``--script`` only those with a cache. Run it on a qui
 
 Models (``--model``), made here with random weights (the time does not depend on them):
   sd     Stable Diffusion 1's own autoencoder and text encoder with a UNet of 29M parameters, at 128x128
+  tiny   all small, at 64x64, for a machine that is busy: all trainings end within minutes
   emoji  the packaged model's UNet and autoencoder with a small CLIP text encoder, at 64x64
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -84,20 +87,22 @@ def make_model(folder: Path, name: str) -> int:
         unet, vae, side = packaged.unet, packaged.vae, 64
         text = CLIPTextConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6)
     else:
-        side, text = 128, CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+        small = name == "tiny"
+        width, side = (64, 64) if small else (768, 128)
+        text = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64)
         vae = diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
+            block_out_channels=(32, 32, 64, 64) if small else (128, 256, 512, 512),
+            layers_per_block=1 if small else 2,
         )
         unet = diffusers.UNet2DConditionModel(
-            sample_size=16,
+            sample_size=side // 8,
             down_block_types=("CrossAttnDownBlock2D",) * 3,
             up_block_types=("CrossAttnUpBlock2D",) * 3,
-            block_out_channels=(128, 256, 256),
+            block_out_channels=(32, 64, 64) if small else (128, 256, 256),
             layers_per_block=1,
-            cross_attention_dim=768,
+            cross_attention_dim=width,
             attention_head_dim=4,
         )
         with torch.no_grad():
@@ -124,7 +129,8 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: float | None = None) -> dict[str, float]:
-    """Run a training; steps per second after the first fifth, peak memory in MiB, mean loss of the last half.
+    """Run a training; steps per second after the first fifth (of the median step: others run beside it, and ours may
+    draw samples), peak memory in MiB, mean loss of the last half.
 
     Args:
         stop: the step after which it ends at once, with nothing saved; then the GPU's memory is among what is found.
@@ -149,6 +155,8 @@ def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: floa
         _, status, usage = os.wait4(process.pid, 0)
         if timer is not None:
             timer.cancel()
+    if timeout is not None and status == signal.SIGKILL:
+        raise SystemExit(f"{' '.join(command[:3])} took more than {timeout:.0f} s; see --minutes, --model and --steps")
     if status != 0:
         raise SystemExit(f"{' '.join(command[:3])} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
     rows = [json.loads(line) for line in steps_file.read_text().splitlines()]
@@ -157,7 +165,7 @@ def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: floa
     memory = folder / "steps.jsonl.memory"
     return {
         "gpu_memory_mib": float(memory.read_text()) if memory.exists() else 0.0,
-        "steps_per_second": (len(kept) - 1) / (kept[-1][0] - kept[0][0]),
+        "steps_per_second": 1 / statistics.median(after[0] - before[0] for before, after in pairwise(kept)),
         "peak_memory_mib": usage.ru_maxrss / 1024,
         "seconds_in_all": time.perf_counter() - started,
         "loss": statistics.fmean(losses),
@@ -236,7 +244,7 @@ def peer(model: Path, data: Path, side: int, options: argparse.Namespace) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, help="diffusers' train_text_to_image.py")
-    parser.add_argument("--model", choices=["sd", "emoji"], default="sd")
+    parser.add_argument("--model", choices=["sd", "emoji", "tiny"], default="sd")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=128)
@@ -244,6 +252,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="after which a training that has not ended is given up")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     names = ["ours, cached", "diffusers, cached"]
@@ -266,7 +275,8 @@ def main() -> None:
                     command = peer(root / "model", root / "pictures", side, options)
                 else:
                     command = ours(*shared, cache="no cache" not in name)
-                rows.append(measure(command, place))
+                minutes = options.minutes and 60 * options.minutes
+                rows.append(measure(command, place, stop=options.steps, timeout=minutes))  # not what ours does then
                 print(name, {key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
     print(f"\n{options.model}, batch {options.batch}, {options.steps} steps; median of {options.repeats}")
     print("| | steps/s | ratio | peak memory | loss, last half |")
