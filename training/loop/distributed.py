@@ -55,6 +55,8 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
     """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
     if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
         AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        check_deepspeed(settings)
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=settings.mixed_precision,
@@ -67,12 +69,36 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
     spread_on_processors(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         check_spreading(accelerator.state.fsdp_plugin)
-    if accelerator.state.deepspeed_plugin is not None:
-        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        if plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's ZeRO stage 3 is not supported; set zero_stage to 2, or use FSDP version 2")
-        # It asks, since it is shown no data loader.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+        plugin.gradient_clipping = settings.max_grad_norm
+        # It asks for the size, since it is shown no data loader; it clips and accumulates by itself.
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": settings.batch_size,
+            "gradient_clipping": settings.max_grad_norm,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        }
+        if settings.mixed_precision == "bf16":  # by autocasting, as elsewhere: weights and averages stay in float32
+            autocast = {"enabled": True, "dtype": PRECISIONS["bf16"]}
+            plugin.deepspeed_config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}
     return accelerator
+
+
+def check_deepspeed(settings: RunSettings) -> None:
+    """Raises ValueError for what does not work with DeepSpeed, or where Accelerate would pass over it."""
+    if on_cpu():
+        raise ValueError(
+            "Accelerate's configuration asks for DeepSpeed, which needs GPUs here and is not used on processors; "
+            "without GPUs use distributed_type: FSDP with fsdp_version: 2, or MULTI_GPU"
+        )
+    if settings.mixed_precision == "fp16":
+        raise ValueError("mixed_precision=fp16 does not work with DeepSpeed; use mixed_precision=bf16 or no")
+    if settings.on_bad_loss == "skip":
+        raise ValueError(
+            "on_bad_loss=skip does not work with DeepSpeed, which changes the weights before the loss is looked at; "
+            "use on_bad_loss=stop, or FSDP version 2"
+        )
 
 
 def spread_on_processors(accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -86,6 +86,7 @@ class Learner:
         # Dropout, if the network has any, is drawn from the step too.
         torch.manual_seed(seed_of(self.settings.seed, step, len(self._pass_losses), accelerator.process_index))
         modules = [self.objective, *([] if adversary is None else [adversary.module])]
+        self._set_learning_rate(learning_rate_at(self.settings, step))
         with memory_advice(TRAINING), accelerator.accumulate(*modules):
             self._pass_losses.append(self._backward(batch))
             if accelerator.sync_gradients:
@@ -122,7 +123,7 @@ class Learner:
         if fault is None:
             self._bad_in_a_row = 0
             self.watch.add(loss)
-            self._change_weights(learning_rate_at(self.settings, step))
+            self._change_weights()
         else:
             self._leave_out(f"{fault} at step {step} (of this process alone: {own:.4g})", names)
         self.optimizer.zero_grad()
@@ -134,16 +135,21 @@ class Learner:
                 self.powers.update()
         self.plain.after_update(fault is None)
 
-    def _change_weights(self, learning_rate: float) -> None:
+    def _set_learning_rate(self, rate: float) -> None:
+        """For the next step, which DeepSpeed makes with the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.adversary is not None:
+            for group in self.adversary.optimizer.param_groups:
+                group["lr"] = rate * self.adversary.rate_ratio
+
+    def _change_weights(self) -> None:
         """One step of each optimizer whose side had a loss."""
-        optimizers = [(self.optimizer, learning_rate)]
+        optimizers = [self.optimizer]
         if self.adversary is not None and self.adversary.had_a_loss:
-            optimizers.append((self.adversary.optimizer, learning_rate * self.adversary.rate_ratio))
-        for optimizer, rate in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            optimizers.append(self.adversary.optimizer)
         scaler = self.accelerator.scaler
-        for optimizer, _ in optimizers:
+        for optimizer in optimizers:
             if scaler is None:
                 optimizer.step()
             else:  # Accelerate's own step would let the scaler forget what it knows of the others
@@ -158,10 +164,11 @@ class Learner:
         if names:
             fault += f"; the last batch of process {self.accelerator.process_index} was {name_batch(names)}"
         if self.settings.on_bad_loss == "stop" or self._bad_in_a_row >= MOST_BAD_IN_A_ROW:
+            changed = "changed" if self.accelerator.distributed_type == DistributedType.DEEPSPEED else "not changed"
             precise = "use mixed_precision=bf16 or no, " if self.settings.mixed_precision == "fp16" else ""
             good = f" The last good checkpoint is in {self.checkpoints}" if any(self.checkpoints.glob("step-*")) else ""
             raise FloatingPointError(
-                f"{fault}. The weights were not changed by it. Lower learning_rate, {precise}look at these pictures, "
+                f"{fault}. The weights were {changed} by it. Lower learning_rate, {precise}look at these pictures, "
                 f"or leave such updates out with on_bad_loss=skip.{good}"
             )
         logger.warning("%s. The update was left out.", fault)

@@ -10,8 +10,9 @@ from tiny import UNET
 
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
-from latentdiff.training.loop.distributed import check_spreading
+from latentdiff.training.loop.distributed import accelerator_of, check_deepspeed, check_spreading
 from latentdiff.training.objectives.diffusion import DenoiserObjective
+from latentdiff.training.settings import DenoiserSettings
 
 CONFIGURATIONS = sorted((Path(__file__).parents[3] / "docs" / "accelerate").glob("*.yaml"))
 
@@ -28,6 +29,20 @@ def test_what_fsdp_does_not_do_here(given: dict[str, object], message: str) -> N
         check_spreading(FullyShardedDataParallelPlugin(**given))
     for policy in ("transformer_based_wrap", "no_wrap"):
         check_spreading(FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=policy))
+
+
+def test_deepspeed_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On processors Accelerate would train without it, and say nothing."""
+    settings = DenoiserSettings(data="x", output=str(tmp_path), autoencoder="x")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed, which needs GPUs .* use distributed_type: FSDP"):
+        accelerator_of(settings)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    check_deepspeed(settings)
+    for name, value in (("on_bad_loss", "skip"), ("mixed_precision", "fp16")):
+        with pytest.raises(ValueError, match=f"{name}={value} does not work with DeepSpeed"):
+            check_deepspeed(settings.model_copy(update={name: value}))
 
 
 def test_an_objective_knows_the_layers_that_are_spread_one_by_one() -> None:
