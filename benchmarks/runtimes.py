@@ -3,6 +3,7 @@
     python benchmarks/runtimes.py                          # the packaged model's UNet, decoder and whole pictures
     python benchmarks/runtimes.py --rows torch openvino-float32 openvino-bfloat16
     python benchmarks/runtimes.py --size sd15              # a UNet of Stable Diffusion 1.5's size, random weights
+    python benchmarks/runtimes.py --size rehearsal         # a small one of its kind, to see that all rows run
 
 Every row is compared with diffusers' eager float32, which runs between any two of them; printed are medians, the
 median of the ratios round by round (above 1: faster than diffusers), and the largest difference from diffusers' result.
@@ -28,6 +29,7 @@ from latentdiff.interchange.folders import packaged_model
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engine_networks import RuntimeUNet
 from latentdiff.pipelines.runtime.graphs import denoiser_part, write_graph
+from latentdiff.pipelines.runtime.quantize import Recorder, onnx_int8, openvino_int8
 
 Work = Callable[[], Tensor]
 ROWS = ("torch", "torch-bfloat16", "onnx-float32", "onnx-int8")
@@ -137,34 +139,49 @@ def picture(pipeline: Any, steps: int, scale: float) -> Work:
     return draw
 
 
-def sd15(rows: list[str], repeats: int, side: int = 32) -> None:
-    """Stable Diffusion 1.5's UNet with random weights; int8 would need a pipeline to calibrate on."""
-    rows = [row for row in rows if "int8" not in row]
+def sd15(rows: list[str], repeats: int, side: int = 32, **other: Any) -> None:
+    """Stable Diffusion 1.5's UNet with random weights; for a rehearsal, with `other` entries in its config."""
     torch.manual_seed(0)
-    config = {"sample_size": 64, "cross_attention_dim": 768}
+    config = {"sample_size": 64, "cross_attention_dim": 768, **other}
     ours = {torch.float32: UNet2DConditionModel(**config).eval()}
     weights = ours[torch.float32].state_dict()
-    theirs = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        theirs[dtype] = diffusers.UNet2DConditionModel(**config).eval()
-        theirs[dtype].load_state_dict(weights)
-        theirs[dtype].to(dtype)
-    if any(row == "torch-bfloat16" for row in rows):
-        ours[torch.bfloat16] = UNet2DConditionModel(**config).eval()
-        ours[torch.bfloat16].load_state_dict(weights)
-        ours[torch.bfloat16].to(torch.bfloat16)
+    given = inputs(ours[torch.float32].config, 2, side)
     with tempfile.TemporaryDirectory() as place:
-        runtimes = {}
-        for row in rows:
-            if row.startswith("torch"):
-                continue
+        runtimes = {}  # first, for they take most memory as they are made
+        for row in [row for row in rows if not row.startswith("torch")]:
             runtime = Runtime(*row.split("-"))
             folder = Path(place, f"{runtime.name}-{runtime.stored}")
             if not folder.exists():
                 write_graph(runtime.name, "unet", denoiser_part(ours[torch.float32]), folder / "unet", half=False)
+                if runtime.precision == "int8":
+                    quantized(runtime, folder, given)
             runtimes[row] = RuntimeUNet(runtime, folder)
-        works = unet_rows(rows, ours, theirs, runtimes, inputs(ours[torch.float32].config, 2, side))
+        theirs, halves = {}, any("bfloat16" in row or "int8" in row for row in rows)
+        for dtype in (torch.float32, torch.bfloat16) if halves else (torch.float32,):
+            theirs[dtype] = of_weights(diffusers.UNet2DConditionModel, config, weights, dtype)
+        if "torch-bfloat16" in rows:
+            ours[torch.bfloat16] = of_weights(UNet2DConditionModel, config, weights, torch.bfloat16)
+        works = unet_rows(rows, ours, theirs, runtimes, given)
         compare(f"Stable Diffusion 1.5's UNet, {side} x {side}, batch 2", works, max(repeats // 3, 3))
+
+
+def of_weights(kind: Any, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        unet = kind(**config)
+    unet.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return unet.eval()
+
+
+def quantized(runtime: Runtime, folder: Path, given: dict[str, Any]) -> None:
+    """A graph of float32 becomes one of int8, calibrated on noise: as fast as any, and of no use."""
+    exact = RuntimeUNet(Runtime(runtime.name), folder)
+    recorder = Recorder(exact.engine("unet"))
+    exact.engines["unet"] = recorder
+    exact(**given, return_dict=False)
+    exact.engines.clear()
+    seen, file = recorder.seen, folder / "unet" / runtime.kind.file
+    del recorder
+    (openvino_int8 if runtime.name == "openvino" else onnx_int8)(file, seen)
 
 
 def processor() -> str:
@@ -177,13 +194,17 @@ def processor() -> str:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("packaged", "sd15"), default="packaged")
+    parser.add_argument("--size", choices=("packaged", "sd15", "rehearsal"), default="packaged")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     print(f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}")
-    (packaged if arguments.size == "packaged" else sd15)(arguments.rows, arguments.repeats)
+    if arguments.size == "packaged":
+        packaged(arguments.rows, arguments.repeats)
+    else:
+        small = {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32}
+        sd15(arguments.rows, arguments.repeats, **(small if arguments.size == "rehearsal" else {}))
     print(f"\nload at the end {os.getloadavg()[0]:.1f}")
 
 
