@@ -185,7 +185,8 @@ class SingleFilePipeline(PackedPipeline):
         networks = {name: whole_network(getattr(self, name)) for name in names if hasattr(self, name)}
         refuse_loras(networks, "saved")
         kind: Any = kind_saved_as(self.saved_class_name)
-        if kind is not None and not kind.converted and kind.family != "SDXL":
+        converted = kind is None or kind.converted or kind.family == "SDXL"
+        if not converted or getattr(self, "text_encoder", networks) is None:  # None in SDXL's refiner
             return super().save_single_file(file, dtype, overwrite)
         try:
             weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from lives import start, wait
+from lives import live_and_die, start, wait
 from safetensors.torch import load_file
 from tiny import draw
 from tiny_sdxl import tiny_sdxl
@@ -192,6 +192,19 @@ def test_a_new_word_for_both_encoders(pictures: Path, model: Path, tmp_path: Pat
         pipeline.load_textual_inversion(file)
     pipeline.unload_textual_inversion()
     torch.testing.assert_close(draw(pipeline, "a <x>"), plain, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_kills_change_nothing(pictures: Path, model: Path, tmp_path: Path) -> None:
+    def train(name: str) -> Path:
+        values = {"max_steps": 6, "checkpoint_every": 1, "sample_every": 100, "buckets": True}
+        return run(pictures, model, tmp_path / name, "lora of all", **values)
+
+    log, straight = tmp_path / "log.txt", train("straight")
+    assert live_and_die(lambda: train("killed"), log, 2, 2.0, seed=0)
+    assert same(unet(tmp_path / "killed"), unet(straight))
 
 
 @pytest.mark.slow
