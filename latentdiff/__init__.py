@@ -44,9 +44,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("latentdiff")
+        try:
+            return version("latentdiff")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0.0"
     if name not in __all__:
         raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")
     home = "latentdiff.pipelines" if name.endswith("Pipeline") else "latentdiff.models"
