@@ -6,7 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,8 +79,19 @@ Server = Annotated[
 ]
 
 
+def puts_imports_off(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that defers imports, unless it may have to make a runtime's graphs: that takes PyTorch's tracer."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        with nullcontext() if given["loading"].runtime else imports_deferred(unless="torch"):
+            command(**given)
+
+    return run
+
+
 @grouped
-@imports_deferred(unless="torch")
+@puts_imports_off
 def generate(
     context: typer.Context,
     target: TargetOptions,
