@@ -37,6 +37,16 @@ NOT_FOR_A_DRAWING = (
 )
 """Modules, with all within them, that diffusers' and transformers' modules take names of, and use in functions only."""
 
+TRIED = {"torch": ("2.14",), "diffusers": ("0.42",), "transformers": ("5.23",)}
+"""Versions whose imports the tests have tried this with; others may use while they are imported what these do not."""
+
+
+def is_tried() -> bool:
+    """Whether the packages here are of versions in `TRIED`."""
+    from importlib.metadata import version  # slow
+
+    return all(version(name).startswith(tuple(f"{one}." for one in ones)) for name, ones in TRIED.items())
+
 
 @contextmanager
 def imports_deferred(names: Sequence[str] = NOT_FOR_A_DRAWING, unless: str | None = None) -> Iterator[None]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from tiny import tiny_pipeline
 
-from latentdiff import TextToImagePipeline
+from latentdiff import TextToImagePipeline, deferred
 from latentdiff.deferred import Deferred, StandIn, imports_deferred
 
 WHOLE = """
@@ -129,3 +130,11 @@ def test_a_program_of_its_own_draws_as_always(tmp_path: Path) -> None:
     expected = pipeline("a cup", num_inference_steps=2, seed=3).images[0]
     with Image.open(tmp_path / "cup.png") as drawn:
         assert (np.asarray(drawn) == np.asarray(expected)).all()
+
+
+def test_versions_whose_imports_were_not_tried_import_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {name: version(name) for name in deferred.TRIED}
+    monkeypatch.setattr(deferred, "TRIED", {name: (there.rpartition(".")[0],) for name, there in here.items()})
+    assert deferred.is_tried()
+    monkeypatch.setitem(deferred.TRIED, "diffusers", ("0.1", "0.42000"))
+    assert not deferred.is_tried()

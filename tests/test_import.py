@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latentdiff.deferred import is_tried
 from latentdiff.imports import collector_paused, load_module
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "open_clip", "accelerate", "typer")
@@ -78,6 +79,8 @@ MODULES = 2300
 
 @pytest.mark.slow
 def test_a_drawing_imports_what_it_needs(tmp_path: Path) -> None:
+    if not is_tried():
+        pytest.skip("with these versions of torch, diffusers and transformers nothing is deferred")
     code = f"""
 import sys
 from latentdiff.cli import main

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import Field
 
-from latentdiff.deferred import imports_deferred
+from latentdiff.deferred import imports_deferred, is_tried
 from latentdiff.imports import collector_paused, load_module
 from latentdiff.pipelines.batch.drawing_options import (
     BATCH,
@@ -80,11 +80,15 @@ Server = Annotated[
 
 
 def puts_imports_off(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that defers imports, unless it may have to make a runtime's graphs: that takes PyTorch's tracer."""
+    """A command that defers imports, with versions of packages that this was tried with.
+
+    Not if it may have to make a runtime's graphs: that takes PyTorch's tracer.
+    """
 
     @wraps(command)
     def run(**given: Any) -> None:
-        with nullcontext() if given["loading"].runtime else imports_deferred(unless="torch"):
+        deferred = not given["loading"].runtime and is_tried()
+        with imports_deferred(unless="torch") if deferred else nullcontext():
             command(**given)
 
     return run

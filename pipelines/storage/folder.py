@@ -83,6 +83,8 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         if folder is not None and (own := cls.of_folder(folder)) is not cls:
             return own.from_pretrained(folder, **options)
         refuse_options(cls, options)
+        if folder is not None:
+            cls.refuse_runtime(options.get("runtime"))  # first, for the extra would not help
         runtime = runtime_of(options)
         device = options.pop("device_map", None)
         if folder is None:
@@ -90,8 +92,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
             if (own := cls.of_folder(folder)) is not cls:
                 again = {"runtime": runtime, "device_map": device}
                 return own.from_pretrained(folder, **options, **{k: v for k, v in again.items() if v is not None})
-        if runtime is not None and not cls.for_runtimes:
-            raise ValueError(f"a {cls.__name__} is drawn with by torch only; leave runtime (--runtime) out")
+        cls.refuse_runtime(runtime)
         if runtime is not None:
             from latentdiff.pipelines.runtime.prepared import load
 
@@ -119,6 +120,12 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
                     check_vocabulary(tokenizer, str(folder / f"tokenizer{number}"), encoder)
             pipeline.register_defaults(**index.get(DEFAULTS_KEY, {}))
         return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def refuse_runtime(cls, runtime: Any) -> None:
+        """Raises ValueError if a runtime is asked for that does not draw with this class's models."""
+        if runtime is not None and not cls.for_runtimes:
+            raise ValueError(f"a {cls.__name__} is drawn with by torch only; leave runtime (--runtime) out")
 
     @classmethod
     def of_folder(cls, folder: Path) -> type[Self]:
