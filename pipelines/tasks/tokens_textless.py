@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Generator
@@ -14,7 +14,7 @@ from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Steps, whole
 from latentdiff.pipelines.core.token_call import TokenCall, TokenOptions
 from latentdiff.pipelines.tasks.class_conditional import Label, class_number
-from latentdiff.pipelines.tasks.tokens import CodeAutoencoders, CodesPipeline
+from latentdiff.pipelines.tasks.tokens import STEPS, CodeAutoencoders, CodesPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ class UnconditionalTokenPipeline(CodesPipeline):
     """
 
     saved_class_name = "UnconditionalTokenPipeline"
+    usual_defaults: ClassVar[dict[str, Any]] = {"num_inference_steps": STEPS}
     model_cpu_offload_seq = "transformer->vqvae"
 
     def __init__(self, transformer: TokenTransformer, vqvae: CodeAutoencoders) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import VAE
 
-from latentdiff import ClassConditionalPipeline, UnconditionalPipeline
+from latentdiff import ClassConditionalPipeline, UnconditionalPipeline, VQModel
 from latentdiff.interchange.png import image_grid
-from latentdiff.models import UNet2DModel
+from latentdiff.models import TokenTransformer, UNet2DModel
+from latentdiff.pipelines import ClassTokenPipeline, UnconditionalTokenPipeline
 from latentdiff.pipelines.batch.record import read_record
 
 Run = Callable[..., int]
@@ -112,6 +114,23 @@ def test_many_of_anything(models: Path, run: Run, capsys: pytest.CaptureFixture[
     assert "a: 2 drawn, 3 there already" in capsys.readouterr().out
     assert run("many", "-n", "5", "-o", "a", *options) == 0
     assert "a: 0 drawn, 5 there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", ["raster", "masked"])
+def test_codes(order: str, run: Run) -> None:
+    torch.manual_seed(0)
+    vae = VQModel(**VAE, num_vq_embeddings=16)
+    small = {"order": order, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    UnconditionalTokenPipeline(TokenTransformer(16, 4, **small), vae).save_pretrained("any")
+    ClassTokenPipeline(TokenTransformer(16, 4, num_classes=2, **small), vae, {0: "cat", 1: "dog"}).save_pretrained(
+        "two"
+    )
+    for model, asked in (("any", []), ("two", ["--class", "dog"])):
+        assert run("generate", *asked, "--model", model, "-n", "2", "--seed", "3", "-o", f"{model}.png") == 0
+        assert run("replay", f"{model}.png") == 0
+        assert run("many", *asked, "--model", model, "-n", "2", "--seed", "3", "-o", f"{model}-many") == 0
+        with Image.open(f"{model}-many/000001.png") as first, Image.open(f"{model}-many/000002.png") as second:
+            assert same(f"{model}.png", image_grid([first.copy(), second.copy()], 2))
 
 
 def test_mistakes_of_many(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
