@@ -133,6 +133,36 @@ def update_evaluation(folder: Path, text: str) -> bool:
     return True
 
 
+def tell_average(folder: Path, name: Path, length: float, steps: int) -> None:
+    """Make a run's card, copied into `folder`, that of an average of its weights, without its samples and figures.
+
+    Args:
+        name: what `folder` will be.
+        length: of the average, as a share of `steps`.
+    """
+    card = open_card(folder) if (folder / FILE).exists() else None
+    if card is None:
+        return
+    _, _, rest = card.text.partition(BEGIN.format(MODEL))
+    text, _, _ = rest.partition(END.format(MODEL))
+    run, new = re.search(r'from_pretrained\("([^"]+)"', text), called(name, None)
+    told, settings, after = text.partition("## Settings")
+    if run is not None:
+        told = told.replace(f'"{run[1]}"', f'"{new}"').replace(f"--model {run[1]} ", f"--model {new} ")
+    told = re.sub(r"^# .*", f"# {name.resolve().name}", told, count=1, flags=re.MULTILINE)
+    told = re.sub(r"## Figures of training\n\n(\|.*\n)+\n*", "", told)
+    told, samples = re.subn(rf"!\[Samples\]\({GRID}\)\n+(These samples are of step .*\n+)?", "", told)
+    average = f"Its weights are an average over {length:g} of the first {steps:,} of these steps (post-hoc EMA)."
+    told = re.sub(r"(optimizer steps\.)", rf"\1 {average}", told, count=1)
+    if samples:
+        (folder / GRID).unlink(missing_ok=True)
+    put_section(card, MODEL, told + settings + after)
+    before, found, rest = card.text.partition(BEGIN.format(EVALUATION))
+    if found:
+        card.text = before.rstrip() + rest.partition(END.format(EVALUATION))[2]
+    write_card(folder, card)
+
+
 def open_card(folder: Path) -> "ModelCard | None":
     """The card in `folder`, a new one, or None where there is one without our marks or one that cannot be read."""
     from huggingface_hub import ModelCard

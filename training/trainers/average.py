@@ -15,6 +15,7 @@ from torch import Tensor
 from latentdiff.interchange.atomic import atomic_folder
 from latentdiff.interchange.folders import check_safetensors
 from latentdiff.interchange.user_files import faults_named
+from latentdiff.training.card.card import tell_average
 from latentdiff.training.loop.power_averages import AVERAGES, LENGTH, UPDATES, exponent, mixture
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def average(run: Path, length: float, output: Path, step: int | None = None) -> 
     Args:
         run: output folder of a training with ``ema_snapshots``.
         length: standard deviation of the average's profile, as a share of the run; 0.1 is about the last fifth.
-        output: new; gets all of the run but its ``training/``.
+        output: new; gets all of the run but its ``training/``, and what was measured of its own weights.
         step: as if the run had ended there; one at which averages were kept. By default its end.
 
     Returns:
@@ -81,6 +82,7 @@ def average(run: Path, length: float, output: Path, step: int | None = None) -> 
             content = load_file(run / file)
             content |= {name: replaced[name].to(content[name].dtype) for name in replaced}
             save_file(content, partial / file, header)
+        tell_average(partial, output, length, end)
     return missed
 
 

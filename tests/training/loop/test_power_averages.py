@@ -19,6 +19,7 @@ from tiny import DENOISER, SMALL, autoencoder_settings
 from torch import nn
 from typer.testing import CliRunner
 
+from latentdiff.training.card.card import called
 from latentdiff.training.commands.average import average as command
 from latentdiff.training.loop.power_averages import LENGTHS, PowerAverages, exponent, mixture, overlap
 from latentdiff.training.loop.run import TrainingRun
@@ -178,6 +179,14 @@ def test_a_model_of_another_length(finished: Path, tmp_path: Path) -> None:
     )
     assert sorted(path for path in finished.rglob("*")) == before
     assert not (tmp_path / "new" / "training").exists()
+    assert "samples.png" in (finished / "README.md").read_text()
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "# earlier\n" in card
+    assert "in 6 optimizer steps. Its weights are an average over 0.1 of the first 4 of these steps" in card
+    assert f'from_pretrained("{called(tmp_path / "earlier", None)}")' in card
+    assert "## Settings" in card
+    assert not any(told in card for told in ("samples.png", "## Figures", "val_loss |"))
+    assert not (tmp_path / "earlier" / "samples.png").exists()
 
     for length, output, step, message in (
         (0.4, "no", None, "a length of 0.4 cannot be"),
