@@ -110,6 +110,7 @@ class Training:
             raise RequestError("output: name a folder for the model within that one", "output")
         options = ["--data", str(data), "--output", str(output), "--model", str(self.model_at(request.model))]
         what = {"kind": "finetune", "data": self.folders.label(data), "output": self.folders.label(output)}
+        what["asked"] = request.model_dump(exclude_none=True)  # a page that is opened later shows it in its form
         self._start(["finetune", *options, "--method", request.method, *request.settings], what, output)
 
     def _start(self, command: list[str], what: dict[str, Any], output: Path | None) -> None:

@@ -2,6 +2,8 @@
 
 const POLL = 1500;
 const CURVES = { loss: ["training loss", "#2f6fdb"], val_loss: ["held-out loss", "#d9822b"] };
+const FIELDS = { data: "data", model: "base", method: "method", output: "output", caption: "caption",
+  max_steps: "max-steps", batch_size: "batch", sample_every: "every", learning_rate: "rate" };
 let trained = null, seen = {}, watching = false;
 
 async function watch() { // until nothing runs any more
@@ -25,10 +27,11 @@ async function command(name, values) {
 }
 
 function asked() {
-  const values = { data: $("data").value, model: $("base").value, method: $("method").value, output: $("output").value };
-  for (const [name, id] of [["max_steps", "max-steps"], ["batch_size", "batch"], ["sample_every", "every"], ["learning_rate", "rate"]])
-    if ($(id).value) values[name] = +$(id).value;
-  if ($("caption").value.trim()) values.caption = $("caption").value.trim();
+  const values = {};
+  for (const [name, id] of Object.entries(FIELDS)) {
+    const field = $(id), value = field.value.trim();
+    if (value) values[name] = field.type === "number" ? +value : value;
+  }
   return values;
 }
 
@@ -41,7 +44,10 @@ function show(state) {
   $("end").disabled = !state.running;
   for (const id of ["look", "begin"]) $(id).disabled = state.running || !offer?.folders.length;
   if (!state.kind) return;
-  if (!before && !$("data").value) { $("data").value = state.data; $("output").value = state.output ?? ""; }
+  if (!before && !$("data").value) { // the page was opened anew
+    const values = state.asked ?? { data: state.data };
+    for (const [name, id] of Object.entries(FIELDS)) if (name !== "model" || values.model) $(id).value = values[name] ?? "";
+  }
   const what = state.kind === "look" ? "Looking at " + state.data : "Training " + state.output + " on " + state.data;
   const ends = { finished: "Finished.", stopped: "Stopped; the same folder for the result goes on from there.", failed: "It failed; below it says why." };
   tell(state.running ? what + " ..." : state.kind === "look" ? what + ": done." : what + ". " + ends[state.ended], state.ended === "failed" && state.kind !== "look");

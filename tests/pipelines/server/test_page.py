@@ -235,6 +235,7 @@ def test_fine_tuning(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             page.click("#to-train")
             page.fill("#data", "runs/discs")
             page.select_option("#base", "runs/birds")
+            page.select_option("#method", "full")
             page.click("#begin")
             assert "in which folder" in page.inner_text("#told")
             for name, value in {"output": "runs/new", "max-steps": "10", "batch": "2", "every": "5"}.items():
@@ -244,6 +245,9 @@ def test_fine_tuning(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with opened(served.url) as page:
             page.click("#to-train")
             page.wait_for_selector("#told:has-text('Finished.')", timeout=300_000)
+            fields = {"data": "runs/discs", "base": "runs/birds", "method": "full", "output": "runs/new"}
+            fields |= {"max-steps": "10", "batch": "2", "every": "5", "rate": ""}
+            assert {name: page.input_value(f"#{name}") for name in fields} == fields
             page.wait_for_function("[...document.querySelectorAll('#samples img')].some((one) => one.naturalWidth > 0)")
             assert page.locator("#plot path[data-curve=loss]").get_attribute("d").startswith("M")
             assert page.locator("#plot path[data-curve=val_loss]").count() == 1
