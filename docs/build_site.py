@@ -4,7 +4,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -51,7 +51,17 @@ def commands_page() -> dict[str, str]:
 
     command = get_command(cli.application())
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="latentdiff", title="Commands")
-    return {"commands": text}
+    return {"commands": told_whole(text, command)}
+
+
+def told_whole(text: str, group: Any) -> str:
+    """With the whole first sentence of each command in the lists of commands, where `get_docs_for_click` cuts it."""
+    for name, command in group.commands.items():
+        cut, whole = (f"* `{name}`: {command.get_short_help_str(limit)}\n" for limit in (45, 400))
+        text = text.replace(cut, whole)
+        if hasattr(command, "commands"):
+            text = told_whole(text, command)
+    return text
 
 
 def settings_pages() -> dict[str, str]:

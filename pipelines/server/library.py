@@ -87,6 +87,9 @@ def is_lora(file: Path) -> bool:
 
     try:
         with safe_open(file, "np") as stream:
-            return any("lora" in name.lower() or ".hada_" in name or ".lokr_" in name for name in stream.keys())  # noqa: SIM118
+            names = list(stream.keys())
     except (OSError, SafetensorError):
         return False
+    if any(name.startswith("denoiser.") for name in names):
+        return False  # of a training, to go on from
+    return any("lora" in name.lower() or ".hada_" in name or ".lokr_" in name for name in names)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.interchange.user_files import MAX_PICTURE, MAX_TEXT, read_bytes
 from latentdiff.pipelines.batch.drawing_options import first_problem
+from latentdiff.pipelines.commands.models import INDEX
 from latentdiff.pipelines.core.call_options import refuse_unknown
 from latentdiff.pipelines.server.child import Child
 from latentdiff.pipelines.server.folders import Folders
@@ -109,7 +110,8 @@ class Training:
         if output in self.folders.roots.values():
             raise RequestError("output: name a folder for the model within that one", "output")
         options = ["--data", str(data), "--output", str(output), "--model", str(self.model_at(request.model))]
-        what = {"kind": "finetune", "data": self.folders.label(data), "output": self.folders.label(output)}
+        what: dict[str, Any] = {"kind": "finetune", "data": self.folders.label(data)}
+        what["output"] = self.folders.label(output)
         what["asked"] = request.model_dump(exclude_none=True)  # a page that is opened later shows it in its form
         self._start(["finetune", *options, "--method", request.method, *request.settings], what, output)
 
@@ -147,6 +149,8 @@ class Training:
         return {
             **self.what,
             "running": status is None,
+            "stopping": status is None and self.child.asked_to_stop,
+            "draws": status is not None and self.output is not None and (self.output / INDEX).is_file(),
             "ended": None if status is None else ended,
             "said": self.child.text,
             "curves": curves_in(self._training / "metrics.jsonl") if self.output else {},

@@ -134,6 +134,8 @@ def load_networks(
                     " (it takes no prompt, being a model of classes or of nothing; draw with latentdiff generate, "
                     "UnconditionalPipeline or ClassConditionalPipeline)"
                 )
+            if class_name == "TokenTransformer":
+                hint = " (a model of codes draws from words, and within a mask: give an image with a mask)"
             wanted = " or ".join(class_names)
             raise ValueError(f"{folder}: its {name} is a {class_name}; this pipeline takes {wanted}{hint}")
         networks[name] = load_network(folder / name, network_class, dtype_of(name, dtype), variant)

@@ -62,13 +62,14 @@ def doctor(
     resolution, step = (None, None) if folder is None else model_shape(folder)
     if model is not None and resolution is None and "resolution" not in settings.model_fields_set:
         say(f"{model} does not say its resolution; judged at {settings.resolution}. resolution=... is another one.")
-    if resolution is not None and "resolution" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"resolution": resolution})
+    own = {"resolution": resolution, "condition": None if folder is None else condition_of(folder)}
+    own = {name: value for name, value in own.items() if value is not None and name not in settings.model_fields_set}
+    settings = settings.model_copy(update=own)
     from latentdiff.training.data.doctor import examine_source, token_counter
 
     if model is not None:
         be_quiet()
-    tokens = token_counter(model) if model is not None and folder is not None and reads_text(folder) else None
+    tokens = token_counter(model) if model is not None and folder is not None and settings.condition == "text" else None
     step = step if step is not None and settings.resolution % step == 0 else math.gcd(settings.resolution, 8)
     report = examine_source(settings, manifest, step, tokens, drop_duplicates)
     for line in report.lines():
@@ -82,11 +83,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-def reads_text(place: Path) -> bool:
-    """Whether a model's captions are for a text encoder, which models of classes and of nothing have not."""
+def condition_of(place: Path) -> str:
+    """What captions are for, with the model in a folder: a text encoder, names of classes, or nothing."""
     from latentdiff.pipelines.registry import kind_in
 
-    return kind_in(place, textless=True).conditioned_by not in ("class", "none")
+    condition = kind_in(place, textless=True).conditioned_by
+    return condition if condition in ("class", "none") else "text"
 
 
 def configs_of(model: str) -> Path:

@@ -50,11 +50,11 @@ function show(state) {
   }
   const what = state.kind === "look" ? "Looking at " + state.data : "Training " + state.output + " on " + state.data;
   const ends = { finished: "Finished.", stopped: "Stopped; the same folder for the result goes on from there.", failed: "It failed; below it says why." };
-  tell(state.running ? what + " ..." : state.kind === "look" ? what + ": done." : what + ". " + ends[state.ended], state.ended === "failed" && state.kind !== "look");
+  tell(state.stopping ? "Stopping: what was trained is saved, which may take a minute ..." : state.running ? what + " ..." : state.kind === "look" ? what + ": done." : what + ". " + ends[state.ended], state.ended === "failed" && state.kind !== "look");
   $("log").textContent = state.said.trim() || "It begins ...";
   $("log").scrollTop = state.kind === "look" ? 0 : $("log").scrollHeight;
   plot(state.curves);
-  $("done").hidden = !(state.kind === "finetune" && ["finished", "stopped"].includes(state.ended));
+  $("done").hidden = !state.draws;
   if (before?.running && !state.running && state.kind === "finetune") offered().catch(() => {});
   samples(state);
 }
@@ -113,5 +113,5 @@ $("train").onsubmit = (event) => {
   command("start", asked());
 };
 $("look").onclick = () => $("data").reportValidity() && command("look", { data: $("data").value, model: $("base").value });
-$("end").onclick = () => { tell("Stopping: what was trained is saved ..."); command("stop", {}); };
+$("end").onclick = () => command("stop", {});
 $("try").onclick = async () => { const name = trained.output; turn(false); await offered(); await chooseModel(name); };

@@ -1,6 +1,7 @@
 """``models``, ``doctor`` and ``convert`` of models whose denoiser is a transformer."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,13 @@ def test_a_lora_of_a_dit_is_drawn_with_and_replayed(models: Path, run: Run, caps
 def test_doctor_needs_no_text_encoder(
     models: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = str(save_discs(tmp_path / "pictures"))
-    for kind in ("pixart", "dit"):
-        assert run("doctor", data, "--model", str(models / kind), "--sheet", f"{kind}.png") == 0
+    data = save_discs(tmp_path / "pictures")
+    uncaptioned = tmp_path / "classes"
+    for i, file in enumerate(sorted(data.glob("*.png"))):
+        (uncaptioned / f"item {i % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, uncaptioned / f"item {i % 2}")
+    for kind, pictures in (("pixart", data), ("dit", data), ("dit", uncaptioned)):
+        assert run("doctor", str(pictures), "--model", str(models / kind), "--sheet", f"{kind}.png") == 0
         said = capsys.readouterr().out
         assert "give 8 of these pictures back, at 16x16" in said.replace("gives", "give")
         assert Path(f"{kind}.png").is_file()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from discs import save_discs
 from loras import diffusers_lora
+from safetensors.torch import save_file
 from served import DRAW, answered, ask, made, near, serving, until
 from tiny_clip import save_clip
 
@@ -35,6 +36,7 @@ def post(url: str, values: Any) -> Any:
 
 
 def test_models_in_folders(runs: Path, drawer: Any) -> None:
+    save_file({"denoiser.conv_in.lora_A.default.weight": torch.ones(2, 4)}, runs / "trained.safetensors")  # of a run
     with serving(made(drawer), folders=[runs]) as served:
         offer = json.loads(ask(served.url + "/page")[1])
         assert [one["id"] for one in offer["models"]] == ["tiny", "emoji", "runs/birds"]
@@ -171,10 +173,11 @@ def test_a_fine_tuning_is_stopped_and_goes_on(runs: Path, drawer: Any) -> None:
         post(f"{url}/start", {**values, "batch_size": 2})
         until(lambda: len(state()["curves"].get("loss", [])) > 1 or not state()["running"], 300)
         assert state()["running"], state()["said"]
-        post(f"{url}/stop", {})
+        assert (state()["stopping"], state()["draws"]) == (False, False)
+        assert post(f"{url}/stop", {})["stopping"]
         until(lambda: not state()["running"], 300)
         stopped = state()
-        assert (stopped["ended"], stopped["output"]) == ("stopped", "runs/new")
+        assert (stopped["ended"], stopped["output"], stopped["draws"]) == ("stopped", "runs/new", True)
         assert "holds the model as it is now, unfinished" in stopped["said"]
         reached = stopped["curves"]["loss"][-1][0]
         post(f"{url}/start", {**values, "batch_size": 2, "max_steps": reached + 3})
