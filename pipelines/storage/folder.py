@@ -19,7 +19,7 @@ from latentdiff.interchange.folders import check_pipeline_folder, find_model, re
 from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
-from latentdiff.pipelines.core.call_options import real_number, whole_number
+from latentdiff.pipelines.core.call_options import positive_whole, real_number, whole_number
 from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY, kind_of_family
 from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
 from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
@@ -286,13 +286,15 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
 
         Raises:
             TypeError: a value is no number of the kind.
-            ValueError: another name, or a value that is not finite.
+            ValueError: another name, a value that is not finite, or no step.
         """
         for name, value in defaults.items():
             if name not in DEFAULTS:
                 raise ValueError(f"unknown default {name!r}; a model can have {', '.join(DEFAULTS)}")
             read = whole_number if name == "num_inference_steps" else real_number
             defaults[name] = read(value, name)
+            if name == "num_inference_steps":
+                positive_whole(value, name)
         if defaults:
             self.register_to_config(**{DEFAULTS_KEY: {**self.registered_defaults, **defaults}})
 

@@ -143,6 +143,10 @@ def unknown_default(folder: Path, mark: Path) -> None:
     change_index(folder, _generation_defaults={"sampler": 3})
 
 
+def less_than_no_step(folder: Path, mark: Path) -> None:
+    change_index(folder, _generation_defaults={"num_inference_steps": -5})
+
+
 def pipe_in_the_tokenizer(folder: Path, mark: Path) -> None:
     os.mkfifo(folder / "tokenizer/added_tokens.json")
 
@@ -180,6 +184,7 @@ HARM: list[tuple[Callable[[Path, Path], None], str]] = [
     (scheduler_of_many_steps, r"scheduler_config\.json: num_train_timesteps=1000000000 should be"),
     (no_tokenizer, r"/model.*tokenizer"),
     (unknown_default, r"/model: unknown default 'sampler'"),
+    (less_than_no_step, "num_inference_steps must be a whole number from 1, not -5"),
     (pipe_in_the_tokenizer, r"added_tokens\.json is a pipe or a device"),
     (weights_that_link_to_themselves, r"text_encoder.*model\.safetensors|/model/text_encoder"),
     (device_for_a_config, r"unet/config\.json is a (pipe or a device|link that leads out of)"),
