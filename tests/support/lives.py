@@ -102,6 +102,13 @@ def kill(children: Sequence[int]) -> None:
             continue
 
 
+def seconds_of(work: Callable[[], object], log: Path) -> float:
+    """How long `work` takes in a process of its own; with it kills are timed alike on slow and on fast machines."""
+    began = time.monotonic()
+    assert wait(start(work, log)) == [0], log.read_text(encoding="utf-8")[-3000:]
+    return time.monotonic() - began
+
+
 def live_and_die(
     work: Callable[[], object], log: Path, kills: int, longest: float, seed: int, processes: int = 1
 ) -> int:

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from lives import live_and_die, start, wait
+from lives import live_and_die, seconds_of, start, wait
 from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
 
@@ -197,9 +197,11 @@ def test_resumes_exactly(pictures: Path, model: Path, tmp_path: Path, method: st
 def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_path: Path) -> None:
     save_flow(tmp_path / "model")
     common = {**METHODS["trajectory"], "data": str(pictures), "max_steps": 6, "checkpoint_every": 1}
-    log, straight = tmp_path / "log.txt", run(tmp_path / "model", tmp_path / "straight", **common)
-    assert live_and_die(lambda: run(tmp_path / "model", tmp_path / "killed", **common), log, 2, 2.0, seed=0)
-    assert all(torch.equal(unet(tmp_path / "killed")[name], one) for name, one in unet(straight).items())
+    log = tmp_path / "log.txt"
+    took = seconds_of(lambda: run(tmp_path / "model", tmp_path / "straight", **common), log)
+    assert live_and_die(lambda: run(tmp_path / "model", tmp_path / "killed", **common), log, 2, 0.8 * took, seed=0)
+    straight, killed = (unet(tmp_path / name) for name in ("straight", "killed"))
+    assert all(torch.equal(killed[name], one) for name, one in straight.items())
 
 
 @pytest.mark.slow

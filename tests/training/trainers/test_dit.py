@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from compare import largest_difference
-from lives import live_and_die, start, wait
+from lives import live_and_die, seconds_of, start, wait
 from safetensors.torch import load_file
 
 from latentdiff import ClassConditionalPipeline, TextToImagePipeline
@@ -76,9 +76,9 @@ def test_kills_and_several_processes_change_nothing(
         AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         train(values, tmp_path / name, batch_size=size)
 
-    assert wait(start(lambda: work("one"), log)) == [0], log.read_text()
+    took = seconds_of(lambda: work("one"), log)
     assert wait(start(lambda: work("two", 1), log, processes=2)) == [0, 0], log.read_text()
-    assert live_and_die(lambda: work("killed"), log, 2, 2.0, seed=0)
+    assert live_and_die(lambda: work("killed"), log, 2, 0.8 * took, seed=0)
     one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
     assert same(one, killed)
     for name, tensor in one.items():

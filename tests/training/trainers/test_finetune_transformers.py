@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from compare import largest_difference
-from lives import live_and_die, start, wait
+from lives import live_and_die, seconds_of, start, wait
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_transformers import dit_folder, pixart_folder
@@ -218,9 +218,9 @@ def test_kills_and_several_processes_change_nothing(
         changes = {"method": "lora", "lora_rank": 2, "checkpoint_every": 1, "batch_size": size, "learning_rate": 1e-3}
         run(numbered, model, tmp_path / name, **changes)
 
-    assert wait(start(lambda: train("one"), log)) == [0], log.read_text()
+    took = seconds_of(lambda: train("one"), log)
     assert wait(start(lambda: train("two", 1), log, processes=2)) == [0, 0], log.read_text()
-    assert live_and_die(lambda: train("killed"), log, 2, 2.0, seed=0)
+    assert live_and_die(lambda: train("killed"), log, 2, 0.8 * took, seed=0)
     one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
     assert same(one, killed)
     for name, tensor in one.items():

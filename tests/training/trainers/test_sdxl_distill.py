@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from lives import live_and_die
+from lives import live_and_die, seconds_of
 from safetensors.torch import load_file
 from tiny import draw
 from tiny_sdxl import tiny_refiner, tiny_sdxl
@@ -103,9 +103,11 @@ def test_the_teacher_is_guided_as_diffusers_guides_it(zeros: bool) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_kills_change_nothing(pictures: Path, model: Path, tmp_path: Path) -> None:
     common: dict[str, object] = {"max_steps": 6, "sample_every": 100}
-    log, straight = tmp_path / "log.txt", run(pictures, model, tmp_path / "straight", "lcm", **common)
-    assert live_and_die(lambda: run(pictures, model, tmp_path / "killed", "lcm", **common), log, 2, 2.0, seed=0)
-    assert all(torch.equal(unet(tmp_path / "killed")[name], one) for name, one in unet(straight).items())
+    log = tmp_path / "log.txt"
+    took = seconds_of(lambda: run(pictures, model, tmp_path / "straight", "lcm", **common), log)
+    assert live_and_die(lambda: run(pictures, model, tmp_path / "killed", "lcm", **common), log, 2, 0.8 * took, seed=0)
+    straight, killed = (unet(tmp_path / name) for name in ("straight", "killed"))
+    assert all(torch.equal(killed[name], one) for name, one in straight.items())
 
 
 def test_a_refiner_is_not_distilled(pictures: Path, tmp_path: Path) -> None:
