@@ -88,6 +88,9 @@ def test_a_released_checkpoint_becomes_a_network_or_a_pipeline(
 def test_what_cannot_be_meant_is_refused(
     models: Path, run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    if "onnx" in arguments:
+        pytest.importorskip("onnxruntime")  # asked for first
+        pytest.importorskip("onnxscript")
     Path("dit").symlink_to(models / "dit")
     released = {name: tensor.contiguous() for name, tensor in weights().items()}
     save_file(released, "dit.safetensors")
@@ -99,6 +102,7 @@ def test_what_cannot_be_meant_is_refused(
 
 
 def test_runtimes_are_refused(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")  # asked for first
     call = ("generate", "--class", "item 3", "--model", str(models / "dit"), "-o", "x.png", "--runtime", "onnx")
     assert run(*call) == 2
     assert "a DiTPipeline is drawn with by torch only; leave runtime (--runtime) out" in " ".join(
