@@ -1,14 +1,12 @@
 """The README's and the first pages' commands and snippets do what they say, with fewer steps of training."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from discs import save_discs
 from pages import ROOT, blocks, commands
-
-from latentdiff import cli
+from program import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]]
     monkeypatch.chdir(tmp_path)
     save_discs(tmp_path / "pictures")
 
-    def run(words: list[str]) -> int:
-        monkeypatch.setattr(sys, "argv", words)
-        try:
-            cli.run(cli.application())
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
+    return lambda words: run_program(monkeypatch, *words[1:])
 
 
 def shortened(words: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from latentdiff.models.bottlenecks import GumbelQuantizer
 from latentdiff.models.codes import MARGIN, CodeAutoencoder, LogitLaplace
 from latentdiff.models.layers import Checkpointed
 from latentdiff.models.network import downscale_factor
-from latentdiff.models.single_file_networks import find_checkpoint
+from latentdiff.models.single_file_networks import coder_checkpoints
 
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
 
@@ -178,13 +178,9 @@ class DalleAutoencoder(CodeAutoencoder):
             ValueError: it is damaged, holds something else or lacks weights.
             TypeError: an unknown argument.
         """
-        from latentdiff.interchange.single_file import Checkpoint
         from latentdiff.interchange.single_file.dalle import read_dalle
 
         dtype = read_dtype(hub.pop("torch_dtype", None) or dtype)
-        files = {"encoder": Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)}
-        files["decoder"] = files["encoder"]
-        if decoder is not None:
-            files["decoder"] = Checkpoint(find_checkpoint(cls, decoder, allow_pickle, hub), allow_pickle)
+        files = coder_checkpoints(cls, source, decoder, allow_pickle, hub)
         model: Self = read_dalle(files, cls, dtype)
         return model

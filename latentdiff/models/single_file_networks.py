@@ -1,11 +1,14 @@
 """``from_single_file`` of networks, and ``save_single_file`` of the autoencoders."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from latentdiff.dtypes import read_dtype
+
+if TYPE_CHECKING:
+    from latentdiff.interchange.single_file import Checkpoint
 
 
 def find_checkpoint(network: type, source: str | Path, allow_pickle: bool, hub: dict[str, Any]) -> Path:
@@ -20,6 +23,24 @@ def find_checkpoint(network: type, source: str | Path, allow_pickle: bool, hub: 
         if name not in HUB_OPTIONS:
             raise TypeError(f"{network.__name__}.from_single_file: unknown argument {name!r}")
     return find_file(source, allow_pickle, **hub)
+
+
+def coder_checkpoints(
+    network: type, source: str | Path, decoder: str | Path | None, allow_pickle: bool, hub: dict[str, Any]
+) -> dict[str, "Checkpoint"]:
+    """The checkpoints of an autoencoder's ``encoder`` and ``decoder``: two files, or one with both.
+
+    Raises:
+        TypeError: one of the arguments `hub` is unknown.
+    """
+    from latentdiff.interchange.single_file import Checkpoint
+
+    found = [
+        Checkpoint(find_checkpoint(network, place, allow_pickle, hub), allow_pickle)
+        for place in (source, decoder)
+        if place is not None
+    ]
+    return {"encoder": found[0], "decoder": found[-1]}
 
 
 def packed_network(network: Any, file: Path, dtype: torch.dtype | None, unused: dict[str, Any]) -> Any:

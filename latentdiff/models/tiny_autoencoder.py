@@ -21,7 +21,7 @@ from latentdiff.dtypes import read_dtype
 from latentdiff.models.autoencoder import Autoencoder, AutoencoderOutput, check_pixels
 from latentdiff.models.bottlenecks import BottleneckOutput, Generators
 from latentdiff.models.layers import Checkpointed
-from latentdiff.models.single_file_networks import find_checkpoint
+from latentdiff.models.single_file_networks import coder_checkpoints
 
 ACTIVATIONS = ("relu", "silu", "swish", "gelu", "mish")
 TILE = 512
@@ -207,13 +207,10 @@ class AutoencoderTiny(Autoencoder):
             ValueError: it is damaged, holds something else or lacks weights.
             TypeError: an unknown argument.
         """
-        from latentdiff.interchange.single_file import Checkpoint, read_taesd
+        from latentdiff.interchange.single_file import read_taesd
 
         dtype = read_dtype(hub.pop("torch_dtype", None) or dtype)
-        files = {"encoder": Checkpoint(find_checkpoint(cls, source, allow_pickle, hub), allow_pickle)}
-        files["decoder"] = files["encoder"]
-        if decoder is not None:
-            files["decoder"] = Checkpoint(find_checkpoint(cls, decoder, allow_pickle, hub), allow_pickle)
+        files = coder_checkpoints(cls, source, decoder, allow_pickle, hub)
         model: Self = read_taesd(files, cls, dtype)
         return model
 

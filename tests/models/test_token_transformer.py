@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.models import TokenTransformer
-from latentdiff.models.token_transformer import TokenBlock, rotations
+from latentdiff.models.token_blocks import TokenBlock, rotations
 
 SMALL: dict[str, Any] = {
     "num_vq_embeddings": 11,

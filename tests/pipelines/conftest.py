@@ -1,18 +1,19 @@
 """Tiny pipelines with random weights, ours and diffusers' with the same."""
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from program import run_program
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, cli
+from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
 
 UNET = {
     "sample_size": 8,
@@ -166,12 +167,4 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
 
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, arguments)])
-        try:
-            cli.run(cli.application())
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
+    return partial(run_program, monkeypatch)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def assert_alike(a: Path, b: Path) -> None:
         torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)
 
 
+def assert_divided_alike(train: Callable[..., object], tmp_path: Path) -> None:
+    """`train(name, batch size, accumulation)` gives the same in one pass, in two, and in two processes."""
+    log = tmp_path / "log.txt"
+    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
+    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    assert_alike(tmp_path / "one", tmp_path / "accumulated")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize(("objective", "masked"), [("gaussian", False), ("flow", True)])
 def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: str, masked: bool) -> None:
     if masked:
@@ -71,12 +82,7 @@ def test_denoiser(denoiser_settings: dict[str, Any], tmp_path: Path, objective: 
         }
         train_denoiser(DenoiserSettings.load(None, {**denoiser_settings, **values, "output": str(tmp_path / name)}))
 
-    log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
-    assert_alike(tmp_path / "one", tmp_path / "accumulated")
-    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert_divided_alike(train, tmp_path)
     assert not torch.equal(trained(tmp_path / "one")["denoiser.conv_in.weight"], torch.zeros(1))
 
 
@@ -92,12 +98,7 @@ def test_prior(order: str, pictures: Path, text_encoder: Path, tmp_path: Path) -
         values |= {"data": str(pictures), "autoencoder": str(vq), "text_encoder": str(text_encoder)}
         train_prior(PriorSettings.load(None, {**values, "warmup_steps": 1, "output": str(tmp_path / name)}))
 
-    log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
-    assert_alike(tmp_path / "one", tmp_path / "accumulated")
-    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert_divided_alike(train, tmp_path)
 
 
 CODES = {"kind": "vq", "num_vq_embeddings": 16, "codebook_start": "none", "codebook_restart": 0}
