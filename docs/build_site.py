@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)\s#]+)")
+SPOKEN = re.compile(r"\b[a-z][a-z0-9_]*\b(?:=\[?[\w-]+(?:\.\d+)*\]?)?")
+"""A setting in a sentence, perhaps with a value."""
 OUTSIDE = "source"
 """The folder of the site with copies of what lies outside docs/."""
 SHOWN = {".py", ".yaml", ".yml", ".toml", ".txt", ".png", ".md", ""}
@@ -80,9 +82,26 @@ def entries(kind: "type[Settings]") -> Iterator[str]:
     """Of each setting a heading, so that it can be linked to, and what is said of it."""
     from latentdiff.training.settings.describe import rows
 
-    for row in rows(kind):
+    found = list(rows(kind))
+    names = {row.name for row in found}
+    for row in found:
         default = "" if row.default is None else f" Default: `{row.default}`."
-        yield f"## `{row.name}`\n\n{row.meaning[:1].upper()}{row.meaning[1:]}.\n\n*{row.type}*.{default}\n"
+        kept = " A run that goes on has to keep it." if row.name in getattr(kind, "fixed", ()) else ""
+        yield f"## `{row.name}`\n\n{row.meaning[:1].upper()}{row.meaning[1:]}.\n\n*{row.type}*.{default}{kept}\n"
+        if row.when:
+            yield f"**When to change it.** {linked(row.when, names)}\n"
+
+
+def linked(text: str, names: set[str]) -> str:
+    """With what is typed as code, and settings that are spoken of as links to their entries on the page."""
+
+    def lead(found: re.Match[str]) -> str:
+        name = found[0].partition("=")[0]
+        spoken = name in names and ("_" in name or "=" in found[0])
+        return f"[`{found[0]}`](#{name})" if spoken else f"`{found[0]}`" if "=" in found[0] else found[0]
+
+    parts = re.split(r"'((?:latentdiff|hf) [^']*)'", text)  # every second one is a command
+    return "".join(f"`{part}`" if i % 2 else SPOKEN.sub(lead, part) for i, part in enumerate(parts))
 
 
 def linked_outside(files: Files) -> Iterator[str]:

@@ -28,7 +28,7 @@ from latentdiff.training.data.survey import (
 )
 from latentdiff.training.data.tables import read_rows
 from latentdiff.training.settings import Condition, DoctorSettings
-from latentdiff.training.settings.run import HELD_OUT_SHARE
+from latentdiff.training.settings.learning import HELD_OUT_SHARE
 
 ENORMOUS = 25_000_000  # pixels: takes long to read each time
 CUT_AWAY = 1 / 3 + 1e-6  # of a picture, by cropping

@@ -26,7 +26,7 @@ from latentdiff.training.data.load import FEWEST, hold_out
 from latentdiff.training.data.source import TRAIN, same_split
 from latentdiff.training.data.survey import sound_pictures
 from latentdiff.training.settings import Condition, DataSettings, HeldOutSettings
-from latentdiff.training.settings.run import HELD_OUT_SHARE
+from latentdiff.training.settings.learning import HELD_OUT_SHARE
 
 logger = logging.getLogger(__name__)
 

@@ -2,17 +2,14 @@
 
 from latentdiff.training.settings.autoencoder import AutoencoderSettings
 from latentdiff.training.settings.base import Settings
-from latentdiff.training.settings.diffusion import (
-    AdaptedSettings,
-    ClassifierSettings,
-    DenoiserSettings,
-    DiffusionSettings,
-    FinetuneSettings,
-)
+from latentdiff.training.settings.denoiser import ClassifierSettings, DenoiserSettings
+from latentdiff.training.settings.diffusion import DiffusionSettings
 from latentdiff.training.settings.distillation import DistillationSettings
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings
+from latentdiff.training.settings.finetune import AdaptedSettings, FinetuneSettings
+from latentdiff.training.settings.pictures import Condition, DataSettings, DoctorSettings, MaskSettings
 from latentdiff.training.settings.prior import PriorSettings
-from latentdiff.training.settings.run import Condition, DataSettings, DoctorSettings, MaskSettings, RunSettings
+from latentdiff.training.settings.run import RunSettings
 
 __all__ = [
     "AdaptedSettings",

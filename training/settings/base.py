@@ -10,6 +10,7 @@ from typing import Any, Self, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.config import JsonDict
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.user_files import parse_yaml, read_yaml
@@ -61,6 +62,15 @@ NO_SETTING = {
     ),
 }
 """What is said of keys that stand for no setting of ours."""
+
+
+def when(to_change: str) -> JsonDict:
+    """For a field's ``json_schema_extra``: when to change a setting, beside its `description`, which says what it is.
+
+    What comes of more and of less of it, what to look at to decide, and values that are known to be good, with their
+    source; or that it never needs a change.
+    """
+    return {"when": to_change}
 
 
 class Settings(BaseModel):
@@ -136,7 +146,7 @@ class Settings(BaseModel):
     def _explain(cls, item: Any) -> str:
         key = SHOWN.repr(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
-            return f"unknown setting {key}; {cls._hint(str(item['loc'][0])[:100])}"
+            return f"unknown setting {key}; {cls.hint(str(item['loc'][0])[:100])}"
         if item["type"] == "missing":
             option = str(item["loc"][0]).replace("_", "-")
             return f"setting {key} is needed: --{option}, or {item['loc'][0]}: in the file of --config"
@@ -144,7 +154,7 @@ class Settings(BaseModel):
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
 
     @classmethod
-    def _hint(cls, key: str) -> str:
+    def hint(cls, key: str) -> str:
         """What to give in place of an unknown key: by its meaning, or the nearest name."""
         if key.lower() in NO_SETTING:
             return NO_SETTING[key.lower()]

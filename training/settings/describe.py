@@ -1,7 +1,10 @@
-"""Settings as people read them: a YAML file with all of them in it, commented out, each with its meaning and type."""
+"""Settings as people read them: a YAML file with all of them in it, commented out, each with its meaning and type.
+
+Of a few, and on the documentation's pages, also when to change them.
+"""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -15,14 +18,33 @@ NAMES = {"integer": "whole number", "number": "number", "string": "text", "boole
 def as_yaml(kind: type[Settings], title: str) -> str:
     """Every setting of `kind` in their order, the file's first line being `title`; it loads as no settings at all."""
     head = "Take the # away before a key to set it, and give the file with --config FILE; or give key=value."
-    return "\n".join([f"# {title}", f"# {head}", *_lines(kind)]) + "\n"
+    return "\n".join([f"# {title}", f"# {head}", *(line for row in rows(kind) for line in _lines(row))]) + "\n"
 
 
-def _lines(kind: type[Settings]) -> Iterator[str]:
-    for row in rows(kind):
-        yield ""
-        yield from textwrap.wrap(f"{row.meaning} ({row.type})", WIDTH, initial_indent="# ", subsequent_indent="#   ")
-        yield f"#{row.name}:" if row.default is None else f"#{row.name}: {row.default}"
+def in_full(kind: type[Settings], names: Sequence[str]) -> str:
+    """The settings of these names, or other names, with when to change them, in the form of `as_yaml`.
+
+    Raises:
+        ValueError: there is no such setting; the nearest one is named.
+    """
+    known = {row.name: row for row in rows(kind)}
+    lines: list[str] = []
+    for name in names:
+        key = name if name in known else ALIASES.get(name, name)
+        if key not in known:
+            raise ValueError(f"unknown setting {name!r}; {kind.hint(name)}")
+        *about, value = _lines(known[key])
+        lines += [*about, "#", *_wrapped(f"When to change it: {known[key].when}"), value]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _lines(row: "Row") -> list[str]:
+    value = f"#{row.name}:" if row.default is None else f"#{row.name}: {row.default}"
+    return ["", *_wrapped(f"{row.meaning} ({row.type})"), value]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="#   ")
 
 
 class Row(NamedTuple):
@@ -34,6 +56,8 @@ class Row(NamedTuple):
     """Its type and limits, whether it is needed, and its other names."""
     default: str | None
     """As YAML; None where one has to be given."""
+    when: str
+    """When to change it: see `base.when`."""
 
 
 def rows(kind: type[Settings]) -> Iterator[Row]:
@@ -46,16 +70,19 @@ def rows(kind: type[Settings]) -> Iterator[Row]:
         needed = "; needed" if name in schema.get("required", ()) else ""
         value = yaml.safe_dump(about.get("default"), default_flow_style=True, width=10_000)
         default = None if needed else value.removesuffix("...\n").strip()
-        yield Row(name, description(kind, name), f"{type_name(about)}{needed}{also}", default)
+        yield Row(
+            name,
+            nearest(kind, name, lambda field: field.description),
+            f"{type_name(about)}{needed}{also}",
+            default,
+            nearest(kind, name, lambda field: (field.json_schema_extra or {}).get("when")),
+        )
 
 
-def description(kind: type[Settings], name: str) -> str:
-    """Of a setting; what a class takes over with another default keeps that of its base."""
-    for base in kind.__mro__:
-        field = getattr(base, "model_fields", {}).get(name)
-        if field is not None and field.description:
-            return str(field.description)
-    return ""
+def nearest(kind: type[Settings], name: str, said: Callable[[Any], str | None]) -> str:
+    """What is `said` of a setting; what a class takes over with another default keeps what its base says."""
+    fields = (getattr(base, "model_fields", {}).get(name) for base in kind.__mro__)
+    return next((text for field in fields if field is not None and (text := said(field))), "")
 
 
 def type_name(about: dict[str, Any]) -> str:

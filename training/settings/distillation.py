@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from latentdiff.training.settings.diffusion import AdaptedSettings
+from latentdiff.training.settings.finetune import AdaptedSettings
 from latentdiff.training.settings.run import RunSettings
 
 HUBER_C = 0.03  # of a whole picture, for trajectory

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from latentdiff.training.settings.diffusion import DiffusionSettings
-from latentdiff.training.settings.run import Condition, RunSettings
+from latentdiff.training.settings.pictures import Condition
+from latentdiff.training.settings.run import RunSettings
 
 
 class PriorSettings(DiffusionSettings):

@@ -15,7 +15,7 @@ from latentdiff.interchange.lora.kohya_names import to_kohya_name
 from latentdiff.interchange.lora.layers import PEFT_PREFIX
 from latentdiff.pipelines import LatentPipeline, TextToImagePipeline
 from latentdiff.training.settings import AdaptedSettings
-from latentdiff.training.settings.diffusion import Adapter
+from latentdiff.training.settings.finetune import Adapter
 
 DEFAULT_RANK = 16
 

@@ -22,7 +22,7 @@ from latentdiff.training.settings import (
     PriorSettings,
     Settings,
 )
-from latentdiff.training.settings.describe import as_yaml, description
+from latentdiff.training.settings.describe import as_yaml, in_full, rows
 from latentdiff.training.starting_networks import Conditions, build_classifier, build_denoiser
 from latentdiff.training.trainers.denoiser import build_process
 
@@ -270,13 +270,25 @@ def test_every_setting_is_described(kind: type[Settings]) -> None:
     text = as_yaml(kind, "title")
     assert yaml.safe_load(text) is None
     fields = {name: field for name, field in kind.model_fields.items() if field.annotation is not DOES_NOTHING}
+    said = {row.name: row for row in rows(kind)}
     for name, field in fields.items():
-        assert description(kind, name), f"{name} needs a description"
+        assert said[name].meaning, f"{name} needs a description"
         assert f"\n#{name}:" in text, name
         assert field.is_required() or name in yaml.safe_load(re.search(rf"^#({name}: .*)$", text, re.M)[1])  # type: ignore[index]
     values = yaml.safe_load(re.sub(r"^#(?=\w)", "", text, flags=re.M))
     needed = {name: "x" for name, field in kind.model_fields.items() if field.is_required() or name == "data"}
     assert kind.load(None, {**values, **needed}) == kind.load(None, needed)
+
+
+def test_of_a_few_settings_it_is_said_when_to_change_them() -> None:
+    command = ["settings", "finetune", "lr", "batch_size"]
+    text = CliRunner().invoke(application(), command).output
+    assert text == in_full(FinetuneSettings, ["learning_rate", "batch_size"])
+    assert yaml.safe_load(text) is None
+    assert re.findall("^#(\\w+): ", text, re.MULTILINE) == ["learning_rate", "batch_size"]
+    assert "also lr)\n#\n# When to change it: " in text
+    result = CliRunner().invoke(application(), ["settings", "finetune", "learning_rat"])
+    assert str(result.exception) == "unknown setting 'learning_rat'; did you mean 'learning_rate'?"
 
 
 def test_descriptions_say_type_default_and_other_names() -> None:

@@ -15,7 +15,7 @@ from latentdiff.models import UNet2DModel
 from latentdiff.pipelines.storage.places import find_place, text_encoder_at
 from latentdiff.training.evaluation.held_out import load_textless, trained_without
 from latentdiff.training.settings import EvaluationSettings, FinetuneSettings
-from latentdiff.training.settings.run import HELD_OUT_SHARE
+from latentdiff.training.settings.learning import HELD_OUT_SHARE
 from latentdiff.training.starting_networks import load_autoencoder
 from latentdiff.training.trainers.finetune import finetune, load_model
 

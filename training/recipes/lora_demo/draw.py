@@ -21,8 +21,8 @@ def read_shapes() -> dict[str, list[str]]:
     return {caption: shapes.split("; ") for caption, shapes in pairs}
 
 
-def sticker(shapes: list[str]) -> Image.Image:
-    """Shapes with a white edge around them, on blue."""
+def figure_of(shapes: list[str]) -> Image.Image:
+    """Shapes on a transparent ground."""
     figure = Image.new("RGBA", (SIDE, SIDE))
     draw = ImageDraw.Draw(figure)
     for shape in shapes:
@@ -38,6 +38,12 @@ def sticker(shapes: list[str]) -> Image.Image:
             draw.polygon(points, colour)
         else:
             draw.line(points, colour, 3 * SCALE)
+    return figure
+
+
+def sticker(shapes: list[str]) -> Image.Image:
+    """Shapes with a white edge around them, on blue."""
+    figure = figure_of(shapes)
     picture = Image.new("RGB", (SIDE, SIDE), GROUND)
     outline = figure.getchannel("A").filter(ImageFilter.MaxFilter(6 * SCALE + 1))
     picture.paste(EDGE, mask=outline.filter(ImageFilter.GaussianBlur(1)))
