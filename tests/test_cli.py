@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from program import run_program
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, __version__, cli
@@ -58,20 +59,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
 
 
-def latentdiff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["latentdiff", *arguments])
-    try:
-        cli.run(cli.application())
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_draws_a_picture_that_keeps_its_settings(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert latentdiff(monkeypatch, "generate", "a red car", "-o", "car.png", "--model", model, "--seed", "5") == 0
+    assert run_program(monkeypatch, "generate", "a red car", "-o", "car.png", "--model", model, "--seed", "5") == 0
     assert re.search(r"car\.png: seed 5, \d", capsys.readouterr().out)
     settings = read_settings(Path("car.png"))
     assert settings == {
@@ -100,13 +91,13 @@ def test_draws_a_picture_that_keeps_its_settings(
     drawn = TextToImagePipeline.from_pretrained(model)("a red car", seed=5).images[0]
     with Image.open("car.png") as image:
         assert image.tobytes() == drawn.tobytes()
-    assert latentdiff(monkeypatch, "generate", "a red car", "-o", "car.png", "--model", model) == 0  # again
+    assert run_program(monkeypatch, "generate", "a red car", "-o", "car.png", "--model", model) == 0  # again
 
 
 def test_options_reach_the_picture(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--steps", "3", "--guidance", "2", "--scheduler", "euler", "--precision", "bfloat16", "--device", "cpu"]
     size = ["--width", "16", "--height", "12", "--negative-prompt", "blue"]
-    assert latentdiff(monkeypatch, "generate", "a red car", "--model", model, *options, *size) == 0
+    assert run_program(monkeypatch, "generate", "a red car", "--model", model, *options, *size) == 0
     settings = read_settings(Path("a-red-car.png")) or {}
     expected: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "scheduler": "EulerDiscreteScheduler"}
     expected |= {"precision": "bfloat16", "width": 16, "height": 12, "negative_prompt": "blue"}
@@ -119,19 +110,19 @@ def test_several_pictures_make_a_grid_or_several_files(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--model", model, "--seed", "7"]
-    assert latentdiff(monkeypatch, "generate", "a car", "sun", "-n", "5", "-o", "grid.png", *common) == 0
+    assert run_program(monkeypatch, "generate", "a car", "sun", "-n", "5", "-o", "grid.png", *common) == 0
     assert "seeds 7 to 16" in capsys.readouterr().out
     with Image.open("grid.png") as grid:
         assert grid.size == (5 * 10 - 2, 2 * 10 - 2)
         ninth = grid.crop((30, 10, 38, 18))
-    assert latentdiff(monkeypatch, "generate", "a car", "sun", "-n", "5", "-o", "one.png", "--separate", *common) == 0
+    assert run_program(monkeypatch, "generate", "a car", "sun", "-n", "5", "-o", "one.png", "--separate", *common) == 0
     files = sorted(path.name for path in Path().glob("one-*.png"))
     assert files == [f"one-{i:02d}.png" for i in range(1, 11)]
     settings = read_settings(Path("one-09.png")) or {}
     assert (settings["prompts"], settings["seed"], settings["count"]) == (["sun"], 15, 1)
     with Image.open("one-09.png") as image:
         assert image.tobytes() == ninth.tobytes()
-    assert latentdiff(monkeypatch, "generate", "sun", "-o", "again.png", "--model", model, "--seed", "15") == 0
+    assert run_program(monkeypatch, "generate", "sun", "-o", "again.png", "--model", model, "--seed", "15") == 0
     with Image.open("again.png") as image, Image.open("one-09.png") as before:
         assert max(abs(a - b) for a, b in zip(image.tobytes(), before.tobytes(), strict=True)) <= 1
 
@@ -157,7 +148,7 @@ def test_mistakes_are_told_without_a_traceback(
 ) -> None:
     Path("mine.png").write_text("precious")
     given = [] if "--model" in arguments else ["--model", model]
-    assert latentdiff(monkeypatch, "generate", *arguments, *given) == 2
+    assert run_program(monkeypatch, "generate", *arguments, *given) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert message in error
@@ -168,7 +159,7 @@ def test_mistakes_are_told_without_a_traceback(
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--count", "0"], ["a", "--nonsense"], ["a", "--precision", "int3"]])
 def test_wrong_usage(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert latentdiff(monkeypatch, "generate", *arguments) == 2
+    assert run_program(monkeypatch, "generate", *arguments) == 2
     assert "Usage" in capsys.readouterr().err
 
 
@@ -180,7 +171,7 @@ def test_a_damaged_model_is_named(
     shutil.copytree(model, tmp_path / "broken")
     weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert latentdiff(monkeypatch, "generate", "a", "--model", "broken") == 2
+    assert run_program(monkeypatch, "generate", "a", "--model", "broken") == 2
     error = capsys.readouterr().err
     assert "diffusion_pytorch_model.safetensors is damaged" in error
     assert "Traceback" not in error
@@ -191,10 +182,10 @@ def test_our_own_faults_have_status_1(monkeypatch: pytest.MonkeyPatch, capsys: p
         raise RuntimeError("broken")
 
     monkeypatch.setattr(generate, "load_pipeline", fail)
-    assert latentdiff(monkeypatch, "generate", "a") == 1
+    assert run_program(monkeypatch, "generate", "a") == 1
     assert "Error: RuntimeError: broken" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="broken"):
-        latentdiff(monkeypatch, "--debug", "generate", "a")
+        run_program(monkeypatch, "--debug", "generate", "a")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +213,7 @@ def test_what_the_user_can_mend_is_no_fault_of_the_program(
             raise error
 
     monkeypatch.setattr(generate, "load_pipeline", fail)
-    assert latentdiff(monkeypatch, "generate", "a") == status
+    assert run_program(monkeypatch, "generate", "a") == status
     said = capsys.readouterr().err
     assert message in said
     assert ("fault of the program" in said) == (status == 1)
@@ -232,7 +223,7 @@ def test_what_the_user_can_mend_is_no_fault_of_the_program(
 def test_unquoted_words_are_pointed_out(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert latentdiff(monkeypatch, "generate", "red", "car", "--model", model) == 0
+    assert run_program(monkeypatch, "generate", "red", "car", "--model", model) == 0
     assert 'write "red car"' in capsys.readouterr().out
 
 

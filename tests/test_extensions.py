@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from program import run_program
 from tiny import tiny_pipeline
 
-from latentdiff import TextToImagePipeline, cli
+from latentdiff import TextToImagePipeline
 from latentdiff.diffusion import process
 from latentdiff.extensions import VARIABLE, load_extensions
 from latentdiff.interchange.png import read_settings
@@ -33,15 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     for name in ("postcards.py", "second_encoder.py", "straight_flow.py"):
         shutil.copy(EXAMPLES / name, name)
 
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, arguments)])
-        try:
-            cli.run(cli.application())
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    yield run
+    yield partial(run_program, monkeypatch)
     for name in ("postcards", "second_encoder", "straight_flow"):
         sys.modules.pop(name, None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from PIL import Image
+from program import run_program
 
 from latentdiff import cli
 from latentdiff.interchange.png import read_settings, save_picture
@@ -102,13 +103,11 @@ def test_a_pictures_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
-    monkeypatch.setattr(sys, "argv", ["latentdiff", "replay", "a.png"])
     harm = "\x1b[2J\u202eevil"
     for changes in ({"version": harm, "magic": 1}, {"version": "0", harm: 1}, {"version": "0", "model": harm}):
         save_picture(Image.new("RGB", (8, 8)), Path("a.png"), {"model": "none/such", **record, **changes})
         assert read_settings(Path("a.png")) is not None
-        with pytest.raises(SystemExit):
-            cli.run(cli.application())
+        assert run_program(monkeypatch, "replay", "a.png") == 2
         error = capfd.readouterr().err
         assert is_safe(error)
         assert "evil" in error
