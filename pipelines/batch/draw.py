@@ -197,12 +197,27 @@ def draw_batch(pipeline: Any, settings: Settings, batch: Batch, inputs: SourcePi
     if settings.refiner is None:
         return drawn_of(pipeline(**arguments), number)
     latents = pipeline(**arguments, output_type="latent").images
-    refined = call_arguments(pipeline.refiner, settings, batch, SourcePictures())
+    refiner = refiner_of(pipeline, settings)
+    return drawn_of(refiner(**refined_arguments(refiner, settings, batch), image=latents), number)
+
+
+def refiner_of(pipeline: Any, settings: Settings) -> Any:
+    """Raises ValueError if there is none."""
+    if (refiner := getattr(pipeline, "refiner", None)) is None:
+        raise ValueError(
+            f"the pipeline has no refiner, and {settings.refiner} should draw the last steps; set .refiner"
+        )
+    return refiner
+
+
+def refined_arguments(refiner: Any, settings: Settings, batch: Batch) -> dict[str, Any]:
+    """What a refiner is called with besides the latents, ``image``, to end what another model began."""
+    refined = call_arguments(refiner, settings, batch, SourcePictures())
     for name in ("height", "width", "strength", "denoising_end", "variation_seed", "variation_strength"):
         refined.pop(name, None)
-    if pipeline.refiner.text_encoder is None:
+    if refiner.text_encoder is None:
         refined = {name: value for name, value in refined.items() if not name.endswith("prompt_2")}
-    return drawn_of(pipeline.refiner(**refined, image=latents, denoising_start=settings.denoising_end), number)
+    return {**refined, "denoising_start": settings.denoising_end}
 
 
 def draw_filmstrip(

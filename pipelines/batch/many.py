@@ -14,7 +14,14 @@ from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import plain_json, weights_digest
 from latentdiff.interchange.png import read_settings, save_picture
 from latentdiff.interchange.user_files import check_regular
-from latentdiff.pipelines.batch.draw import SourcePictures, check_seeds, draw_batch, settings_of, this_machine
+from latentdiff.pipelines.batch.draw import (
+    SourcePictures,
+    check_seeds,
+    draw_batch,
+    refiner_of,
+    settings_of,
+    this_machine,
+)
 from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files, same_file
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
@@ -105,12 +112,14 @@ def draw_many(
         model, model_digest: its name, and a digest that identifies it (see `interchange.fingerprint`), for the files;
             by default where the pipeline was loaded from, and a digest of the weights in memory.
         progress: called as ``progress(done, total)`` after each batch, with this process's numbers of pictures.
-        settings: of all pictures whose prompts do not say otherwise, what `DrawingOptions` has; and for
-            the files only ``loras``, ``embeddings`` and ``variant``.
+        settings: of all pictures whose prompts do not say otherwise, what `RefinedOptions` has; and for
+            the files only ``loras``, ``embeddings``, ``variant`` and ``refiner_digest``. ``refiner``, a name, and
+            ``denoising_end`` let the pipeline's ``refiner`` draw the last steps.
 
     Raises:
         TypeError: ``seed`` or ``batch_size`` is no whole number.
-        ValueError: a prompt or a setting cannot be used, or a file name leaves the folder.
+        ValueError: a prompt or a setting cannot be used, a file name leaves the folder, or a refiner is named and the
+            pipeline has none.
         FileExistsError: a file in the way is not a picture of ours, or the table is not ours; nothing is drawn.
         OSError: the folder cannot be written.
     """
@@ -121,6 +130,8 @@ def draw_many(
     name = model or str(getattr(pipeline, "name_or_path", "") or "unknown")
     digest = model_digest or digest_of_weights(pipeline)
     common = settings_of(pipeline, name, {**settings, "model_digest": digest})
+    if common.refiner is not None and common.refiner_digest is None:
+        common = common.model_copy(update={"refiner_digest": digest_of_weights(refiner_of(pipeline, common))})
     pictures = plan_pictures(prompts, common, seed)
     folder.mkdir(parents=True, exist_ok=True)
     there, failed = look_around(folder, pictures)

@@ -31,7 +31,7 @@ from latentdiff.pipelines.commands.model_options import (
     grouped,
     load_pipeline,
 )
-from latentdiff.pipelines.commands.refiner import DENOISING_END, IMAGE_TO_IMAGE, find_refiner
+from latentdiff.pipelines.commands.refiner import find_refiner
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
@@ -138,9 +138,7 @@ def generate(
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)
     check_words(kind, prompts, source.classes, loading, drawing)
-    refiner = find_refiner(drawing, loading.variant, source.mask or target.filmstrip)
-    if refiner is not None:
-        drawing = drawing.model_copy(update={"denoising_end": drawing.denoising_end or DENOISING_END})
+    refiner, drawing = find_refiner(drawing, loading.variant, source.mask or target.filmstrip)
 
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.interchange.folders import check_clip_source
@@ -155,8 +153,7 @@ def generate(
     pipeline = drawing_pipeline(place, kind, prompts, (target, loading, source, drawing))
     settings = prepared(pipeline, (loading, source, drawing), inputs, used)
     if refiner is not None:
-        loaded_as = (loading.device, loading.precision, loading.scheduler, IMAGE_TO_IMAGE, None, loading.variant)
-        refiner.join(pipeline, load_pipeline(refiner.place, *loaded_as))
+        refiner.join(pipeline, loading.device, loading.precision, loading.scheduler)
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
     writer = PictureWriter(
         pipeline,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from latentdiff.imports import load_module
-from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions
+from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions, RefinedOptions
 from latentdiff.pipelines.commands.kind_options import check_family, check_words
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
@@ -21,6 +21,7 @@ from latentdiff.pipelines.commands.model_options import (
     load_pipeline,
     pick_device,
 )
+from latentdiff.pipelines.commands.refiner import find_refiner
 from latentdiff.pipelines.registry import Kind, kind_in
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
@@ -36,7 +37,7 @@ SHOWN = 20  # failures
 def many(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and their metadata.jsonl.")],
     loading: LoadingOptions,
-    drawing: DrawingOptions,
+    drawing: RefinedOptions,
     prompts: Annotated[
         Path | None,
         typer.Argument(
@@ -73,6 +74,7 @@ def many(
     kind = kind_in(place, textless=True)
     rows = several_of_each(check_rows(kind, rows, classes, loading, drawing), count)
     name_files(rows)
+    refiner, drawing = find_refiner(drawing, variant)
 
     from latentdiff.interchange.fingerprint import digest_in_background
 
@@ -89,12 +91,15 @@ def many(
     adapters = loading.adapters()
     with Watch(output) as watch:
         named = {"model": model, "model_digest": digest.result(), "variant": variant}
+        named["refiner_digest"] = None if refiner is None else refiner.digest.result()
         options = {"seed": seed, **named, **vars(drawing), **adapters}
         pipeline = finished_outline(place, kind, loading, rows, output, options)
         if pipeline is None:
             where = (loading.device, loading.precision, loading.scheduler, kind.name, own, variant, loading.runtime)
             pipeline = load_pipeline(place, *where)
             pipeline.set_progress_bar_config(disable=True)
+            if refiner is not None:
+                refiner.join(pipeline, loading.device, loading.precision, loading.scheduler, own)
             if kind.conditioned_by == "class":
                 pipeline.label_numbers([row.prompt for row in rows])  # none may be unknown
             load_adapters(pipeline, adapters["loras"], adapters["embeddings"])

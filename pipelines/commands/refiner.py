@@ -3,9 +3,10 @@
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from latentdiff.pipelines.batch.drawing_options import RefinedOptions
+from latentdiff.pipelines.commands.model_options import Device, Precision, load_pipeline
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place
 
@@ -13,13 +14,16 @@ DENOISING_END = 0.8
 """Where it goes on, if nobody says; the model was trained on the last fifth of the way from noise."""
 IMAGE_TO_IMAGE = "SDXLImageToImagePipeline"
 
+Options = TypeVar("Options", bound=RefinedOptions)
+
 
 @dataclass(frozen=True)
 class Refiner:
-    """Where the second model is, and its digest when that is known."""
+    """Where the second model is, its weights' variant, and its digest when that is known."""
 
     name: str
     place: Path
+    variant: str | None
     digest: "Future[str]"
 
     @classmethod
@@ -29,14 +33,23 @@ class Refiner:
 
         if kind_in(place, ["image"]).name != IMAGE_TO_IMAGE:
             raise ValueError(f"--refiner: {name} is not a model of SDXL")
-        return cls(name, place, digest_in_background(place, variant))
+        return cls(name, place, variant, digest_in_background(place, variant))
 
-    def join(self, pipeline: Any, refiner: Any) -> None:
-        """Let the loaded `refiner` draw the last steps of `pipeline`, with the same sampler.
+    def join(
+        self, pipeline: Any, device: Device, precision: Precision, scheduler: str | None = None, own: str | None = None
+    ) -> None:
+        """Load it, and let it draw the last steps of `pipeline`, with the same sampler.
+
+        Args:
+            device, precision, scheduler: as of `pipeline`.
+            own: device with its number, if `device` is not enough.
 
         Raises:
             ValueError: their latents differ.
         """
+        loaded_as = (device, precision, scheduler, IMAGE_TO_IMAGE, own, self.variant)
+        refiner: Any = load_pipeline(self.place, *loaded_as)
+        refiner.set_progress_bar_config(**pipeline._progress_bar_config)
         for name in ("latent_channels", "scaling_factor"):
             ours, theirs = (one.vae.config[name] for one in (pipeline, refiner))
             if ours != theirs:
@@ -50,8 +63,8 @@ class Refiner:
         pipeline.refiner = refiner
 
 
-def find_refiner(drawing: RefinedOptions, variant: str | None, other: Path | None) -> Refiner | None:
-    """The refiner that a command asks for.
+def find_refiner(drawing: Options, variant: str | None, other: Path | None = None) -> tuple[Refiner | None, Options]:
+    """The refiner that a command asks for; and the command's options, with where the refiner goes on.
 
     Args:
         variant: of both models' weight files.
@@ -63,7 +76,8 @@ def find_refiner(drawing: RefinedOptions, variant: str | None, other: Path | Non
     if drawing.refiner is None:
         if drawing.denoising_end is not None:
             raise ValueError("--denoising-end needs --refiner, the model that draws the rest")
-        return None
+        return None, drawing
     if other is not None:
         raise ValueError(f"--refiner draws whole pictures, without --mask and --filmstrip; leave one out ({other})")
-    return Refiner.at(drawing.refiner, find_place(drawing.refiner, variant), variant)
+    refiner = Refiner.at(drawing.refiner, find_place(drawing.refiner, variant), variant)
+    return refiner, drawing.model_copy(update={"denoising_end": drawing.denoising_end or DENOISING_END})

@@ -11,7 +11,7 @@ from latentdiff import __version__
 from latentdiff.imports import load_module
 from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.commands.model_options import Device, Precision, devices_here, load_pipeline
-from latentdiff.pipelines.commands.refiner import IMAGE_TO_IMAGE, Refiner
+from latentdiff.pipelines.commands.refiner import Refiner
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
 
@@ -83,9 +83,7 @@ def replay(
         pipeline.scheduler = change_scheduler(pipeline.scheduler, record.scheduler)
     load_adapters(pipeline, record.loras, record.embeddings, picture.parent)
     if record.refiner is not None:
-        loaded_as = (device, precision, None, IMAGE_TO_IMAGE, None, record.variant)
-        second = refiner_of(record, picture, refiner, any_model)
-        second.join(pipeline, load_pipeline(second.place, *loaded_as))
+        refiner_of(record, picture, refiner, any_model).join(pipeline, device, precision)
     after = redraw(pipeline, record, inputs)
     machine = this_machine(pipeline)
     if output is not None:

@@ -10,6 +10,7 @@ from tiny_sdxl import tiny_refiner, tiny_sdxl
 
 from latentdiff import ImageToImagePipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
+from latentdiff.pipelines.batch.many import draw_many
 
 Run = Callable[..., int]
 
@@ -90,6 +91,39 @@ def test_a_refiner_draws_the_last_steps_and_is_recorded_and_replayed(sdxl: str, 
     Path("elsewhere").rename(refiner)
     assert run("generate", *asked, "-o", "usual.png") == 0
     assert (read_settings(Path("usual-1.png")) or {})["denoising_end"] == 0.8
+
+
+def test_many_refines_as_generate_does(sdxl: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    refiner = str(Path(sdxl).with_name("refiner"))
+    asked = ["--model", sdxl, "--steps", 4, "--seed", 1, "-n", 2, "--negative-prompt", "sun", "--prompt-2", "red"]
+    refined = [*asked, "--refiner", refiner, "--aesthetic-score", 9]
+    assert run("generate", "a car", *refined, "--separate", "-o", "car.png") == 0
+    Path("prompts.txt").write_text("a car\n")
+    for drawn in (2, 0):
+        assert run("many", "prompts.txt", *refined, "-o", "many") == 0
+        assert f"{drawn} drawn, {2 - drawn} there already" in capsys.readouterr().out
+    for number in (1, 2):
+        with Image.open(f"car-{number}.png") as one, Image.open(f"many/{number:06d}.png") as other:
+            assert (np.asarray(one) == np.asarray(other)).all()
+    records = [read_settings(Path(file)) or {} for file in ("car-1.png", "many/000001.png")]
+    for name in ("refiner", "refiner_digest", "denoising_end", "aesthetic_score"):
+        assert records[0][name] == records[1][name]
+    assert run("replay", "many/000001.png") == 0
+    assert run("many", "prompts.txt", *refined, "--denoising-end", "0.5", "-o", "many") == 0
+    assert "2 drawn" in capsys.readouterr().out
+    assert run("many", "prompts.txt", *asked, "--denoising-end", "0.5", "-o", "other") != 0
+    assert not Path("other").exists()
+
+
+def test_draw_many_with_a_pipelines_refiner(sdxl: str, tmp_path: Path) -> None:
+    pipeline, refiner = TextToImagePipeline.from_pretrained(sdxl), Path(sdxl).with_name("refiner")
+    call = {"num_inference_steps": 4, "refiner": "mine", "denoising_end": 0.5}
+    with pytest.raises(ValueError, match=r"the pipeline has no refiner, and mine should draw the last steps"):
+        draw_many(pipeline, ["a car"], tmp_path / "pictures", **call)
+    pipeline.refiner = ImageToImagePipeline.from_pretrained(refiner)
+    assert draw_many(pipeline, ["a car"], tmp_path / "pictures", **call).drawn == ["000001.png"]
+    found = read_settings(tmp_path / "pictures/000001.png") or {}
+    assert (found["refiner"], found["refiner_digest"][:8]) == ("mine", "weights:")
 
 
 @pytest.mark.parametrize(
