@@ -88,8 +88,7 @@ def entries(kind: "type[Settings]") -> Iterator[str]:
         default = "" if row.default is None else f" Default: `{row.default}`."
         kept = " A run that goes on has to keep it." if row.name in getattr(kind, "fixed", ()) else ""
         yield f"## `{row.name}`\n\n{row.meaning[:1].upper()}{row.meaning[1:]}.\n\n*{row.type}*.{default}{kept}\n"
-        if row.when:
-            yield f"**When to change it.** {linked(row.when, names)}\n"
+        yield f"**When to change it.** {linked(row.when, names)}\n"
 
 
 def linked(text: str, names: set[str]) -> str:

@@ -2,7 +2,8 @@
 
 from latentdiff.training.settings.autoencoder import AutoencoderSettings
 from latentdiff.training.settings.base import Settings
-from latentdiff.training.settings.denoiser import ClassifierSettings, DenoiserSettings
+from latentdiff.training.settings.classifier import ClassifierSettings
+from latentdiff.training.settings.denoiser import DenoiserSettings
 from latentdiff.training.settings.diffusion import DiffusionSettings
 from latentdiff.training.settings.distillation import DistillationSettings
 from latentdiff.training.settings.evaluation import EvaluationSettings, HeldOutSettings, LikelihoodSettings

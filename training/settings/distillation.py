@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from latentdiff.training.settings.base import when
 from latentdiff.training.settings.finetune import AdaptedSettings
 from latentdiff.training.settings.run import RunSettings
 
@@ -36,34 +37,103 @@ class DistillationSettings(AdaptedSettings):
     )
     unsettled = ("guidance_scale", "max_steps")
 
-    data: str = Field("", description="as in training: folder of pictures, shards or dataset; not with prompts")
+    data: str = Field(
+        "",
+        description="as in training: folder of pictures, shards or dataset; not with prompts",
+        json_schema_extra=when(
+            "Pictures like those that the teacher was trained on, when you have them: real ones are what "
+            "adversarial and consistency learn from. Leave it out with prompts."
+        ),
+    )
     prompts: str | None = Field(
         None,
         description="file of prompts (.txt, .jsonl, .csv): the teacher draws the pictures to learn from; with "
         "trajectory none are needed",
+        json_schema_extra=when(
+            "When there are no pictures: a file with as many and as different prompts as will be asked for, "
+            "hundreds at least. trajectory needs no pictures in any case, and is quickest so."
+        ),
     )
-    prompt_pictures: int = Field(1000, ge=1, description="how many pictures the teacher draws of the prompts")
+    prompt_pictures: int = Field(
+        1000,
+        ge=1,
+        description="how many pictures the teacher draws of the prompts",
+        json_schema_extra=when(
+            "More for long runs, so that few are learned by heart: a tenth of all pictures that the run sees, or "
+            "more. Each costs the teacher teacher_steps steps with guidance, before the training begins."
+        ),
+    )
     teacher_steps: int = Field(
-        25, ge=1, description="steps in which it draws them; default: 25, or what it is made for"
+        25,
+        ge=1,
+        description="steps in which it draws them; default: 25, or what it is made for",
+        json_schema_extra=when(
+            "To 50 if the teacher's own pictures need it; fewer save time before the training. Look at "
+            "training/teacher_pictures."
+        ),
     )
-    model: str = Field(description="the teacher: a packaged model, a pipeline folder, a .safetensors file, a hub id")
+    model: str = Field(
+        description="the teacher: a packaged model, a pipeline folder, a .safetensors file, a hub id",
+        json_schema_extra=when(
+            "It is always given: a model that draws in many steps. What is distilled already (emoji) teaches a "
+            "student of as many steps nothing."
+        ),
+    )
     method: Literal["lcm", "trajectory", "consistency", "progressive", "adversarial", "dmd"] = Field(
-        "lcm", description="how the student learns; docs/few-steps.md says when to take which"
+        "lcm",
+        description="how the student learns; docs/few-steps.md says when to take which",
+        json_schema_extra=when(
+            "trajectory first: best here at two to eight steps for equal time, without pictures. lcm if steps and "
+            "guidance are to be chosen when drawing, or as a LoRA for other models. adversarial for one step, with "
+            "real pictures. progressive to be like its paper; dmd if pictures may differ from the teacher's; "
+            "consistency without guidance."
+        ),
     )
-    few_steps: int = Field(4, ge=1, le=64, description="steps that the student draws in by default")
+    few_steps: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="steps that the student draws in by default",
+        json_schema_extra=when(
+            "4 is where most methods come near the teacher; 8 is closer to it, 1 or 2 quicker and softer. "
+            "trajectory and progressive learn this number alone; lcm draws in others too."
+        ),
+    )
     guidance_scale: tuple[float, ...] = Field(
         (),
         description="of the teacher, which the student takes over: one number for all pictures, or two, between which "
         "it can be chosen when drawing; default: the teacher's own, with lcm of all weights from 1 to twice that",
+        json_schema_extra=when(
+            "To the scale at which you like the teacher's pictures, 7.5 for Stable Diffusion 1, for one that is "
+            "built in: the smallest student's task. Two numbers if it is to be chosen when drawing, such as [6, 16] "
+            "of diffusers' script (whose w is one less); this takes longer to learn, and a LoRA cannot."
+        ),
     )
     solver_steps: int = Field(
-        50, ge=2, description="lcm, consistency: steps of the teacher's solver from noise to clean"
+        50,
+        ge=2,
+        description="lcm, consistency: steps of the teacher's solver from noise to clean",
+        json_schema_extra=when(
+            "50 is the paper's and diffusers'. Fewer means longer jumps, learned sooner and less exactly; 100 the "
+            "reverse. It has to be few_steps at least."
+        ),
     )
-    loss: Literal["huber", "l2"] = Field("huber", description="lcm, consistency: distance of two answers")
+    loss: Literal["huber", "l2"] = Field(
+        "huber",
+        description="lcm, consistency: distance of two answers",
+        json_schema_extra=when(
+            "huber is what diffusers' examples take. l2 if the run is too slow at the beginning and its loss is "
+            "calm; outliers then count more."
+        ),
+    )
     huber_c: float = Field(
         0.001,
         gt=0,
         description="below it huber is squared, above it linear; default with trajectory, of whole pictures: 0.03",
+        json_schema_extra=when(
+            "0.001 is diffusers' and seldom needs a change. Raise it, tenfold, if the loss does not fall any more "
+            "but jumps: near the end it is then squared and calmer."
+        ),
     )
     target_decay: float = Field(
         0.95,
@@ -71,17 +141,48 @@ class DistillationSettings(AdaptedSettings):
         lt=1,
         description="lcm, consistency: of the averaged student that gives the target; 0, as with a LoRA and without a "
         "teacher: the student itself",
+        json_schema_extra=when(
+            "0.95 is diffusers'. Raise it, to 0.99, if the loss falls while samples get worse or swing; 0 saves a "
+            "copy of the UNet and is what newer consistency training does (Song & Dhariwal 2023)."
+        ),
     )
-    start_steps: int = Field(32, ge=1, description="progressive: the student's steps in the first of its halvings")
-    stage_steps: int = Field(1000, ge=1, description="progressive: updates between two halvings")
+    start_steps: int = Field(
+        32,
+        ge=1,
+        description="progressive: the student's steps in the first of its halvings",
+        json_schema_extra=when(
+            "As many steps as the teacher needs for good pictures, rounded to few_steps times a power of two: 32 "
+            "for most. Fewer saves a stage of the run each time it is halved."
+        ),
+    )
+    stage_steps: int = Field(
+        1000,
+        ge=1,
+        description="progressive: updates between two halvings",
+        json_schema_extra=when(
+            "Raise it until val_loss is flat at the end of each stage; 50,000 is the paper's, some hundreds show "
+            "whether it works. The run is as long as all stages."
+        ),
+    )
     teacher_substeps: int = Field(
-        4, ge=1, description="trajectory: guided steps of the teacher that each of the student's ends with"
+        4,
+        ge=1,
+        description="trajectory: guided steps of the teacher that each of the student's ends with",
+        json_schema_extra=when(
+            "2 to 8: few_steps times it should be the number of steps in which the teacher draws well. Here two did "
+            "as well as four for a student of four steps in the same time, since each costs the teacher a guided "
+            "step."
+        ),
     )
     trajectory_repeats: int = Field(
         1,
         ge=1,
         description="trajectory: how often every step of a trajectory is learned from before new ones are drawn; more "
         "is quicker, and of small batches learned by heart",
+        json_schema_extra=when(
+            "Leave it at 1 if time allows. 3 saves most of the teacher's time, but small batches are learned by "
+            "heart: the loss falls within a cycle and jumps up at the next."
+        ),
     )
     own_states_after: float = Field(
         0.5,
@@ -89,23 +190,117 @@ class DistillationSettings(AdaptedSettings):
         le=1,
         description="trajectory: share of max_steps after which the student's own steps lead from state to state, and "
         "no longer the teacher's; 1: never",
+        json_schema_extra=when(
+            "Lower it, to 0.25, in long runs, where the student makes errors of its own soon; 1 in very short ones. "
+            "Such errors lead to states that the teacher never meets."
+        ),
     )
-    distillation_weight: float = Field(1.0, ge=0, description="adversarial: of the distance to the teacher's answer")
-    discriminator_weight: float = Field(0.1, ge=0, description="adversarial: of the discriminator's part in the loss")
-    discriminator_start: int = Field(0, ge=0, description="adversarial: steps before the discriminator begins")
-    discriminator_channels: int = Field(64, ge=1, description="adversarial: width of the discriminator's heads")
-    discriminator_learning_rate: float | None = Field(None, gt=0, description="adversarial; default: learning_rate")
+    distillation_weight: float = Field(
+        1.0,
+        ge=0,
+        description="adversarial: of the distance to the teacher's answer",
+        json_schema_extra=when(
+            "Raise it, or lower discriminator_weight, if pictures are sharp and wrong; lower it if they stay soft "
+            "although the discriminator tells them apart. ADD has 2.5 with a weight of 1 for the discriminator."
+        ),
+    )
+    discriminator_weight: float = Field(
+        0.1,
+        ge=0,
+        description="adversarial: of the discriminator's part in the loss",
+        json_schema_extra=when(
+            "Raise it, to 0.5, if pictures stay soft and discriminator_accuracy is between 0.6 and 0.9; lower it if "
+            "colours or shapes break. At 0 it is the distance to the teacher alone."
+        ),
+    )
+    discriminator_start: int = Field(
+        0,
+        ge=0,
+        description="adversarial: steps before the discriminator begins",
+        json_schema_extra=when(
+            "Some hundred steps, if the first ones break the student; 0 otherwise, since it begins as a working model."
+        ),
+    )
+    discriminator_channels: int = Field(
+        64,
+        ge=1,
+        description="adversarial: width of the discriminator's heads",
+        json_schema_extra=when(
+            "128 or 256 for large teachers, if discriminator_accuracy stays near 0.5 for long. It costs little "
+            "beside the teacher."
+        ),
+    )
+    discriminator_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="adversarial; default: learning_rate",
+        json_schema_extra=when(
+            "Twice to ten times learning_rate if discriminator_accuracy stays near 0.5; lower if it comes above "
+            "0.95, of which the run warns."
+        ),
+    )
     r1_weight: float = Field(
-        0.0, ge=0, description="adversarial: penalty on the discriminator's slope at real features"
+        0.0,
+        ge=0,
+        description="adversarial: penalty on the discriminator's slope at real features",
+        json_schema_extra=when(
+            "1 if the discriminator wins (accuracy above 0.95); it then becomes less sure near real pictures. It "
+            "costs a second backward pass through the heads. ADD's 1e-5 is for heads of another kind."
+        ),
     )
     follower_learning_rate: float | None = Field(
-        None, gt=0, description="dmd: of the denoiser that follows the student; default: twice learning_rate"
+        None,
+        gt=0,
+        description="dmd: of the denoiser that follows the student; default: twice learning_rate",
+        json_schema_extra=when(
+            "Raise it if score_difference grows and pictures get stronger in colour and plainer, which means that "
+            "the follower lags behind the student; DMD2 lets it make five updates for each."
+        ),
     )
-    batch_size: int = Field(16, ge=1)
-    max_steps: int = Field(2000, ge=1, description="updates in all; default with progressive: as the stages need")
-    learning_rate: float = Field(1e-5, gt=0, description="default: 1e-5, a LoRA 1e-4; small models take more")
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    caption_dropout: float = Field(0.0, ge=0, le=1)
+    batch_size: int = Field(
+        16,
+        ge=1,
+        json_schema_extra=when(
+            "As large as fits; 16 to 64. These losses are noisy, so gradient_accumulation_steps helps more than in "
+            "fine-tuning. diffusers' script has 12 a GPU, LCM's paper 72 in all."
+        ),
+    )
+    max_steps: int = Field(
+        2000,
+        ge=1,
+        description="updates in all; default with progressive: as the stages need",
+        json_schema_extra=when(
+            "Some hundreds show which method suits; thousands with batches of 64 and more come near the teacher "
+            "(the packaged model: 3,000 of 64). With progressive leave it out."
+        ),
+    )
+    learning_rate: float = Field(
+        1e-5,
+        gt=0,
+        description="default: 1e-5, a LoRA 1e-4; small models take more",
+        json_schema_extra=when(
+            "1e-6 (diffusers' script for all weights of Stable Diffusion) to 1e-5; small models such as the "
+            "packaged one 1e-4; a LoRA 1e-4. Too high shows as burnt colours within some hundred steps."
+        ),
+    )
+    ema_decay: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        json_schema_extra=when(
+            "0.95 is diffusers' for short runs, 0.99 to 0.999 for thousands of steps. The averaged student is the "
+            "one that is saved and drawn with."
+        ),
+    )
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        json_schema_extra=when(
+            "Leave it at 0: guidance comes from the teacher, and a student with one scale built in is never asked "
+            "without a prompt. 0.1 if it will be asked with an empty one."
+        ),
+    )
     min_snr_gamma: None = Field(None, description="does nothing in distillation")
 
     @model_validator(mode="after")

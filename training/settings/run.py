@@ -37,7 +37,7 @@ class RunSettings(LearningSettings):
         "no",
         description="bf16 or fp16: faster and less memory on a GPU that has it",
         json_schema_extra=when(
-            "bf16 on GPUs from Ampere on, and on processors with avx512_bf16 or AMX: up to twice as fast, less "
+            "bf16 on GPUs from Ampere on, and on processors with avx512_bf16 or AMX: often faster, less "
             "memory, results as good. fp16 only on older GPUs; if updates are left out often, a lower learning_rate "
             "helps. Leave no on other processors, where it is slower, and when numbers are compared."
         ),

@@ -273,6 +273,7 @@ def test_every_setting_is_described(kind: type[Settings]) -> None:
     said = {row.name: row for row in rows(kind)}
     for name, field in fields.items():
         assert said[name].meaning, f"{name} needs a description"
+        assert said[name].when.endswith("."), f"{name} does not say when to change it"
         assert f"\n#{name}:" in text, name
         assert field.is_required() or name in yaml.safe_load(re.search(rf"^#({name}: .*)$", text, re.M)[1])  # type: ignore[index]
     values = yaml.safe_load(re.sub(r"^#(?=\w)", "", text, flags=re.M))
