@@ -129,7 +129,7 @@ def test_several_pictures_make_a_grid_or_several_files(
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["  "], "the prompt is empty"),
-    (["a", "--height", "0"], "option height: Input should be greater than 0 (got 0)"),
+    (["a", "--height", "0"], "option height: it must be greater than 0 (got 0)"),
     (["a", "--scheduler", "magic"], "unknown scheduler 'magic'; the schedulers are ddim, "),
     (["a", "--model", "no/such/folder"], "no/such/folder: no such folder"),
     (["a", "--steps", "2000"], "num_inference_steps must lie in [1, 1000], not 2000"),

@@ -208,6 +208,15 @@ class TextConditioner:
         pooled = None if encoded.pooled is None else encoded.pooled[::chunks]
         return Conditioning(states=states.reshape(len(prompts), chunks * length, -1), pooled=pooled)
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Of each prompt what has no place among L tokens, as it is written; "" if all has."""
+        with tokenizing(self.tokenizer):
+            if self.prompt_weights:
+                cut = tokenize(prompts, self.tokenizer, self.length, weights=True).cut
+            else:
+                cut = [cut_of(one, self.tokenizer, self.length) for one in expand_words(prompts, self.tokenizer)]
+        return [as_written(one, self.tokenizer) for one in cut]
+
     @property
     def length(self) -> int:
         """L"""

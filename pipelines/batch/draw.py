@@ -28,6 +28,7 @@ from latentdiff.pipelines.batch.record import (
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.core.output import ImagesOutput
+    from latentdiff.pipelines.storage.loras import LoadedLora
 
 
 @dataclass(frozen=True)
@@ -306,20 +307,22 @@ def in_one(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 def load_adapters(
     pipeline: Any, loras: Sequence[Lora], embeddings: Sequence[Embedding], beside: Path | None = None
-) -> None:
-    """Load LoRAs and new words into a pipeline.
+) -> "list[LoadedLora]":
+    """Load LoRAs and new words into a pipeline; what became of each LoRA.
 
     Args:
         beside: where else to look for their files, which then must be what they were.
     """
+    loaded = []
     for i, lora in enumerate(loras):
         file = Path(lora.file) if beside is None else find_used(lora, beside)
-        pipeline.load_lora_weights(file, adapter_name=f"lora_{i}")
+        loaded.append(pipeline.load_lora_weights(file, adapter_name=f"lora_{i}"))
     if loras:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.scale for lora in loras])
     for embedding in embeddings:
         file = Path(embedding.file) if beside is None else find_used(embedding, beside)
         pipeline.load_textual_inversion(file, token=embedding.word)
+    return loaded
 
 
 def find_used(used: UsedFile, beside: Path) -> Path:

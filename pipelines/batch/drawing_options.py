@@ -178,10 +178,45 @@ def defaults_of(options: type[BaseModel]) -> dict[str, Any]:
     return {name: field.default for name, field in options.model_fields.items()}
 
 
+IN_WORDS = {
+    "missing": "it is missing",
+    "string_type": "text is expected",
+    "string_too_long": "it must have at most {max_length} characters",
+    "string_unicode": "it has characters that are no text",
+    "int_type": "a whole number is expected",
+    "int_parsing": "a whole number is expected",
+    "int_from_float": "a whole number is expected",
+    "int_parsing_size": "a smaller number is expected",
+    "float_type": "a number is expected",
+    "float_parsing": "a number is expected",
+    "finite_number": "a finite number is expected",
+    "bool_type": "true or false is expected",
+    "bool_parsing": "true or false is expected",
+    "list_type": "a list is expected",
+    "tuple_type": "a list is expected",
+    "dict_type": "names with values are expected",
+    "literal_error": "{expected} is expected",
+    "greater_than": "it must be greater than {gt}",
+    "greater_than_equal": "it must be at least {ge}",
+    "less_than": "it must be less than {lt}",
+    "less_than_equal": "it must be at most {le}",
+}
+"""What pydantic's kinds of error say, for people."""
+
+
+def wrong_in(details: Any) -> str:
+    """One of a `ValidationError`'s errors in words: what is wrong with a value."""
+    if details["type"] in IN_WORDS:
+        return IN_WORDS[details["type"]].format(**details.get("ctx", {}))
+    return str(details["msg"].removeprefix("Value error, "))  # pydantic's, before what our own checks say
+
+
 def first_problem(error: ValidationError) -> str:
     """What pydantic objects to first: the option's name, what is wrong and what was given."""
     first = error.errors()[0]
-    wrong = first["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
+    wrong = wrong_in(first)
+    if first["type"] == "missing":
+        return f"{'.'.join(map(str, first['loc']))}: {wrong}"
     if not first["loc"]:
         return f"settings: {wrong}"
     return f"{'.'.join(map(str, first['loc']))}: {wrong} (got {reprlib.repr(first['input'])})"

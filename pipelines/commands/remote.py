@@ -77,6 +77,8 @@ def draw_at(
     names = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1]}"
     seeds = f"seed {seed}" if len(contents) == 1 else f"seeds {seed} to {seed + len(contents) - 1}"
     say(f"{names}: {seeds}, {time.perf_counter() - started:.1f} s")
+    for warning in dict.fromkeys(one for answer in answers for one in answer.get("warnings", [])):
+        say(warning, err=True)
     report([entry for answer in answers for entry in answer["data"]])
 
 

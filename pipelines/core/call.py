@@ -21,6 +21,7 @@ from latentdiff.pipelines.core.call_options import CallOptions, GuidedOptions, S
 from latentdiff.pipelines.core.denoiser import GuidedDenoiser, guidance_embedding
 from latentdiff.pipelines.core.output import ImagesOutput, check_safety, report_faults
 from latentdiff.pipelines.core.previews import preview_of
+from latentdiff.pipelines.core.remarks import remark_on_guidance, remark_on_size, remark_on_steps, warn_once
 from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, denoise
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Call:
         if isinstance(options, GuidedOptions):
             scale = self._guidance_scale(options)
             self.view.set_guidance(scale, options.guidance_rescale, options.guidance_interval)
-            pipeline.warn_of_guidance(max(scale) if isinstance(scale, tuple) else scale)
+            largest = max(scale) if isinstance(scale, tuple) else scale
+            warn_once(pipeline, "guidance", remark_on_guidance(pipeline, largest))
         self.seeds = image_seeds(options.seed, self.count)
         self.generator = image_generators(self.seeds, options.generator, self.count)
         self.variation = self._variation()
@@ -131,7 +133,7 @@ class Call:
         options, steps = self.options, self.options.num_inference_steps
         own = options.timesteps is not None or options.sigmas is not None
         if steps is not None and not own:
-            self.pipeline.warn_of_steps(steps)
+            warn_once(self.pipeline, "steps", remark_on_steps(self.pipeline, steps))
         steps = self.pipeline.defaults["num_inference_steps"] if steps is None else steps
         timesteps = self.sampler.plan(steps, self.device, options.timesteps, options.sigmas)
         return timesteps, len(timesteps) if own else steps
@@ -187,7 +189,8 @@ class Call:
             self.note_faults(encoder, None if part is None else part.states)
         self.note_faults("vae", latents)  # of a picture to start from
         _ = self._callback_names  # checks them
-        self.pipeline.warn_of_size(*(side * self.codec.factor for side in latents.shape[-2:]))
+        height, width = (side * self.codec.factor for side in latents.shape[-2:])
+        warn_once(self.pipeline, (height, width), remark_on_size(self.pipeline, height, width))
         self.view._num_timesteps = len(timesteps)
         self.pipeline.show_state(self.view)
         colours = preview_of(self.pipeline.vae, self.pipeline.preview_autoencoder)

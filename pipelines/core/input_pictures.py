@@ -173,13 +173,20 @@ def place(
         scale = height / own[0]
     elif width is not None:
         scale = width / own[1]
-    elif trained is not None and not isinstance(pictures[0], Tensor) and is_far(own, trained):
-        scale = (math.prod(trained) / math.prod(own)) ** 0.5
     else:
-        height, width = (max(1, side // factor) * factor for side in own)
-        return Placement(height, width, sizes, mode, 1.0 if min(own) >= factor else None)
+        far = trained is not None and not isinstance(pictures[0], Tensor) and is_far(own, trained)
+        kept = not far and min(own) >= factor
+        return Placement(*size_near(own, factor, trained if far else None), sizes, mode, 1.0 if kept else None)
     near = [max(1, round(side * scale / factor)) * factor for side in own]
     return Placement(near[0] if height is None else height, near[1] if width is None else width, sizes, mode)
+
+
+def size_near(own: tuple[int, int], factor: int, trained: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width at which a picture of this size is drawn if nobody says another; see `place`."""
+    if trained is None or not is_far(own, trained):
+        return max(1, own[0] // factor) * factor, max(1, own[1] // factor) * factor
+    scale = (math.prod(trained) / math.prod(own)) ** 0.5
+    return max(1, round(own[0] * scale / factor)) * factor, max(1, round(own[1] * scale / factor)) * factor
 
 
 def is_far(size: tuple[int, int], trained: tuple[int, int]) -> bool:

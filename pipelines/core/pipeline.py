@@ -1,9 +1,8 @@
 """What all latent pipelines share: their components, and what can be asked of them apart from a call."""
 
 import copy
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
@@ -19,7 +18,7 @@ from latentdiff.diffusion.schedulers import takes_variance
 from latentdiff.memory import DRAWING, memory_advice
 from latentdiff.models import AutoencoderKL, AutoencoderTiny, FSQModel, GumbelVQModel, IdentityAutoencoder, VQModel
 from latentdiff.pipelines.core.call_options import whole_number
-from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, as_list, is_far, place
+from latentdiff.pipelines.core.input_pictures import Pictures, Placement, ResizeMode, as_list, place
 from latentdiff.pipelines.core.output import ImagesOutput
 from latentdiff.pipelines.core.sampling import Progress, without_learned_variance
 from latentdiff.pipelines.storage.folder import FolderPipeline
@@ -38,8 +37,6 @@ AnyAutoencoder: TypeAlias = (
     | diffusers.AutoencoderTiny
     | diffusers.VQModel
 )
-
-logger = logging.getLogger(__name__)
 
 FEW_STEPS = 8
 """What a distilled model draws in at most; see `LatentPipeline.made_for_steps`."""
@@ -97,8 +94,7 @@ class LatentPipeline(FolderPipeline):
         )
         self._running: WeakSet[LatentPipeline] | None = WeakSet()
         self._stopped = False
-        self.sizes_warned_of: set[tuple[int, int]] = set()
-        self._warned_of_steps = self._warned_of_guidance = False
+        self.warned_of: set[Hashable] = set()
 
     @property
     def side_factor(self) -> int:
@@ -269,7 +265,7 @@ class LatentPipeline(FolderPipeline):
         if trained is not None and len(set(placed.sizes)) == 1 and not isinstance(as_list(image)[0], Tensor):
             chosen = place(self.image_processor, image, trained=trained)  # maybe by us, and then given
             if (chosen.height, chosen.width) == (placed.height, placed.width):
-                self.sizes_warned_of.add((placed.height, placed.width))
+                self.warned_of.add((placed.height, placed.width))
         return placed
 
     @property
@@ -281,19 +277,6 @@ class LatentPipeline(FolderPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
-    def warn_of_size(self, height: int, width: int) -> None:
-        """Log a warning, once for each size in pixels, if it is far from what the UNet was trained on."""
-        own = self.trained_size
-        if own is None or self.draws_any_size or (height, width) in self.sizes_warned_of:
-            return
-        if is_far((height, width), own):
-            self.sizes_warned_of.add((height, width))
-            logger.warning(
-                "Drawing %d x %d pixels (width x height) with a model that was trained on %d x %d: far from that size "
-                "things come out doubled, joined or cut; draw at the default size and enlarge the picture",
-                *(width, height, own[1], own[0]),
-            )
-
     @property
     def made_for_steps(self) -> int | None:
         """The steps that a distilled model was made for; None: it was not, and more steps are as good or better.
@@ -303,34 +286,6 @@ class LatentPipeline(FolderPipeline):
         steps = self.registered_defaults.get("num_inference_steps", FEW_STEPS + 1)
         alone = self.guides_itself or self.registered_defaults.get("guidance_scale", math.inf) <= 1
         return int(steps) if alone and steps <= FEW_STEPS else None
-
-    def warn_of_steps(self, steps: int) -> None:
-        """Log a warning, once, if a distilled model is asked for other steps than it was made for.
-
-        With an LCM scheduler it was made for any few.
-        """
-        made = self.made_for_steps
-        few = type(self.scheduler).__name__ == "LCMScheduler" and steps <= FEW_STEPS
-        if made is None or steps == made or few or self._warned_of_steps:
-            return
-        self._warned_of_steps = True
-        logger.warning(
-            "Drawing in %d steps with a model that was made for %d: other numbers, more as well as fewer, are mostly "
-            "worse; by default it draws in %d",
-            *(steps, made, made),
-        )
-
-    def warn_of_guidance(self, largest: float) -> None:
-        """Log a warning, once, if a distilled model is guided that was made to be drawn with without guidance."""
-        made = self.registered_defaults.get("guidance_scale", math.inf)
-        if self.made_for_steps is None or self.guides_itself or largest <= 1 or made > 1 or self._warned_of_guidance:
-            return
-        self._warned_of_guidance = True
-        logger.warning(
-            "Drawing with guidance %g with a model that was made for none: its teacher's guidance is in its weights, "
-            "and more mostly makes pictures worse and takes twice the time; its default is %g",
-            *(largest, made),
-        )
 
     def check_channels(self, condition: int, lacking: str) -> None:
         """Whether UNet, autoencoder and scheduler fit a call that gives `condition` channels besides the latents.

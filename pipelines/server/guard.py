@@ -10,13 +10,18 @@ from latentdiff.terminal import printable
 
 Send = Callable[[dict[str, Any]], Any]
 
+LONGEST = 900
+"""Characters of an error's message."""
 READ = 4
 """Times the limit of a body, how much of one that is too large is read and forgotten."""
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}
+    message = printable(message)
+    if len(message) > LONGEST:  # of what somebody sent
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class TooLargeError(Exception):

@@ -27,6 +27,7 @@ from latentdiff.pipelines.server.requests import DrawRequest, RequestError
 from latentdiff.pipelines.server.service import GoneError, Service, encoded, said_of
 
 PICTURES = ("image", "mask")
+DRAWING = "pictures are drawn by POST /v1/images/generations and /v1/images/edits"
 CLIENT_GONE = 499  # nobody reads it; nginx calls it so
 
 
@@ -122,7 +123,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        said = {404: f"there is nothing here; {DRAWING}", 405: f"not by this method; {DRAWING}"}
+        message = f"{request.method} {request.url.path}: {said.get(error.status_code, error.detail)}"
         return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, headers=error.headers)
 
     for mistake in (ValueError, TypeError, NotImplementedError, Exception):
@@ -143,15 +145,19 @@ async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, tuple[s
     sent: dict[str, tuple[str, bytes]] = {}
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise RequestError("send a form (multipart/form-data) with image, prompt and, if you like, mask")
-    async with request.form(max_files=4, max_fields=64) as form:
-        for name, value in form.multi_items():
-            name = name.removesuffix("[]")
-            if isinstance(value, UploadFile) != (name in PICTURES) or name in values or name in sent:
-                raise RequestError(f"{name}: one {'file' if name in PICTURES else 'value'} is expected", name)
-            if isinstance(value, UploadFile):
-                sent[name] = (value.filename or "", await value.read())
-            else:
-                values[name] = value
+    try:
+        form = await request.form(max_files=4, max_fields=64)
+    except HTTPException as error:
+        raise RequestError(f"the form cannot be read: {error.detail}") from None
+    for name, value in form.multi_items():
+        name = name.removesuffix("[]")
+        if isinstance(value, UploadFile) != (name in PICTURES) or name in values or name in sent:
+            raise RequestError(f"{name}: one {'file' if name in PICTURES else 'value'} is expected", name)
+        if isinstance(value, UploadFile):
+            sent[name] = (value.filename or "", await value.read())
+        else:
+            values[name] = value
+    await form.close()
     return values, sent
 
 
@@ -182,7 +188,8 @@ def until_gone(http: Request) -> Callable[[], Awaitable[None]]:
 
 def shown_of(request: DrawRequest, job: Job) -> dict[str, Any]:
     size = f"{job.settings.width}x{job.settings.height}"
-    return {"size": size, "output_format": request.output_format or "png", "background": "opaque"}
+    shown = {"size": size, "output_format": request.output_format or "png", "background": "opaque"}
+    return shown | ({"warnings": job.remarks} if job.remarks else {})
 
 
 async def stream(

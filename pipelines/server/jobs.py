@@ -63,6 +63,8 @@ class Job:
     previews: int = 0
     deadline: float = float("inf")
     clip: str | None = None
+    remarks: list[str] = field(default_factory=list)
+    """What its client is told besides: that it draws hardly as it was meant."""
     begun: int = 0
     """Pictures that were given to a batch."""
     _cancelled: threading.Event = field(default_factory=threading.Event)

@@ -15,6 +15,8 @@ from latentdiff.pipelines.batch.draw import (
     this_machine,
 )
 from latentdiff.pipelines.batch.record import Batch, Drawn, Lora, Settings, UsedFile, record_of
+from latentdiff.pipelines.core.input_pictures import size_near
+from latentdiff.pipelines.core.remarks import remark_on_guidance, remark_on_size, remark_on_steps
 from latentdiff.pipelines.core.sampling import Progress
 from latentdiff.pipelines.registry import find_kind, kind_taking
 from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
@@ -46,13 +48,25 @@ class ServedModel:
         self.name, self.digest, self.adapters = name, digest, adapters
         self.pipeline, self.files = pipeline, dict(files or {})
         self._worn: list[Lora] | None = list(adapters.get("loras", []))
+        self._worn_in_part: list[str] = []
         self._pipelines: dict[str, Any] = {type(pipeline).__name__: pipeline}
 
     @property
     def pixels(self) -> int:
         """Of a picture at most, where nobody says how many."""
-        height, width = self.pipeline.picture_size(None, None)
+        width, height = self.own_size
         return TIMES_TRAINED * height * width
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels, where nobody says others."""
+        height, width = self.pipeline.picture_size(None, None)
+        return width, height
+
+    @property
+    def factor(self) -> int:
+        """That sides are multiples of, in pixels."""
+        return int(self.pipeline.side_factor)
 
     def kind_for(self, inputs: SourcePictures) -> str:
         """The class that draws from these pictures."""
@@ -84,25 +98,60 @@ class ServedModel:
         worn = [*self.adapters.get("loras", []), *loras]
         return settings_of(pipeline, self.name, {**asked, **used, **self.adapters, "loras": worn}, inputs)
 
+    def size_from(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that are drawn from a picture of this size, if a request does not say others."""
+        pipeline = self.pipeline
+        trained = None if pipeline.draws_any_size else pipeline.trained_size
+        height, width = size_near((height, width), pipeline.image_processor.config.vae_scale_factor, trained)
+        return width, height
+
+    def remarks(self, settings: Settings, prompt: str, inputs: SourcePictures) -> list[str]:
+        """What is to be said of a drawing that is possible, but hardly as it was meant, and of what is cut off."""
+        pipeline = self.pipeline_of(self.kind_for(inputs))
+        found = [
+            remark_on_size(pipeline, settings.height, settings.width),
+            remark_on_steps(pipeline, settings.num_inference_steps),
+            None if settings.guidance_scale is None else remark_on_guidance(pipeline, settings.guidance_scale),
+        ]
+        conditioner = pipeline.conditioner(pipeline.device, None, settings.prompt_weights)
+        texts = {"prompt": prompt, "negative prompt": settings.negative_prompt or ""}
+        for name, cut in zip(texts, conditioner.cut([*texts.values()]), strict=True):
+            if cut:
+                long = f"The {name} is longer than the {conditioner.length} tokens that the model reads"
+                found.append(f"{long}; this is left out: {cut}")
+        return [one for one in found if one is not None]
+
     def wear(self, loras: list[Lora]) -> None:
-        """Have these LoRAs loaded and no others. Raises ValueError if one does not fit, and has none then."""
+        """Have these LoRAs loaded and no others, and note of which not all fits.
+
+        Raises:
+            ValueError: one does not fit at all; then it has none.
+        """
         if loras == self._worn:
             return
         self._worn = None
         self.pipeline.unload_lora_weights()
         try:
-            load_adapters(
+            loaded = load_adapters(
                 self.pipeline, [one.model_copy(update={"file": str(self.files[one.sha256])}) for one in loras], []
             )
         except BaseException:
             self.pipeline.unload_lora_weights()
             raise
         self._worn = list(loras)
+        self._worn_in_part = [
+            f"The LoRA {lora.file} fits this model in part only: {len(one.unmatched)} of its "
+            f"{len(one.unmatched) + len(one.matched)} weights were left out; was it made for another one?"
+            for lora, one in zip(loras, loaded, strict=True)
+            if one.unmatched
+        ]
 
     def draw(self, rows: list[Row]) -> None:
         """Draw a batch and tell the listeners of its jobs; it is stopped after the step at which no job is wanted."""
         first = rows[0].job
         self.wear(first.settings.loras)
+        for job in {row.job for row in rows}:
+            job.remarks += [one for one in self._worn_in_part if one not in job.remarks]
         pipeline = self.pipeline_of(first.kind)
         batch = batch_of(rows)
         arguments = call_arguments(pipeline, first.settings, batch, first.inputs)

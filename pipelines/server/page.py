@@ -8,10 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.interchange.user_files import parse_json_object
+from latentdiff.pipelines.registry import LONGEST_SIDE
 from latentdiff.pipelines.server.library import Library
-from latentdiff.pipelines.server.requests import RequestError
+from latentdiff.pipelines.server.requests import RequestError, read_fields
 from latentdiff.pipelines.server.service import Service
 from latentdiff.pipelines.server.training import Training
 
@@ -32,6 +34,16 @@ class Page:
 
     library: Library
     training: Training
+
+
+class SizeRequest(BaseModel):
+    """Width and height of a picture to start from."""
+
+    model_config = ConfigDict(extra="allow")  # to say what was meant; see `read_fields`
+
+    width: int = Field(ge=1, le=LONGEST_SIDE)
+    height: int = Field(ge=1, le=LONGEST_SIDE)
+    model: str | None = None
 
 
 def content() -> str:
@@ -61,6 +73,13 @@ def add_page(app: FastAPI, service: Service, page: Page) -> None:
             raise RequestError("model: say which", "model")
         name = await asyncio.to_thread(page.library.add, typed)
         return await asyncio.to_thread(service.describe, name)
+
+    @app.post("/page/size")
+    async def size(request: Request) -> dict[str, int]:
+        asked = read_fields(SizeRequest, parse_json_object(await request.body(), "the request's body"))
+        model = await asyncio.to_thread(service.shelf.get, asked.model)
+        width, height = model.size_from(asked.width, asked.height)
+        return {"width": width, "height": height}
 
     add_training(app, page.training)
 

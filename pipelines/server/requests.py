@@ -3,10 +3,11 @@
 import math
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -68,7 +69,7 @@ class DrawRequest(BaseModel):
     moderation: str | None = None
     input_fidelity: str | None = None
 
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, allow_inf_nan=False)
     negative_prompt: str | None = None
@@ -123,22 +124,39 @@ def name_and_scale(text: str) -> tuple[str, float]:
 OURS = ("guidance_scale", "negative_prompt", "strength", "guidance_rescale", "prompt_weights")
 
 
-def read_request(values: Mapping[str, Any], limits: Limits) -> DrawRequest:
-    """Raises RequestError for unknown fields, values of other types, and what is beyond the limits."""
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_fields(kind: type[R], values: Mapping[str, Any]) -> R:
+    """Raises RequestError for unknown fields and values that cannot be meant."""
     try:
-        refuse_unknown("unknown field", values, DrawRequest.model_fields)
-        request = DrawRequest.model_validate(values)
+        refuse_unknown("unknown field", values, kind.model_fields)
+        return kind.model_validate(values)
     except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        raise RequestError(first_problem(error), name) from None
+        raise RequestError(first_problem(error), str(error.errors()[0]["loc"][0])) from None
     except TypeError as error:
         raise RequestError(str(error)) from None
+
+
+def read_request(values: Mapping[str, Any], limits: Limits) -> DrawRequest:
+    """Raises RequestError for unknown fields, values of other types, and what is beyond the limits."""
+    request = read_fields(DrawRequest, values)
     if not request.prompt.strip():
         raise RequestError('the prompt is empty; say what to draw, for instance "a red car"', "prompt")
     if request.size not in (None, "auto") and request.sides == (None, None):
         raise RequestError(f"size: {request.size!r} is neither auto nor such as 128x128", "size")
+    check_text(request)
     check_limits(request, limits)
     return request
+
+
+def check_text(request: DrawRequest) -> None:
+    """Raises RequestError for halves of characters, which JSON can name and no tokenizer reads."""
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{name}: it has characters that are no text (halves of UTF-16)", name) from None
 
 
 def check_limits(request: DrawRequest, limits: Limits) -> None:
@@ -152,13 +170,20 @@ def check_limits(request: DrawRequest, limits: Limits) -> None:
     }
     for name, (value, most, what) in asked.items():
         if value > most:
-            raise RequestError(f"{name}: {value} {what} are more than this server gives, {most}", name)
+            raise RequestError(f"{name}: {reprlib.repr(value)} {what} are more than this server gives, {most}", name)
 
 
-def check_pixels(width: int, height: int, most: int) -> None:
-    """Raises RequestError for a picture of more than `most` pixels."""
-    if width * height > most:
-        raise RequestError(f"size: {width}x{height} is more than this server draws, {most} pixels in all", "size")
+def check_size(width: int, height: int, factor: int, most: int, own: tuple[int, int]) -> None:
+    """Raises RequestError for sides that are no multiples of `factor`, and for more than `most` pixels in all.
+
+    own: width and height that the model has by itself.
+    """
+    if not width or not height or width % factor or height % factor or width * height > most:
+        raise RequestError(
+            f"size: {width}x{height} cannot be drawn: both sides must be multiples of {factor}, and width times height "
+            f"at most {most}, such as {own[0]}x{own[1]}",
+            "size",
+        )
 
 
 def read_pictures(

@@ -22,7 +22,7 @@ from latentdiff.pipelines.server.requests import (
     DrawRequest,
     Limits,
     RequestError,
-    check_pixels,
+    check_size,
     read_pictures,
     read_request,
 )
@@ -94,10 +94,14 @@ class Service:
         inputs, used = read_pictures(files)
         if inputs.image is None and request.strength is not None:
             raise RequestError("strength is for pictures to start from; send those to /v1/images/edits", "strength")
+        most = self.limits.pixels or model.pixels
+        width, height = request.sides
+        if width is not None and height is not None:
+            check_size(width, height, model.factor, most, model.own_size)
         settings = model.settings(request.options, inputs, used, self._loras(request, model))
         if request.scores and self.clip is None:
             raise RequestError("scores: there is no CLIP model here; start the server with --clip", "scores")
-        check_pixels(settings.width, settings.height, self.limits.pixels or model.pixels)
+        check_size(settings.width, settings.height, model.factor, most, model.own_size)
         if settings.num_inference_steps > self.limits.steps:
             message = f"the model takes {settings.num_inference_steps} steps, this server gives {self.limits.steps}"
             raise RequestError(f"steps: {message}; say how many", "steps")
@@ -105,7 +109,9 @@ class Service:
         previews = (request.partial_images or 0) if request.stream else 0
         ending = time.monotonic() + self.timeout
         clip = self.clip if request.scores else None
-        return request, Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending, clip)
+        remarks = model.remarks(settings, request.prompt, inputs)
+        job = Job(kind, settings, request.prompt, request.seeds(), hear, inputs, previews, ending, clip, remarks)
+        return request, job
 
     def _loras(self, request: DrawRequest, model: ServedModel) -> list[Lora]:
         """What a request names, for the record; the model learns where the files are."""
@@ -164,13 +170,13 @@ class Service:
     def describe(self, name: str) -> dict[str, Any]:
         """A model as ``GET /v1/models/NAME`` shows it; it is loaded for that."""
         model, limits = self.shelf.get(name), self.limits
-        height, width = model.pipeline.picture_size(None, None)
+        width, height = model.own_size
         pixels = limits.pixels or model.pixels
         return {
             **self.named(name),
             "width": width,
             "height": height,
-            "multiple_of": model.pipeline.side_factor,
+            "multiple_of": model.factor,
             "steps": model.pipeline.defaults["num_inference_steps"],
             "guidance_scale": model.pipeline.defaults["guidance_scale"],
             "limits": {"pixels": pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},

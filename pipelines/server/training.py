@@ -8,17 +8,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.interchange.user_files import MAX_PICTURE, MAX_TEXT, read_bytes
-from latentdiff.pipelines.batch.drawing_options import first_problem
 from latentdiff.pipelines.commands.models import INDEX
-from latentdiff.pipelines.core.call_options import refuse_unknown
 from latentdiff.pipelines.server.child import Child
 from latentdiff.pipelines.server.folders import Folders
-from latentdiff.pipelines.server.requests import RequestError
+from latentdiff.pipelines.server.requests import RequestError, read_fields
 
 POINTS = 500
 """Of a curve, at most."""
@@ -30,7 +28,7 @@ SHEET = "reconstructions.png"
 class LookRequest(BaseModel):
     """A folder of pictures to look at."""
 
-    model_config = ConfigDict(extra="allow")  # to say what was meant; see `read`
+    model_config = ConfigDict(extra="allow")  # to say what was meant; see `read_fields`
 
     data: str
     model: str | None = None
@@ -56,20 +54,6 @@ class FinetuneRequest(LookRequest):
         return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 
-R = TypeVar("R", bound=BaseModel)
-
-
-def read(kind: type[R], values: Mapping[str, Any]) -> R:
-    """Raises RequestError for unknown fields and values that cannot be meant."""
-    try:
-        refuse_unknown("unknown field", values, kind.model_fields)
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RequestError(first_problem(error), str(error.errors()[0]["loc"][0])) from None
-    except TypeError as error:
-        raise RequestError(str(error)) from None
-
-
 class Training:
     """One process at a time, which looks at pictures or fine-tunes; it goes on when the page is closed.
 
@@ -92,7 +76,7 @@ class Training:
         Raises:
             RequestError: it cannot, or something runs already.
         """
-        request = read(LookRequest, values)
+        request = read_fields(LookRequest, values)
         data = self.folders.find(request.data, "data")
         sheet = Path(self._scratch.name, SHEET)
         command = ["doctor", str(data), "--model", str(self.model_at(request.model)), "--sheet", str(sheet)]
@@ -104,7 +88,7 @@ class Training:
         Raises:
             RequestError: it cannot be, or something runs already.
         """
-        request = read(FinetuneRequest, values)
+        request = read_fields(FinetuneRequest, values)
         data = self.folders.find(request.data, "data")
         output = self.folders.find(request.output, "output", there=False)
         if output in self.folders.roots.values():

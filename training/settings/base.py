@@ -14,6 +14,7 @@ from pydantic.config import JsonDict
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.user_files import parse_yaml, read_yaml
+from latentdiff.pipelines.batch.drawing_options import wrong_in
 
 NAMED = 10  # mistakes that a message names; the rest are counted
 SHOWN = reprlib.Repr()  # of values in messages
@@ -150,7 +151,7 @@ class Settings(BaseModel):
         if item["type"] == "missing":
             option = str(item["loc"][0]).replace("_", "-")
             return f"setting {key} is needed: --{option}, or {item['loc'][0]}: in the file of --config"
-        wrong = item["msg"].removeprefix("Value error, ")  # pydantic's, before what our own checks say
+        wrong = wrong_in(item)
         return f"setting {key}: {wrong} (got {SHOWN.repr(item['input'])})" if item["loc"] else wrong
 
     @classmethod

@@ -24,7 +24,7 @@ function inWords(error) { return error instanceof TypeError ? "The server does n
 async function start() {
   try { await offered(); } catch (error) { return say(inWords(error), true); }
   const first = offer.models[0];
-  if (first.steps) described(first); else await chooseModel(first.id);
+  if (first.steps) await described(first); else await chooseModel(first.id);
   watch();
 }
 
@@ -54,8 +54,7 @@ async function chooseModel(name) {
   try {
     const found = await post("/page/model", { model: name });
     if (!offer.models.some((one) => one.id === found.id)) await offered();
-    described(found);
-    say("");
+    await described(found);
   } catch (error) {
     say(inWords(error), true);
     if (info) $("model").value = info.id;
@@ -63,7 +62,7 @@ async function chooseModel(name) {
   $("draw").disabled = false;
 }
 
-function described(model) {
+async function described(model) {
   info = model;
   $("model").value = info.id; $("typing").hidden = true;
   for (const side of ["width", "height"]) {
@@ -75,7 +74,10 @@ function described(model) {
   $("guidance").value = info.guidance_scale; $("count").max = info.limits.count;
   guided();
   say("");
+  if (picture) await fitted();
 }
+
+function sized() { return $("width").value + "x" + $("height").value; }
 
 function say(text, error = false) { $("said").textContent = text; $("said").className = error ? "error" : ""; }
 
@@ -87,8 +89,8 @@ function fields() {
   if ($("negative").value.trim() && !$("negative").disabled) asked.negative_prompt = $("negative").value;
   if ($("lora").value) asked.lora = $("lora").value + ":" + (+$("lora-scale").value);
   if ($("scores").checked && offer.scores) asked.scores = true;
-  if (!picture) asked.size = $("width").value + "x" + $("height").value;
-  else asked.strength = +$("strength").value;
+  if (picture) asked.strength = +$("strength").value;
+  if (sized() !== picture?.size) asked.size = sized(); // else its own rule keeps the picture's pixels
   return asked;
 }
 
@@ -135,6 +137,7 @@ async function draw() {
   const began = waiting(controller);
   const count = +$("count").value, shown = Array.from({ length: count }, () => ({ ...tile(), frames: [] }));
   $("now").replaceChildren(...shown.map((one) => one.figure));
+  if (matchMedia("(max-width: 760px)").matches) $("now").scrollIntoView({ behavior: "smooth" });
   const finished = [];
   try {
     for await (const event of events(await request())) {
@@ -148,7 +151,7 @@ async function draw() {
         say("Drawing ...");
       } else {
         one.figure.remove();
-        finished.push({ figure: keep(image, noteOf(event), one.frames), score: event.score ?? -1 });
+        finished.push({ figure: keep(image, noteOf(event), one.frames, event.warnings), score: event.score ?? -1 });
       }
     }
     ranked(finished);
@@ -174,7 +177,7 @@ function ranked(finished) { // the best of one drawing first
 
 function tile() {
   const figure = document.createElement("figure"), image = new Image(), caption = document.createElement("figcaption");
-  image.alt = "being drawn"; image.style.aspectRatio = picture ? "1" : $("width").value + "/" + $("height").value;
+  image.alt = "being drawn"; image.style.aspectRatio = $("width").value + "/" + $("height").value;
   figure.append(image, caption);
   return { figure, image, caption };
 }

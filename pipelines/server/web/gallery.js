@@ -24,7 +24,7 @@ function button(text, action) {
   return made;
 }
 
-function keep(url, note, frames) {
+function keep(url, note, frames, warnings = []) {
   const said = record(bytesOf(url)), one = tile(), name = said.prompts[0].replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) + "-" + said.seed + ".png";
   one.image.src = url; one.image.alt = said.prompts[0]; one.image.style.aspectRatio = said.width + "/" + said.height;
   const title = document.createElement("b"), more = document.createElement("div"), row = document.createElement("div"), link = document.createElement("a");
@@ -34,10 +34,16 @@ function keep(url, note, frames) {
     ...(said.loras ?? []).map((one) => one.file + " at " + (one.scale ?? 1)), note].filter(Boolean).join(", ");
   link.href = url; link.download = name; link.textContent = "download"; row.className = "row";
   row.append(link, button("use settings", () => use(said)), button("start from this", () => startFrom(new Blob([bytesOf(url)], { type: "image/png" }), name)));
-  one.caption.append(title, more, row);
+  one.caption.append(title, more, ...warnings.map(warned), row);
   if (frames.length > 2) row.append(button("steps", () => strip(one.figure, frames)));
   $("gallery").prepend(one.figure);
   return one.figure;
+}
+
+function warned(text) {
+  const made = document.createElement("div");
+  made.className = "warning"; made.textContent = "⚠ " + text;
+  return made;
 }
 
 function strip(figure, frames) { // how it came to be, shown or hidden
@@ -64,6 +70,7 @@ async function use(said) {
     await chooseModel(said.model);
     if (said.model !== info.id) notes.push("It was drawn with the model " + said.model + ", which is not here, not with " + info.id + ".");
   }
+  if (!said.image) remove();
   $("prompt").value = said.prompts[0]; $("negative").value = said.negative_prompt ?? "";
   choose($("width"), said.width); choose($("height"), said.height);
   $("steps").value = said.num_inference_steps; $("guidance").value = said.guidance_scale ?? info.guidance_scale;
@@ -74,7 +81,7 @@ async function use(said) {
   $("lora").value = worn ? worn.file : ""; $("lora-scale").value = worn?.scale ?? 1;
   if (more.length || (worn && $("lora").value !== worn.file)) notes.push("It was drawn with " + said.loras.map((one) => one.file).join(" and ") + ", which cannot be chosen here.");
   if (said.image) notes.push("It was drawn from " + said.image.file + (said.mask ? " with a mask" : "") + "; choose that as the picture too.");
-  else remove();
   if (said.prompts.length > 1) notes.push("Of its " + said.prompts.length + " prompts this is the first.");
   say(notes.join(" "));
+  $("prompt").scrollIntoView({ block: "nearest" });
 }

@@ -1,5 +1,9 @@
 // A picture to start from, and its mask
 
+const HEAD = 33; // bytes of a PNG before its other chunks
+// that the mask is upright, as the browser shows its picture, whatever that one's EXIF says: a chunk eXIf, orientation 1
+const UPRIGHT = new Uint8Array([0, 0, 0, 26, 101, 88, 73, 102, 77, 77, 0, 42, 0, 0, 0, 8, 0, 1, 1, 18, 0, 3, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 19, 192, 117, 231]);
+
 async function startFrom(blob, name) {
   try { await createImageBitmap(blob); } catch { return say(name + " is not a picture that this browser reads.", true); }
   if (picture) URL.revokeObjectURL($("source").src);
@@ -7,11 +11,25 @@ async function startFrom(blob, name) {
   $("source").src = URL.createObjectURL(blob);
   await $("source").decode();
   $("mask").width = $("source").naturalWidth; $("mask").height = $("source").naturalHeight;
-  $("painting").hidden = false; $("away").hidden = false;
+  $("painting").hidden = false; $("away").hidden = false; $("file").hidden = true; $("from").textContent = "Start from a picture: " + name;
   wipe(); share(); say("");
+  await fitted();
+  $("start").scrollIntoView({ block: "nearest" });
 }
 
-function remove() { picture = null; $("painting").hidden = true; $("away").hidden = true; $("file").value = ""; wipe(); }
+async function fitted() { // the size at which the picture is drawn, if nobody chooses another
+  const { naturalWidth: width, naturalHeight: height } = $("source");
+  let size;
+  try { size = await post("/page/size", { model: info.id, width, height }); } catch (error) { return say(inWords(error), true); }
+  choose($("width"), size.width); choose($("height"), size.height);
+  picture.size = sized();
+  $("fitting").textContent = "It has " + width + "×" + height + " pixels and is drawn at " + size.width + "×" + size.height + ". Where width and height above have another shape, its edges are cut off.";
+}
+
+function remove() {
+  if (picture) for (const side of ["width", "height"]) choose($(side), info[side]);
+  picture = null; $("from").textContent = "Start from a picture"; $("painting").hidden = true; $("away").hidden = true; $("file").hidden = false; $("file").value = ""; wipe();
+}
 function wipe() { painted = false; $("mask").getContext("2d").clearRect(0, 0, $("mask").width, $("mask").height); $("strength").value = 0.8; share(); }
 function share() { $("share").textContent = Math.round($("strength").value * 100) + " %"; }
 
@@ -31,18 +49,24 @@ function maskBlob() { // white where painted, black elsewhere
   const pixels = $("mask").getContext("2d").getImageData(0, 0, made.width, made.height);
   for (let i = 0; i < pixels.data.length; i += 4) pixels.data.fill(pixels.data[i + 3] > 127 ? 255 : 0, i, i + 3), pixels.data[i + 3] = 255;
   pen.putImageData(pixels, 0, 0);
-  return new Promise((done) => made.toBlob(done, "image/png"));
+  return new Promise((done) => made.toBlob((blob) => done(new Blob([blob.slice(0, HEAD), UPRIGHT, blob.slice(HEAD)], { type: "image/png" })), "image/png"));
 }
 
 async function dropped(event) {
   const file = event.dataTransfer.files[0], inside = $("start").contains(event.target);
   if (!file) return;
-  const said = record(new Uint8Array(await file.arrayBuffer()));
   if (inside) return startFrom(file, file.name);
+  settingsFrom(file);
+}
+
+async function settingsFrom(file) {
+  const said = record(new Uint8Array(await file.arrayBuffer()));
   if (said?.prompts) return use(said);
   say(file.name + " has no settings of latentdiff in it; drop it on “Start from a picture” to draw from it.", true);
 }
 
+$("open").onclick = () => $("recorded").click();
+$("recorded").onchange = () => { const file = $("recorded").files[0]; if (file) settingsFrom(file); $("recorded").value = ""; };
 $("away").onclick = remove; $("wipe").onclick = wipe; $("strength").oninput = share;
 $("file").onchange = () => $("file").files[0] && startFrom($("file").files[0], $("file").files[0].name);
 for (const kind of ["pointerdown", "pointermove"]) $("mask").addEventListener(kind, paint);

@@ -199,10 +199,10 @@ def test_a_record_that_asks_for_too_much(cup: Path, run: Run, capsys: pytest.Cap
     every = [[i, 0] for i in range(40)]
     for changes, message in (
         ({"batches": [batch] * 40, "pictures": every}, "163840 pictures would have to be drawn for the 40 in the file"),
-        ({"filmstrip": 10**9}, "filmstrip: Input should be less than or equal to 4096"),
+        ({"filmstrip": 10**9}, "filmstrip: it must be at most 4096"),
         ({"pictures": [[0, 1]] * 40, "columns": 8}, "says that it shows 40 pictures of 16 x 16; it was changed"),
         ({"pictures": [[0, 1]] * 40, "columns": 10**9}, "says that it shows 40 pictures of 16 x 16; it was changed"),
-        ({"guidance_scale": float("nan")}, "guidance_scale: Input should be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: a finite number is expected"),
     ):
         Path("new.png").write_bytes(cup.read_bytes())
         rewrite(Path("new.png"), **changes)

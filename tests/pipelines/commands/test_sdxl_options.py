@@ -133,7 +133,7 @@ def test_draw_many_with_a_pipelines_refiner(sdxl: str, tmp_path: Path) -> None:
         (["--refiner", "{other}"], "--refiner: {other} is not a model of SDXL"),
         (["--refiner", "{refiner}", "--filmstrip", "strip.png"], "without --mask and --filmstrip"),
         (["--refiner", "nowhere/at/all"], "nowhere/at/all"),
-        (["--aesthetic-score", "nan"], "aesthetic_score: Input should be a finite number"),
+        (["--aesthetic-score", "nan"], "aesthetic_score: a finite number is expected"),
     ],
 )
 def test_refiners_that_cannot_be(

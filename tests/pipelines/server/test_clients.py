@@ -116,14 +116,29 @@ def test_errors_name_what_to_change(client: Any, tmp_path: Path) -> None:
     refused("prompt", "101 characters are more than this server gives, 100", prompt="a" * 101)
     refused("n", "11 pictures are more", n=11)
     refused("size", "neither auto nor such as 128x128", size="large")
-    refused("size", "64x64 is more than this server draws, 1024 pixels", size="64x64")
-    refused(None, "width=17 is not a multiple of 2", size="17x16")
+    sizes = "both sides must be multiples of 2, and width times height at most 1024, such as 16x16"
+    for size in ("64x64", "17x16", "0x0", "2x0", "99999x99999"):
+        refused("size", f"size: {size} cannot be drawn: {sizes}", size=size)
     refused("steps", "51 steps are more", extra_body={"steps": 51})
     refused(None, "unknown field 'guidance'; did you mean guidance_scale", extra_body={"guidance": 3})
-    refused("seed", "greater than or equal to 0", extra_body={"seed": -1})
-    refused("background", "should be 'auto' or 'opaque'", background="transparent")
+    refused("seed", r"seed: it must be at least 0 \(got -1\)", extra_body={"seed": -1})
+    refused("background", "'auto' or 'opaque' is expected", background="transparent")
     refused("strength", "/v1/images/edits", extra_body={"strength": 0.5})
     with pytest.raises(openai.BadRequestError, match="image is not a picture of a known format"):
         client.images.edit(prompt="a", image=b"no picture")
     with pytest.raises(openai.BadRequestError, match="image has 16 x 16 pixels and mask has 8 x 8"):
         client.images.edit(prompt="a", image=png(Image.fromarray(COLOURS)), mask=png(Image.new("L", (8, 8))))
+
+
+def test_what_is_to_be_said_of_a_drawing_comes_with_it(client: Any, drawer: Any) -> None:
+    """Each request hears it, however often it was said before, and nobody what is said of another's prompt."""
+    long = "a red cup " * 9
+    for _ in range(2):
+        found = client.images.generate(prompt=long, size="32x16", extra_body={"seed": 1})
+        size, cut = found.warnings
+        assert "Drawing 32 x 16 pixels (width x height) with a model that was trained on 16 x 16" in size
+        assert cut.startswith("The prompt is longer than the ")
+        assert cut.endswith("this is left out: " + " ".join(long.split()[10:]))
+    events = list(client.images.generate(prompt="a cup", size="32x16", stream=True, partial_images=1))
+    assert [len(event.warnings) for event in events] == [1, 1]
+    assert not hasattr(client.images.generate(prompt="a cup"), "warnings")

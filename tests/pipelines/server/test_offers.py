@@ -11,7 +11,7 @@ import pytest
 import torch
 from discs import save_discs
 from loras import diffusers_lora
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from served import DRAW, answered, ask, made, near, serving, until
 from tiny_clip import save_clip
 
@@ -92,6 +92,28 @@ def test_a_lora_of_a_request(runs: Path, drawer: Any) -> None:
             assert ask(served.url + DRAW, {**body, "lora": lora})[0] == 400
     with serving(made(drawer)) as served:
         assert "draws as it was started" in ask(served.url + DRAW, {"prompt": "a", "lora": name})[1]
+
+
+def test_a_lora_that_fits_in_part(runs: Path, drawer: Any) -> None:
+    """Said of each picture, not at its loading only."""
+    file = runs / "pytorch_lora_weights.safetensors"
+    state = load_file(file)
+    other = {name.replace("unet.", "unet.other_"): tensor.clone() for name, tensor in [*state.items()][:2]}
+    save_file({**state, **other}, runs / "other.safetensors")
+    with serving(made(drawer), folders=[runs]) as served:
+        for _ in range(2):
+            found = post(served.url + DRAW, {"prompt": "a cup", "lora": "runs/other.safetensors"})
+            (said,) = found["warnings"]
+            assert "The LoRA runs/other.safetensors fits this model in part only: 2 of its " in said
+        assert "warnings" not in post(served.url + DRAW, {"prompt": "a cup"})
+
+
+def test_the_size_that_a_picture_is_drawn_at(paged: Any) -> None:
+    size = paged.url + "/page/size"
+    assert post(size, {"width": 17, "height": 19}) == {"width": 16, "height": 18}
+    assert post(size, {"width": 4000, "height": 2000, "model": "tiny"}) == {"width": 22, "height": 12}
+    assert ask(size, {"width": 0, "height": 8})[:2] == (400, "width: it must be at least 1 (got 0)")
+    assert ask(size, {"width": 8})[:2] == (400, "height: it is missing")
 
 
 def test_scores(runs: Path, drawer: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from discs import save_discs
 from loras import diffusers_lora
-from PIL import Image
+from PIL import ExifTags, Image
 from served import hold, made, serving, until
 from tiny_clip import save_clip
 
@@ -82,6 +82,12 @@ def download(page: Any, number: int = 0) -> Path:
     return Path(coming.value.path())
 
 
+def png(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
 def drop(page: Any, content: bytes, name: str, place: str) -> None:
 
     page.evaluate(DROP, [base64.b64encode(content).decode(), name, place])
@@ -133,10 +139,11 @@ def test_previews_and_stop(page: Any, paged: Any) -> None:
 
 @pytest.mark.slow
 def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
+    """On a picture that its EXIF turns upside down: what is painted is painted on what the page shows."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    drop(page, stream.getvalue(), "photo.png", "#start")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    drop(page, png(image.rotate(180), exif=exif), "photo.png", "#start")
     page.wait_for_function("document.querySelector('#mask').width === 16")
     page.fill("#brush", "40")
     page.locator("#mask").scroll_into_view_if_needed()
@@ -160,6 +167,24 @@ def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
     call = {"seed": said["seed"], "num_inference_steps": 3, "strength": 1.0}
     wanted = InpaintPipeline.from_pipe(drawer)("a cup", image=image, mask_image=painted, **call).images[0]
     assert (np.asarray(found) == np.asarray(wanted)).all()
+
+
+@pytest.mark.slow
+def test_a_picture_brings_its_size_and_a_drawing_its_warnings(page: Any) -> None:
+    drop(page, png(Image.effect_noise((40, 20), 90).convert("RGB")), "wide.png", "#start")
+    page.wait_for_function("document.querySelector('#width').value === '22'")
+    assert page.input_value("#height") == "12"
+    assert "It has 40×20 pixels and is drawn at 22×12." in page.inner_text("#fitting")
+    page.fill("#prompt", "a red cup")
+    drawn(page, 1)
+    assert page.locator("#gallery .warning").count() == 0
+    page.select_option("#width", "32")
+    drawn(page, 2)
+    assert "32×12" in page.inner_text("#gallery figure:first-child")
+    assert "⚠ Drawing 32 x 12 pixels" in page.inner_text("#gallery .warning")
+    shot(page, "warning")
+    page.click("#away")
+    assert (page.input_value("#width"), page.input_value("#height")) == ("16", "16")
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_what_is_refused(service: Any, run: Run, monkeypatch: pytest.MonkeyPatch
         refused("--lora: a server draws as it was started", *server, "--lora", "x.safetensors")
         refused("--filmstrip: a server draws", *server, "--filmstrip", "strip.png")
         refused("--width and --height go together", *server, "--width", "16")
-        refused("width=17 is not a multiple of 2", *server, "--width", "17", "--height", "16")
+        refused("17x16 cannot be drawn: both sides must be multiples of 2", *server, "--width", "17", "--height", "16")
         refused("there is no model 'other' here", *server, "--model", "other")
         refused("there is no model 'emoji' here", *server, "--model", "emoji")  # though it is the default elsewhere
     refused("no server answers at", *server)

@@ -208,10 +208,20 @@ def test_bodies_are_limited(served: Any) -> None:
     [
         (b"[]", "a JSON object is expected, not a list"),
         (b"\xff", "not JSON"),
-        (b'{"prompt": ["a"]}', "prompt: Input should be a valid string"),
+        (b'{"prompt": ["a"]}', r"prompt: text is expected \(got \['a'\]\)"),
         (b'{"prompt": "a", "seed": 9223372036854775807, "n": 2}', "too large"),
-        (b'{"prompt": "a", "steps": "many"}', "steps: "),
-        (b'{"prompt": "a", "size": "0x16"}', "greater than or equal to 1|not a multiple"),
+        (b'{"prompt": "a", "steps": "many"}', r"steps: a whole number is expected \(got 'many'\)"),
+        (b'{"prompt": "a", "size": "0x16"}', "0x16 cannot be drawn: both sides must be multiples of 2"),
+        (b'{"n": 1}', "^prompt: it is missing$"),
+        (
+            b'{"prompt": "a", "seed": 1%s}' % (b"0" * 400),
+            r"^seed: it must be less than 9\d{18} \(got 1.{,50}\)$",
+        ),
+        (b'{"prompt": "a", "steps": 1%s}' % (b"0" * 400), "^steps: .{,50} steps are more than this server gives, 50$"),
+        (b'{"prompt": "a", "guidance_scale": NaN}', r"^guidance_scale: a finite number is expected \(got nan\)$"),
+        (b'{"prompt": "a", "stream": "so"}', r"^stream: true or false is expected \(got 'so'\)$"),
+        (b'{"prompt": "\\ud800"}', "^prompt: it has characters that are no text"),
+        (b'{"prompt": "a", "%s": 1}' % (b"x" * 9000), r"^unknown field 'xx.{,1000}$"),
         (b"[" * 60000, "not JSON"),
     ],
 )
