@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)\s#]+)")
 SPOKEN = re.compile(r"\b[a-z][a-z0-9_]*\b(?:=\[?[\w-]+(?:\.\d+)*\]?)?")
 """A setting in a sentence, perhaps with a value."""
+PICTURE = re.compile(r"^(!\[[^\]]*\]\(([^)\s]+\.png)\))$", re.MULTILINE)
 OUTSIDE = "source"
 """The folder of the site with copies of what lies outside docs/."""
 SHOWN = {".py", ".yaml", ".yml", ".toml", ".txt", ".png", ".md", ""}
@@ -33,14 +34,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links out of docs/ lead to the site's copies."""
+    """Let links out of docs/ lead to the site's copies, and pictures to themselves at their own size."""
     here = in_repository(page.file.src_uri)
 
     def lead(found: re.Match[str]) -> str:
         target = in_site(resolve(here, found[1]))
         return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(lead, PICTURE.sub(r"[\1](\2)", markdown))
 
 
 def commands_page() -> dict[str, str]:
