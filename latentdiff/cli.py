@@ -17,6 +17,8 @@ from latentdiff.terminal import printable_messages, say, show_traceback
 USER_MISTAKES = (FloatingPointError, ValueError, TypeError, OSError, NotImplementedError)
 TOO_LARGE = re.compile(r"file too large|os error 27\b", re.IGNORECASE)
 FULL_DISK = re.compile(r"no space left|disk quota exceeded|os error (28|122)\b", re.IGNORECASE)
+IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal .*\n[\w.]*Error: ", re.DOTALL)
+"""What torch puts before the message of an error in a process that reads pictures ahead."""
 
 DRAWING = ("generate", "replay", "many", "models", "convert", "serve", "app")
 """Commands of `latentdiff.pipelines.commands`, each in a module of its name."""
@@ -94,7 +96,7 @@ def run(program: typer.Typer) -> None:
 
 def explain(error: Exception) -> tuple[str, bool]:
     """What an error says, and whether the user can mend it."""
-    text = str(error) or type(error).__name__
+    text = IN_WORKER.sub("", str(error)).rstrip("\n") or type(error).__name__
     if FULL_DISK.search(text):
         return f"the disk is full: {text}; make room and repeat the command", True
     if TOO_LARGE.search(text):

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from program import run_program
+from torch._utils import ExceptionWrapper
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel, __version__, cli
@@ -255,3 +256,13 @@ def test_a_file_that_may_not_be_so_large(error: Exception) -> None:
     assert mistake
     assert text.startswith(("File too large: 'a.png': a file of this", "I/O error"))
     assert "ulimit -f" in text
+
+
+def test_an_error_of_a_process_that_reads_ahead_is_said_as_any_other() -> None:
+    try:
+        raise ValueError("a.png: cannot be read\n  and more") from OSError("no such file")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError, match="Original OSError") as caught:
+        wrapped.reraise()
+    assert cli.explain(caught.value) == ("a.png: cannot be read\n  and more", True)

@@ -3,11 +3,10 @@
 The cache keeps mean and deviation of the encoder's posterior, so that training can sample it each time.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ class LatentCache:
         by_key = {key_of(picture, view): (picture, view) for picture, view in wanted}
 
         def encoded(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
-            for keys, pixels in load(by_key, batches, num_workers, read_unchanged):
+            for keys, pixels in load(by_key, batches, num_workers, read_view):
                 names = [by_key[key][0].name for key in keys]
                 moments = finite(
                     encode(codec, pixels),  # (B, 2, C, h, w), or (B, 1, C, h, w)
@@ -152,27 +151,6 @@ def read_view(pictured: PictureView) -> Tensor:
     """(3, H, W) in [-1, 1]"""
     picture, view = pictured
     return read_pixels(picture, view.width, view.height, view.crop, view.flip)
-
-
-def read_unchanged(pictured: PictureView) -> Tensor:
-    """`read_view` of a picture that is still what its digest says. (3, H, W)"""
-    picture, view = pictured
-    return read_view((unchanged(picture), view))
-
-
-def unchanged(picture: CaptionedPicture) -> CaptionedPicture:
-    """`picture` with its bytes in memory, checked against its digest.
-
-    Raises:
-        ValueError: they differ; cached under this digest, they would be taken for another picture.
-    """
-    try:
-        content = picture.read()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{picture.name}: cannot be read ({error})") from error
-    if hashlib.sha256(content).hexdigest() != picture.digest:
-        raise ValueError(f"{picture.name}: has changed since the pictures were examined; start again")
-    return replace(picture, read=lambda: content)
 
 
 def encode(codec: Codec, pixels: Tensor) -> Tensor:

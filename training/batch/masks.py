@@ -68,7 +68,7 @@ def read_unchanged(pictured: PictureView, factor: int) -> Tensor:
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture.name}: its mask cannot be read ({error})") from error
     if hashlib.sha256(content).hexdigest() != picture.mask_digest:
-        raise ValueError(f"{picture.name}: its mask has changed since the pictures were examined; start again")
+        raise ValueError(f"{picture.name}: its mask has changed since the pictures were examined; repeat the command")
     return read_mask(replace(picture, mask=lambda: content), view, factor)
 
 

@@ -1,5 +1,6 @@
 """A captioned picture, where its bytes come from, and its pixels."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable
@@ -143,16 +144,34 @@ def read_pixels(
         flip: mirror it, left to right, after cropping.
 
     Raises:
-        ValueError: the picture cannot be read; the message names it.
+        ValueError: the picture cannot be read, or is no longer what its digest says; the message names it.
     """
+    content = unchanged(picture)
     try:
-        image = decode(picture.read(), picture.name).image
-    except (OSError, ValueError) as error:
+        image = decode(content, picture.name).image
+    except ValueError as error:
         raise ValueError(f"{picture.name}: cannot be read as a picture ({error}); repair or remove it") from error
     box = covered_box(image.size, width, height, crop)
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box)))  # (H, W, 3)
     pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
     return pixels.flip(-1) if flip else pixels
+
+
+def unchanged(picture: CaptionedPicture) -> bytes:
+    """The bytes of a picture, which are those of its digest if it has one.
+
+    Raises:
+        ValueError: they differ, and would be taken for another picture; or they cannot be read.
+    """
+    try:
+        content = picture.read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture.name}: cannot be read ({error})") from error
+    if picture.digest and hashlib.sha256(content).hexdigest() != picture.digest:
+        raise ValueError(
+            f"{picture.name}: has changed since the pictures were examined; repeat the command, which examines it anew"
+        )
+    return content
 
 
 def covered_box(

@@ -32,6 +32,7 @@ from latentdiff.training.settings import Condition, RunSettings
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000  # digests of a table that a run keeps
+OTHERS = "%s: the pictures are not those that this run had so far; it goes on with these, not as it would have"
 FEWEST, MOST_HELD_OUT = 40, 512  # pictures, for some to be held out, and of these
 
 
@@ -258,6 +259,8 @@ def refuse_another_table(file: Path, data: str, table: PictureTable) -> None:
             f"Choose another --output for these, or name the --data of that run to go on with it"
         )
     some = [table[i * len(table) // REMEMBERED].digest for i in range(REMEMBERED)]
+    if before and some != before:
+        logger.warning(OTHERS, data)
     write_text_whole(file, json_text({"digests": some}))
 
 
@@ -366,9 +369,12 @@ def refuse_other_pictures(manifest: Path, data: str, entries: Sequence[Entry]) -
     except (OSError, ValueError):  # the survey has said so
         return
     trained = {entry.digest for entry in before.values() if entry.use and entry.digest}
-    there = trained & {entry.digest for entry in entries}
+    now = {entry.digest for entry in entries if entry.use}
+    there = trained & now
     if 2 * len(there) < len(trained):
         raise ValueError(
             f"{manifest.parent.parent} holds a run on other pictures: {len(there)} of its {len(trained)} are in "
             f"{data}. Choose another --output for these, or name the --data of that run to go on with it"
         )
+    if trained and now != trained:
+        logger.warning(f"{OTHERS} (gone: %d, new: %d)", data, len(trained - now), len(now - trained))

@@ -5,7 +5,7 @@ any other shard is read on its own, as a range of bytes. So each is read as fast
 pictures are mixed: a copy of what is used last would hardly ever be of use again.
 """
 
-import os
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +22,12 @@ from latentdiff.training.data.captioned_picture import MOST_BYTES, PartReader
 from latentdiff.training.data.shards import expand, of_split, read_shard
 from latentdiff.training.data.source import Source, Wanted
 
+logger = logging.getLogger(__name__)
+
 ROOM_VARIABLE, ROOM = "LATENTDIFF_SHARDS_GB", 20.0
-TRIES, PAUSE = 4, 1.0  # of one read; seconds before the second, then twice as long each time
+TRIES, PAUSE = 4, 1.0  # of one question; seconds before the second, then twice as long each time
+MORE_TRIES = 8  # of a picture or shard: some two minutes, in which a server may have started anew
+LEFT = 3600.0  # seconds after which a copy that nobody goes on writing was left by a process that was killed
 AT_ONCE = 16  # shards that are asked for their size
 VERSION = (
     "ETag",
@@ -60,7 +64,8 @@ class RemoteReader:
         if self.length > MOST_BYTES:
             raise ValueError(f"{self.length:,} bytes are more than a picture has")
         with reaching(self.url) as (files, path):
-            content = bytes(tried(files.cat_file, path, start=self.start, end=self.start + self.length))
+            end = self.start + self.length
+            content = bytes(tried(files.cat_file, path, tries=MORE_TRIES, start=self.start, end=end))
         if len(content) != self.length:
             raise ValueError(
                 f"{self.url} gave {len(content):,} bytes where {self.length:,} were asked for; if it gives whole files "
@@ -119,15 +124,18 @@ def _is_failure(error: Exception) -> bool:
     return error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (404, 410)
 
 
-def tried(read: Any, *args: Any, **options: Any) -> Any:
-    """What `read` gives, tried again where the network fails."""
-    for number in range(TRIES):
+def tried(read: Any, path: str, *args: Any, tries: int = TRIES, **options: Any) -> Any:
+    """What `read` gives of a path, tried again where the network fails."""
+    for number in range(tries):
         try:
-            return read(*args, **options)
+            return read(path, *args, **options)
         except Exception as error:
             lasting = (FileNotFoundError, PermissionError, ValueError, TypeError)
-            if number == TRIES - 1 or (isinstance(error, lasting) and not _is_failure(error)):
+            if number == tries - 1 or (isinstance(error, lasting) and not _is_failure(error)):
                 raise
+            if number == TRIES - 1:
+                left = PAUSE * (2 ** (tries - 1) - 2**number)
+                logger.warning("%s cannot be reached (%s); trying for %.0f s more", path, error or type(error), left)
             time.sleep(PAUSE * 2**number)
     return None
 
@@ -231,7 +239,7 @@ class Room:
         copy = shard.copy_in(self.folder)
         if not (copy.is_file() and copy.stat().st_size == shard.size):
             with reaching(shard.url) as (files, path), atomic_file(copy) as partial:
-                tried(files.get_file, path, str(partial))
+                tried(files.get_file, path, str(partial), tries=MORE_TRIES)
                 if partial.stat().st_size != shard.size:
                     raise OSError(f"{shard.url}: {partial.stat().st_size:,} bytes came of {shard.size:,}")
         try:
@@ -240,11 +248,15 @@ class Room:
             self._make_room(copy)
 
     def _make_room(self, newest: Path) -> None:
-        found = [path for path in self.folder.glob("*.tar") if path != newest]
-        filled = sum(path.stat().st_size for path in (*found, newest))
-        for path in sorted(set(found) - self.wanted, key=os.path.getmtime):
+        sizes, times = dict[Path, int](), dict[Path, float]()
+        for path in self.folder.glob("*.tar"):
+            with suppress(OSError):  # another process may have taken it away
+                sizes[path], times[path] = path.stat().st_size, path.stat().st_mtime
+        filled, recent = sum(sizes.values()), time.time() - LEFT
+        written = {path for path in sizes if path.name.startswith(".partial-") and times[path] > recent}
+        for path in sorted(set(sizes) - self.wanted - written - {newest}, key=times.__getitem__):
             if filled > self.most:
-                filled -= path.stat().st_size
+                filled -= sizes[path]
                 path.unlink(missing_ok=True)
         if filled > self.most:
             newest.unlink(missing_ok=True)

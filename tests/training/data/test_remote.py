@@ -1,8 +1,7 @@
 """Shards behind an address give what they give on the disk, without a whole copy."""
 
-import functools
-import http.server
-import threading
+import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,41 +9,20 @@ from typing import Any
 import fsspec
 import hostile
 import pytest
+from shard_server import Server, serving
 from tars import write
 
-from latentdiff.training.data import CaptionedPicture, NoPicturesError, Wanted, prepare_pictures, read_source, remote
+from latentdiff.training.data import (
+    CaptionedPicture,
+    NoPicturesError,
+    Wanted,
+    prepare_pictures,
+    read_pixels,
+    read_source,
+    remote,
+)
 from latentdiff.training.data.picture_table import PictureTable
 from latentdiff.training.settings import RunSettings
-
-ASKED: list[tuple[str, str, str]] = []
-"""Method, path and range of what the server was asked."""
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, also parts of them."""
-
-    gives_parts, failures = True, 0
-
-    def send_head(self) -> Any:
-        asked = self.headers.get("Range", "")
-        ASKED.append((self.command, self.path, asked))
-        file = Path(self.translate_path(self.path))
-        if type(self).failures > 0:
-            type(self).failures -= 1
-            self.send_error(503)
-            return None
-        if not asked or not self.gives_parts or not file.is_file():
-            return super().send_head()
-        first, last = map(int, asked.removeprefix("bytes=").split("-"))
-        self.send_response(206)
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{file.stat().st_size}")
-        self.end_headers()
-        self.wfile.write(file.read_bytes()[first : last + 1])
-        return None
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -65,13 +43,8 @@ def address(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     pytest.importorskip("aiohttp")
     pytest.importorskip("requests")
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(Server, "gives_parts", True)
-    monkeypatch.setattr(Server, "failures", 0)
-    ASKED.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=shards)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(shards) as address:
+        yield address
 
 
 def prepared(data: str, output: Path) -> Sequence[CaptionedPicture]:
@@ -89,11 +62,11 @@ def test_over_http(shards: Path, address: str, tmp_path: Path, monkeypatch: pyte
     assert first[0].name == f"{address}/data-0.tar/0.png"
     assert plain(first) == plain(local)
     assert len(local) == 12
-    assert [what for what, _, _ in ASKED].count("GET") == 3, "each shard came once"
-    ASKED.clear()
+    assert [what for what, _, _ in Server.asked].count("GET") == 3, "each shard came once"
+    Server.asked.clear()
     again = prepared(f"{address}/data-{{0..2}}.tar", tmp_path / "run")
     assert plain(again) == plain(local)
-    assert {what for what, _, _ in ASKED} == {"HEAD"}, "a later start asks only whether they are the same"
+    assert {what for what, _, _ in Server.asked} == {"HEAD"}, "a later start asks only whether they are the same"
 
     write(shards / "data-1.tar", {"7.png": hostile.encode(hostile.noise(77)), "7.txt": b"new"})
     changed = prepared(f"{address}/data-{{0..2}}.tar", tmp_path / "run")
@@ -108,20 +81,48 @@ def test_copies_are_bounded(shards: Path, address: str, tmp_path: Path, monkeypa
     found = prepared(f"{address}/data-{{0..2}}.tar", tmp_path / "run")
     copies = list((tmp_path / "run/training/stream/shards").iterdir())
     assert [copy.stat().st_size for copy in copies] == [size]
-    ASKED.clear()
+    Server.asked.clear()
     Server.failures = 2
     assert plain(found[:4]) == plain(local)
-    assert not ASKED, "the first shard is here"
+    assert not Server.asked, "the first shard is here"
     assert [picture.read() for picture in found[4:]] == [
         hostile.encode(hostile.noise(10 * number + i)) for number in (1, 2) for i in (0, 1, 2, 4)
     ]
-    assert len(ASKED) == 8 + 2, "a picture is one request, and one that fails is made again"
-    assert all(asked.startswith("bytes=") for _, _, asked in ASKED)
+    assert len(Server.asked) == 8 + 2, "a picture is one request, and one that fails is made again"
+    assert all(asked.startswith("bytes=") for _, _, asked in Server.asked)
     copies[0].unlink()
     assert plain(found[:4]) == plain(local), "nothing depends on a copy"
+    killed, other = (copies[0].with_name(f".partial-{name}.tar") for name in ("killed", "other"))
+    for file in (killed, other):
+        file.write_bytes(bytes(size))
+    os.utime(killed, (time.time() - 2 * remote.LEFT,) * 2)
+    shard = remote.find_remote(f"{address}/data-0.tar")[0]
+    with remote.Room(copies[0].parent, {copies[0]}).copy_of(shard):
+        pass
+    assert list(copies[0].parent.iterdir()) == [other], "a copy that another process is making stays"
     monkeypatch.setattr(Server, "gives_parts", False)
     with pytest.raises(ValueError, match=r"data-1.tar gave .* bytes where .* LATENTDIFF_SHARDS_GB"):
         found[5].read()
+
+
+def test_a_picture_that_has_changed_is_not_taken_for_another(
+    shards: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LATENTDIFF_SHARDS_GB", "0")
+    picture = prepared(f"{address}/data-{{0..2}}.tar", tmp_path / "run")[0]
+    assert read_pixels(picture, 16, 16).shape == (3, 16, 16)
+    (tmp_path / "run/training/checkpoints/step-1").mkdir(parents=True)
+    members = {f"{i}.png": hostile.encode(hostile.noise(90 + i)) for i in range(4)}
+    write(shards / "data-0.tar", {**members, **{f"{i}.txt": b"new" for i in range(4)}})
+    with pytest.raises(ValueError, match=r"data-0.tar/0.png: has changed since the pictures were examined"):
+        read_pixels(picture, 16, 16)
+    assert "not those" not in caplog.text
+    prepared(f"{address}/data-{{0..2}}.tar", tmp_path / "run")
+    assert "the pictures are not those that this run had so far" in caplog.text
+    Server.failures = 10**9
+    with pytest.raises(ValueError, match=r"data-0.tar/0.png: cannot be read \(http.*503") as caught:
+        read_pixels(picture, 16, 16)
+    assert "remove" not in str(caught.value), "the picture is not to blame"
 
 
 def test_other_addresses(shards: Path, tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ def test_interrupted_surveys_keep_what_they_found(pictures: Path) -> None:
     assert kept == [512]
 
 
-def test_a_run_does_not_go_on_with_other_pictures(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_pictures(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prepare_pictures(settings(pictures))
     others = tmp_path / "others"
     others.mkdir()
@@ -154,4 +156,7 @@ def test_a_run_does_not_go_on_with_other_pictures(pictures: Path, tmp_path: Path
         assert manifest_of(pictures).read_bytes() == before
     for i in range(4):  # fewer than half are gone, others have come
         (pictures / f"{i}.png").write_bytes((others / f"{i}.png").read_bytes())
+    assert "not those" not in caplog.text
     assert len(prepare_pictures(settings(pictures))) == 10
+    assert "the pictures are not those that this run had so far" in caplog.text
+    assert caplog.text.count("(gone: 4, new: 4)") == 1
