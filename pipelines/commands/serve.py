@@ -1,6 +1,5 @@
 """``latentdiff serve``."""
 
-import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -121,20 +120,17 @@ def run_server(
         import uvicorn
 
         from latentdiff.pipelines.server.http import create_app
+        from latentdiff.pipelines.server.stopping import StoppingServer
 
         names = LOOPBACK if serving.host in LOOPBACK else None
-        settings = uvicorn.Config(
-            create_app(service, key, names, page),
-            log_level="warning",
-            timeout_graceful_shutdown=max(1, math.ceil(serving.grace)),
-        )
+        settings = uvicorn.Config(create_app(service, key, names, page), log_level="warning")
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         draws = "draws" if len(offers) == 1 else "draw"
         say(f"{' and '.join(offers)} {draws} at {address}{'/v1' if page is None else ''}; Ctrl-C stops it")
         if ready is not None:
             ready(address)  # what comes before the server reads it waits in the socket
         try:
-            uvicorn.Server(settings).run(sockets=[listening])
+            StoppingServer(settings, service.stop, serving.grace).run(sockets=[listening])
         except KeyboardInterrupt:  # which uvicorn raises again when all is done
             say("Stopped")
 

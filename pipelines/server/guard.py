@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from latentdiff.pipelines.server.queue import ClosedError
+from latentdiff.pipelines.server.stopping import Stop, received
 from latentdiff.terminal import printable
 
 Send = Callable[[dict[str, Any]], Any]
@@ -44,12 +46,14 @@ class Guard:
         hosts: names by which the server may be asked; None: any.
         upload: bytes of a body at most.
         public: paths that need no key.
+        stop: of the server: what is not there by then is not waited for.
     """
 
     def __init__(
-        self, app: Any, key: str | None, hosts: tuple[str, ...] | None, upload: int, public: tuple[str, ...]
+        self, app: Any, key: str | None, hosts: tuple[str, ...] | None, upload: int, public: tuple[str, ...], stop: Stop
     ) -> None:
         self.app, self.key, self.hosts, self.upload, self.public = app, key, hosts, upload, public
+        self.stop = stop
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,11 +64,14 @@ class Guard:
         if refused is not None:
             await answer(send, *refused)
             return
-        taken = 0
+        taken, whole = 0, False
 
         async def counted() -> Any:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            message = await receive() if whole else await received(receive, self.stop)
+            if message is None:
+                raise ClosedError
+            whole = whole or not message.get("more_body")
             taken += len(message.get("body", b""))
             if taken > self.upload:
                 while message.get("more_body") and taken <= READ * self.upload:  # who still sends hears no answer

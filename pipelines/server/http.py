@@ -59,7 +59,7 @@ def create_app(
         add_page(app, service, page)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     public = ("/health",) if page is None else ("/health", "/")
-    return Counting(Guard(app, key, hosts, service.limits.upload, public), service.metrics, paths)
+    return Counting(Guard(app, key, hosts, service.limits.upload, public, service.stop), service.metrics, paths)
 
 
 def add_drawing(app: FastAPI, service: Service) -> None:

@@ -27,6 +27,9 @@ class QueueFullError(Exception):
 class ClosedError(Exception):
     """No jobs are taken any more."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; it takes no further requests")
+
 
 class Queue:
     """Takes jobs in the order in which they come; what fits the first is drawn with it.
@@ -62,7 +65,7 @@ class Queue:
         """Raises QueueFullError, or ClosedError after `close`."""
         with self._changed:
             if self._closed:
-                raise ClosedError("the server is stopping; it takes no further requests")
+                raise ClosedError
             if len(self._waiting) >= self.places:
                 self._drop_unwanted()
             if len(self._waiting) >= self.places:

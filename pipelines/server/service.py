@@ -27,6 +27,7 @@ from latentdiff.pipelines.server.requests import (
     read_request,
 )
 from latentdiff.pipelines.server.shelf import Shelf
+from latentdiff.pipelines.server.stopping import TICK, Stop
 
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -62,6 +63,7 @@ class Service:
         self.queue = Queue(self._draw, batch, places)
         self.metrics = Metrics(lambda: len(self.queue))
         self.started = int(time.time())
+        self.stop = Stop()
 
     def _draw(self, rows: list[Any]) -> None:
         self.metrics.batches.observe(len(rows))
@@ -156,16 +158,25 @@ class Service:
 
     async def _next(self, job: Job, events: "asyncio.Queue[Event]", leaving: "asyncio.Future[None]") -> Event:
         coming = asyncio.ensure_future(events.get())
-        left = max(job.deadline - time.monotonic(), 0.0)
         either: set[asyncio.Future[Any]] = {coming, leaving}
-        await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if coming.done():
+        try:
+            while not coming.done():
+                left = min(job.deadline, self.stop.at) - time.monotonic()
+                if leaving.done():
+                    raise GoneError
+                if left <= 0:
+                    raise self._too_late(job)
+                await asyncio.wait(either, timeout=min(left, TICK), return_when=asyncio.FIRST_COMPLETED)
             return coming.result()
-        coming.cancel()
-        if leaving.done():
-            raise GoneError
+        finally:
+            coming.cancel()
+
+    def _too_late(self, job: Job) -> RequestError:
+        if self.stop.at < job.deadline:
+            message = "the server is stopping, and the picture was not finished in time; ask again later"
+            return RequestError(message, code="stopping", status=503)
         message = f"the picture was not finished within {self.timeout:g} s; ask for fewer or smaller ones, or later"
-        raise RequestError(message, code="timeout", status=504)
+        return RequestError(message, code="timeout", status=504)
 
     def describe(self, name: str) -> dict[str, Any]:
         """A model as ``GET /v1/models/NAME`` shows it; it is loaded for that."""

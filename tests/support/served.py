@@ -25,6 +25,7 @@ from latentdiff.pipelines.server.model import ServedModel
 from latentdiff.pipelines.server.requests import Limits
 from latentdiff.pipelines.server.service import Service
 from latentdiff.pipelines.server.shelf import Shelf
+from latentdiff.pipelines.server.stopping import StoppingServer
 
 DRAW = "/v1/images/generations"
 DIGEST = "0" * 64
@@ -43,10 +44,13 @@ class Served:
 
 
 @contextmanager
-def serving(service: Service, folders: Sequence[Path] | None = None, **options: Any) -> Iterator[Served]:
+def serving(
+    service: Service, folders: Sequence[Path] | None = None, grace: float = 120.0, **options: Any
+) -> Iterator[Served]:
     """Until the context ends.
 
     folders: of its page; None: it has none.
+    grace: seconds that running requests have at the end.
     """
     if folders is not None:
         places = {name: (Path("nowhere"), load) for name, load in service.shelf.loaders.items()}
@@ -54,7 +58,7 @@ def serving(service: Service, folders: Sequence[Path] | None = None, **options: 
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = create_app(service, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))
+    server = StoppingServer(uvicorn.Config(app, log_level="warning"), service.stop, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     until(lambda: server.started)

@@ -181,6 +181,28 @@ def test_a_stopping_server_finishes_what_it_took(service: Service) -> None:
         assert found[0][0] == 200
 
 
+def test_a_stopping_server_tells_what_it_cannot_finish(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(service, grace=0.2) as served:
+        held = hold(service, num_inference_steps=50)
+        half = http.client.HTTPConnection(served.url.removeprefix("http://"))
+        half.putrequest("POST", DRAW)
+        half.putheader("Content-Length", "100")
+        half.endheaders(b"{")
+        asking = [asked(served.url + DRAW, {"prompt": "a cup", "stream": stream}) for stream in (False, True)]
+        until(lambda: len(service.queue) == 2)
+        served.server.should_exit = True
+        for thread, _ in asking:
+            thread.join(120)
+        words = "the server is stopping"
+        (status, message, _), (_, events, _) = (found[0] for _, found in asking)
+        assert (status, words in message) == (503, True)
+        assert words in events.decode()
+        answer = half.getresponse()
+        assert (answer.status, words in answer.read().decode()) == (503, True)
+        held.let_go.set()
+    assert caplog.text == ""
+
+
 def test_who_may_ask(service: Service) -> None:
     with serving(service, key="secret", hosts=("127.0.0.1",)) as served:
         models = served.url + "/v1/models"

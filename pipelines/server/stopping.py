@@ -1,0 +1,57 @@
+"""The end of a server: what was asked for is finished within a time, or told that it is not."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+TICK = 0.5
+"""Seconds after which who waits looks whether the server stops."""
+MARGIN = 5
+"""Seconds that clients have to take their answers, after which uvicorn cuts them off."""
+
+
+@dataclass
+class Stop:
+    """When a server ends; before it is asked to, never."""
+
+    at: float = float("inf")
+    """By the monotonic clock."""
+
+    def begin(self, seconds: float) -> None:
+        self.at = min(self.at, time.monotonic() + seconds)
+
+    @property
+    def begun(self) -> bool:
+        return self.at < float("inf")
+
+
+class StoppingServer(uvicorn.Server):
+    """Tells what is running that it is to end, before it waits for that.
+
+    Args:
+        grace: seconds that it has.
+    """
+
+    def __init__(self, config: uvicorn.Config, stop: Stop, grace: float) -> None:
+        config.timeout_graceful_shutdown = int(grace) + MARGIN
+        super().__init__(config)
+        self.stop, self.grace = stop, grace
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        self.stop.begin(self.grace)
+        await super().shutdown(sockets)
+
+
+async def received(receive: Callable[[], Awaitable[Any]], stop: Stop) -> Any:
+    """A part of a request's body; None if the server stops before it comes."""
+    coming = asyncio.ensure_future(receive())
+    try:
+        while not coming.done() and not stop.begun:
+            await asyncio.wait({coming}, timeout=TICK)
+        return coming.result() if coming.done() else None
+    finally:
+        coming.cancel()
