@@ -124,7 +124,11 @@ def parse_json(text: str | bytes, where: object) -> Any:
     """A JSON value. Raises ValueError, beginning with `where`, if `text` is not JSON."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not JSON (it is not encoded in UTF-8)") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
 
 

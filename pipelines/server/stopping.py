@@ -1,9 +1,11 @@
 """The end of a server: what was asked for is finished within a time, or told that it is not."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -32,14 +34,26 @@ class Stop:
 class StoppingServer(uvicorn.Server):
     """Tells what is running that it is to end, before it waits for that.
 
+    Asked a second time, it gives no more time than a step takes; a third time, it ends at once.
+
     Args:
-        grace: seconds that it has.
+        grace: seconds that running requests have.
     """
 
     def __init__(self, config: uvicorn.Config, stop: Stop, grace: float) -> None:
         config.timeout_graceful_shutdown = int(grace) + MARGIN
         super().__init__(config)
         self.stop, self.grace = stop, grace
+        self._asked = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._asked += 1
+        if self._asked == 1:
+            super().handle_exit(sig, frame)
+        elif self._asked == 2:  # uvicorn's way would destroy tasks, while another thread draws
+            self.stop.begin(0)
+        else:
+            os._exit(128 + sig)
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.stop.begin(self.grace)

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import signal
 import threading
 from functools import partial
 from typing import Any
@@ -181,8 +182,11 @@ def test_a_stopping_server_finishes_what_it_took(service: Service) -> None:
         assert found[0][0] == 200
 
 
-def test_a_stopping_server_tells_what_it_cannot_finish(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(service, grace=0.2) as served:
+@pytest.mark.parametrize(("grace", "asked_again"), [(0.2, 0), (120.0, 1)])
+def test_a_stopping_server_tells_what_it_cannot_finish(
+    service: Service, grace: float, asked_again: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(service, grace=grace) as served:
         held = hold(service, num_inference_steps=50)
         half = http.client.HTTPConnection(served.url.removeprefix("http://"))
         half.putrequest("POST", DRAW)
@@ -190,7 +194,9 @@ def test_a_stopping_server_tells_what_it_cannot_finish(service: Service, caplog:
         half.endheaders(b"{")
         asking = [asked(served.url + DRAW, {"prompt": "a cup", "stream": stream}) for stream in (False, True)]
         until(lambda: len(service.queue) == 2)
-        served.server.should_exit = True
+        served.server.handle_exit(signal.SIGINT, None)
+        for _ in range(asked_again):
+            served.server.handle_exit(signal.SIGINT, None)
         for thread, _ in asking:
             thread.join(120)
         words = "the server is stopping"
@@ -229,7 +235,7 @@ def test_bodies_are_limited(served: Any) -> None:
     ("body", "words"),
     [
         (b"[]", "a JSON object is expected, not a list"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not JSON .it is not encoded in UTF-8"),
         (b'{"prompt": ["a"]}', r"prompt: text is expected \(got \['a'\]\)"),
         (b'{"prompt": "a", "seed": 9223372036854775807, "n": 2}', "too large"),
         (b'{"prompt": "a", "steps": "many"}', r"steps: a whole number is expected \(got 'many'\)"),
@@ -244,7 +250,7 @@ def test_bodies_are_limited(served: Any) -> None:
         (b'{"prompt": "a", "stream": "so"}', r"^stream: true or false is expected \(got 'so'\)$"),
         (b'{"prompt": "\\ud800"}', "^prompt: it has characters that are no text"),
         (b'{"prompt": "a", "%s": 1}' % (b"x" * 9000), r"^unknown field 'xx.{,1000}$"),
-        (b"[" * 60000, "not JSON"),
+        (b"[" * 60000, "not JSON that can be read .it is nested too deeply"),
     ],
 )
 def test_bodies_that_are_none(served: Any, body: bytes, words: str) -> None:
