@@ -134,8 +134,8 @@ class DrawingOptions(SDXLOptions):
     )
 
 
-class RefinedOptions(DrawingOptions):
-    """What SDXL takes besides where a second model goes on with the first one's latents."""
+class RefinerOptions(Plain):
+    """Which model goes on with the latents of SDXL's, and where."""
 
     refiner: str | None = Field(
         None,
@@ -144,6 +144,11 @@ class RefinedOptions(DrawingOptions):
     denoising_end: float | None = Field(
         None, gt=0, lt=1, description="SDXL: where on the way from noise the refiner goes on; by default at 0.8."
     )
+
+
+class RefinedOptions(RefinerOptions, DrawingOptions):
+    """What SDXL takes besides where a second model goes on with the first one's latents."""
+
     aesthetic_score: float | None = Field(
         None, allow_inf_nan=False, description="SDXL's refiner: how good a picture to draw, 1 to 10; by default 6."
     )

@@ -23,6 +23,7 @@ from latentdiff.pipelines.batch.draw import (
     this_machine,
 )
 from latentdiff.pipelines.batch.drawing_options import BATCH, MOST, NOT_FINITE, RowOptions, defaults_of
+from latentdiff.pipelines.batch.effects import check_effects_on_each
 from latentdiff.pipelines.batch.prompt_files import Prompt, check_row, name_files, same_file
 from latentdiff.pipelines.batch.record import Batch, Settings, record_of
 from latentdiff.pipelines.core.call_options import whole_number
@@ -133,6 +134,7 @@ def draw_many(
     if common.refiner is not None and common.refiner_digest is None:
         common = common.model_copy(update={"refiner_digest": digest_of_weights(refiner_of(pipeline, common))})
     pictures = plan_pictures(prompts, common, seed)
+    check_effects_on_each(pipeline, common, [picture.settings for picture in pictures])
     folder.mkdir(parents=True, exist_ok=True)
     there, failed = look_around(folder, pictures)
     state = drawing_processes(cpu=pipeline.device.type == "cpu")

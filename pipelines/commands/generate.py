@@ -23,7 +23,7 @@ from latentdiff.pipelines.batch.drawing_options import (
     GenerateOptions,
     Plain,
 )
-from latentdiff.pipelines.commands.kind_options import check_words, default_in
+from latentdiff.pipelines.commands.kind_options import check_words, flag_of, given_in
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
@@ -137,7 +137,7 @@ def generate(
         return
     place = find_place(loading.model, loading.variant)
     kind = pipeline_kind(place, source.image, source.mask)
-    check_words(kind, prompts, source.classes, loading, drawing)
+    check_words(kind, prompts, source.classes, loading, drawing, source)
     refiner, drawing = find_refiner(drawing, loading.variant, source.mask or target.filmstrip)
 
     from latentdiff.interchange.fingerprint import digest_in_background
@@ -148,12 +148,14 @@ def generate(
     started = time.perf_counter()
     load_module("latentdiff.pipelines.batch.draw")
     from latentdiff.pipelines.batch.draw import PictureWriter, plan_batches, read_inputs
+    from latentdiff.pipelines.batch.effects import check_effects
 
     inputs, used = read_inputs(source.image, source.mask)
     pipeline = drawing_pipeline(place, kind, prompts, (target, loading, source, drawing))
     settings = prepared(pipeline, (loading, source, drawing), inputs, used)
     if refiner is not None:
         refiner.join(pipeline, loading.device, loading.precision, loading.scheduler)
+    check_effects(pipeline, settings, shown=flag_of)
     seed = int.from_bytes(os.urandom(4)) if source.seed is None else source.seed
     writer = PictureWriter(
         pipeline,
@@ -236,7 +238,7 @@ def light_pipeline(
     """What draws this without torch, in a part of the time that it takes to load it; None if torch is needed."""
     if loading.runtime is None or not place.is_dir():
         return None
-    asked = {name: value for group in (loading, *others) for name, value in group if value != default_in(group, name)}
+    asked = given_in(loading, *others)
     if not asked.keys() <= PLAIN:
         return None
     from latentdiff.pipelines.runtime.choice import Runtime
@@ -297,20 +299,31 @@ def draw_pictures(writer: "PictureWriter", inputs: Any, filmstrip: Path | None) 
 def check_request(prompts: list[str], count: int, source: SourceOptions, drawing: GenerateOptions) -> None:
     """Raises ValueError for what cannot be meant; nothing is loaded for it."""
     image, mask, candidates = source.image, source.mask, drawing.candidates
+    check_prompts(prompts)
+    for file in (image, mask):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"{file}: {'is a folder, not a picture' if file.is_dir() else 'no such file'}")
+    mixed = given_in(drawing).get("variation_strength")
+    for flag, given, needed, what in (
+        ("mask", mask, image, "image, the picture to start from"),
+        ("strength", drawing.strength, image, "image, the picture to start from"),
+        ("variation-strength", mixed, source.variation_seed, "variation-seed, of the noise that is mixed in"),
+    ):
+        if given is not None and needed is None:
+            raise ValueError(f"--{flag} needs --{what}")
+    if (candidates is None) != (drawing.reranker is None):
+        raise ValueError("--candidates and --clip go together: how many to draw, and what compares them")
+    if candidates is not None and candidates < count:
+        raise ValueError(f"--candidates {candidates} are fewer than the {count} pictures of --count to keep")
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raises ValueError for what is no prompt; says so if several words look like one."""
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError('the prompt is empty; say what to draw, for instance "a red car"')
         if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise ValueError(f"the prompt {prompt!r} is not text in this terminal's encoding")
-    for file in (image, mask):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"{file}: {'is a folder, not a picture' if file.is_dir() else 'no such file'}")
-    if image is None and (mask is not None or drawing.strength is not None):
-        raise ValueError(f"--{'mask' if mask else 'strength'} needs --image, the picture to start from")
-    if (candidates is None) != (drawing.reranker is None):
-        raise ValueError("--candidates and --clip go together: how many to draw, and what compares them")
-    if candidates is not None and candidates < count:
-        raise ValueError(f"--candidates {candidates} are fewer than the {count} pictures of --count to keep")
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         say(f'Drawing {len(prompts)} prompts; for one prompt of several words write "{" ".join(prompts)}"')
 

@@ -10,7 +10,7 @@ import typer
 
 from latentdiff.imports import load_module
 from latentdiff.pipelines.batch.drawing_options import BATCH, DrawingOptions, RefinedOptions
-from latentdiff.pipelines.commands.kind_options import check_family, check_words
+from latentdiff.pipelines.commands.kind_options import check_taken, check_words
 from latentdiff.pipelines.commands.model_options import (
     FAILED,
     INTERRUPTED,
@@ -129,7 +129,7 @@ def check_rows(
     if rows is not None and classes:
         raise ValueError("--class and a file of prompts: give one of the two")
     if kind.conditioned_by not in ("class", "none"):
-        check_family(kind.name, loading.model, drawing)
+        check_taken(kind.name, loading, drawing)
         if rows is None:
             raise typer.BadParameter("give a file of prompts, .txt, .jsonl or .csv", param_hint="PROMPTS")
         return rows

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentdiff.pipelines.batch.drawing_options import RefinedOptions
+from latentdiff.pipelines.batch.drawing_options import RefinerOptions
 from latentdiff.pipelines.commands.model_options import Device, Precision, load_pipeline
 from latentdiff.pipelines.registry import kind_in
 from latentdiff.pipelines.storage.places import find_place
@@ -14,7 +14,7 @@ DENOISING_END = 0.8
 """Where it goes on, if nobody says; the model was trained on the last fifth of the way from noise."""
 IMAGE_TO_IMAGE = "SDXLImageToImagePipeline"
 
-Options = TypeVar("Options", bound=RefinedOptions)
+Options = TypeVar("Options", bound=RefinerOptions)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from latentdiff.pipelines.batch.drawing_options import BATCH, Plain
 from latentdiff.terminal import say
 
 SENT = {"negative_prompt", "guidance_scale", "guidance_rescale", "prompt_weights", "strength"}
+SENT |= {"denoising_end", "aesthetic_score", "negative_aesthetic_score"}
 OTHERWISE = {"num_inference_steps", "height", "width", "image", "mask", "seed", "model"}
 """Options that are sent under other names."""
 HERE = {"output", "separate", "overwrite"}

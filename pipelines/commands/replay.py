@@ -58,6 +58,10 @@ def replay(
         check_output(output, overwrite)
         if output.exists() and output.samefile(picture):
             raise ValueError(f"{output} is the picture itself; choose another name for the new one")
+    elif overwrite:
+        raise ValueError("--overwrite needs --output, the file for the new picture")
+    if refiner is not None and record.refiner is None:
+        raise ValueError(f"--refiner: {picture} was drawn without one; leave it out")
     place = find_model_of(record, model)
     digest = digest_in_background(place, record.variant)
 

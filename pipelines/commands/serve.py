@@ -12,8 +12,9 @@ import typer
 from pydantic import Field
 
 from latentdiff.extras import how_to_install
-from latentdiff.pipelines.batch.drawing_options import BATCH, Plain
+from latentdiff.pipelines.batch.drawing_options import BATCH, Plain, RefinerOptions
 from latentdiff.pipelines.commands.model_options import LoadingOptions, grouped, load_pipeline
+from latentdiff.pipelines.commands.refiner import DENOISING_END, find_refiner
 from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.pipelines.storage.places import find_place
 from latentdiff.terminal import say
@@ -31,7 +32,7 @@ KEY_VARIABLE = "LATENTDIFF_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class ServedLoading(LoadingOptions):
+class ServedLoading(LoadingOptions, RefinerOptions):
     """Which model a server has, if it is but one, and how models are loaded."""
 
     model: str = Field(
@@ -168,15 +169,26 @@ def offers_of(loading: ServedLoading, serving: ServingOptions) -> dict[str, "tup
     offers: dict[str, tuple[Path, Loader]] = {}
     for model in [*filter(None, [loading.model]), *(serving.models or [])] or [PACKAGED]:
         place = find_place(model, loading.variant)
-        is_path = os.sep in model and os.path.exists(os.path.expanduser(model))
-        name = place.name if is_path else model  # no folders of this disk
+        name = shown_name(model, place)
         if name in offers:
             raise ValueError(f"two models are called {name}; rename the folder of one, or serve it by itself")
         offers[name] = (place, loader_of(loading, place, name))
+    find_refiner(loading, loading.variant)
+    if loading.refiner is not None and not any(is_sdxl(place) for place, _ in offers.values()):
+        raise ValueError(f"--refiner is for SDXL, and {' and '.join(offers)} are of other kinds; leave it out")
     return offers
 
 
-def loader_of(loading: LoadingOptions, place: Path, name: str) -> "Loader":
+def is_sdxl(place: Path) -> bool:
+    return kind_in(place, textless=True).family == "SDXL"
+
+
+def shown_name(model: str, place: Path) -> str:
+    """What clients are told of where a model is: no folders of this disk."""
+    return place.name if os.sep in model and os.path.exists(os.path.expanduser(model)) else model
+
+
+def loader_of(loading: ServedLoading, place: Path, name: str) -> "Loader":
     """What loads the model in `place`. Raises ValueError if it does not draw from words alone."""
     kind = kind_in(place, textless=True).name
     if find_kind(kind).conditioned_by != "text" or find_kind(kind).pictures:
@@ -184,11 +196,11 @@ def loader_of(loading: LoadingOptions, place: Path, name: str) -> "Loader":
     return partial(load_served, loading, place, kind, name)
 
 
-def load_served(loading: LoadingOptions, place: Path, kind: str, name: str) -> "ServedModel":
-    """A model, loaded, with the LoRAs and new words that it always has."""
+def load_served(loading: ServedLoading, place: Path, kind: str, name: str) -> "ServedModel":
+    """A model, loaded, with the LoRAs, new words and refiner that it always has."""
     from latentdiff.interchange.fingerprint import digest_in_background
     from latentdiff.pipelines.batch.draw import load_adapters
-    from latentdiff.pipelines.server.model import ServedModel
+    from latentdiff.pipelines.server.model import Refined, ServedModel
 
     adapters = loading.adapters()
     digest = digest_in_background(place, loading.variant)
@@ -201,7 +213,13 @@ def load_served(loading: LoadingOptions, place: Path, kind: str, name: str) -> "
     }
     files = {one.sha256: Path(one.file) for one in adapters["loras"]}
     told["variant"] = loading.variant
-    return ServedModel(name, pipeline, digest.result, told, files)
+    refined = None
+    refiner, _ = find_refiner(loading, loading.variant) if is_sdxl(place) else (None, loading)
+    if refiner is not None:
+        end = loading.denoising_end or DENOISING_END
+        refiner.join(pipeline, loading.device, loading.precision, loading.scheduler)
+        refined = Refined(shown_name(refiner.name, refiner.place), end, refiner.digest.result)
+    return ServedModel(name, pipeline, digest.result, told, files, refined)
 
 
 def service_of(offers: dict[str, "tuple[Path, Loader]"], serving: ServingOptions, kept: int) -> "Service":
@@ -230,7 +248,7 @@ def check_folders(folders: Sequence[Path]) -> None:
 
 
 def page_of(
-    service: "Service", loading: LoadingOptions, offers: dict[str, "tuple[Path, Loader]"], folders: Sequence[Path]
+    service: "Service", loading: ServedLoading, offers: dict[str, "tuple[Path, Loader]"], folders: Sequence[Path]
 ) -> "Page":
     """The page's models, packaged ones and those in the folders too, and its training."""
     from latentdiff.interchange.folders import packaged_models

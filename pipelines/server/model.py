@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,31 @@ from latentdiff.pipelines.batch.draw import (
     call_arguments,
     drawn_of,
     load_adapters,
+    refined_arguments,
     settings_of,
     this_machine,
 )
+from latentdiff.pipelines.batch.effects import idle_options
 from latentdiff.pipelines.batch.record import Batch, Drawn, Lora, Settings, UsedFile, record_of
 from latentdiff.pipelines.core.input_pictures import size_near
 from latentdiff.pipelines.core.remarks import remark_on_guidance, remark_on_size, remark_on_steps
 from latentdiff.pipelines.core.sampling import Progress
 from latentdiff.pipelines.registry import find_kind, kind_taking
 from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
+from latentdiff.pipelines.server.requests import RequestError
 from latentdiff.text.tokens import without_weights
 
 TIMES_TRAINED = 4
 """How many times the area of training a picture may have, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What draws the last steps of whole pictures: its name for clients and records, from where on, and its digest."""
+
+    name: str
+    denoising_end: float
+    digest: Callable[[], str]
 
 
 class ServedModel:
@@ -35,6 +47,7 @@ class ServedModel:
         digest: of the model; asked for at the first record.
         adapters: ``loras``, ``embeddings`` and ``variant`` of a record, of what is loaded into the pipeline.
         files: of LoRAs, by digest; requests may bring more.
+        refined: by the refiner that the pipeline has.
     """
 
     def __init__(
@@ -44,7 +57,9 @@ class ServedModel:
         digest: Callable[[], str],
         adapters: dict[str, Any],
         files: Mapping[str, Path] | None = None,
+        refined: Refined | None = None,
     ) -> None:
+        self.refined = refined
         self.name, self.digest, self.adapters = name, digest, adapters
         self.pipeline, self.files = pipeline, dict(files or {})
         self._worn: list[Lora] | None = list(adapters.get("loras", []))
@@ -80,6 +95,8 @@ class ServedModel:
         if kind not in self._pipelines:
             made = find_kind(kind).load().from_pipe(self.pipeline)
             made.set_progress_bar_config(disable=True)
+            if self.refined is not None:
+                made.refiner = self.pipeline.refiner
             self._pipelines[kind] = made
         return self._pipelines[kind]
 
@@ -96,7 +113,25 @@ class ServedModel:
         """
         pipeline = self.pipeline_of(self.kind_for(inputs))
         worn = [*self.adapters.get("loras", []), *loras]
-        return settings_of(pipeline, self.name, {**asked, **used, **self.adapters, "loras": worn}, inputs)
+        asked = {**self.refining(asked, inputs), **used, **self.adapters, "loras": worn}
+        settings = settings_of(pipeline, self.name, asked, inputs)
+        for name, why in idle_options(pipeline, settings).items():
+            raise RequestError(f"{name}: {why}; leave it out", name)
+        return settings
+
+    def refining(self, asked: dict[str, Any], inputs: SourcePictures) -> dict[str, Any]:
+        """With who draws the last steps. Raises RequestError for where they begin, if nobody does."""
+        if self.refined is None or inputs.mask is not None:
+            if asked.get("denoising_end") is not None:
+                why = (
+                    "no refiner draws here"
+                    if self.refined is None
+                    else "the refiner draws whole pictures, not masked ones"
+                )
+                raise RequestError(f"denoising_end: {why}; leave it out", "denoising_end")
+            return asked
+        end = asked.get("denoising_end") or self.refined.denoising_end
+        return {**asked, "refiner": self.refined.name, "denoising_end": end}
 
     def size_from(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that are drawn from a picture of this size, if a request does not say others."""
@@ -157,16 +192,28 @@ class ServedModel:
         arguments = call_arguments(pipeline, first.settings, batch, first.inputs)
         if any(row.job is not first for row in rows):
             arguments |= pictures_of(rows)
+        negatives: dict[str, Any] = {}
         if first.settings.negative_prompt is not None:
-            arguments["negative_prompt"] = [row.job.settings.negative_prompt for row in rows]
-        with closing(pipeline.stream(**arguments)) as progress:
-            output = watched(progress, rows)
+            negatives = {"negative_prompt": [row.job.settings.negative_prompt for row in rows]}
+        arguments |= negatives
+        if first.settings.refiner is None:
+            output, _ = watched(pipeline.stream(**arguments), rows)
+        else:
+            left = round(first.settings.num_inference_steps * (1 - (first.settings.denoising_end or 1)))
+            output, begun = watched(pipeline.stream(**arguments, output_type="latent"), rows, left=left)
+            if output is not None:
+                refiner = pipeline.refiner
+                rest = {**refined_arguments(refiner, first.settings, batch), **negatives, "image": output.images}
+                output, _ = watched(refiner.stream(**rest), rows, begun)
         if output is None:
             return
-        digest, machine = self.digest(), this_machine(pipeline)
+        digests = {"model_digest": self.digest()}
+        if first.settings.refiner is not None and self.refined is not None:
+            digests["refiner_digest"] = self.refined.digest()
+        machine = this_machine(pipeline)
         for row, drawn in zip(rows, scored(drawn_of(output, 0), rows, pipeline.device), strict=True):
             own = [one for one in rows if one.job is row.job]  # nobody else's prompts are told
-            settings = row.job.settings.model_copy(update={"model_digest": digest})
+            settings = row.job.settings.model_copy(update=digests)
             placed = replace(drawn, place=(0, own.index(row)))
             record = record_of(settings, [batch_of(own)], [placed], machine)
             row.job.listener(Finished(row.number, placed, record))
@@ -202,18 +249,27 @@ def size_of(job: Job) -> tuple[int, int]:
     return job.settings.width, job.settings.height
 
 
-def watched(progress: Iterator[Progress], rows: list[Row]) -> Any:
-    """What a drawing gives at its end, with previews shown to those who want them; None if nobody waits for it."""
-    for one in progress:
-        if one.output is not None:
-            return one.output
-        if all(row.job.unwanted for row in rows):
-            return None
-        wanting = [i for i, row in enumerate(rows) if shows(row.job, one.step, one.total)]
-        images = one.preview() if wanting else []
-        for i in wanting:
-            rows[i].job.listener(Preview(rows[i].number, one.step, one.total, images[i]))
-    return None
+def watched(drawing: Iterator[Progress], rows: list[Row], begun: int = 0, left: int = 0) -> tuple[Any, int]:
+    """What a drawing gives at its end, with previews shown to those who want them; None if nobody waits for it.
+
+    Args:
+        begun, left: steps that another drawing has before or after it.
+
+    Returns:
+        The steps that it had, too.
+    """
+    with closing(drawing) as progress:  # type: ignore[type-var]
+        for one in progress:
+            if one.output is not None:
+                return one.output, one.total
+            if all(row.job.unwanted for row in rows):
+                break
+            step, total = begun + one.step, begun + one.total + left
+            wanting = [i for i, row in enumerate(rows) if shows(row.job, step, total)]
+            images = one.preview() if wanting else []
+            for i in wanting:
+                rows[i].job.listener(Preview(rows[i].number, step, total, images[i]))
+    return None, 0
 
 
 def shows(job: Job, step: int, total: int) -> bool:

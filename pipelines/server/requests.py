@@ -76,6 +76,9 @@ class DrawRequest(BaseModel):
     strength: float | None = Field(None, ge=0, le=1)
     guidance_rescale: float | None = Field(None, ge=0, le=1)
     prompt_weights: bool | None = None
+    denoising_end: float | None = Field(None, gt=0, lt=1)
+    aesthetic_score: float | None = Field(None, allow_inf_nan=False)
+    negative_aesthetic_score: float | None = Field(None, allow_inf_nan=False)
     lora: Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = (
         None
     )
@@ -121,7 +124,10 @@ def name_and_scale(text: str) -> tuple[str, float]:
     return name, strength
 
 
-OURS = ("guidance_scale", "negative_prompt", "strength", "guidance_rescale", "prompt_weights")
+OURS = (
+    *("guidance_scale", "negative_prompt", "strength", "guidance_rescale", "prompt_weights"),
+    *("denoising_end", "aesthetic_score", "negative_aesthetic_score"),
+)
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -147,6 +153,10 @@ def read_request(values: Mapping[str, Any], limits: Limits) -> DrawRequest:
         raise RequestError(f"size: {request.size!r} is neither auto nor such as 128x128", "size")
     check_text(request)
     check_limits(request, limits)
+    if request.partial_images and not request.stream:
+        raise RequestError("partial_images come in a stream; send stream=true too, or leave them out", "partial_images")
+    if request.output_compression not in (None, 100) and request.output_format in (None, "png"):
+        raise RequestError("output_compression is of jpeg and webp; say output_format too", "output_compression")
     return request
 
 

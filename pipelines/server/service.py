@@ -190,6 +190,7 @@ class Service:
             "multiple_of": model.factor,
             "steps": model.pipeline.defaults["num_inference_steps"],
             "guidance_scale": model.pipeline.defaults["guidance_scale"],
+            **({} if model.refined is None else {"refiner": model.refined.name}),
             "limits": {"pixels": pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},
         }
 

@@ -156,7 +156,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("classes", ["--class", "cat", "--image", "in.png"], "draws without text, and starts from no picture"),
     ("any", ["a cat"], "does not draw from words; leave the prompt out, and say with -n how many"),
     ("any", ["--class", "cat"], "was trained without classes; leave it out"),
-    ("any", ["--guidance", "2"], "unexpected argument 'guidance_scale'"),
+    ("any", ["--guidance", "2"], "draws from nothing that could guide it; leave it out"),
     ("any", ["--lora", "x.safetensors"], "--lora: the model"),
 ]
 
