@@ -6,9 +6,10 @@
     pip install parameterized requests_mock          # which those tests need
     python tests/conformance/run.py --diffusers diffusers
 
-runs the fast tests of diffusers' Stable Diffusion and SDXL pipelines, autoencoders and UNet twice without a network,
-once as they are and once with our classes in their place. It prints a table, and every test that passes for diffusers'
-classes and not for ours. Those that are known are in ``known.py``, with the reason; any other makes the exit status 1.
+runs the fast tests of diffusers' Stable Diffusion, SDXL, DiT and PixArt pipelines, autoencoders, UNet and transformers
+twice without a network, once as they are and once with our classes in their place. It prints a table, and every test
+that passes for diffusers' classes and not for ours. Those that are known are in ``known.py``, with the reason; any
+other makes the exit status 1.
 
 A test that fails for both, mostly as it needs the hub or the pictures of a tokenizer that is there, still compares:
 both must fail with the same message and the same numbers in it.
@@ -50,6 +51,12 @@ GROUPS = {
     "sdxl-image": [f"{SDXL}_img2img.py"],
     "sdxl-inpainting": [f"{SDXL}_inpaint.py"],
     "sdxl-lora": ["tests/lora/test_lora_layers_sdxl.py"],
+    "transformers": [
+        "tests/models/transformers/test_models_dit_transformer2d.py",
+        "tests/models/transformers/test_models_pixart_transformer2d.py",
+    ],
+    "dit": ["tests/pipelines/dit/test_dit.py"],
+    "pixart": ["tests/pipelines/pixart_alpha/test_pixart.py"],
 }
 
 

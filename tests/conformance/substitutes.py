@@ -12,7 +12,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5Tokenizer,
+)
 
 PIPELINES = {
     "StableDiffusionPipeline": "TextToImagePipeline",
@@ -23,10 +32,14 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "SDXLTextToImagePipeline",
     "StableDiffusionXLImg2ImgPipeline": "SDXLImageToImagePipeline",
     "StableDiffusionXLInpaintPipeline": "SDXLInpaintPipeline",
+    "DiTPipeline": "DiTPipeline",
+    "PixArtAlphaPipeline": "PixArtTextToImagePipeline",
 }
-NETWORKS = ("AutoencoderKL", "UNet2DConditionModel", "VQModel")
+NETWORKS = ("AutoencoderKL", "UNet2DConditionModel", "VQModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
 TINY_CLIPS = ("hf-internal-testing/tiny-random-clip", "peft-internal-testing/tiny-clip-text-2")
 """What the tests ask the hub for: a CLIP text encoder 32 wide with 1000 tokens, and its tokenizer."""
+TINY_T5S = ("hf-internal-testing/tiny-random-t5",)
+"""And a T5 as wide, of which the tests take the config and the tokenizer."""
 
 
 def make_tokenizer() -> Any:
@@ -53,13 +66,22 @@ def make_text_encoder(cls: Any = CLIPTextModel) -> Any:
         return cls(config).eval()
 
 
-def stand_in(cls: Any, make: Callable[[], Any]) -> None:
-    """Let ``cls.from_pretrained`` give `make`'s for the names in `TINY_CLIPS`."""
+def make_t5_tokenizer() -> Any:
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    return T5Tokenizer(vocab=[(piece, 0.0 if i < 3 else -1.0) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def make_t5_config() -> Any:
+    return T5Config(vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4, dropout_rate=0.0)
+
+
+def stand_in(cls: Any, make: Callable[[], Any], names: tuple[str, ...] = TINY_CLIPS) -> None:
+    """Let ``cls.from_pretrained`` give `make`'s for these names."""
     load = cls.from_pretrained.__func__
 
     @wraps(load)
     def from_pretrained(cls: type, name: Any, *args: Any, **options: Any) -> Any:
-        return make() if name in TINY_CLIPS else load(cls, name, *args, **options)
+        return make() if name in names else load(cls, name, *args, **options)
 
     cls.from_pretrained = classmethod(from_pretrained)
 
@@ -83,13 +105,12 @@ def with_weights_of(theirs: type, build: Any) -> Any:
 
 
 def substitute() -> None:
-    import latentdiff
-    from latentdiff import pipelines
+    from latentdiff import models, pipelines
 
     for theirs, ours in PIPELINES.items():
         setattr(diffusers, theirs, getattr(pipelines, ours))
     for name in NETWORKS:
-        own, original = getattr(latentdiff, name), getattr(diffusers, name)
+        own, original = getattr(models, name), getattr(diffusers, name)
         own.set_default_attn_processor = lambda self: None  # ours has no other attention
         own.__init__ = with_weights_of(original, own.__init__)
         setattr(diffusers, name, own)
@@ -98,5 +119,7 @@ def substitute() -> None:
 stand_in(transformers.CLIPTokenizer, make_tokenizer)
 stand_in(transformers.CLIPTextModel, make_text_encoder)
 stand_in(CLIPTextModelWithProjection, partial(make_text_encoder, CLIPTextModelWithProjection))
+stand_in(AutoConfig, make_t5_config, TINY_T5S)
+stand_in(AutoTokenizer, make_t5_tokenizer, TINY_T5S)
 if os.environ.get("CONFORMANCE") == "ours":
     substitute()

@@ -14,6 +14,16 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def numbered(pictures: Path) -> Path:
+    """The pictures as of two classes of a DiT with a thousand."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [{**row, "text": "Item 3" if row["text"][1] == "red" else "7"} for row in rows]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return pictures
+
+
+@pytest.fixture
 def labelled(pictures: Path) -> Path:
     """The pictures with their colour as a class."""
     file = pictures / "metadata.jsonl"

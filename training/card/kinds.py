@@ -118,31 +118,27 @@ def short_captions(pictures: "Sequence[CaptionedPicture]") -> list[str]:
 
 def text_to_image_kind(
     sample_prompts: Sequence[str] = (),
-    method: str | None = None,
     lora: bool = False,
     saved_as: str = "StableDiffusionPipeline",
     told: Mapping[str, object] | None = None,
 ) -> ModelKind:
-    """method: of fine-tuning, if it was. saved_as: diffusers' class for the folder. told: options that this needs."""
+    """saved_as: diffusers' class for the folder. told: options that this needs."""
     prompts = [*sample_prompts, "a red car"]
     plain = next(prompt for prompt in prompts if is_plain(prompt))
     options = "".join(f", {key}={value!r}" for key, value in (told or {}).items())
     usage = PIPELINE_USAGE.replace('")(PROMPT)', f'")(PROMPT{options})').replace("PROMPT", f'"{plain}"')
     usage = usage.replace("StableDiffusionPipeline", saved_as)
-    name = "text-to-image pipeline" + (f", fine-tuned ({method})" if method else "")
-    return ModelKind(name, "text-to-image", usage, lora)
+    return ModelKind("text-to-image pipeline", "text-to-image", usage, lora)
 
 
-def distilled_kind(
-    sample_prompts: Sequence[str], method: str, steps: int, guidance_scale: float, lora: bool = False, note: str = ""
-) -> ModelKind:
-    """steps, guidance_scale: which diffusers must be told; our pipelines know them from the folder."""
-    kind = text_to_image_kind(sample_prompts, lora=lora)
-    call = f", num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0]"
+def distilled_kind(kind: ModelKind, method: str, steps: int, guidance_scale: float, note: str = "") -> ModelKind:
+    """kind: of the teacher. steps, guidance_scale: which diffusers must be told; our pipelines know them."""
     before, found, after = kind.usage.rpartition(").images[0]")
     assert found
-    name = f"text-to-image pipeline, distilled to {steps} steps ({method})"
-    return replace(kind, name=name, usage=f"{before}{call}{after}", note=note)
+    usage = f"{before}, num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0]{after}"
+    plain = "diffusers import" in kind.usage
+    name = f"{kind.name}, distilled to {steps} steps ({method})"
+    return replace(kind, name=name, usage=usage if plain else kind.usage, note=note)
 
 
 def class_conditional_kind(classes: Sequence[str], classifier: bool = False) -> ModelKind:

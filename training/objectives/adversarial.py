@@ -10,6 +10,7 @@ from torch import Tensor
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.process import Process
 from latentdiff.models.discriminator import FeatureDiscriminator, adversarial_loss, discriminator_loss
+from latentdiff.models.patches import PatchTransformer
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.objectives.distillation import DistillationObjective, further_noise, given_condition
 from latentdiff.training.objectives.objective import Objective, RealAndFake, Result
@@ -118,11 +119,16 @@ class AdversarialObjective(JudgedObjective):
         return Result(whole, loss.detach(), figures, RealAndFake(real, tuple(one.detach() for one in fake)))
 
     def features(self, noisy: Tensor, times: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
-        """What the teacher sees in noisy latents: after each block of its way down, and after the middle."""
+        """What the teacher sees in noisy latents, (B, C', h', w') each: a UNet after each block of its way down, and
+        after the middle; a transformer after each block (LADD).
+        """
         found: list[Tensor] = []
 
         def keep(_module: Any, _given: Any, output: Any) -> None:
-            found.append((output[0] if isinstance(output, tuple) else output).float())
+            one = (output[0] if isinstance(output, tuple) else output).float()
+            if isinstance(self.teacher, PatchTransformer):
+                one = one.transpose(1, 2).unflatten(2, (noisy.shape[2] // self.teacher.config.patch_size, -1))
+            found.append(one)
 
         with ExitStack() as hooks:
             for block in feature_blocks(self.teacher):
@@ -132,11 +138,15 @@ class AdversarialObjective(JudgedObjective):
 
 
 def feature_blocks(unet: Any) -> list[Any]:
+    if isinstance(unet, PatchTransformer):
+        return list(unet.transformer_blocks)
     return [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block])]
 
 
 def feature_widths(unet: Any) -> list[int]:
     """The channels of each of `AdversarialObjective.features`."""
+    if isinstance(unet, PatchTransformer):
+        return [unet.width] * len(feature_blocks(unet))
     widths = list(unet.config.block_out_channels)
     return [*widths, *([] if unet.mid_block is None else widths[-1:])]
 

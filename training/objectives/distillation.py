@@ -31,7 +31,8 @@ class DistillationObjective(Objective[DiffusionBatch]):
         teacher: frozen; called as the student, but never told the scale.
         process: of both.
         guidance: least and largest scale; where both are equal, all of training has that one.
-        empty: text states (1, L, D) of the empty prompt; with a pooled embedding for SDXL.
+        empty: what guidance keeps away from: text states (1, L, D) of the empty prompt, or all conditions that differ
+            from one's without it (a pooled embedding for SDXL, a mask for PixArt; of a DiT the label of no class).
     """
 
     def __init__(
@@ -40,11 +41,9 @@ class DistillationObjective(Objective[DiffusionBatch]):
         super().__init__()
         self.student, self.teacher, self.process, self.guidance = student, teacher, process, guidance
         nothing = Conditioning(empty) if isinstance(empty, Tensor) else empty
-        assert nothing.states is not None
-        self.empty: Tensor
-        self.register_buffer("empty", nothing.states.float(), persistent=False)
-        self.empty_pooled: Tensor | None
-        self.register_buffer("empty_pooled", nothing.pooled, persistent=False)
+        self.empty_names = [name for name, _ in nothing.items()]
+        for name, tensor in nothing.items():
+            self.register_buffer(f"empty_{name}", tensor.float() if name == "states" else tensor, persistent=False)
         self.updates: Tensor  # so far; checkpoints keep it
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
@@ -67,7 +66,7 @@ class DistillationObjective(Objective[DiffusionBatch]):
         """
         scaled = draws.double() * count
         index = scaled.long().clamp(max=count - 1)
-        return index.to(self.empty.device), (scaled - index).float().to(self.empty.device)
+        return index.to(self.updates.device), (scaled - index).float().to(self.updates.device)
 
     def scales(self, uniform: Tensor) -> Tensor:
         """Guidance scales (B,) for uniform numbers."""
@@ -97,13 +96,14 @@ class DistillationObjective(Objective[DiffusionBatch]):
 
     def without_prompt(self, condition: Conditioning) -> Conditioning:
         """The empty prompt in place of those in `condition`, with the same sizes."""
-        count, pooled = condition.batch_size or 1, self.empty_pooled
-        pooled = None if pooled is None else pooled.expand(count, -1)
-        return condition.replace(states=self.empty.expand(count, -1, -1), pooled=pooled, mask=None)
+        count, empty = condition.batch_size or 1, {name: getattr(self, f"empty_{name}") for name in self.empty_names}
+        expanded = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in empty.items()}
+        return condition.replace(**{"mask": None, **expanded})
 
     def meaning(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Guess:
-        """The clean latents and the noise that a prediction (B, C, h, w) stands for."""
+        """The clean latents and the noise that a prediction stands for; of its channels the first C count."""
         target, levels = self.process.predicts, self.process.coefficients(times, noisy)
+        prediction = prediction[:, : noisy.shape[1]]
         return Guess(target.clean(noisy, prediction, *levels), target.noise(noisy, prediction, *levels))
 
     def moved(self, guess: Guess, times: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class DistillationObjective(Objective[DiffusionBatch]):
 
     def grid(self, steps: int) -> Tensor:
         """The times of a plan from the least, which is clean: (steps + 1,)."""
-        return self.process.even_times(steps).to(self.empty.device)
+        return self.process.even_times(steps).to(self.updates.device)
 
     def clean_between(self, begin: Tensor, end: Tensor, start_times: Tensor, end_times: Tensor) -> Tensor:
         """The x_0 with which a single DDIM step leads from `begin` to `end`. Salimans & Ho, Alg. 2 and App. G."""
@@ -132,7 +132,7 @@ class DistillationObjective(Objective[DiffusionBatch]):
 
 
 def given_condition(batch: DiffusionBatch) -> Conditioning:
-    """The text states of a batch."""
+    """Text states of a batch, or its classes."""
     assert isinstance(batch.condition, Conditioning)
     return batch.condition
 

@@ -35,7 +35,7 @@ class DistillationSettings(AdaptedSettings):
         *("solver_steps", "start_steps", "stage_steps", "discriminator_channels"),
         *("teacher_substeps", "trajectory_repeats", "own_states_after"),
     )
-    unsettled = ("guidance_scale", "max_steps")
+    unsettled = ("guidance_scale", "max_steps", "lora_targets")
 
     data: str = Field(
         "",

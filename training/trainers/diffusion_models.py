@@ -48,6 +48,7 @@ class DiffusionModel(ABC):
         network: that is trained: a denoiser, or a classifier.
         scheduler: that pipelines draw with.
         process: that the scheduler samples from, or what else says which times there are.
+        teacher_digest: of the network that a student in distillation learns from.
 
     Attributes:
         sizes_warned_of: by the pipelines of these networks, of which there is one for each grid of samples.
@@ -57,6 +58,7 @@ class DiffusionModel(ABC):
     network: Any
     scheduler: Any
     process: Any
+    teacher_digest: str = field(default="", kw_only=True)
     sizes_warned_of: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     @property
@@ -66,7 +68,8 @@ class DiffusionModel(ABC):
 
     def given(self) -> dict[str, str]:
         """Digests of what is not trained, by name."""
-        return {"autoencoder": latents_digest(self.codec), **digest_of_frozen("denoiser", self.network)}
+        teacher = {"teacher": self.teacher_digest} if self.teacher_digest else {}
+        return {"autoencoder": latents_digest(self.codec), **digest_of_frozen("denoiser", self.network), **teacher}
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -109,14 +112,12 @@ class TextModel(DiffusionModel):
         prepare_caption: what is done to a caption before it becomes tokens for a text encoder that is trained; None:
             the text encoder is not.
         pipeline_class: what draws with these components.
-        teacher_digest: of the network that a student in distillation learns from.
     """
 
     tokenizer: Any = None
     text_encoder: Any = None
     prepare_caption: Callable[[str], str] | None = None
     pipeline_class: type[TextToImagePipeline] = TextToImagePipeline
-    teacher_digest: str = ""
 
     @property
     def whole_text_encoder(self) -> nn.Module:
@@ -125,8 +126,7 @@ class TextModel(DiffusionModel):
         return encoder
 
     def given(self) -> dict[str, str]:
-        teacher = {"teacher": self.teacher_digest} if self.teacher_digest else {}
-        return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder), **teacher}
+        return {**super().given(), **digest_of_frozen("text encoder", self.text_encoder)}
 
     def pipeline(self) -> TextToImagePipeline:
         return self.pipeline_class(

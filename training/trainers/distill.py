@@ -1,10 +1,7 @@
 """Distillation: a student that draws in few steps learns from a model that draws in many."""
 
 import copy
-import hashlib
-import json
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +10,19 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from latentdiff import __version__
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import Process
-from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.models.discriminator import FeatureDiscriminator
-from latentdiff.pipelines import TextToImagePipeline
+from latentdiff.pipelines import DiTPipeline, TextToImagePipeline
 from latentdiff.pipelines.batch.prompt_files import read_prompts
-from latentdiff.pipelines.distributed import processes
-from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
+from latentdiff.pipelines.tasks.dit import TransformerPipeline
 from latentdiff.text import encode_prompts
 from latentdiff.training.batch.two_encoders import caption_conditioner
 from latentdiff.training.card.card import last_part
-from latentdiff.training.card.kinds import distilled_kind, short_captions
-from latentdiff.training.data import CaptionedPicture
-from latentdiff.training.data.load import hold_out
-from latentdiff.training.drawings import Drawing, draw, missing
-from latentdiff.training.loop.estimate import FEW, duration
+from latentdiff.training.card.kinds import distilled_kind
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.adversarial import (
     AdversarialObjective,
@@ -47,15 +37,19 @@ from latentdiff.training.objectives.progressive import ProgressiveObjective
 from latentdiff.training.objectives.trajectory import TrajectoryObjective
 from latentdiff.training.settings import DistillationSettings
 from latentdiff.training.starting_networks import freeze
+from latentdiff.training.trainers.adapted_data import captions_alone, load_pictures, with_drawings
 from latentdiff.training.trainers.autoencoder import Alarms
-from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
-from latentdiff.training.trainers.diffusion_models import TextModel
+from latentdiff.training.trainers.diffusion import train_diffusion
+from latentdiff.training.trainers.diffusion_models import DiffusionModel
 from latentdiff.training.trainers.finetune import (
+    FAMILIES,
     check_output,
     draws_in_few_steps,
+    kind_of,
     load_model,
     model_of,
     own_resolution,
+    targets_of,
     text_encoders,
 )
 from latentdiff.training.trainers.lora import add_lora, save_and_merge
@@ -64,7 +58,6 @@ from latentdiff.training.trainers.samples import sample_captions
 logger = logging.getLogger(__name__)
 
 SCALE_WIDTH = 256  # of an embedded guidance scale, as in diffusers' example
-BATCH = 8  # pictures drawn at once
 
 
 def distill(settings: DistillationSettings) -> Path:
@@ -83,19 +76,21 @@ def distill(settings: DistillationSettings) -> Path:
     check_output(settings)
     prompts = [one.prompt for one in read_prompts(Path(settings.prompts))] if settings.prompts else []
     open_output(settings, unsettled=settings.unsettled)
-    pipeline = load_model(settings.model, (SDXLTextToImagePipeline,))
+    pipeline = load_model(settings.model, FAMILIES)
     pipeline.set_progress_bar_config(disable=True)
     model = model_of(pipeline, trains_text=False)
     scheduler = scheduler_of(settings, model.process)
     check_teacher(settings, pipeline, model.process)
+    if isinstance(pipeline, DiTPipeline) and prompts:
+        pipeline.label_numbers(prompts)  # refuses what is no class
     settings = complete(settings, pipeline)
     freeze(pipeline.vae, *text_encoders(pipeline), pipeline.unet)
     open_output(settings)
     if settings.method == "trajectory" and prompts:
-        data = captions_alone(settings, prompts)
+        data = captions_alone(settings, pipeline, prompts)
         settings = settings.completed(sample_prompts=settings.sample_prompts or tuple(sample_captions(data.pictures)))
     else:
-        data = load_data(with_drawings(settings, pipeline, prompts))
+        data = load_pictures(with_drawings(settings, pipeline, prompts), pipeline)
     set_seed(settings.seed)  # the adapters' first weights
     teacher, empty = pipeline.unet, empty_prompt(pipeline)
     pipeline.unet = student_of(settings, teacher)
@@ -113,10 +108,9 @@ def distill(settings: DistillationSettings) -> Path:
         )
         pipeline.save_pretrained(settings.output)
 
-    scale, is_lora = settings.sample_guidance_scale, settings.lora_rank > 0
     note = note_of_teacher(settings, pipeline)
-    words = [*settings.sample_prompts, *short_captions(data.pictures)]
-    kind = distilled_kind(words, settings.method, settings.few_steps, scale, is_lora, note)
+    kind = kind_of(settings, pipeline, data, settings.lora_rank > 0)
+    kind = distilled_kind(kind, settings.method, settings.few_steps, settings.sample_guidance_scale, note)
     if not objective.takes_latents:
         kind = replace(kind, learned_from="captions")
     rate = settings.discriminator_learning_rate
@@ -153,13 +147,13 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
 
 def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline, process: Process) -> None:
     """Raises ValueError for a teacher from which the method cannot learn."""
-    unet = pipeline.unet
+    unet, is_transformer = pipeline.unet, isinstance(pipeline, TransformerPipeline)
     if pipeline.guides_itself:
         raise ValueError(
             f"{settings.model}: its UNet takes the guidance scale as a condition, so it was distilled already; give "
             f"the model that it was made from"
         )
-    if unet.config.out_channels != unet.config.in_channels:
+    if not is_transformer and unet.config.out_channels != unet.config.in_channels:  # those leave out variances
         raise ValueError(
             f"{settings.model}: its UNet predicts {unet.config.out_channels} channels for latents with "
             f"{unet.config.in_channels}; a teacher predicts the picture, the noise or v and no variances"
@@ -168,7 +162,7 @@ def check_teacher(settings: DistillationSettings, pipeline: TextToImagePipeline,
         raise ValueError(
             f"solver_steps={settings.solver_steps} are more than the teacher's {process.num_timesteps} timesteps"
         )
-    if settings.method == "adversarial" and not isinstance(unet, UNet2DConditionModel):
+    if settings.method == "adversarial" and not (is_transformer or isinstance(unet, UNet2DConditionModel)):
         raise ValueError(
             f"{settings.model}: the discriminator looks into a UNet, and this teacher is a {type(unet).__name__}; "
             f"take another method"
@@ -216,6 +210,7 @@ def complete(settings: DistillationSettings, pipeline: TextToImagePipeline) -> D
         "resolution": own_resolution(settings, pipeline),
         "guidance_scale": scales,
         "sample_steps": settings.few_steps,
+        **targets_of(settings, pipeline),
         "sample_guidance_scale": 1.0 if len(scales) == 1 else min(max(own, scales[0]), scales[1]),
     }
     if draws_in_few_steps(pipeline):
@@ -243,97 +238,32 @@ def chosen_scales(
     Raises:
         ValueError: there are two, and the UNet can be told none.
     """
-    scales = settings.guidance_scale or (own,)
+    scales, is_told = settings.guidance_scale or (own,), isinstance(pipeline.unet, UNet2DConditionModel)
     if settings.method == "consistency":
         scales = (1.0,)
-    elif not settings.guidance_scale and settings.method == "lcm" and not settings.lora_rank:
+    elif not settings.guidance_scale and settings.method == "lcm" and not settings.lora_rank and is_told:
         scales = (1.0, 2 * own) if own > 1 else (1.0,)
     if scales[0] == scales[-1]:
         return (scales[0],)
-    if not isinstance(pipeline.unet, UNet2DConditionModel):
+    if not is_told:
         raise ValueError(
             f"{settings.model}: a {type(pipeline.unet).__name__} takes no guidance scale; give one guidance_scale"
         )
     return (scales[0], scales[1])
 
 
-def with_drawings(
-    settings: DistillationSettings, pipeline: TextToImagePipeline, prompts: list[str]
-) -> DistillationSettings:
-    """With `prompts`, settings whose data are pictures that the teacher has drawn of them; else the same.
-
-    They are in ``training/teacher_pictures``; those that are there already are not drawn again. Each process draws its
-    share.
-
-    Raises:
-        FileExistsError: a file that latentdiff did not draw has the name of one of them.
+def empty_prompt(pipeline: Any) -> Tensor | Conditioning:
+    """What guidance keeps away from: text states (1, L, D), and of SDXL its pooled embedding too, or its zeros; of
+    PixArt the mask too, and of a DiT the label of no class.
     """
-    if not prompts:
-        return settings
-    state, folder = processes(), settings.folder / "teacher_pictures"
-    count = min(settings.prompt_pictures, FEW) if settings.is_dry_run else settings.prompt_pictures
-    guidance_scale = settings.guidance_scale[0] if len(settings.guidance_scale) == 1 else settings.sample_guidance_scale
-    common: dict[str, Any] = {
-        "count": 1,
-        "negative_prompt": None,
-        "num_inference_steps": settings.teacher_steps,
-        "guidance_scale": guidance_scale,
-        "model": settings.model,
-        "width": settings.resolution,
-        "height": settings.resolution,
-    }
-    drawings = [
-        Drawing(folder / f"{i:06d}.png", {**common, "prompts": [prompts[i % len(prompts)]], "seed": settings.seed + i})
-        for i in range(count)
-    ]
-    absent = missing(drawings)
-    state.wait_for_everyone()  # all have looked before any draws
-    if absent and state.is_main_process:
-        logger.info("the teacher draws %d pictures into %s", len(absent), folder)
-    pipeline.to(state.device)
-
-    def output_of(batch: Any) -> Any:
-        return pipeline(
-            [drawing.settings["prompts"][0] for drawing in batch],
-            seed=[drawing.settings["seed"] for drawing in batch],
-            output_type="pil",
-            **{key: common[key] for key in ("num_inference_steps", "guidance_scale", "width", "height")},
-        )
-
-    kept = {"scheduler": type(pipeline.scheduler).__name__, "precision": "float32", "version": __version__}
-    began = time.monotonic()
-    draw(absent[state.process_index :: state.num_processes], output_of, BATCH, kept, "the teacher's pictures")
-    if settings.is_dry_run:
-        seconds = duration((time.monotonic() - began) * settings.prompt_pictures / count)
-        logger.info(
-            "drawing %d pictures, before all else, takes the teacher about %s", settings.prompt_pictures, seconds
-        )
-    pipeline.to("cpu")
-    if state.is_main_process:
-        rows = [{"file_name": one.file.name, "text": one.settings["prompts"][0]} for one in drawings]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text_whole(folder / "metadata.jsonl", lines)
-    state.wait_for_everyone()
-    return settings.completed(data=str(folder))
-
-
-def captions_alone(settings: DistillationSettings, prompts: list[str]) -> Data:
-    """Prompts without pictures; some are held out as of pictures, those that are the same together."""
-    digests = (hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts)
-    size = (settings.resolution, settings.resolution)
-    named = [
-        CaptionedPicture(f"{settings.prompts}, prompt {i}", bytes, (prompt,), digest=digest, size=size)
-        for i, (prompt, digest) in enumerate(zip(prompts, digests, strict=True), 1)
-    ]
-    return Data(*hold_out(named, settings.held_out_share))
-
-
-def empty_prompt(pipeline: TextToImagePipeline) -> Tensor | Conditioning:
-    """What guidance keeps away from: text states (1, L, D), and of SDXL its pooled embedding too, or its zeros."""
-    if not pipeline.for_sdxl:
-        return encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
+    if isinstance(pipeline, DiTPipeline):
+        return Conditioning(labels=torch.tensor([pipeline.null_label]))
     with torch.no_grad():
-        return caption_conditioner(pipeline, pipeline.device)([""])
+        if isinstance(pipeline, TransformerPipeline):
+            return pipeline.conditioner(pipeline.device)([""])
+        if pipeline.for_sdxl:
+            return caption_conditioner(pipeline, pipeline.device)([""])
+    return encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder)
 
 
 def student_of(settings: DistillationSettings, teacher: Any) -> Any:
@@ -357,7 +287,7 @@ def student_of(settings: DistillationSettings, teacher: Any) -> Any:
 
 
 def objectives_of(
-    settings: DistillationSettings, model: TextModel, teacher: Any, empty: Tensor | Conditioning
+    settings: DistillationSettings, model: DiffusionModel, teacher: Any, empty: Tensor | Conditioning
 ) -> tuple[DistillationObjective, Objective[RealAndFake] | None]:
     """What the settings' method minimises, and what its adversary does, if it has one."""
     guidance = (settings.guidance_scale[0], settings.guidance_scale[-1])

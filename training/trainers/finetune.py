@@ -18,17 +18,16 @@ from latentdiff.pipelines.core.pipeline import FEW_STEPS
 from latentdiff.pipelines.distributed import processes
 from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.pipelines.storage.places import find_place, local_place, open_place
-from latentdiff.pipelines.tasks.class_conditional import class_number
 from latentdiff.pipelines.tasks.dit import TransformerPipeline
 from latentdiff.pipelines.tasks.sdxl import SDXLTextToImagePipeline
 from latentdiff.text import max_tokens
 from latentdiff.training.card.kinds import ModelKind, class_conditional_kind, short_captions, text_to_image_kind
-from latentdiff.training.data import CaptionedPicture
 from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import AdaptedSettings, FinetuneSettings
 from latentdiff.training.starting_networks import freeze, made_by, without_dropout
-from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
+from latentdiff.training.trainers.adapted_data import classes_of, load_pictures
+from latentdiff.training.trainers.diffusion import Data, train_diffusion
 from latentdiff.training.trainers.diffusion_models import DiTModel, PixArtModel, SDXLModel, TextModel
 from latentdiff.training.trainers.dreambooth import draw_class_pictures, mix, of_subject
 from latentdiff.training.trainers.lora import add_lora, lora_rank, save_and_merge
@@ -101,7 +100,8 @@ def finetune(settings: FinetuneSettings) -> Path:
     process = taught_process(settings, pipeline)
     freeze(pipeline.vae, *text_encoders(pipeline), pipeline.unet)
     data = load_pictures(settings, pipeline)
-    kind = kind_of(settings, pipeline, data)
+    kind = kind_of(settings, pipeline, data, lora_rank(settings) > 0)
+    kind = replace(kind, name=f"{kind.name}, fine-tuned ({settings.method})")
     if settings.method == "dreambooth":
         data = with_class_pictures(settings, pipeline, data)
     set_seed(settings.seed)  # the adapters' first weights
@@ -226,8 +226,7 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
     """
     changes: dict[str, Any] = {"resolution": own_resolution(settings, pipeline)}
     given = settings.model_fields_set
-    if "lora_targets" not in given and isinstance(pipeline, TransformerPipeline):
-        changes["lora_targets"] = OF_TRANSFORMERS
+    changes |= targets_of(settings, pipeline)
     drawing = UNDISTILLED if is_distilled(settings, pipeline) else pipeline.defaults
     if "sample_steps" not in given:
         changes["sample_steps"] = drawing["num_inference_steps"]
@@ -245,6 +244,12 @@ def complete(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Finet
     return settings.completed(**changes)
 
 
+def targets_of(settings: AdaptedSettings, pipeline: Any) -> dict[str, Any]:
+    """The layers that a LoRA is in by default, where they are not a UNet's."""
+    other = "lora_targets" not in settings.model_fields_set and isinstance(pipeline, TransformerPipeline)
+    return {"lora_targets": OF_TRANSFORMERS} if other else {}
+
+
 def own_process(pipeline: Any) -> Process:
     """The process that a pipeline's scheduler samples from; with variances, where the network has learned them, which
     the schedulers of many released folders leave out.
@@ -255,41 +260,13 @@ def own_process(pipeline: Any) -> Process:
     return process_from_config(config)
 
 
-def load_pictures(settings: FinetuneSettings, pipeline: Any) -> Data:
-    """The pictures; of a model of classes with the names that it has for them as captions.
-
-    Raises:
-        ValueError: a picture is of no class that the model knows; see `load_data` too.
-    """
-    if not isinstance(pipeline, DiTPipeline):
-        return load_data(settings)
-    data, names = load_data(settings, "class"), classes_of(pipeline)
-
-    def named(picture: CaptionedPicture) -> CaptionedPicture:
-        try:
-            number = class_number(picture.captions[0], pipeline.id2label or {}, pipeline.num_classes)
-        except ValueError as error:
-            raise ValueError(f"{picture.name}: {error}; a class that the model knows is needed") from None
-        return replace(picture, captions=(names[number],))
-
-    return replace(data, pictures=list(map(named, data.pictures)), held_out=list(map(named, data.held_out)))
-
-
-def classes_of(pipeline: Any) -> list[str]:
-    """The names of a model's classes, or else their numbers."""
-    names = pipeline.id2label or {}
-    return [names.get(number, str(number)) for number in range(pipeline.num_classes)]
-
-
-def kind_of(settings: FinetuneSettings, pipeline: Any, data: Data) -> ModelKind:
-    """What is made, for its card."""
-    is_lora = lora_rank(settings) > 0
+def kind_of(settings: AdaptedSettings, pipeline: Any, data: Data, is_lora: bool) -> ModelKind:
+    """What is trained, for its card."""
     if isinstance(pipeline, DiTPipeline):
-        kind = class_conditional_kind([data.pictures[0].captions[0]])
-        return replace(kind, name=f"{kind.name}, fine-tuned ({settings.method})", lora=is_lora)
+        return replace(class_conditional_kind([data.pictures[0].captions[0]]), lora=is_lora)
     prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
     told = {"saved_as": pipeline.saved_class_name, "told": pipeline.diffusers_options}
-    return text_to_image_kind(prompts, settings.method, is_lora, **told)
+    return text_to_image_kind(prompts, lora=is_lora, **told)
 
 
 def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Process:
