@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import Attention
+from latentdiff.models.network import AnyValue
 from latentdiff.models.patches import FEATURES, MLP, PatchTransformer, modulate
 from latentdiff.models.single_file_networks import find_checkpoint, packed_network
 from latentdiff.models.time_embedding import TimestepEmbedding
@@ -103,7 +104,7 @@ class DiTTransformer2DModel(PatchTransformer):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dropout": (0.0,),
-        "norm_num_groups": (32,),
+        "norm_num_groups": AnyValue((32,)),
         "upcast_attention": (False, True),
         "norm_type": ("ada_norm_zero",),
     }

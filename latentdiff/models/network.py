@@ -34,6 +34,13 @@ MAX_LAYERS = 1000
 WITH_SUMS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class AnyValue(tuple[Any, ...]):
+    """Of a neutral key, its default: other values are without effect, too."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 class StrictConfig(ConfigMixin):
     """``ConfigMixin`` for a class whose ``__init__`` takes its keys by name and the rest as ``**others``.
 
@@ -142,7 +149,10 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
     """By how much the last level of a network is smaller than its input: every level but the last halves.
 
     Of an autoencoder: pixels of a side to one latent. Of a UNet: what sides are multiples of where nothing is rounded.
+    Of a transformer: the side of a patch.
     """
+    if "patch_size" in config:
+        return int(config["patch_size"])
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 

@@ -128,11 +128,6 @@ class PatchTransformer(Network, Checkpointed, PeftAdapterMixin):
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
-    def downscale_factor(self) -> int:
-        """The side of a patch, of which the sides of latents must be multiples."""
-        return int(self.config.patch_size)
-
-    @property
     def width(self) -> int:
         """D"""
         return int(self.config.num_attention_heads * self.config.attention_head_dim)
@@ -183,7 +178,7 @@ class PatchTransformer(Network, Checkpointed, PeftAdapterMixin):
         patch = self.config.patch_size
         grid = (size[0] // patch, size[1] // patch)
         parts = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C')
-        return parts.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, *size)
+        return parts.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, *size)  # len() is a constant to a tracer
 
     def start_from_nothing(self) -> None:
         """Weights to begin training with, from torch's random numbers: DiT's, by which every block at first passes its

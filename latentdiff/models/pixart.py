@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.models.layers import Attention, TextInput
+from latentdiff.models.network import AnyValue
 from latentdiff.models.patches import FEATURES, MLP, PatchTransformer, modulate
 from latentdiff.models.time_embedding import TimestepEmbedding
 from latentdiff.models.transformer import Text, TextContext, TextStates
@@ -89,8 +90,8 @@ class PixArtTransformer2DModel(PatchTransformer):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "dropout": (0.0,),
-        "norm_num_groups": (32,),
-        "num_embeds_ada_norm": (1000,),
+        "norm_num_groups": AnyValue((32,)),
+        "num_embeds_ada_norm": AnyValue((1000,)),  # it knows no classes
         "upcast_attention": (False, True),
         "norm_type": ("ada_norm_single",),
         "attention_type": ("default",),
@@ -224,7 +225,7 @@ class PixArtTransformer2DModel(PatchTransformer):
                 raise ValueError(f"PixArtTransformer2DModel: sizes are conditions of this one, and {name} is missing")
             features = self.time_features(numbers.flatten()).to(dtype)
             embed = getattr(self.adaln_single.emb, f"{name}_embedder")
-            parts.append(embed(features).reshape(len(numbers), -1))  # (B, 2D/3), (B, D/3)
+            parts.append(embed(features).reshape(numbers.shape[0], -1))  # (B, 2D/3), (B, D/3)
         return torch.cat(parts, dim=1)
 
     @apply_forward_hook

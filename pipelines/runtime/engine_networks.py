@@ -99,7 +99,10 @@ class RuntimeUNet(RuntimeNetwork):
             ValueError: a condition that the graph has no input for, or lacks; a shape that it was not made for.
         """
         self._check_shape(sample)
+        conditions |= conditions.pop("added_cond_kwargs", None) or {}
         given: dict[str, Any] = {name: value for name, value in conditions.items() if value is not None}
+        if "encoder_attention_mask" in given:
+            given["encoder_attention_mask"] = given["encoder_attention_mask"].float()
         if "class_labels" in given:
             given["class_labels"] = given["class_labels"].to(self._label_dtype())
         times = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)

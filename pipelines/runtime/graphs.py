@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from latentdiff.models.layers import Upsample2D, double, doubling_kernel
 from latentdiff.models.network import downscale_factor
+from latentdiff.models.patches import PatchTransformer
+from latentdiff.models.pixart import PixArtTransformer2DModel
 from latentdiff.pipelines.runtime.engines import openvino, without_telemetry
 from latentdiff.pipelines.storage.onnx import (
     IMAGES,
@@ -27,10 +29,17 @@ from latentdiff.pipelines.storage.onnx import (
 )
 
 BATCH = {0: "batch_size"}
+SIZES = {"resolution": 2, "aspect_ratio": 1}
+"""Conditions of PixArt, and how many numbers each has."""
+Examples = dict[str, tuple[Tensor, dict[int, str]]]
+"""Of each condition of two images, and its free axes."""
 
 
 class DenoiserGraph(nn.Module):
-    """``sample`` (B, C, h, w), ``timestep`` (1,) and the conditions that the network takes -> (B, C', h, w)."""
+    """``sample`` (B, C, h, w), ``timestep`` (1,) and the conditions that the network takes -> (B, C', h, w).
+
+    Sizes are conditions by their own names, and not in ``added_cond_kwargs``.
+    """
 
     named_inputs = 2
     """Before ``*conditions``."""
@@ -40,27 +49,51 @@ class DenoiserGraph(nn.Module):
         self.network, self.conditions = network, conditions
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        named = dict(zip(self.conditions, conditions, strict=True))
-        return self.network(sample, timestep, return_dict=False, **named)[0]
+        named: dict[str, Any] = dict(zip(self.conditions, conditions, strict=True))
+        added = {name: named.pop(name) for name in SIZES if name in named}
+        if added:
+            named["added_cond_kwargs"] = added
+        return self.network(sample, timestep=timestep, return_dict=False, **named)[0]
 
 
 def denoiser_part(unet: Any) -> Part:
-    """The graph of any UNet, ours or diffusers'; its inputs are what a call takes, by the names of its arguments."""
+    """The graph of a denoiser, a UNet of ours or diffusers' or a transformer of ours; its inputs are what a call takes,
+    by the names of its arguments.
+    """
     config, size = unet.config, downscale_factor(unet.config)
-    width, guidance = config.get("cross_attention_dim"), config.get("time_cond_proj_dim")
-    conditions: dict[str, tuple[Tensor, dict[int, str]]] = {}
-    if width is not None:
-        states = torch.randn(2, 5, width if isinstance(width, int) else width[0])
-        conditions["encoder_hidden_states"] = (states, TOKENS)
-    if getattr(unet, "class_embedding", None) is not None:
-        conditions["class_labels"] = (example_labels(config), BATCH)
-    if guidance is not None:
-        conditions["timestep_cond"] = (torch.randn(2, guidance), BATCH)
+    conditions = transformer_conditions(unet) if isinstance(unet, PatchTransformer) else unet_conditions(unet)
     inputs = {"sample": torch.randn(2, config.in_channels, 2 * size, 3 * size), "timestep": torch.tensor([10.0])}
     axes = {"sample": IMAGES, "timestep": {}}
     inputs |= {name: tensor for name, (tensor, _) in conditions.items()}
     axes |= {name: own for name, (_, own) in conditions.items()}
     return Part(DenoiserGraph(plain(unet), tuple(conditions)), inputs, axes, ["out_sample"], own_config(unet))
+
+
+def unet_conditions(unet: Any) -> Examples:
+    config, examples = unet.config, Examples()
+    width, guidance = config.get("cross_attention_dim"), config.get("time_cond_proj_dim")
+    if width is not None:
+        states = torch.randn(2, 5, width if isinstance(width, int) else width[0])
+        examples["encoder_hidden_states"] = (states, TOKENS)
+    if getattr(unet, "class_embedding", None) is not None:
+        examples["class_labels"] = (example_labels(config), BATCH)
+    if guidance is not None:
+        examples["timestep_cond"] = (torch.randn(2, guidance), BATCH)
+    return examples
+
+
+def transformer_conditions(network: PatchTransformer) -> Examples:
+    """Labels; or text states, 1 where they count, and the sizes where it takes them."""
+    config = network.config
+    if not isinstance(network, PixArtTransformer2DModel):
+        return Examples(class_labels=(torch.tensor([0, 1]), BATCH))
+    width = config.cross_attention_dim if config.caption_channels is None else config.caption_channels
+    examples = Examples(
+        encoder_hidden_states=(torch.randn(2, 5, width), TOKENS), encoder_attention_mask=(torch.ones(2, 5), TOKENS)
+    )
+    if network.takes_sizes:
+        examples |= {name: (torch.ones(2, count), BATCH) for name, count in SIZES.items()}
+    return examples
 
 
 def example_labels(config: Any) -> Tensor:

@@ -11,7 +11,7 @@ from latentdiff.pipelines.runtime.choice import Runtime
 FORMAT = 3
 """Of what is written; raised when the graphs of an older version must not be used any more."""
 
-NETWORKS = ("unet", "vae", "vqvae")
+NETWORKS = ("unet", "transformer", "vae", "vqvae")
 """The components that a runtime may run."""
 
 PARTS = (*NETWORKS, "text_encoder", "tokenizer")

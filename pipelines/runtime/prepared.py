@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -56,14 +56,17 @@ def prepare(pipeline: Any, runtime: Runtime, folder: Path, model: str | None = N
             raise
 
 
-def networks_of(folder: Path, runtime: Runtime, autoencoder: str = "vae") -> Iterator[tuple[str, Any]]:
-    """The networks whose graphs lie in a folder, by the names of a pipeline's components."""
+def networks_of(folder: Path, runtime: Runtime, index: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The networks whose graphs lie in a folder, by the names of a pipeline's components.
+
+    index: of the pipeline's folder.
+    """
     factor = 1
     if (folder / "vae_decoder").is_dir():
         vae = RuntimeAutoencoder(runtime, folder)
         factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        yield autoencoder, vae
-    yield "unet", RuntimeUNet(runtime, folder, factor)
+        yield "vqvae" if "vqvae" in index else "vae", vae
+    yield "transformer" if "transformer" in index else "unet", RuntimeUNet(runtime, folder, factor)
 
 
 def load(pipeline_class: Any, source: Path, runtime: Runtime, options: dict[str, Any]) -> Any:
@@ -87,8 +90,7 @@ def load(pipeline_class: Any, source: Path, runtime: Runtime, options: dict[str,
         model = names.get(source, str(source.absolute()))
         prepare(pipeline_class.from_pretrained(source, **options), runtime, folder, model)
         trim(shared_folder())
-    autoencoder = "vqvae" if "vqvae" in index else "vae"
-    networks = dict(networks_of(folder, runtime, autoencoder))
+    networks = dict(networks_of(folder, runtime, index))
     if hold is not None:
         _HOLDS.update(dict.fromkeys(networks.values(), hold))
     return pipeline_class.from_pretrained(source, **networks, **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.pipelines.registry import kind_saved_as
+from latentdiff.pipelines.registry import KINDS
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.engine_networks import RuntimeUNet
 from latentdiff.pipelines.runtime.engines import Engine, core, openvino, without_telemetry
@@ -63,7 +63,7 @@ def quantize(pipeline: Any, runtime: Runtime, folder: Path) -> dict[str, float]:
     exact = RuntimeUNet(Runtime(runtime.name), folder)
     recorder = Recorder(exact.engine("unet"))
     exact.engines["unet"] = recorder
-    pipeline.register_modules(unet=exact)
+    pipeline.unet = exact
     pipeline.set_progress_bar_config(disable=True)
     draw(pipeline, PROMPTS[:-MEASURED])
     calibrated_on, recorder.seen = recorder.seen, []
@@ -74,7 +74,7 @@ def quantize(pipeline: Any, runtime: Runtime, folder: Path) -> dict[str, float]:
     engine = rough.engine("unet")
     pairs = [(engine(arrays)[0], recorder.engine(arrays)[0]) for arrays in recorder.seen]
     error = np.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs))
-    pipeline.register_modules(unet=rough)
+    pipeline.unet = rough
     apart = 255 * np.abs(draw(pipeline, PROMPTS[-MEASURED:]) - expected)
     report = {
         "prediction_error": float(error),
@@ -110,16 +110,15 @@ def without_pictures(pipeline: Any) -> Any:
     Raises:
         ValueError: there is none.
     """
-    kind = kind_saved_as(pipeline.saved_class_name)
+    kind = next((one for one in KINDS if one.name == type(pipeline).__name__), None)
     if kind is None or not kind.pictures:
         return pipeline
     if not kind.interchangeable or pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
         raise ValueError(
             f"int8 is calibrated by drawing, which a {type(pipeline).__name__} does from pictures; choose another dtype"
         )
-    from latentdiff.pipelines.tasks.text_to_image import TextToImagePipeline
-
-    return TextToImagePipeline.from_pipe(pipeline)
+    plain = next(one for one in KINDS if one.family == kind.family and one.interchangeable and not one.pictures)
+    return plain.load().from_pipe(pipeline)
 
 
 def openvino_int8(file: Path, seen: Sequence[Arrays]) -> None:

@@ -31,10 +31,14 @@ class StatesGraph(nn.Module):
 
 
 def write_text(pipeline: Any, runtime: str, folder: Path) -> None:
-    """Write ``text_encoder`` into a folder of graphs, in float32, if it can be: without it torch encodes prompts."""
+    """Write ``text_encoder`` into a folder of graphs, in float32, if it can be: without it torch encodes prompts.
+
+    Only Stable Diffusion's kind of model is drawn without torch.
+    """
     encoder: Any = getattr(pipeline, "text_encoder", None)
     tokenizer: Any = getattr(pipeline, "tokenizer", None)
-    if encoder is None or not is_plain(tokenizer) or getattr(pipeline, "text_encoder_2", None) is not None:
+    others = any(pipeline.components.get(name) is not None for name in ("text_encoder_2", "transformer"))
+    if encoder is None or not is_plain(tokenizer) or others:
         return
     target = folder / "text_encoder"
     try:

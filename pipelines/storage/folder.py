@@ -264,7 +264,8 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         from latentdiff.pipelines.runtime.engine_networks import RuntimeAutoencoder, RuntimeUNet
 
         types = super()._get_signature_types()
-        more: dict[str, type] = {"unet": RuntimeUNet, "vae": RuntimeAutoencoder, "vqvae": RuntimeAutoencoder}
+        more: dict[str, type] = dict.fromkeys(("unet", "transformer"), RuntimeUNet)
+        more |= dict.fromkeys(("vae", "vqvae"), RuntimeAutoencoder)
         return {name: (*known, more[name]) if name in more else known for name, known in types.items()}
 
     def register_to_config(self, **values: Any) -> None:

@@ -142,7 +142,8 @@ class ClassConditionalPipeline(TextlessPipeline):
             ValueError: there is no such class, or several have that name, or none is given.
         """
         given: Any = class_labels if are_several(class_labels) else [class_labels]
-        numbers = [class_number(label, self.id2label or {}, self.num_classes) for label in given]
+        each = [label for one in given for label in (one if are_several(one) else [one])]  # as diffusers takes them
+        numbers = [class_number(label, self.id2label or {}, self.num_classes) for label in each]
         if not numbers:
             raise ValueError("class_labels is empty; give one class or more")
         return numbers

@@ -17,7 +17,6 @@ class TransformerPipeline(LoraPipeline, LatentPipeline):
 
     transformer: Any
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
-    for_runtimes: ClassVar[bool] = False
 
     @property
     def unet(self) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from discs import save_discs
@@ -82,7 +83,6 @@ def test_a_released_checkpoint_becomes_a_network_or_a_pipeline(
         (["code.pt", "out", "--ckpt"], "code.pt holds more than tensors, which could run code"),
         (["part.safetensors", "out"], "3 weights of the DiT are missing"),
         (["dit", "out", "--to", "onnx"], "a DiTPipeline cannot be exported to ONNX"),
-        (["dit", "out", "--runtime", "onnx"], "a DiTPipeline is drawn with by torch only; leave --runtime out"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -101,14 +101,23 @@ def test_what_cannot_be_meant_is_refused(
     assert not Path("out").exists()
 
 
-def test_runtimes_are_refused(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime")  # asked for first
-    call = ("generate", "--class", "item 3", "--model", str(models / "dit"), "-o", "x.png", "--runtime", "onnx")
-    assert run(*call) == 2
-    assert "a DiTPipeline is drawn with by torch only; leave runtime (--runtime) out" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert not Path("x.png").exists()
+@pytest.mark.slow  # graphs are made
+@pytest.mark.parametrize(("kind", "what"), [("dit", ("--class", "item 3")), ("pixart", ("a red thing",))])
+def test_graphs_are_put_into_a_folder_and_drawn_with(
+    models: Path, run: Run, capsys: pytest.CaptureFixture[str], kind: str, what: tuple[str, ...]
+) -> None:
+    pytest.importorskip("openvino")
+    assert run("convert", str(models / kind), "made", "--runtime", "openvino") == 0
+    assert [one.name.split("-")[0] for one in Path("made/runtimes").iterdir()] == ["openvino"]
+    capsys.readouterr()
+    call = ("generate", *what, "--steps", "2", "--seed", "0", "-o")
+    assert run(*call, "plain.png", "--model", str(models / kind)) == 0
+    assert run(*call, "graph.png", "--model", "made", "--runtime", "openvino") == 0
+    assert "Making graphs" not in capsys.readouterr().err
+    pixels = [np.asarray(Image.open(file), dtype=int) for file in ("plain.png", "graph.png")]
+    assert abs(pixels[0] - pixels[1]).max() <= 1
+    assert run("replay", "graph.png", "-o", "again.png") == 0
+    assert "graph.png: equal" in capsys.readouterr().out
 
 
 def test_a_lora_of_a_dit_is_drawn_with_and_replayed(models: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
