@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -207,6 +207,16 @@ class TextConditioner:
         # of a prompt in parts the first one's embedding stands for the whole
         pooled = None if encoded.pooled is None else encoded.pooled[::chunks]
         return Conditioning(states=states.reshape(len(prompts), chunks * length, -1), pooled=pooled)
+
+    def limited(self, length: int) -> Self:
+        """The same with fewer tokens.
+
+        Raises:
+            ValueError: they would be more.
+        """
+        if length > self.length:
+            raise ValueError(f"max_sequence_length={length} is more than the {self.length} tokens of this model")
+        return replace(self, max_length=length)
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
         """Of each prompt what has no place among L tokens, as it is written; "" if all has."""

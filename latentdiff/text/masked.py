@@ -39,6 +39,22 @@ class MaskedTextConditioner(TextConditioner):
         return states * tokens.attention_mask[..., None].to(states)
 
 
+def counting(states: Tensor | None, mask: Tensor | None, name: str) -> Tensor | None:
+    """States (B, L, D) with zeros where a mask (B, L) is 0, by which `with_mask` knows it again.
+
+    Raises:
+        ValueError: there are no states, or of another shape; the message begins with `name`.
+    """
+    if mask is None:
+        return states
+    if states is None or mask.shape != states.shape[:2]:
+        shape = "none are given" if states is None else f"they are {tuple(states.shape)}"
+        raise ValueError(
+            f"{name}_attention_mask is {tuple(mask.shape)}, for {name}_embeds (prompts, L, D), and {shape}"
+        )
+    return states * mask[..., None].to(states)
+
+
 def with_mask(conditioning: Conditioning) -> Conditioning:
     """With the mask of its states: what is zero all through is padding."""
     states = conditioning.states

@@ -145,7 +145,19 @@ def generators(value: Any, name: str) -> Generators:
     return list(value) if several else value
 
 
+def never(value: Any, name: str) -> Literal[False]:
+    """Raises ValueError for anything but False."""
+    if value is not False:
+        raise ValueError(f"{name}={value!r} is not supported; leave it out, or give False")
+    return False
+
+
 # Options
+
+OF_PIXART = (
+    *("prompt_attention_mask", "negative_prompt_attention_mask", "max_sequence_length", "use_resolution_binning"),
+    "clean_caption",
+)
 
 
 class VariationExtras(TypedDict, total=False):
@@ -204,6 +216,17 @@ class TextExtras(Extras, total=False):
     """SDXL's refiner: how good a picture to draw is, from 1 to 10; by default 6."""
     negative_aesthetic_score: float | None
     """The same of what to keep away from; by default 2.5."""
+
+    prompt_attention_mask: Tensor | None
+    """PixArt: (prompts, L), 1 where ``prompt_embeds`` count; by default where they are not zero all through."""
+    negative_prompt_attention_mask: Tensor | None
+    """PixArt: the same of ``negative_prompt_embeds``."""
+    max_sequence_length: int | None
+    """PixArt: tokens of a prompt; by default 120, or as many as the text encoder takes."""
+    use_resolution_binning: bool | None
+    """PixArt: False; any size is drawn as it is given."""
+    clean_caption: bool | None
+    """PixArt: False; prompts are stripped and their letters made small, and not rewritten."""
 
 
 class PictureExtras(TextExtras, total=False):
@@ -297,6 +320,16 @@ class TextOptions(GuidedOptions):
     denoising_end: Annotated[float | None, part_of_all] = None
     aesthetic_score: Annotated[float | None, real_number] = None
     negative_aesthetic_score: Annotated[float | None, real_number] = None
+    prompt_attention_mask: Annotated[Tensor | None, finite_tensor] = None
+    negative_prompt_attention_mask: Annotated[Tensor | None, finite_tensor] = None
+    max_sequence_length: Annotated[int | None, positive_whole] = None
+    use_resolution_binning: Annotated[bool | None, never] = None
+    clean_caption: Annotated[bool | None, never] = None
+
+    @property
+    def pixart(self) -> dict[str, Any]:
+        """What only PixArt takes and was given."""
+        return {name: getattr(self, name) for name in OF_PIXART if getattr(self, name) is not None}
 
     @property
     def sdxl(self) -> dict[str, Any]:

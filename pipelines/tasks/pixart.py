@@ -4,17 +4,18 @@ from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
+from torch import Tensor
 
 from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.models import PixArtTransformer2DModel
-from latentdiff.pipelines.core.call_options import TextOptions
+from latentdiff.pipelines.core.call_options import TextOptions, never
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
 from latentdiff.pipelines.tasks.dit import TransformerPipeline
 from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
 from latentdiff.pipelines.tasks.inpaint import InpaintPipeline
 from latentdiff.pipelines.tasks.text_to_image import TextPipeline, TextToImagePipeline
 from latentdiff.text.encode import Prompts, TextConditioner
-from latentdiff.text.masked import LONGEST, MaskedTextConditioner, with_mask
+from latentdiff.text.masked import LONGEST, MaskedTextConditioner, counting, with_mask
 
 
 class PixArtPipeline(TransformerPipeline, TextPipeline):
@@ -37,6 +38,7 @@ class PixArtPipeline(TransformerPipeline, TextPipeline):
     """
 
     safety_checker: Any = None
+    for_pixart: ClassVar[bool] = True
 
     saved_class_name = "PixArtAlphaPipeline"
     usual_defaults: ClassVar[dict[str, Any]] = {"num_inference_steps": 20, "guidance_scale": 4.5}
@@ -81,6 +83,48 @@ class PixArtPipeline(TransformerPipeline, TextPipeline):
             prompt_weights=prompt_weights,
             long_prompts=long_prompts,
         )
+
+    @torch.no_grad()
+    def encode_prompt(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        clean_caption: Literal[False] = False,
+        max_sequence_length: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Text states (B, L, D) of prompts and what counts of them (B, L), then both of negative prompts.
+
+        As a call makes and takes them and, in this order, diffusers' method of this name.
+
+        Args:
+            options: ``lora_scale``, ``clip_skip``, ``prompt_weights``, ``long_prompts``, as in a call.
+
+        Raises:
+            TypeError, ValueError: see a call.
+        """
+        never(clean_caption, "clean_caption")
+        states, negative = super().encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            counting(prompt_embeds, prompt_attention_mask, "prompt"),
+            counting(negative_prompt_embeds, negative_prompt_attention_mask, "negative_prompt"),
+            max_sequence_length=max_sequence_length,
+            **options,
+        )
+        counts = [None if part is None else (part != 0).any(-1).long() for part in (states, negative)]
+        assert counts[0] is not None
+        return states, counts[0], negative, counts[1]
 
     def condition(
         self, prompts: Prompts, conditioner: TextConditioner, guided: bool, lora_scale: float | None = None

@@ -21,6 +21,7 @@ from latentdiff.pipelines.storage.loras import LoraPipeline
 from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
 from latentdiff.pipelines.storage.textual_inversion import TextualInversionPipeline
 from latentdiff.text.encode import Prompts, TextConditioner
+from latentdiff.text.masked import counting
 
 
 class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, LatentPipeline):
@@ -48,6 +49,7 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
 
     for_sdxl: ClassVar[bool] = False
+    for_pixart: ClassVar[bool] = False
     """Whether a call takes what only SDXL takes."""
 
     call_class: ClassVar[type["TextCall"]]
@@ -100,6 +102,7 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
         *,
         prompt_weights: bool = False,
         long_prompts: Literal["cut", "chunk"] = "cut",
+        max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text states of prompts and negative prompts, (B, L, D) each, as a call makes them and takes them.
 
@@ -111,6 +114,8 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = device or self._execution_device
         conditioner = self.conditioner(device, clip_skip, prompt_weights, long_prompts)
+        if max_sequence_length is not None:
+            conditioner = conditioner.limited(max_sequence_length)
         conditioning = self.condition(prompts, conditioner, do_classifier_free_guidance, lora_scale)
         dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
         images = positive_whole(num_images_per_prompt, "num_images_per_prompt")
@@ -165,8 +170,10 @@ class TextCall(Call):
     reranker: Any = None
 
     def __init__(self, pipeline: TextPipeline, options: TextOptions) -> None:
-        for name in () if pipeline.for_sdxl else options.sdxl:
-            raise ValueError(f"{name} is for SDXL, and this is a {type(pipeline).__name__}; leave it out")
+        own = {"SDXL": (pipeline.for_sdxl, options.sdxl), "PixArt": (pipeline.for_pixart, options.pixart)}
+        for family, (is_of_it, given) in own.items():
+            for name in () if is_of_it else given:
+                raise ValueError(f"{name} is for {family}, and this is a {type(pipeline).__name__}; leave it out")
         if options.candidates is not None or options.reranker is not None:
             from latentdiff.pipelines.core.candidates import reranker_of_call
 
@@ -176,8 +183,8 @@ class TextCall(Call):
         prompts = Prompts(
             options.prompt,
             options.negative_prompt,
-            options.prompt_embeds,
-            options.negative_prompt_embeds,
+            counting(options.prompt_embeds, options.prompt_attention_mask, "prompt"),
+            counting(options.negative_prompt_embeds, options.negative_prompt_attention_mask, "negative_prompt"),
             options.pooled_prompt_embeds,
             options.negative_pooled_prompt_embeds,
             options.prompt_2,
@@ -187,6 +194,8 @@ class TextCall(Call):
         self.view._clip_skip = options.clip_skip
         self.texts = prompts.texts or []
         conditioner = pipeline.conditioner(self.device, options.clip_skip, options.prompt_weights, options.long_prompts)
+        if options.max_sequence_length is not None:
+            conditioner = conditioner.limited(options.max_sequence_length)
         conditioning = pipeline.condition(prompts, conditioner, self.guidance.active, self.lora_scale)
         self.conditioning = conditioning.to(self.device, pipeline.unet.dtype).repeat(self.per_item)
 

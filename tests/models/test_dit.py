@@ -207,6 +207,12 @@ def test_a_config_that_makes_no_sense_is_refused(change: dict[str, Any], message
             kind(**{**config, **change})
 
 
+def test_numbers_without_effect_are_kept_and_change_nothing(pair: Callable) -> None:
+    ours, theirs = pair(PixArtTransformer2DModel, **PIXART, num_embeds_ada_norm=8, norm_num_groups=7)
+    assert (ours.config.num_embeds_ada_norm, ours.config.norm_num_groups) == (8, 7)
+    torch.testing.assert_close(ours(**inputs("pixart")).sample, theirs(**inputs("pixart")).sample, atol=1e-5, rtol=1e-5)
+
+
 def test_pixart_refuses_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="cross_attention_dim"):
         PixArtTransformer2DModel(**PIXART | {"cross_attention_dim": 20})

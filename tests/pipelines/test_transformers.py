@@ -27,6 +27,9 @@ PLAIN = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_
 """How diffusers draws from a PixArt of another size than the released ones."""
 
 
+PLAIN_SIZE = {"clean_caption": False, "use_resolution_binning": False}
+
+
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of diffusers' DiTPipeline."""
@@ -64,15 +67,34 @@ def test_pixart_draws_diffusers_pictures(pixart: Path) -> None:
         {"prompt": " A Red Thing", "negative_prompt": "blue"},
         {"prompt": "a thing", "guidance_scale": 1.0, "height": 24, "width": 16},
         {"prompt": "a very long prompt that is cut somewhere"},
+        {"prompt": "a red thing", "max_sequence_length": 4, **PLAIN_SIZE},
     ]
     for call in calls:
         found = [pipeline_call(one, **call) for one in (ours, theirs)]
         assert found[0].shape == found[1].shape
         assert float((found[0] - found[1]).abs().max()) < 1e-4, call
         assert found[0].std() > 0.01
-    states, negative = ours.encode_prompt("a red thing")
-    again = ours(prompt_embeds=states, negative_prompt_embeds=negative, seed=0, output_type="pt").images
-    assert torch.equal(again, ours("a red thing", seed=0, output_type="pt").images)
+    states, mask, negative, negative_mask = ours.encode_prompt("a red thing")
+    told: dict[str, Any] = {"prompt_embeds": states, "negative_prompt_embeds": negative, "seed": 0}
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": negative_mask}
+    expected = ours("a red thing", seed=0, output_type="pt", clean_caption=False, use_resolution_binning=False).images
+    for given in ({}, masks):
+        assert torch.equal(ours(**told, **given, output_type="pt").images, expected)
+    theirs_mask = theirs.encode_prompt("a red thing", max_sequence_length=mask.shape[1])[1]
+    assert torch.equal(mask, theirs_mask)
+    hidden = ours(**{**told, "prompt_embeds": states + 1}, **masks, output_type="pt").images  # padding, not zero
+    shown = torch.where(mask[..., None] == 1, states + 1, 0)
+    assert torch.equal(hidden, ours(**{**told, "prompt_embeds": shown}, output_type="pt").images)
+    with pytest.raises(ValueError, match="max_sequence_length=500 is more than the 12 tokens of this model"):
+        ours("a", max_sequence_length=500)
+    with pytest.raises(ValueError, match="clean_caption=True is not supported; leave it out, or give False"):
+        ours("a", clean_caption=True)
+    with pytest.raises(
+        ValueError, match=r"prompt_attention_mask is \(1, 2\), for prompt_embeds .* they are \(1, 12, 16\)"
+    ):
+        ours(**told, prompt_attention_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"negative_prompt_attention_mask is .* none are given"):
+        ours("a", negative_prompt_attention_mask=torch.ones(1, 2))
 
 
 def pipeline_call(pipeline: Any, **call: Any) -> torch.Tensor:
