@@ -19,9 +19,18 @@ def several() -> bool:
 def on_cpu() -> bool:
     """Whether to compute on the CPU: asked for by Accelerate's configuration, or several processes without a device.
 
-    By default Accelerate would take the latter for separate programs.
+    By default Accelerate would take the latter for separate programs. DeepSpeed it uses only if not asked for the CPU.
     """
-    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (several() and not torch.accelerator.is_available())
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or (_without_devices() and not by_deepspeed())
+
+
+def by_deepspeed() -> bool:
+    """Whether Accelerate's configuration asks for DeepSpeed."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+
+
+def _without_devices() -> bool:
+    return several() and not torch.accelerator.is_available()
 
 
 def processes(cpu: bool = False, **options: Any) -> PartialState:
@@ -31,6 +40,8 @@ def processes(cpu: bool = False, **options: Any) -> PartialState:
         cpu: compute on the CPU in any case.
         options: of torch's ``init_process_group``, where there is no group yet.
     """
+    if by_deepspeed() and _without_devices():
+        options = {"backend": "gloo", **options}  # Accelerate knows one for DeepSpeed's devices only
     return PartialState(cpu=cpu or on_cpu(), **options)
 
 

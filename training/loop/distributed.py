@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-from latentdiff.pipelines.distributed import on_cpu, processes
+from latentdiff.pipelines.distributed import by_deepspeed, on_cpu, processes
 from latentdiff.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,9 @@ def accelerator_of(settings: RunSettings) -> Accelerator:
     """The Accelerator for these settings; where it runs is Accelerate's own configuration."""
     if AcceleratorState._shared_state.get("_mixed_precision", settings.mixed_precision) != settings.mixed_precision:
         AcceleratorState._reset_state()  # it would hold a second training of this process to the first one's precision
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+    if by_deepspeed():
         check_deepspeed(settings)
+        processes()  # on processors, with what they talk by
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=settings.mixed_precision,
@@ -89,8 +90,8 @@ def check_deepspeed(settings: RunSettings) -> None:
     """Raises ValueError for what does not work with DeepSpeed, or where Accelerate would pass over it."""
     if on_cpu():
         raise ValueError(
-            "Accelerate's configuration asks for DeepSpeed, which needs GPUs here and is not used on processors; "
-            "without GPUs use distributed_type: FSDP with fsdp_version: 2, or MULTI_GPU"
+            "Accelerate's configuration asks for DeepSpeed and for processors (use_cpu, ACCELERATE_USE_CPU), where it "
+            "passes over DeepSpeed; set use_cpu: false: where there is no GPU DeepSpeed then trains on them"
         )
     if settings.mixed_precision == "fp16":
         raise ValueError("mixed_precision=fp16 does not work with DeepSpeed; use mixed_precision=bf16 or no")

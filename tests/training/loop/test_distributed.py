@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from discs import add_masks
-from lives import free_port, start, wait
+from lives import free_port, kill, start, wait
 from safetensors.torch import load_file
 from tiny import autoencoder_settings
 
@@ -172,28 +174,62 @@ def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
 
 
+def launch(configuration: str, values: dict[str, Any], output: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A denoiser's training by ``accelerate launch`` with one of the documentation's configurations."""
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    options = [f"--{name}={given.pop(name)}" for name in ("data", "autoencoder")] + [f"--output={output}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / configuration)]
+    command += ["--main_process_port", str(free_port()), "-m", "latentdiff.training", "denoiser", *options]
+    command += [f"{name}={value}" for name, value in given.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("a") as file:
+        return subprocess.Popen(command, env=environment, cwd=output.parent, stdout=file, stderr=file)
+
+
+def train_alone(values: dict[str, Any], output: Path, log: Path) -> None:
+    settings = DenoiserSettings.load(None, {**values, "batch_size": 4, "output": str(output)})
+    assert wait(start(lambda: train_denoiser(settings), log)) == [0], log.read_text()
+
+
 def test_fsdp_by_a_configuration_of_accelerate(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
     """The one in the documentation; layers are spread one by one, and the denoiser's parts are called alone."""
     values = {**denoiser_settings, "max_steps": 4, "log_every": 1, "checkpoint_every": 2}
-
-    def alone() -> None:
-        train_denoiser(DenoiserSettings.load(None, {**values, "batch_size": 4, "output": str(tmp_path / "one")}))
-
     log, output = tmp_path / "log.txt", tmp_path / "two"
-    assert wait(start(alone, log)) == [0], log.read_text()
-    options = [f"--{name}={values.pop(name)}" for name in ("data", "autoencoder")] + [f"--output={output}"]
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "fsdp2.yaml")]
-    command += ["--main_process_port", str(free_port()), "-m", "latentdiff.training", "denoiser", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command += [f"{name}={value}" for name, value in given.items()]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_alone(values, tmp_path / "one", log)
+    assert launch("fsdp2.yaml", values, output, log).wait(600) == 0, log.read_text()[-3000:]
     assert losses(tmp_path / "one") == pytest.approx(losses(output), rel=1e-4)
     assert (output / "training" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp_0").is_dir(), "in parts"
-    one, other = (load_file(name / "unet/diffusion_pytorch_model.safetensors") for name in (tmp_path / "one", output))
+    assert_models_alike(tmp_path / "one", output)
+
+
+def assert_models_alike(a: Path, b: Path) -> None:
+    one, other = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (a, b))
+    assert one.keys() == other.keys()
     for key in one:
         torch.testing.assert_close(one[key], other[key], atol=2e-4, rtol=1e-3)
+
+
+def test_deepspeed_by_a_configuration_of_accelerate(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:
+    """ZeRO stage 2 by the one in the documentation; killed at a checkpoint, it goes on as if it had not been."""
+    pytest.importorskip("deepspeed")
+    values = {**denoiser_settings, "max_steps": 40, "log_every": 1, "checkpoint_every": 2, "sample_every": 1000}
+    log, output = tmp_path / "log.txt", tmp_path / "two"
+    train_alone(values, tmp_path / "one", log)
+    killed = launch("zero2.yaml", values, output, log)
+    try:
+        while not list((output / "training" / "checkpoints").glob("step-*")):
+            assert killed.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+    finally:
+        kill([process.pid for process in psutil.Process(killed.pid).children(recursive=True)] + [killed.pid])
+        killed.wait()
+    assert not (output / "model_index.json").exists(), "it was killed before its end"
+    assert launch("zero2.yaml", values, output, log).wait(600) == 0, log.read_text()[-3000:]
+    assert "resumed from" in log.read_text()
+    assert losses(tmp_path / "one") == pytest.approx(losses(output), rel=1e-4)
+    checkpoint = output / "training" / "checkpoints" / "step-00000040"
+    assert len(list(checkpoint.rglob("*zero_pp_rank_*_optim_states.pt"))) == 2, "each process has half of the optimizer"
+    assert_models_alike(tmp_path / "one", output)
 
 
 def test_torchrun(pictures: Path, tmp_path: Path) -> None:

@@ -32,11 +32,11 @@ def test_what_fsdp_does_not_do_here(given: dict[str, object], message: str) -> N
 
 
 def test_deepspeed_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On processors Accelerate would train without it, and say nothing."""
+    """Asked for processors too, Accelerate would train without it, and say nothing."""
     settings = DenoiserSettings(data="x", output=str(tmp_path), autoencoder="x")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match=r"asks for DeepSpeed, which needs GPUs .* use distributed_type: FSDP"):
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed and for processors .* set use_cpu: false"):
         accelerator_of(settings)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     check_deepspeed(settings)
