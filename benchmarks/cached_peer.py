@@ -54,11 +54,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--precision", required=True)
+    parser.add_argument("--encoded", type=Path, required=True, help="keeps what is computed beforehand")
     options = parser.parse_args()
     torch.manual_seed(1)
     accelerator = Accelerator(mixed_precision=options.precision)
     device = accelerator.device
-    means, deviations, states = encode(options, device)
+    if not options.encoded.is_file():
+        torch.save(encode(options, device), options.encoded)
+    means, deviations, states = torch.load(options.encoded, map_location=device)
     scheduler = DDPMScheduler.from_pretrained(options.model / "scheduler")
     unet = UNet2DConditionModel.from_pretrained(options.model / "unet")
     ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=True)

@@ -8,31 +8,30 @@ which is cut short leaves what it has. What does not fit into the time or the me
 named.
 
 Pictures are of 512x512 pixels in 20 steps of DDIM with guidance, from prompt to pixels; a step is one call of the UNet
-with both sides of guidance, as each pipeline makes it within its loop. Peak memory is torch's, weights included.
+with both sides of guidance, as each pipeline makes it within its loop; so are those of SDXL, its refiner, DiT and
+PixArt, of the released sizes. Codes are drawn beside a GPT-2 of transformers. Peak memory is torch's, weights included.
 Training steps are those of ``latentdiff finetune --method full`` and of diffusers' script (see
 training_side_by_side.py), each in a process of its own.
 """
 
 import argparse
 import gc
-import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokens
 import torch
 import training_side_by_side as training
+from gpu_networks import NETWORKS, Networks
+from gpu_report import Report, Timer, Work, beside
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
-from latentdiff.memory import is_lack_of_memory
 
-Work = Callable[[], Any]
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -60,115 +59,6 @@ WAYS: dict[str, tuple[str, float]] = {  # what is done to a UNet, and seconds th
     "channels-last, compiled": ("inductor", 150),
     "channels-last, compiled, CUDA graphs": ("reduce-overhead", 150),
 }
-MIB = 2**20
-
-
-class Report:
-    """Rows, written down whenever there is a new one.
-
-    Attributes:
-        left: seconds that remain.
-    """
-
-    def __init__(self, folder: Path, seconds: float, device: torch.device) -> None:
-        self.folder, self.end, self.device = folder, time.monotonic() + seconds, device
-        self.rows: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "processor (a rehearsal)"
-        self.head = f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-        self.write()
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        found = {"where": self.head, "rows": self.rows}
-        (self.folder / "measured.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
-        lines = [self.head, ""]
-        for what in dict.fromkeys(row["what"] for row in self.rows):
-            rows = [row for row in self.rows if row["what"] == what]
-            names = list(dict.fromkeys(name for row in rows for name in row if name != "what"))
-            lines += [f"## {what}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-            lines += ["| " + " | ".join(shown(row.get(name)) for name in names) + " |" for row in rows]
-            lines.append("")
-        (self.folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
-
-    def measure(self, least: float, fill: Callable[[dict[str, Any]], None], **row: Any) -> None:
-        """Add a row that `fill` completes; it says so if time or memory do not suffice.
-
-        least: seconds that it needs on a GPU.
-        """
-        least = least if self.device.type == "cuda" else 0
-        try:
-            if self.left < least:
-                row["note"] = f"no time left (it needs {least:.0f} s)"
-            else:
-                fill(row)
-        except Exception as error:
-            row["note"] = "does not fit into memory" if is_lack_of_memory(error) else f"failed: {error!r}"[:300]
-        except SystemExit as error:  # of a training
-            row["note"] = f"failed: {error}"[-600:]
-        self.add(**row)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def shown(value: Any) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
-
-
-class Timer:
-    """Times work on a device, and takes its peak memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    @torch.inference_mode()
-    def seconds(self, work: Work) -> float:
-        self.wait()
-        start = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - start
-
-    @torch.inference_mode()
-    def peak(self, work: Work) -> float:
-        """MiB, weights included; 0 on a processor."""
-        if not self.cuda:
-            work()
-            return 0.0
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / MIB
-
-    def in_turn(self, works: dict[str, Work], repeats: int) -> dict[str, float]:
-        """Median seconds of each, run alternately; each has run before, in `peak` or twice here."""
-        for work in works.values():
-            self.seconds(work)
-        found = {name: [self.seconds(work) for _ in range(1)] for name, work in works.items()}
-        for _ in range(repeats - 1):
-            for name, work in works.items():
-                found[name].append(self.seconds(work))
-        return {name: statistics.median(times) for name, times in found.items()}
 
 
 class Pair:
@@ -258,15 +148,6 @@ class Pair:
                 pipeline.unet = torch.compile(unet, backend=way)
 
 
-def beside(row: dict[str, Any], times: dict[str, float], peaks: dict[str, float] | None = None) -> None:
-    """Fill a row with the times of both, their ratio and their memory."""
-    for who in ("diffusers", "ours"):
-        row[f"{who}, ms"] = 1e3 * times[who]
-    row["ratio"] = times["diffusers"] / times["ours"]
-    for who, peak in (peaks or {}).items():
-        row[f"{who}, peak MiB"] = peak
-
-
 def draw(report: Report, size: str, precision: str, batches: tuple[int, ...], way: str, options: Any) -> None:
     """Rows of pictures, and where nothing is compiled of steps, for each batch size."""
     timer, (change, seconds) = Timer(report.device), WAYS[way]
@@ -313,6 +194,35 @@ def decode(report: Report, precision: str, options: Any) -> None:
 
     for way in ("whole", "slices", "tiles"):
         report.measure(5, fill, what="decoding 8 pictures", precision=precision, way=way)
+
+
+def step(report: Report, name: str, precision: str, batches: tuple[int, ...], options: Any) -> None:
+    """Rows of guided steps of one of `NETWORKS`, for each batch size."""
+    made: list[Networks] = []
+
+    def fill(row: dict[str, Any]) -> None:
+        if not made:
+            made.append(Networks(name, report.device, DTYPES[precision], options.tiny))
+        timer, works = Timer(report.device), made[0].steps(row["batch"])
+        peaks = {who: timer.peak(work) for who, work in works.items()}
+        beside(row, timer.in_turn(works, 4 * options.repeats), peaks)
+
+    for batch in batches:
+        report.measure(15, fill, what="guided steps", model=name, precision=precision, batch=batch)
+
+
+def code(report: Report, precision: str, batch: int, options: Any) -> None:
+    """A row of drawing 16x16 codes, beside transformers' ``generate`` on a GPT-2 of the same size."""
+
+    def fill(row: dict[str, Any]) -> None:
+        sizes = (2, 2, 4, 16) if options.tiny else (24, 16, 16, 16384)
+        both = (network.to(report.device, DTYPES[precision]) for network in tokens.models(*sizes))
+        works = tokens.ways(*both, batch)
+        timer, pair = Timer(report.device), {"diffusers": works["transformers"], "ours": works["latentdiff"]}
+        beside(row, timer.in_turn(pair, options.repeats))
+        row["transformers, ms"] = row.pop("diffusers, ms")
+
+    report.measure(60, fill, what="drawing codes", model="350M parameters", precision=precision, batch=batch)
 
 
 def train(report: Report, options: Any) -> None:
@@ -371,8 +281,11 @@ def main() -> None:
     decode(report, "float16", options)
     draw(report, first, "float16", (1,), "CUDA graphs", options)
     draw(report, first, "float16", (1, 4), "channels-last, repeated blocks compiled", options)
+    for name in NETWORKS:
+        step(report, name, "float16", (1, 4), options)
     draw(report, second, "float16", (1, 4, 8), "eager", options)
     draw(report, first, "bfloat16", (1, 4, 8), "eager", options)
+    code(report, "bfloat16", 8, options)
     draw(report, first, "float16", (1, 4), "channels-last, compiled", options)
     draw(report, second, "bfloat16", (1, 4, 8), "eager", options)
     draw(report, first, "float16", (1,), "channels-last, compiled, CUDA graphs", options)

@@ -23,42 +23,50 @@ def seconds(draw: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def models(layers: int, heads: int, side: int, codes: int) -> tuple[TokenTransformer, GPT2LMHeadModel]:
+    """Ours and transformers', of one size, with random weights."""
+    torch.manual_seed(0)
+    ours = TokenTransformer(codes, side, num_layers=layers, num_attention_heads=heads, attention_head_dim=64)
+    config = GPT2Config(
+        vocab_size=codes + 1,
+        n_positions=side**2 + 1,
+        n_embd=64 * heads,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=codes,
+        eos_token_id=None,
+    )
+    return ours.eval(), GPT2LMHeadModel(config).eval()
+
+
+def ways(ours: TokenTransformer, theirs: GPT2LMHeadModel, batch: int) -> dict[str, Callable[[], object]]:
+    """How each draws `batch` grids of codes."""
+    codes, places = theirs.config.bos_token_id, theirs.config.n_positions - 1
+    pipeline = UnconditionalTokenPipeline(ours, VQModel(block_out_channels=(32,), num_vq_embeddings=codes))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(theirs.device, theirs.dtype)
+    start, likeliest = torch.full((batch, 1), codes, device=theirs.device), min(100, codes)
+    limits = {"max_new_tokens": places, "min_new_tokens": places, "do_sample": True, "top_k": likeliest}
+    limits |= {"pad_token_id": codes, "attention_mask": torch.ones_like(start)}
+    return {
+        "latentdiff": lambda: pipeline(batch, seed=0, top_k=likeliest, output_type="latent"),
+        "transformers": lambda: theirs.generate(start, **limits),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, usual in (("layers", 8), ("heads", 6), ("side", 16), ("codes", 1024), ("batch", 1), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=usual)
     asked = parser.parse_args()
-    width, places = 64 * asked.heads, asked.side**2
-    torch.manual_seed(0)
-    ours = TokenTransformer(
-        asked.codes, asked.side, num_layers=asked.layers, num_attention_heads=asked.heads, attention_head_dim=64
-    ).eval()
-    autoencoder = VQModel(block_out_channels=(32,), num_vq_embeddings=asked.codes)
-    pipeline = UnconditionalTokenPipeline(ours, autoencoder)
-    pipeline.set_progress_bar_config(disable=True)
-    config = GPT2Config(
-        vocab_size=asked.codes + 1,
-        n_positions=places + 1,
-        n_embd=width,
-        n_layer=asked.layers,
-        n_head=asked.heads,
-        bos_token_id=asked.codes,
-        eos_token_id=None,
-    )
-    theirs = GPT2LMHeadModel(config).eval()
-    start = torch.full((asked.batch, 1), asked.codes)
-    limits = {"max_new_tokens": places, "min_new_tokens": places, "do_sample": True, "top_k": 100}
-    limits |= {"pad_token_id": asked.codes, "attention_mask": torch.ones_like(start)}
-    ways: dict[str, Callable[[], object]] = {
-        "latentdiff": lambda: pipeline(asked.batch, seed=0, top_k=100, output_type="latent"),
-        "transformers": lambda: theirs.generate(start, **limits),
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    both, places = models(asked.layers, asked.heads, asked.side, asked.codes), asked.side**2
+    draws = ways(*both, asked.batch)
+    found: dict[str, list[float]] = {name: [] for name in draws}
     with torch.no_grad():
         for _ in range(asked.rounds + 1):  # the first is to warm up
-            for name, draw in ways.items():
+            for name, draw in draws.items():
                 found[name].append(seconds(draw))
-    sizes = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in (ours, theirs)]
+    sizes = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in both]
     print(f"{platform.machine()}, torch {torch.__version__}, threads: {torch.get_num_threads()}, ", end="")
     print(f"transformers {transformers.__version__}; {places} codes, batch {asked.batch}")
     for size, (name, times) in zip(sizes, found.items(), strict=True):

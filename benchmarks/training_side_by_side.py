@@ -1,11 +1,15 @@
 """Fine-tuning beside diffusers' ``train_text_to_image.py``: steps per second, peak memory and loss, in one run.
 
-    python benchmarks/training_side_by_side.py --script train_text_to_image.py
+    python benchmarks/training_side_by_side.py results --script train_text_to_image.py
 
 The script is ``examples/text_to_image/train_text_to_image.py`` of diffusers' repository, unchanged. Both train the same
 UNet from the same weights on the same pictures with the same settings, each in a process of its own, in turn: ours with
 the cache, theirs, theirs with latents and text states computed beforehand (`cached_peer.py`, as sd-scripts does), ours
 without the cache. Without ``--script`` only those with a cache. Run it on a quiet machine.
+
+Rounds are made until ``--repeats`` or ``--minutes`` are over; what is encoded beforehand is encoded in the first round.
+After every training ``results/table.md`` and ``results/measured.json`` hold what there is, however the run ends: the
+medians of all rounds.
 
 Models (``--model``), made here with random weights (the time does not depend on them):
   sd     Stable Diffusion 1's own autoencoder and text encoder with a UNet of 29M parameters, at 128x128
@@ -16,6 +20,7 @@ Models (``--model``), made here with random weights (the time does not depend on
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -128,6 +133,10 @@ def clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=77)
 
 
+class OutOfTime(SystemExit):
+    """A training took longer than it had."""
+
+
 def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: float | None = None) -> dict[str, float]:
     """Run a training; steps per second after the first fifth (of the median step: others run beside it, and ours may
     draw samples), peak memory in MiB, mean loss of the last half.
@@ -135,6 +144,10 @@ def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: floa
     Args:
         stop: the step after which it ends at once, with nothing saved; then the GPU's memory is among what is found.
         timeout: seconds after which it is given up.
+
+    Raises:
+        OutOfTime: it was given up.
+        SystemExit: it failed.
     """
     steps_file = folder / "steps.jsonl"
     environment = {
@@ -152,11 +165,14 @@ def measure(command: list[str], folder: Path, stop: int = 1 << 60, timeout: floa
         timer = None if timeout is None else Timer(timeout, process.kill)
         if timer is not None:
             timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        if timer is not None:
-            timer.cancel()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            process.kill()  # of one that has ended nothing comes
+            if timer is not None:
+                timer.cancel()
     if timeout is not None and status == signal.SIGKILL:
-        raise SystemExit(f"{' '.join(command[:3])} took more than {timeout:.0f} s; see --minutes, --model and --steps")
+        raise OutOfTime(f"{' '.join(command[:3])} took more than {timeout:.0f} s; see --minutes, --model and --steps")
     if status != 0:
         raise SystemExit(f"{' '.join(command[:3])} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
     rows = [json.loads(line) for line in steps_file.read_text().splitlines()]
@@ -187,6 +203,7 @@ def ours(model: Path, data: Path, out: Path, side: int, options: argparse.Namesp
         "log_every": 1,
         "cache_latents": cache,
         "cache_text": cache,
+        "cache_dir": out.parent.parent / "cache",
         "checkpoint_every": options.steps,
         "sample_every": options.steps * 10,
         "sample_steps": 1,
@@ -236,24 +253,68 @@ def peer(model: Path, data: Path, side: int, options: argparse.Namespace) -> lis
         "steps": options.steps,
         "learning-rate": options.learning_rate,
         "precision": options.precision,
+        "encoded": model.parent / "encoded.pt",
     }
     script = str(Path(__file__).with_name("cached_peer.py"))
     return [script, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
 
+def table(options: argparse.Namespace, results: dict[str, list[dict[str, float]]], base: str) -> str:
+    """Medians of what was measured so far; ratios to `base`."""
+    done = {name: rows for name, rows in results.items() if rows}
+    lines = [f"{options.model}, batch {options.batch}, {options.steps} steps; medians", ""]
+    lines += ["| | steps/s | lowest and highest | ratio | peak memory | loss, last half | rounds |", "|" + "---|" * 7]
+    rates = {name: [row["steps_per_second"] for row in rows] for name, rows in done.items()}
+    for name, rows in done.items():
+        rate = statistics.median(rates[name])
+        ratio = f"{rate / statistics.median(rates[base]):.2f}" if base in rates else ""
+        memory = statistics.median(row["peak_memory_mib"] for row in rows)
+        spread, loss = f"{min(rates[name]):.2f} to {max(rates[name]):.2f}", rows[0]
+        lines.append(
+            f"| {name} | {rate:.2f} | {spread} | {ratio} | {memory:.0f} MiB | {loss['loss']:.4f} ± "
+            f"{loss['loss_error']:.4f} | {len(rows)} |"
+        )
+    return "\n".join(lines)
+
+
+def rounds(root: Path, options: argparse.Namespace, results: dict[str, list[dict[str, float]]], base: str) -> None:
+    """Make rounds, and write down what is found after each training."""
+    end = time.monotonic() + 60 * options.minutes
+    side = make_model(root / "model", options.model)
+    make_pictures(root / "pictures", options.pictures, side * 2)
+    for i in range(options.repeats):
+        for name, rows in results.items():
+            place = root / f"{name} {i}"
+            place.mkdir()
+            shared = (root / "model", root / "pictures", place / "out", side, options)
+            if name == "diffusers":
+                command = theirs(*shared)
+            elif name == "diffusers, cached":
+                command = peer(root / "model", root / "pictures", side, options)
+            else:
+                command = ours(*shared, cache="no cache" not in name)
+            # It ends after the last step, so that nothing that only ours does then is measured.
+            rows.append(measure(command, place, stop=options.steps, timeout=max(1.0, end - time.monotonic())))
+            print(name, {key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
+            options.results.mkdir(parents=True, exist_ok=True)
+            (options.results / "measured.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+            (options.results / "table.md").write_text(table(options, results, base) + "\n", encoding="utf-8")
+            shutil.rmtree(place)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder for measured.json and table.md")
     parser.add_argument("--script", type=Path, help="diffusers' train_text_to_image.py")
     parser.add_argument("--model", choices=["sd", "emoji", "tiny"], default="sd")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--minutes", type=float, help="after which a training that has not ended is given up")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds at the most")
+    parser.add_argument("--minutes", type=float, default=28.0, help="for all rounds; the last may be cut short")
     options = parser.parse_args()
     names = ["ours, cached", "diffusers, cached"]
     if options.script:
@@ -261,34 +322,11 @@ def main() -> None:
         names = ["ours, cached", "diffusers", "diffusers, cached", "ours, no cache"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        side = make_model(root / "model", options.model)
-        make_pictures(root / "pictures", options.pictures, side * 2)
-        for i in range(options.repeats):
-            for name, rows in results.items():
-                place = root / f"{name} {i}"
-                place.mkdir()
-                shared = (root / "model", root / "pictures", place / "out", side, options)
-                if name == "diffusers":
-                    command = theirs(*shared)
-                elif name == "diffusers, cached":
-                    command = peer(root / "model", root / "pictures", side, options)
-                else:
-                    command = ours(*shared, cache="no cache" not in name)
-                minutes = options.minutes and 60 * options.minutes
-                rows.append(measure(command, place, stop=options.steps, timeout=minutes))  # not what ours does then
-                print(name, {key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
-    print(f"\n{options.model}, batch {options.batch}, {options.steps} steps; median of {options.repeats}")
-    print("| | steps/s | ratio | peak memory | loss, last half |")
-    print("|---|---|---|---|---|")
-    base = statistics.median(row["steps_per_second"] for row in results[names[1]])
-    for name, rows in results.items():
-        rate = statistics.median(row["steps_per_second"] for row in rows)
-        memory = statistics.median(row["peak_memory_mib"] for row in rows)
-        loss, error = rows[0]["loss"], rows[0]["loss_error"]
-        print(f"| {name} | {rate:.2f} | {rate / base:.2f} | {memory:.0f} MiB | {loss:.4f} ± {error:.4f} |")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        try:
+            rounds(Path(temporary), options, results, names[1])
+        except (OutOfTime, KeyboardInterrupt) as stop:
+            print("time is over" if isinstance(stop, OutOfTime) else "interrupted", flush=True)
+    print("\n" + table(options, results, names[1]))
 
 
 if __name__ == "__main__":

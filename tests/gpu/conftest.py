@@ -27,9 +27,10 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the trainings here begin from: pictures, a model, an autoencoder and a text encoder."""
+    """A folder with what the trainings here begin from: pictures, models, autoencoders and a text encoder."""
     from discs import save_discs
     from tiny import bert_parts
+    from tiny_sdxl import tiny_sdxl
 
     from latentdiff.training.settings import AutoencoderSettings
     from latentdiff.training.trainers.autoencoder import train_autoencoder
@@ -40,6 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pipeline().save_pretrained(folder / "bert")
     for name, part in bert_parts().items():
         part.save_pretrained(folder / "text" / name)
-    values = {**AUTOENCODER, "data": str(folder / "pictures"), "output": str(folder / "autoencoder"), "max_steps": 2}
-    train_autoencoder(AutoencoderSettings.load(None, values))
+    tiny_sdxl().save_pretrained(folder / "sdxl")
+    for name, kind in (("autoencoder", {}), ("vq", {"kind": "vq", "num_vq_embeddings": 16})):
+        values = {**AUTOENCODER, "data": str(folder / "pictures"), "output": str(folder / name), "max_steps": 2, **kind}
+        train_autoencoder(AutoencoderSettings.load(None, values))
     return folder

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from straight_line import Line, Points, settings
-from tiny import AUTOENCODER, DENOISER
+from tiny import AUTOENCODER, DENOISER, SMALL
 
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Result
@@ -21,21 +21,34 @@ from latentdiff.training.settings import (
     DenoiserSettings,
     DistillationSettings,
     FinetuneSettings,
+    PriorSettings,
 )
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.classifier import train_classifier
 from latentdiff.training.trainers.denoiser import train_denoiser
 from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
+from latentdiff.training.trainers.prior import train_prior
 
 STEPS = {"max_steps": 3, "checkpoint_every": 3, "sample_every": 3, "log_every": 1, "batch_size": 2}
 PIXELS = {**DENOISER, "autoencoder": "pixels", "caption_column": "colour"}
 LEVELS = {"block_out_channels": (8, 16), "attention_levels": (False, True), "attention_head_dim": 8}
 GAN = {"discriminator_weight": 0.5, "discriminator_start": 1, "discriminator_channels": 4, "discriminator_layers": 1}
+PRIOR = {**SMALL, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "autoencoder": "vq"}
+BLOCKS = {**SMALL, "sample_steps": 2, "network": "dit", "network_options": {"depth": 2, "width": 24, "heads": 2}}
 CHECKPOINTED = {"gradient_checkpointing": True}
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "text": (train_denoiser, DenoiserSettings, {**DENOISER, **CHECKPOINTED}),
     "text, uncached": (train_denoiser, DenoiserSettings, {**DENOISER, "cache_latents": False, "cache_text": False}),
+    "flow": (train_denoiser, DenoiserSettings, {**DENOISER, "objective": "flow"}),
+    "dit": (train_denoiser, DenoiserSettings, {**BLOCKS, **CHECKPOINTED}),
+    "dit of classes": (
+        train_denoiser,
+        DenoiserSettings,
+        {**BLOCKS, "condition": "class", "caption_column": "colour", "text_encoder": None},
+    ),
+    "raster": (train_prior, PriorSettings, {**PRIOR, "order": "raster"}),
+    "masked": (train_prior, PriorSettings, {**PRIOR, "order": "masked"}),
     "class": (train_denoiser, DenoiserSettings, {**PIXELS, "condition": "class", "loss": "hybrid"}),
     "nothing": (
         train_denoiser,
@@ -58,6 +71,7 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "full": (finetune, FinetuneSettings, {"method": "full", "train_text_encoder": True, **CHECKPOINTED}),
     "lora": (finetune, FinetuneSettings, {"method": "lora", "lora_rank": 2, "train_text_encoder": True}),
+    "sdxl": (finetune, FinetuneSettings, {"method": "lora", "lora_rank": 2, "sample_steps": 2, **CHECKPOINTED}),
     "dreambooth": (
         finetune,
         FinetuneSettings,
@@ -79,14 +93,16 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "dmd": (distill, DistillationSettings, {"method": "dmd", "lora_rank": 2}),
 }
-USUAL = {"full": "bert", "dreambooth": "bert", "word": "bert", "lora": "bert"}
+USUAL = {"sdxl": "sdxl", "full": "bert", "dreambooth": "bert", "word": "bert", "lora": "bert"}
 
 
 def train(name: str, place: Path, output: Path, **changes: Any) -> Path:
     trainer, kind, given = TRAINERS[name]
     values: dict[str, Any] = {**given, **STEPS, "data": str(place / "pictures"), "output": str(output), **changes}
-    if kind is DenoiserSettings:
-        values = {"autoencoder": str(place / "autoencoder"), "text_encoder": str(place / "text"), **values}
+    if kind in (DenoiserSettings, PriorSettings):
+        values = {"autoencoder": "autoencoder", "text_encoder": str(place / "text"), **values}
+        if values["autoencoder"] != "pixels":
+            values["autoencoder"] = str(place / values["autoencoder"])
     if name == "classifier":
         values["model"] = str(train("class", place, output.parent / "class"))
     elif kind in (FinetuneSettings, DistillationSettings):
