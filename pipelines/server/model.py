@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from latentdiff.pipelines.batch.draw import (
@@ -25,6 +26,8 @@ from latentdiff.pipelines.server.jobs import Finished, Job, Preview, Row
 from latentdiff.pipelines.server.requests import RequestError
 from latentdiff.text.tokens import without_weights
 
+CUT = 120
+"""Characters that are shown of what has no place in a prompt."""
 TIMES_TRAINED = 4
 """How many times the area of training a picture may have, where nothing else is said."""
 
@@ -153,7 +156,7 @@ class ServedModel:
         for name, cut in zip(texts, conditioner.cut([*texts.values()]), strict=True):
             if cut:
                 long = f"The {name} is longer than the {conditioner.length} tokens that the model reads"
-                found.append(f"{long}; this is left out: {cut}")
+                found.append(f"{long}; this is left out: {shorten(cut, CUT, placeholder=' ...')}")
         return [one for one in found if one is not None]
 
     def wear(self, loras: list[Lora]) -> None:

@@ -69,6 +69,10 @@ class Training:
         self.output: Path | None = None
         self._starting = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="latentdiff-page-")
+        self.names = {f"{self._scratch.name}{os.sep}": ""}
+        """How places on this disk are shown, the longest first."""
+        for name, root in sorted(folders.roots.items(), key=lambda one: -len(str(one[1]))):
+            self.names |= {f"{root}{os.sep}": "" if name == "." else f"{name}/"}
 
     def look(self, values: Mapping[str, Any]) -> None:
         """Let ``latentdiff doctor`` look at a folder of pictures.
@@ -79,7 +83,7 @@ class Training:
         request = read_fields(LookRequest, values)
         data = self.folders.find(request.data, "data")
         sheet = Path(self._scratch.name, SHEET)
-        command = ["doctor", str(data), "--model", str(self.model_at(request.model)), "--sheet", str(sheet)]
+        command = ["doctor", str(data), "--model", self._model(request.model), "--sheet", str(sheet)]
         self._start(command, {"kind": "look", "data": self.folders.label(data)}, None)
 
     def finetune(self, values: Mapping[str, Any]) -> None:
@@ -93,11 +97,17 @@ class Training:
         output = self.folders.find(request.output, "output", there=False)
         if output in self.folders.roots.values():
             raise RequestError("output: name a folder for the model within that one", "output")
-        options = ["--data", str(data), "--output", str(output), "--model", str(self.model_at(request.model))]
+        options = ["--data", str(data), "--output", str(output), "--model", self._model(request.model)]
         what: dict[str, Any] = {"kind": "finetune", "data": self.folders.label(data)}
         what["output"] = self.folders.label(output)
         what["asked"] = request.model_dump(exclude_none=True)  # a page that is opened later shows it in its form
         self._start(["finetune", *options, "--method", request.method, *request.settings], what, output)
+
+    def _model(self, name: str | None) -> str:
+        """Where a model lies."""
+        place = self.model_at(name)
+        self.names[str(place)] = place.name if name is None else name
+        return str(place)
 
     def _start(self, command: list[str], what: dict[str, Any], output: Path | None) -> None:
         with self._starting:
@@ -136,10 +146,16 @@ class Training:
             "stopping": status is None and self.child.asked_to_stop,
             "draws": status is not None and self.output is not None and (self.output / INDEX).is_file(),
             "ended": None if status is None else ended,
-            "said": self.child.text,
+            "said": self._shown(self.child.text),
             "curves": curves_in(self._training / "metrics.jsonl") if self.output else {},
             "samples": self.samples(),
         }
+
+    def _shown(self, text: str) -> str:
+        """What a command says, with paths as they are typed into the page."""
+        for place, name in self.names.items():
+            text = text.replace(place, name)
+        return text
 
     @property
     def _training(self) -> Path:

@@ -28,7 +28,7 @@ function keep(url, note, frames, warnings = []) {
   const said = record(bytesOf(url)), one = tile(), name = said.prompts[0].replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) + "-" + said.seed + ".png";
   one.image.src = url; one.image.alt = said.prompts[0]; one.image.style.aspectRatio = said.width + "/" + said.height;
   const title = document.createElement("b"), more = document.createElement("div"), row = document.createElement("div"), link = document.createElement("a");
-  title.textContent = said.prompts[0];
+  title.textContent = title.title = said.prompts[0];
   more.textContent = ["seed " + said.seed, said.num_inference_steps + " steps", "guidance " + said.guidance_scale, said.width + "×" + said.height,
     said.negative_prompt && "not: " + said.negative_prompt, said.image && "from " + said.image.file,
     ...(said.loras ?? []).map((one) => one.file + " at " + (one.scale ?? 1)), note].filter(Boolean).join(", ");
@@ -82,6 +82,7 @@ async function use(said) {
   if (more.length || (worn && $("lora").value !== worn.file)) notes.push("It was drawn with " + said.loras.map((one) => one.file).join(" and ") + ", which cannot be chosen here.");
   if (said.image) notes.push("It was drawn from " + said.image.file + (said.mask ? " with a mask" : "") + "; choose that as the picture too.");
   if (said.prompts.length > 1) notes.push("Of its " + said.prompts.length + " prompts this is the first.");
+  if (said.seed > Number.MAX_SAFE_INTEGER) notes.push("Its seed is larger than this page can say; latentdiff replay draws it again.");
   say(notes.join(" "));
   $("prompt").scrollIntoView({ block: "nearest" });
 }

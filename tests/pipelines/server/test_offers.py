@@ -116,6 +116,13 @@ def test_the_size_that_a_picture_is_drawn_at(paged: Any) -> None:
     assert ask(size, {"width": 8})[:2] == (400, "height: it is missing")
 
 
+def test_what_a_command_says_names_places_as_they_are_typed(runs: Path, drawer: Any) -> None:
+    with serving(made(drawer), folders=[runs]) as served:
+        training = served.page.training
+        places = [runs.absolute() / "pictures/1.png", training._model("emoji"), f"{training._scratch.name}/sheet.png"]
+        assert training._shown("\n".join(map(str, places))) == "runs/pictures/1.png\nemoji\nsheet.png"
+
+
 def test_scores(runs: Path, drawer: Any) -> None:
     from latentdiff.metrics.clip import load_clip
 
