@@ -4,15 +4,17 @@ latentdiff writes between its marks only. The user's text outside them stays, an
 are not latentdiff's. A README.md without the marks is never changed.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.interchange.atomic import write_text_whole
 from latentdiff.interchange.png import save_picture
-from latentdiff.interchange.user_files import read_text
+from latentdiff.interchange.user_files import faults_named, parse_json_object, read_text
 from latentdiff.training.card.kinds import ModelKind
 from latentdiff.training.settings.run import PATHS
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE, GRID = "README.md", "samples.png"
+TOLD = "card.json"
+"""In a run's ``training/``: what its card was made of."""
 BEGIN, END = "<!-- latentdiff: {} (written anew; put your own text outside) -->", "<!-- latentdiff: end of {} -->"
 MARK, NO_MARK = "<!-- latentdiff:", "<!-- latentdiff :"
 MODEL, EVALUATION = "model", "evaluation"
@@ -46,18 +50,16 @@ def describe(run: "TrainingRun", kind: ModelKind, pictures: int, base_model: str
     if seen != run.step:
         how = "; repeat the command to draw them" if run.step >= settings.max_steps else ""
         logger.warning("samples.png is of step %d: samples of step %d were left out%s", seen, run.step, how)
-    write_model_card(
-        output,
-        kind=kind,
-        settings=settings.model_dump(),
-        history=run.history,
-        figures=run.figures,
-        pictures=pictures,
-        steps=run.step,
-        base_model=base_model,
-        sample_grid=grids[-1] if grids else None,
-        sample_step=seen,
-    )
+    told: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "history": run.history,
+        "figures": run.figures,
+        "pictures": pictures,
+        "steps": run.step,
+        "base_model": base_model,
+    }
+    write_text_whole(run.folder / TOLD, json.dumps({"kind": asdict(kind), **told}, indent=2))
+    write_model_card(output, kind=kind, **told, sample_grid=grids[-1] if grids else None, sample_step=seen)
     if settings.push_to_hub and run.step >= settings.max_steps:
         logger.info("pushed to %s", push_model(output, settings.push_to_hub))
 
@@ -74,6 +76,8 @@ def write_model_card(
     sample_grid: Path | None = None,
     sample_step: int | None = None,
     history: Sequence[Mapping[str, Any]] = (),
+    name: Path | None = None,
+    average: str = "",
 ) -> None:
     """Write, or write anew, the card of the model in `folder`. A README.md without our marks stays as it is.
 
@@ -87,7 +91,10 @@ def write_model_card(
         sample_grid: a picture of samples, copied to ``samples.png``.
         sample_step: of it, if it is another than `steps`.
         history: of settings that were changed during the run; see `TrainingRun`.
+        name: what `folder` will be, if it is another.
+        average: a sentence on its weights, if they are not the run's own.
     """
+    name = name or folder
     card = open_card(folder)
     if card is None:
         return
@@ -105,12 +112,12 @@ def write_model_card(
     source = f" from {last_part(base_model)}" if base_model else ""
     made = f"trained with latentdiff{source} on {pictures:,} {kind.learned_from} in {steps:,} optimizer steps."
     parts = [
-        "" if has_heading else f"# {folder.resolve().name or 'model'}",
-        f"{kind.name[:1].upper()}{kind.name[1:]}, {made}",
+        "" if has_heading else f"# {name.resolve().name or 'model'}",
+        f"{kind.name[:1].upper()}{kind.name[1:]}, {made} {average}".rstrip(),
         kind.note,
         f"![Samples]({GRID})" if grid else "",
         f"These samples are of step {sample_step:,}." if grid and sample_step not in (None, steps) else "",
-        kind.usage.replace("THIS_FOLDER", called(folder, settings.get("push_to_hub"))),
+        kind.usage.replace("THIS_FOLDER", called(name, None if average else settings.get("push_to_hub"))),
         figures_table(figures, pictures, kind.learned_from),
         settings_list(settings),
         history_table(history),
@@ -133,34 +140,36 @@ def update_evaluation(folder: Path, text: str) -> bool:
     return True
 
 
-def tell_average(folder: Path, name: Path, length: float, steps: int) -> None:
+def tell_average(folder: Path, run: Path, name: Path, length: float, steps: int) -> None:
     """Make a run's card, copied into `folder`, that of an average of its weights, without its samples and figures.
 
     Args:
+        run: what `describe` wrote of it is in its ``training/``.
         name: what `folder` will be.
         length: of the average, as a share of `steps`.
+
+    Raises:
+        ValueError: what is there is damaged.
     """
     card = open_card(folder) if (folder / FILE).exists() else None
     if card is None:
         return
-    _, _, rest = card.text.partition(BEGIN.format(MODEL))
-    text, _, _ = rest.partition(END.format(MODEL))
-    run, new = re.search(r'from_pretrained\("([^"]+)"', text), called(name, None)
-    told, settings, after = text.partition("## Settings")
-    if run is not None:
-        told = told.replace(f'"{run[1]}"', f'"{new}"').replace(f"--model {run[1]} ", f"--model {new} ")
-    told = re.sub(r"^# .*", f"# {name.resolve().name}", told, count=1, flags=re.MULTILINE)
-    told = re.sub(r"## Figures of training\n\n(\|.*\n)+\n*", "", told)
-    told, samples = re.subn(rf"!\[Samples\]\({GRID}\)\n+(These samples are of step .*\n+)?", "", told)
-    average = f"Its weights are an average over {length:g} of the first {steps:,} of these steps (post-hoc EMA)."
-    told = re.sub(r"(optimizer steps\.)", rf"\1 {average}", told, count=1)
-    if samples:
+    _, section, _ = parts_of_text(card.text, MODEL)
+    if f"({GRID})" in section:
         (folder / GRID).unlink(missing_ok=True)
-    put_section(card, MODEL, told + settings + after)
-    before, found, rest = card.text.partition(BEGIN.format(EVALUATION))
-    if found:
-        card.text = before.rstrip() + rest.partition(END.format(EVALUATION))[2]
+    before, found, after = parts_of_text(card.text, EVALUATION)
+    card.text = before.rstrip() + after if found else card.text
+    average = f"over {length:g} of the first {steps:,} of these steps (post-hoc EMA)."
+    file = run / "training" / TOLD
+    if not file.exists():
+        logger.warning("%s is missing, so the card says little; repeating the run's command writes it", file)
+        put_section(card, MODEL, f"The weights of a run, averaged {average}")
     write_card(folder, card)
+    if file.exists():
+        told = parse_json_object(read_text(file), file)
+        with faults_named(file, foreign=True):
+            told |= {"kind": ModelKind(**told["kind"]), "figures": {}}
+            write_model_card(folder, **told, name=name, average=f"Its weights are an average {average}")
 
 
 def open_card(folder: Path) -> "ModelCard | None":
@@ -191,12 +200,15 @@ def put_section(card: "ModelCard", name: str, text: str) -> None:
     begin, end = BEGIN.format(name), END.format(name)
     # A setting may hold anything, but a mark in it would end the section too early.
     section = f"{begin}\n{text.strip().replace(MARK, NO_MARK)}\n{end}"
-    before, found, after = card.text.partition(begin)
-    _, closed, rest = after.partition(end)
-    if found and closed:
-        card.text = f"{before}{section}{rest}"
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    before, found, after = parts_of_text(card.text, name)
+    card.text = f"{before}{section}{after}" if found else f"{card.text.rstrip()}\n\n{section}\n"
+
+
+def parts_of_text(text: str, name: str) -> tuple[str, str, str]:
+    """What is before the section of `name`, in it, and after it; all of it is before where there is none."""
+    before, found, rest = text.partition(BEGIN.format(name))
+    inside, closed, after = rest.partition(END.format(name))
+    return (before, inside, after) if found and closed else (text, "", "")
 
 
 def write_card(folder: Path, card: "ModelCard") -> None:

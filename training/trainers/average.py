@@ -1,6 +1,7 @@
 """A model of the averages that a run has kept, of a length chosen after training. Karras et al. 2024 (EDM2), Sec. 3."""
 
 import logging
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 NOT_TAKEN = ("training", "evaluation", "evaluation.json")
 """What of a run is of its own weights."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+"""In the names of files that hold a network together."""
 FAR = 0.1
 """How far the profile of an average may be off, as a share, before that is worth a warning."""
 
@@ -82,7 +85,7 @@ def average(run: Path, length: float, output: Path, step: int | None = None) -> 
             content = load_file(run / file)
             content |= {name: replaced[name].to(content[name].dtype) for name in replaced}
             save_file(content, partial / file, header)
-        tell_average(partial, output, length, end)
+        tell_average(partial, run, output, length, end)
     return missed
 
 
@@ -130,20 +133,22 @@ def parts_of(run: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[Path, dic
     pair = by_network(networks.get("text_encoder", {}))
     if pair.keys() == {"first", "second"}:  # of `TwoTextEncoders`
         networks = {name: own for name, own in networks.items() if name != "text_encoder"} | pair
-    places = {file.relative_to(run): shapes_of(file) for file in model_files(run)}
+    shards: dict[Path, dict[Path, dict[str, tuple[int, ...]]]] = defaultdict(dict)  # by the file that they are of
+    for file in model_files(run):
+        shards[file.with_name(SHARD.sub("", file.name))][file.relative_to(run)] = shapes_of(file)
     found = {}
     for network, names in networks.items():
+        wanted = {(own, shapes[name]) for own, name in names.items()}
         fitting = [
-            place
-            for place, there in places.items()
-            if all(there.get(own) == shapes[name] for own, name in names.items())
+            files for files in shards.values() if wanted <= {one for file in files.values() for one in file.items()}
         ]
         if len(fitting) != 1:
             raise ValueError(
                 f"{run}: {len(fitting)} files of the model have all {len(names)} weights that were trained of its "
-                f"{network}; averages of adapters and of sharded weights are not put into models"
+                f"{network}; an average is put into the one that was trained, and into no adapter"
             )
-        found[fitting[0]] = names
+        for file, there in fitting[0].items():
+            found[file] = {own: name for own, name in names.items() if own in there}
     return found
 
 
