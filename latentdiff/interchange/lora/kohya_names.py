@@ -2,11 +2,14 @@
 
 Ours are those of the network: ``unet.down_blocks.0.attentions.0.proj_in``, ``text_encoder.encoder.layers.0.mlp.fc1``.
 kohya's names have "_" for every "."; which of them were dots is looked up in a network, or else decided by the words
-that occur in the names of Stable Diffusion's networks.
+that occur in the names of Stable Diffusion's networks. diffusers' own converters are private,
+guess the dots by replacing text, and write the rank for every alpha.
 """
 
 import re
 from collections.abc import Mapping
+
+from latentdiff.interchange.single_file.names import RESNET, UNET_ENDS
 
 UNET, TRANSFORMER, TEXT, TEXT_2 = "unet", "transformer", "text_encoder", "text_encoder_2"
 NETWORKS = (UNET, TRANSFORMER, TEXT, TEXT_2)
@@ -28,20 +31,8 @@ FLAT_WORD = re.compile(rf"({WORDS})(?:_|$)")
 
 OLD_CLIP = re.compile(rf"^({TEXT}|{TEXT_2})\.text_model\.")
 LDM_NAME = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
-LDM_OUTSIDE = {
-    "input_blocks_0_0": "conv_in",
-    "out_2": "conv_out",
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-}
-LDM_RESNET = {
-    "in_layers_2": "conv1",
-    "out_layers_3": "conv2",
-    "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
+LDM_OUTSIDE = {place.replace(".", "_"): name.replace(".", "_") for name, place in reversed(UNET_ENDS.items())}
+LDM_RESNET = {place.replace(".", "_"): name for name, place in RESNET.items()}
 
 
 def to_kohya_name(name: str, two_encoders: bool = False) -> str:

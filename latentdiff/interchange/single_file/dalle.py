@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.interchange.single_file.checkpoint import OTHER_KIND, Checkpoint
+from latentdiff.interchange.single_file.filling import filled
 from latentdiff.interchange.single_file.shapes import Config, numbers
 
 ENDS = {
@@ -29,32 +30,22 @@ def read_dalle(files: dict[str, Checkpoint], kind: Any, dtype: torch.dtype | Non
     Raises:
         ValueError: a file is of another kind, incomplete, or damaged.
     """
-    from latentdiff.models.network import check_finite  # which imports diffusers
-
     parts = {name: Part(name, file) for name, file in files.items()}
     config = dalle_config(parts["encoder"], parts["decoder"])
-    with torch.device("meta"):
-        network = kind.from_config(config)
-    state: dict[str, Tensor] = {}
-    for key, weight in network.state_dict().items():
+
+    def find(key: str) -> tuple[str, Tensor]:
         if key == "quantize.embedding.weight":  # a convolution of what is 1 for one code and 0 for the others
             of, name = parts["decoder"], "blocks.input.w"
             found = (of.take(name)[..., 0, 0] + of.take("blocks.input.b")[:, None]).T.contiguous()
         else:
-            of = parts["decoder" if key.startswith("decoder.") else "encoder"]
-            name = place(key)
+            of, name = parts["decoder" if key.startswith("decoder.") else "encoder"], place(key)
             found = of.take(name)
-        if found.shape != weight.shape or not found.is_floating_point():
-            raise ValueError(
-                f"{of.file.file}: {name} should have the shape {list(weight.shape)}, and has {list(found.shape)}; "
-                f"{OTHER_KIND}"
-            )
-        state[key] = found.to(dtype or found.dtype).clone()
+        return f"{of.file.file}: {name}", found
+
+    network = filled(kind, config, files["encoder"].file, find, dtype)
     for part in parts.values():
         part.check_all_used()
-    network.load_state_dict(state, assign=True)
-    check_finite(network, files["encoder"].file)
-    return network.eval()
+    return network
 
 
 class Part:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.interchange.single_file.checkpoint import OTHER_KIND, Checkpoint
+from latentdiff.interchange.single_file.filling import filled
 
 PARTS = ("encoder", "decoder")
 FIRST = {"encoder": 0, "decoder": 1}
@@ -28,27 +29,24 @@ def read_taesd(files: dict[str, Checkpoint], kind: Any, dtype: torch.dtype | Non
     Raises:
         ValueError: a file is of another kind, incomplete, or damaged.
     """
-    from latentdiff.models.network import check_finite  # which imports diffusers
-
     config = dict(files["encoder"].header.get("vae", {}))
     state: dict[str, Tensor] = {}
     for part in PARTS:
         own = dict(layers_of(files[part], part))
         config |= shape_of(files[part], part, own)
         state |= {f"{part}.layers.{name}": files[part][place] for name, place in own.items()}
-    with torch.device("meta"):
-        network = kind.from_config({**config, "block_out_channels": config["decoder_block_out_channels"]})
-    for name, weight in network.state_dict().items():
+
+    def find(name: str) -> tuple[str, Tensor]:
         file = files[name.split(".")[0]].file
         if name not in state:
             raise ValueError(f"{file}: the weight {name} is missing; {OTHER_KIND}")
-        if state[name].shape != weight.shape or not state[name].is_floating_point():
-            raise ValueError(f"{file}: {name} should have the shape {list(weight.shape)}; {OTHER_KIND}")
+        return f"{file}: {name}", state[name]
+
+    config["block_out_channels"] = config["decoder_block_out_channels"]
+    network = filled(kind, config, files["encoder"].file, find, dtype)
     if unused := state.keys() - network.state_dict().keys():
         raise ValueError(f"{files['encoder'].file}: {min(unused)} has no place in a TAESD; {OTHER_KIND}")
-    network.load_state_dict({name: weight.to(dtype or weight.dtype) for name, weight in state.items()}, assign=True)
-    check_finite(network, files["encoder"].file)
-    return network.eval()
+    return network
 
 
 def layers_of(file: Checkpoint, part: str) -> Iterator[tuple[str, str]]:

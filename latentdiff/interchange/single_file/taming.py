@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.interchange.single_file.checkpoint import OTHER_KIND, Checkpoint
+from latentdiff.interchange.single_file.filling import filled
 from latentdiff.interchange.single_file.names import CODEBOOK
 from latentdiff.interchange.single_file.shapes import Config, numbers
 
@@ -47,27 +48,20 @@ def read_transformer(
     Raises:
         ValueError: the file has none, or one that is told by other pictures, is not in raster order, or is damaged.
     """
-    from latentdiff.models.network import check_finite  # which imports diffusers
-
     check_kind(weights)
     config = transformer_config(weights, heads, num_classes, sample_size)
-    with torch.device("meta"):
-        network = kind.from_config(config)
-    own = network.state_dict()
-    state: dict[str, Tensor] = {}
     used: set[str] = set()
-    for key, weight in own.items():
+
+    def find(key: str) -> tuple[str, Tensor]:
         names, found = original(weights, key, config)
-        used |= set(names)
-        if found.shape != weight.shape or not found.is_floating_point():
-            raise ValueError(f"{weights.file}: {names[0]} should have the shape {list(weight.shape)}; {OTHER_KIND}")
-        state[key] = found.to(dtype or found.dtype).clone()
+        used.update(names)
+        return f"{weights.file}: {names[0]}", found
+
+    network = filled(kind, config, weights.file, find, dtype)
     unused = [name for name in weights if name.startswith(GPT) and name not in used and not name.endswith("attn.mask")]
     if unused:
         raise ValueError(f"{weights.file}: {unused[0]} has no place in a TokenTransformer; {OTHER_KIND}")
-    network.load_state_dict(state, assign=True)
-    check_finite(network, weights.file)
-    return network.eval()
+    return network
 
 
 def check_kind(weights: Checkpoint) -> None:
