@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from latentdiff.training.loop.distributed import in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2) -> None:
         self.folder, self.accelerator, self.keep = folder, accelerator, keep
-        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.sharded = in_parts(accelerator)
         if not self.sharded:
             accelerator.register_save_state_pre_hook(self._save_trained)
             accelerator.register_load_state_pre_hook(self._load_trained)

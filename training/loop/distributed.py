@@ -124,6 +124,11 @@ def check_spreading(plugin: FullyShardedDataParallelPlugin) -> None:
         )
 
 
+def in_parts(accelerator: Accelerator) -> bool:
+    """Whether a part of the optimizer's state, if no more, is in each process alone."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def spread_modules(objective: nn.Module) -> list[Any]:
     """The modules whose weights FSDP has spread over the processes."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from latentdiff.memory import TRAINING, memory_advice
 from latentdiff.training.batch.batch_types import NamedBatch
 from latentdiff.training.batch.random_choices import seed_of
-from latentdiff.training.loop.distributed import spread_modules
+from latentdiff.training.loop.distributed import in_parts, spread_modules
 from latentdiff.training.loop.moving_average import average_of
 from latentdiff.training.loop.optimizers_and_schedules import build_optimizer, learning_rate_at
 from latentdiff.training.loop.power_averages import power_averages_of
@@ -41,7 +41,7 @@ class Learner:
         average, powers: of the trained weights.
 
     Raises:
-        ValueError: there is nothing to train, or FSDP is to train against an adversary.
+        ValueError: there is nothing to train, or FSDP or DeepSpeed is to train against an adversary.
     """
 
     def __init__(
@@ -54,6 +54,10 @@ class Learner:
         checkpoints: Path,
     ) -> None:
         self.accelerator, self.settings, self.checkpoints = accelerator, settings, checkpoints
+        if adversary is not None and in_parts(accelerator):
+            raise ValueError(
+                "neither FSDP nor DeepSpeed can train against a discriminator; use several processes without them"
+            )
         objective.train()
         optimizer = build_optimizer(settings, objective)
         if settings.compile:
@@ -64,8 +68,6 @@ class Learner:
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.adversary: Adversary | None = None
         if adversary is not None:
-            if spread_modules(self.objective):
-                raise ValueError("FSDP cannot train against a discriminator; use several processes without FSDP")
             self.adversary = Adversary(accelerator, settings, adversary, adversary_rate)
         self.average = average_of(self.parameters, settings, self.optimizer)
         if settings.ema_snapshots and spread_modules(self.objective):

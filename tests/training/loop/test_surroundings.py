@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from straight_line import Line, settings
 from tiny import UNET
 
 from latentdiff.diffusion import GaussianDiffusion
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.training.loop.distributed import accelerator_of, check_deepspeed, check_spreading
+from latentdiff.training.loop.learner import Learner
 from latentdiff.training.objectives.diffusion import DenoiserObjective
 from latentdiff.training.settings import DenoiserSettings
 
@@ -54,3 +57,12 @@ def test_an_objective_knows_the_layers_that_are_spread_one_by_one() -> None:
 def test_the_documented_configurations_are_accelerates(file: Path) -> None:
     config = load_config_from_file(str(file))
     assert config.distributed_type.value == yaml.safe_load(file.read_text())["distributed_type"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_discriminator_is_not_trained_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSpeed would add its gradients to the wrong network's, and say nothing."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType[kind])
+    with pytest.raises(ValueError, match="neither FSDP nor DeepSpeed can train against a discriminator"):
+        Learner(accelerator, settings(tmp_path), Line(), Line(), None, tmp_path)
