@@ -50,7 +50,7 @@ class TextPipeline(SingleFilePipeline, LoraPipeline, TextualInversionPipeline, L
 
     for_sdxl: ClassVar[bool] = False
     for_pixart: ClassVar[bool] = False
-    """Whether a call takes what only SDXL takes."""
+    """Whether a call takes what only SDXL takes, or only PixArt."""
 
     call_class: ClassVar[type["TextCall"]]
     """What reads a call's options and draws; a kind that changes that has its own."""

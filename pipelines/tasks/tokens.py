@@ -124,6 +124,7 @@ class TokenPipeline(CodesPipeline):
 
     saved_class_name = "TokenPipeline"
     for_sdxl: ClassVar[bool] = False
+    for_pixart: ClassVar[bool] = False
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     text_encoder: Any
     tokenizer: Any
