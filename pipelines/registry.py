@@ -262,10 +262,14 @@ def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -
 
 
 def holds_sdxl(file: Path) -> bool:
-    """Whether a safetensors file is of Stable Diffusion XL, with the second text encoder that only it has."""
+    """Whether a safetensors file is of Stable Diffusion XL, with the second text encoder that only it has, and its
+    refiner has alone.
+    """
     if file.suffix != ".safetensors":
         return False
-    return any(name.startswith("conditioner.embedders.1.") for name in header_names(file))
+    return any(
+        name.startswith(("conditioner.embedders.1.", "conditioner.embedders.0.model.")) for name in header_names(file)
+    )
 
 
 def kinds_of_unet(unet_channels: int, latent_channels: int) -> list[Kind]:

@@ -23,7 +23,7 @@ from latentdiff.interchange.packed import packed_content, unpacked
 from latentdiff.interchange.single_file import Checkpoint, find_file, is_dit, text_kind
 from latentdiff.interchange.single_file.checkpoint import PICKLED, load_pickle, state_of
 from latentdiff.models.loras import refuse_loras
-from latentdiff.pipelines.registry import KINDS, Kind, kind_saved_as, kinds_of_unet
+from latentdiff.pipelines.registry import KINDS, Kind, find_kind, kind_saved_as, kinds_of_unet
 from latentdiff.pipelines.runtime.choice import Runtime
 from latentdiff.pipelines.runtime.prepared import export
 from latentdiff.pipelines.storage.folder import move_into, tidy_configs
@@ -196,7 +196,7 @@ def checkpoint_kind(file: Path, allow_pickle: bool = False) -> Kind:
     Raises:
         ValueError: it lacks a UNet or an autoencoder, or holds something else.
     """
-    from latentdiff.interchange.single_file import check_checkpoint, unet_config, vae_config
+    from latentdiff.interchange.single_file import check_checkpoint, is_refiner, unet_config, vae_config
 
     weights = Checkpoint(file, allow_pickle)
     check_checkpoint(weights)
@@ -205,6 +205,8 @@ def checkpoint_kind(file: Path, allow_pickle: bool = False) -> Kind:
             other = "vae" if name == "unet" else "unet"
             raise ValueError(f"{file} has no {name}; convert what it has alone, with --component {other}")
     unet, vae = weights.header.get("unet") or unet_config(weights), weights.header.get("vae") or vae_config(weights)
+    if is_refiner(weights):
+        return find_kind("SDXLImageToImagePipeline")
     fitting = kinds_of_unet(unet.get("in_channels", 4), vae.get("latent_channels", 4))
     return fitting[0] if fitting else KINDS[0]  # whose loader says what is wrong
 

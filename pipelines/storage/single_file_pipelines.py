@@ -30,6 +30,7 @@ from latentdiff.interchange.single_file import (
     clip_tokenizer,
     find_file,
     header_of_parts,
+    is_refiner,
     is_sdxl,
     is_stable_diffusion_2,
     original_autoencoder,
@@ -52,7 +53,7 @@ from latentdiff.pipelines.storage.folder import DEFAULTS
 from latentdiff.pipelines.storage.packed import PackedPipeline, class_for
 
 CLIP_WORDS = 49408
-ZEROS = "force_zeros_for_empty_prompt"  # of SDXL's pipelines
+ZEROS, SCORED = "force_zeros_for_empty_prompt", "requires_aesthetics_score"  # of SDXL's pipelines
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, GumbelVQModel, AutoencoderTiny)}
@@ -114,9 +115,6 @@ class SingleFilePipeline(PackedPipeline):
         """
         dtype = read_dtype(others.pop("torch_dtype", None) or dtype)
         hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
-        known = inspect.signature(cls.__init__).parameters
-        own = [*inspect.signature(cls.from_single_file).parameters, *HUB_OPTIONS]
-        refuse_unknown(f"{cls.__name__}.from_single_file: unknown argument", others, known, own)
         check_prediction(prediction_type)
         file = find_file(source, allow_pickle, **hub)
         if packed_content(file) is not None:
@@ -143,6 +141,8 @@ class SingleFilePipeline(PackedPipeline):
         """A checkpoint's pipeline; see `from_single_file`."""
         known, file = inspect.signature(cls.__init__).parameters, parts.weights.file
         hub = {name: others.pop(name) for name in HUB_OPTIONS if name in others}
+        own = [*inspect.signature(cls.from_single_file).parameters, *HUB_OPTIONS]
+        refuse_unknown(f"{cls.__name__}.from_single_file: unknown argument", others, known, own)
         given = dict(others)
         if isinstance(given.get("vae"), (str, Path)):
             given["vae"] = parts.vae_of(find_file(given["vae"], allow_pickle, **hub), allow_pickle)
@@ -182,18 +182,19 @@ class SingleFilePipeline(PackedPipeline):
             ValueError: another kind of file, or there are LoRAs in a network.
         """
         names = ("unet", "vae", "text_encoder", "text_encoder_2")
-        networks = {name: whole_network(getattr(self, name)) for name in names if hasattr(self, name)}
+        networks = {name: whole_network(getattr(self, name, None)) for name in names}
+        networks = {name: network for name, network in networks.items() if network is not None}
         refuse_loras(networks, "saved")
         kind: Any = kind_saved_as(self.saved_class_name)
         converted = kind is None or kind.converted or kind.family == "SDXL"
-        if not converted or getattr(self, "text_encoder", networks) is None:  # None in SDXL's refiner
+        if not converted:
             return super().save_single_file(file, dtype, overwrite)
         try:
             weights = original_unet(networks["unet"]) | original_autoencoder(networks["vae"])
             if "text_encoder_2" in networks:
-                weights |= original_text_encoders(networks["text_encoder"], networks["text_encoder_2"])
+                weights |= original_text_encoders(networks.get("text_encoder"), networks["text_encoder_2"])
             else:
-                weights |= original_text_encoder(networks["text_encoder"])
+                weights |= original_text_encoder(networks.get("text_encoder"))
         except NoOriginalNamesError:
             return super().save_single_file(file, dtype, overwrite)
         write_checkpoint(weights, header_of(self), file, dtype, overwrite)
@@ -276,7 +277,8 @@ class CheckpointParts:
         return other.vae()
 
     def text_encoder(self) -> Any:
-        return build_text_encoder(self.weights, self.dtype)
+        """None in SDXL's refiner, which has the second one alone."""
+        return None if is_refiner(self.weights) else build_text_encoder(self.weights, self.dtype)
 
     def text_encoder_2(self) -> Any:
         return build_text_encoder(self.weights, self.dtype, "text_encoder_2")
@@ -324,9 +326,10 @@ class CheckpointParts:
     def told(self) -> dict[str, Any]:
         """What the file says of the pipeline itself."""
         level = self.weights.header.get("low_res_scheduler", {}).get("_max_noise_level")
-        zeros = self.weights.header.get("pipeline", {}).get(ZEROS)
         found = {"max_noise_level": level} if isinstance(level, int) else {}
-        return found | ({ZEROS: zeros} if isinstance(zeros, bool) else {})
+        usual = {ZEROS: False, SCORED: True} if is_refiner(self.weights) else {}
+        said = self.weights.header.get("pipeline", {})
+        return found | usual | {name: said[name] for name in (ZEROS, SCORED) if isinstance(said.get(name), bool)}
 
 
 def header_of(pipeline: Any) -> dict[str, str]:
@@ -343,7 +346,7 @@ def header_of(pipeline: Any) -> dict[str, str]:
         configs["low_res_scheduler"]["_max_noise_level"] = pipeline.config.max_noise_level
     configs["defaults"] = dict(pipeline.config.get("_generation_defaults", {}))
     if ZEROS in pipeline.config:
-        configs["pipeline"] = {ZEROS: pipeline.config[ZEROS]}
+        configs["pipeline"] = {name: pipeline.config[name] for name in (ZEROS, SCORED) if name in pipeline.config}
     header = header_of_parts(configs)
     for number, key in (("", TOKENIZER_KEY), ("_2", SECOND_TOKENIZER_KEY)):
         tokenizer = getattr(pipeline, f"tokenizer{number}", None)

@@ -94,7 +94,7 @@ def test_a_saved_refiner_is_diffusers(folders: Folders, tmp_path: Path) -> None:
     theirs = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved"))
     assert type(theirs) is diffusers.StableDiffusionXLImg2ImgPipeline
     assert largest_difference(ours, theirs, **CALL, image=pictures()["image"], strength=0.5) < 1e-4
-    ours.save_single_file(tmp_path / "file.safetensors")  # in a layout of our own
+    ours.save_single_file(tmp_path / "file.safetensors")
     packed = quiet(ImageToImagePipeline.from_single_file(tmp_path / "file.safetensors"))
     assert packed.config.requires_aesthetics_score is True
     assert largest_difference(packed, ours, **CALL, image=pictures()["image"], strength=0.5) == 0

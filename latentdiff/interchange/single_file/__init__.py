@@ -21,6 +21,7 @@ from latentdiff.interchange.single_file.settings import (
     OriginalSettings,
     assumed_settings,
     check_prediction_is_known,
+    is_refiner,
     is_sdxl,
     is_stable_diffusion_2,
     scheduler_settings,

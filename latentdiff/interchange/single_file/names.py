@@ -25,6 +25,8 @@ CLIP, OPEN_CLIP, BERT = "cond_stage_model.transformer.", "cond_stage_model.model
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 """SDXL's text encoders: transformers' CLIP and open_clip's."""
+ALONE = "conditioner.embedders.0.model."
+"""The second of them, the only one of SDXL's refiner."""
 
 RESNET = {  # the UNet's; the autoencoder's keep their names
     "norm1": "in_layers.0",
@@ -222,6 +224,9 @@ LAYOUTS = {
         partial(open_clip_place, beginning=SECOND),
         SECOND,
         transposed=(f"{SECOND}text_projection",),
+    ),
+    "second alone": Layout(
+        "text encoder", partial(open_clip_place, beginning=ALONE), ALONE, transposed=(f"{ALONE}text_projection",)
     ),
 }
 """Of an autoencoder `complete` leaves out the codebook, which can have its training state beside the codes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.interchange.single_file.checkpoint import OTHER_KIND, Checkpoint
-from latentdiff.interchange.single_file.names import FIRST, LAYOUTS, SECOND, Layout
+from latentdiff.interchange.single_file.names import ALONE, FIRST, LAYOUTS, SECOND, Layout
 from latentdiff.interchange.single_file.settings import XL_SCALE, assumed_settings, autoencoder_settings, measured_scale
 from latentdiff.interchange.single_file.shapes import (
     Config,
@@ -57,12 +57,11 @@ def check_checkpoint(weights: Checkpoint) -> None:
 
 
 def check_two_encoders(weights: Checkpoint) -> None:
-    """Raises ValueError for a file of Stable Diffusion XL that does not hold both text encoders."""
-    if any(name.startswith("conditioner.embedders.0.model.") for name in weights):
-        raise ValueError(
-            f"{weights.file} is Stable Diffusion XL's refiner, whose single files are not read; give its folder"
-        )
-    for beginning, name in ((FIRST, "text_model.embeddings.token_embedding.weight"), (SECOND, "text_projection")):
+    """Raises ValueError for a file of Stable Diffusion XL that does not hold both text encoders, or its refiner's."""
+    needed = [(FIRST, "text_model.embeddings.token_embedding.weight"), (SECOND, "text_projection")]
+    if any(name.startswith(ALONE) for name in weights):
+        needed = [(ALONE, "token_embedding.weight"), (ALONE, "text_projection")]
+    for beginning, name in needed:
         if f"{beginning}{name}" not in weights:
             raise ValueError(f"{weights.file} is a Stable Diffusion XL model and lacks {beginning}{name}; {OTHER_KIND}")
 
@@ -224,9 +223,10 @@ def usual_autoencoder(weights: Checkpoint) -> Config:
 def build_text_encoder(weights: Checkpoint, dtype: torch.dtype | None, part: str = "text_encoder") -> Any:
     """transformers' CLIP text model, or diffusers' ``LDMBertModel``, with a checkpoint's weights; see `build_unet`.
 
-    part: "text_encoder", or "text_encoder_2" for SDXL's second.
+    part: "text_encoder", or "text_encoder_2" for SDXL's second, which its refiner has alone.
     """
-    kind = text_kind(weights) if part == "text_encoder" else "second of two"
+    kind = text_kind(weights)
+    kind = "second of two" if part == "text_encoder_2" and kind == "first of two" else kind
     if kind is None:
         raise ValueError(f"{weights.file} has no text encoder that is known here; give text_encoder= and tokenizer=")
     config = text_config(weights, kind)
@@ -247,7 +247,7 @@ def random_text_encoder(kind: str, config: Config) -> nn.Module:
         return bert
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    clip: Any = CLIPTextModelWithProjection if kind == "second of two" else CLIPTextModel
+    clip: Any = CLIPTextModelWithProjection if kind.startswith("second") else CLIPTextModel
     made: nn.Module = clip(CLIPTextConfig(**config))
     return made
 

@@ -203,8 +203,13 @@ def measured_scale(weights: Checkpoint) -> float | None:
 
 
 def is_sdxl(weights: Checkpoint) -> bool:
-    """Whether a model is Stable Diffusion XL, with two text encoders."""
-    return text_kind(weights) == "first of two"
+    """Whether a model is Stable Diffusion XL, with two text encoders, or its refiner."""
+    return text_kind(weights) in ("first of two", "second alone")
+
+
+def is_refiner(weights: Checkpoint) -> bool:
+    """Whether a model is Stable Diffusion XL's refiner, with the second text encoder alone."""
+    return text_kind(weights) == "second alone"
 
 
 def is_stable_diffusion_2(weights: Checkpoint) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from latentdiff.interchange.single_file.checkpoint import Checkpoint
 from latentdiff.interchange.single_file.names import (
+    ALONE,
     BERT,
     CLIP,
     CODEBOOK,
@@ -28,6 +29,11 @@ Config = dict[str, Any]
 
 SIZES_DIM = 256
 """Of each of the sizes that SDXL's UNet is told."""
+ADDED = {
+    "first of two": (SECOND, 6, f"SDXL's takes {6 * SIZES_DIM}, of six sizes"),
+    "second alone": (ALONE, 5, f"SDXL's refiner takes {5 * SIZES_DIM}, of four sizes and a score"),
+}
+"""By the text encoders of SDXL's models: which makes the pooled embedding, and how many numbers come with it."""
 
 
 def numbers(names: Iterable[str], beginning: str) -> list[int]:
@@ -83,7 +89,7 @@ def unet_config(weights: Checkpoint) -> Config:
     attending = [level for level in levels if level.text_dim]
     if not attending:
         raise ValueError(f"{weights.file}: the UNet has no cross-attention, so no text could tell it what to draw")
-    is_linear = attending[-1].is_linear
+    is_linear, deepest = attending[-1].is_linear, len(numbers(weights, f"{UNET}middle_block.1.transformer_blocks."))
     channels = [level.channels for level in levels]
     starts = [sum(level.layers + 1 for level in levels[::-1][:i]) for i in range(len(levels))]
     up = [f"{UNET}output_blocks.{start}.1.proj_in.weight" in weights for start in starts]
@@ -95,7 +101,7 @@ def unet_config(weights: Checkpoint) -> Config:
         "down_block_types": ["CrossAttnDownBlock2D" if level.depth else "DownBlock2D" for level in levels],
         "mid_block_type": middle_type(weights),
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
-        "transformer_layers_per_block": simplified([level.depth or 1 for level in levels]),
+        "transformer_layers_per_block": simplified([level.depth or deepest or 1 for level in levels]),
         "attention_head_dim": 8,
         "cross_attention_dim": attending[-1].text_dim,
         "use_linear_projection": is_linear,
@@ -130,13 +136,12 @@ def class_config(weights: Checkpoint) -> Config:
         return {"num_class_embeds": weights.size(numbered)}
     if embedded not in weights:
         return {}
-    if text_kind(weights) == "first of two":
-        added = weights.size(embedded, 1) - weights.size(f"{SECOND}text_projection", 1)
-        if added != 6 * SIZES_DIM:
-            raise ValueError(
-                f"{weights.file}: {embedded} takes {added} numbers besides the pooled embedding; SDXL's takes "
-                f"{6 * SIZES_DIM}, of six sizes"
-            )
+    kind = text_kind(weights)
+    if kind in ADDED:
+        beginning, count, what = ADDED[kind]
+        added = weights.size(embedded, 1) - weights.size(f"{beginning}text_projection", 1)
+        if added != count * SIZES_DIM:
+            raise ValueError(f"{weights.file}: {embedded} takes {added} numbers besides the pooled embedding; {what}")
         given = weights.size(embedded, 1)
         return {
             "addition_embed_type": "text_time",
@@ -220,8 +225,10 @@ def codes(weights: Checkpoint, codebook: str) -> Config:
 
 def text_kind(weights: Checkpoint) -> str | None:
     """Which text encoder a checkpoint has: "clip" (1.x), "open_clip" (2.x), "bert" (Latent Diffusion), "first of two"
-    (SDXL) or None.
+    (SDXL), "second alone" (its refiner) or None.
     """
+    if f"{ALONE}token_embedding.weight" in weights:
+        return "second alone"
     if f"{FIRST}text_model.embeddings.token_embedding.weight" in weights:
         return "first of two"
     if f"{OPEN_CLIP}token_embedding.weight" in weights:
@@ -245,6 +252,7 @@ def text_config(weights: Checkpoint, kind: str) -> Config:
         "open_clip": open_clip_config,
         "first of two": partial(clip_config, beginning=FIRST),
         "second of two": second_config,
+        "second alone": partial(second_config, beginning=ALONE),
     }
     return configs[kind](weights)
 
@@ -285,11 +293,11 @@ def open_clip_config(weights: Checkpoint) -> Config:
     }
 
 
-def second_config(weights: Checkpoint) -> Config:
+def second_config(weights: Checkpoint, beginning: str = SECOND) -> Config:
     """The config of SDXL's second text encoder, of open_clip, with its projection."""
-    embeddings = (f"{SECOND}token_embedding.weight", f"{SECOND}positional_embedding")
-    config = tower_config(weights, *embeddings, f"{SECOND}transformer.resblocks.", "mlp.c_fc.weight")
-    projected = weights.size(f"{SECOND}text_projection", 1)
+    embeddings = (f"{beginning}token_embedding.weight", f"{beginning}positional_embedding")
+    config = tower_config(weights, *embeddings, f"{beginning}transformer.resblocks.", "mlp.c_fc.weight")
+    projected = weights.size(f"{beginning}text_projection", 1)
     return config | {"hidden_act": "gelu", "projection_dim": projected, "pad_token_id": 0}
 
 

@@ -72,12 +72,17 @@ def original_text_encoder(text_encoder: Any) -> dict[str, Tensor]:
 def original_text_encoders(first: Any, second: Any) -> dict[str, Tensor]:
     """The weights of SDXL's text encoders by their original names.
 
+    first: None in its refiner.
+
     Raises:
         NoOriginalNamesError: they are others than SDXL's.
     """
-    kinds = [(type(one).__name__, getattr(one.config, "hidden_act", None)) for one in (first, second)]
-    if kinds != [("CLIPTextModel", "quick_gelu"), ("CLIPTextModelWithProjection", "gelu")]:
+    encoders = [one for one in (first, second) if one is not None]
+    kinds = [(type(one).__name__, getattr(one.config, "hidden_act", None)) for one in encoders]
+    if kinds != [("CLIPTextModel", "quick_gelu"), ("CLIPTextModelWithProjection", "gelu")][-len(kinds) :]:
         raise NoOriginalNamesError(f"a single file of SDXL holds its two CLIP text encoders, and these are {kinds}")
+    if first is None:
+        return original_weights(second, LAYOUTS["second alone"])
     layouts = (LAYOUTS["first of two"], LAYOUTS["second of two"])
     return original_weights(first, layouts[0]) | original_weights(second, layouts[1])
 
