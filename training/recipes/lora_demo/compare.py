@@ -1,6 +1,7 @@
 """The same prompts and seed before and after fine-tuning, in rows by turns: before above, after below.
 
 python -m latentdiff.training.recipes.lora_demo.compare runs/sticker docs/lora.png
+python -m latentdiff.training.recipes.lora_demo.compare runs/cat docs/dreambooth.png subject
 """
 
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 from latentdiff.interchange.png import image_grid, save_picture
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.training.recipes.lora_demo.draw import STYLE
+from latentdiff.training.recipes.lora_demo.subject import PROMPTS
 
 # None of them is in the pictures trained on, though things of some of their kinds are.
 THINGS = [
@@ -28,19 +30,19 @@ THINGS = [
 COLUMNS = 7
 
 
-def draw(model: str | None) -> list[Image.Image]:
+def draw(model: str | None, prompts: list[str]) -> list[Image.Image]:
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    output = pipeline([f"{thing}, {STYLE}" for thing in THINGS], seed=0, return_dict=False)
-    return list(output[0])
+    return list(pipeline(prompts, seed=0, return_dict=False)[0])
 
 
-def main(model: str, file: Path) -> None:
-    before, after = draw(None), draw(model)
-    rows = [images[i : i + COLUMNS] for i in range(0, len(THINGS), COLUMNS) for images in (before, after)]
+def main(model: str, file: Path, of_subject: bool = False) -> None:
+    prompts = PROMPTS if of_subject else [f"{thing}, {STYLE}" for thing in THINGS]
+    before, after = draw(None, prompts), draw(model, prompts)
+    rows = [images[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS) for images in (before, after)]
     save_picture(image_grid([image for row in rows for image in row], COLUMNS), file)
     print(file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] == ["subject"])

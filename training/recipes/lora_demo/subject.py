@@ -28,6 +28,12 @@ PLACES = [
 ]
 """Of each picture the ground, the turn in degrees and the size."""
 
+PROMPTS = [
+    *("a sks cat face", "a sks cat face on a yellow background", "a small sks cat face", "two sks cat faces"),
+    *("a sks cat face next to a slice of pizza", "a sks cat face next to a red car", "a cat face"),
+]
+"""What it is asked for afterwards; the last one is to be as before."""
+
 
 def main(folder: Path) -> None:
     """Draw into `folder`; captions are not needed, for the subject's is given to ``latentdiff finetune``."""
