@@ -20,7 +20,7 @@ from latentdiff.interchange.hub import asking_hub
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import refuse_loras
 from latentdiff.pipelines.core.call_options import positive_whole, real_number, whole_number
-from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY, kind_of_family
+from latentdiff.pipelines.registry import DEFAULTS, DEFAULTS_KEY, KINDS, kind_of_family, kind_saved_as
 from latentdiff.pipelines.runtime.choice import dtype_in, runtime_of
 from latentdiff.pipelines.runtime.engine_networks import refuse_runtimes
 from latentdiff.pipelines.storage.loading import (
@@ -139,6 +139,7 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
         saved_as = index.get("_class_name")
         kind = kind_of_family(cls.__name__, saved_as)
         if kind is None:
+            refuse_other_family(cls.__name__, folder, saved_as)
             return cls
         found: type[Self] = kind.load()
         if not issubclass(found, cls):
@@ -308,6 +309,17 @@ class FolderPipeline(PackedPipeline, DiffusionPipeline):
     def registered_defaults(self) -> dict[str, Any]:
         """What was set by ``register_defaults``."""
         return dict(self.config.get(DEFAULTS_KEY, {}))
+
+
+def refuse_other_family(class_name: str, folder: Path, saved_as: object) -> None:
+    """Raises ValueError if a folder is of a family in which no kind does what the class of that name does."""
+    own, theirs = next((one for one in KINDS if one.name == class_name), None), kind_saved_as(str(saved_as))
+    if own is not None and theirs is not None and own.family != theirs.family:
+        draws = {"text": "from a prompt", "picture": "from a picture", "class": "classes", "none": "without a prompt"}
+        raise ValueError(
+            f"{folder} is of a {saved_as}, which draws {draws[theirs.conditioned_by]}, and {class_name} cannot draw "
+            f"with it; load it with {theirs.name}"
+        )
 
 
 def check_device(device: torch.device) -> None:

@@ -29,6 +29,7 @@ KNOWN = {
     "without one pictures are tensors, and the test gives none",
     "UpscalePipelineFastTests::test_stable_diffusion_upscale": "diffusers' upscaler puts 0.08333 in the place of the "
     "autoencoder's scaling_factor; ours takes the config's",
+    "test_raises_warning_for_mask_feature": "mask_feature only warns in diffusers; here it is no argument",
     "test_encode_prompt_works_in_isolation": "the test reads the source of encode_prompt in diffusers' own folder",
     "test_stable_diffusion_long_prompt": "the test counts the characters of diffusers' warning; ours says it otherwise",
     "test_logs_info_when_no_lora_keys_found": "a file without LoRA is an error here, and a line in diffusers' log",

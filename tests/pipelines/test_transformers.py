@@ -103,6 +103,16 @@ def pipeline_call(pipeline: Any, **call: Any) -> torch.Tensor:
     return pipeline(**{**options, **plain, **call}).images
 
 
+def test_a_folder_of_another_family_says_what_loads_it(dit: Path, pixart: Path) -> None:
+    for kind, folder, message in (
+        (TextToImagePipeline, dit, "is of a DiTPipeline, which draws classes, and TextToImagePipeline cannot.*DiTPip"),
+        (InpaintPipeline, dit, "load it with DiTPipeline"),
+        (ClassConditionalPipeline, pixart, "which draws from a prompt, .* load it with PixArtTextToImagePipeline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(folder)  # type: ignore[attr-defined]
+
+
 def test_pixart_is_told_the_size_if_it_takes_that(tmp_path: Path) -> None:
     folder = pixart_folder(tmp_path, "bert", use_additional_conditions=True)
     ours = TextToImagePipeline.from_pretrained(folder)
