@@ -37,10 +37,19 @@ function paint(event) {
   if (!event.buttons) { paint.last = null; return; }
   const canvas = $("mask"), box = canvas.getBoundingClientRect(), pen = canvas.getContext("2d");
   const x = (event.clientX - box.left) / box.width * canvas.width, y = (event.clientY - box.top) / box.height * canvas.height;
-  pen.strokeStyle = "red"; pen.lineCap = "round"; pen.lineWidth = $("brush").value / 100 * canvas.width;
+  pen.strokeStyle = squares(pen, canvas.width / 20); pen.lineCap = "round"; pen.lineWidth = $("brush").value / 100 * canvas.width;
   pen.beginPath(); pen.moveTo(...(paint.last ?? [x, y])); pen.lineTo(x, y); pen.stroke();
   paint.last = [x, y];
   if (!painted) { painted = true; $("strength").value = 1; share(); }
+}
+
+function squares(pen, side) { // seen on a picture of any colour
+  const made = document.createElement("canvas"), tile = made.getContext("2d");
+  made.width = made.height = 2 * Math.max(1, Math.round(side));
+  for (const [i, colour] of ["white", "magenta", "magenta", "white"].entries()) {
+    tile.fillStyle = colour; tile.fillRect((i % 2) * made.width / 2, Math.floor(i / 2) * made.width / 2, made.width / 2, made.width / 2);
+  }
+  return pen.createPattern(made, "repeat");
 }
 
 function maskBlob() { // white where painted, black elsewhere

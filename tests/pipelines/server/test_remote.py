@@ -48,6 +48,13 @@ def test_a_grid_and_files(served: Any, drawer: Any, run: Run) -> None:
     assert [(read_settings(Path(f"one-{i:02}.png")) or {})["seed"] for i in (1, 10)] == [5, 14]
 
 
+def test_what_a_server_says_of_a_drawing(served: Any, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, though it is drawn by two requests."""
+    size = ["--width", "32", "--height", "16"]
+    assert run("generate", "a cup", "-n", "10", "--server", served.url, *size, "--steps", "1", "-o", "cups.png") == 0
+    assert capsys.readouterr().err.count("Drawing 32 x 16 pixels") == 1
+
+
 def test_from_a_picture(served: Any, drawer: Any, run: Run) -> None:
     Image.effect_noise((16, 16), 90).convert("RGB").save("photo.png")
     options = ["--image", "photo.png", "--strength", "0.7", "--server", served.url, *OPTIONS, "-o", "new.png"]
