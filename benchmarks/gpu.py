@@ -226,7 +226,7 @@ def code(report: Report, precision: str, batch: int, options: Any) -> None:
 
 
 def train(report: Report, options: Any) -> None:
-    """Training steps beside diffusers' script: ours with the cache, theirs, ours without."""
+    """Training steps beside diffusers' script: ours with the cache and without, and theirs with one."""
     if options.script is None or report.left < 60:
         report.add(what="training steps", note="needs --script and a minute")
         return
@@ -251,13 +251,18 @@ def train(report: Report, options: Any) -> None:
             place.mkdir()
             shared = (root / "model", root / "pictures", place / "out", side, given)
             cached = row["who"] == "ours, cached"
-            command = training.theirs(*shared) if row["who"] == "diffusers" else training.ours(*shared, cached)
+            if row["who"] == "diffusers":
+                command = training.theirs(*shared)
+            elif row["who"] == "diffusers, cached":
+                command = training.peer(root / "model", root / "pictures", side, given)
+            else:
+                command = training.ours(*shared, cached)
             found = training.measure(command, place, stop=given.steps, timeout=max(report.left, 1))
             base.append(found["steps_per_second"])
             row |= {"steps/s": base[-1], "times diffusers": base[-1] / base[0]}
             row |= {name: found[name] for name in ("loss", "loss_error", "gpu_memory_mib", "seconds_in_all")}
 
-        for who in ("diffusers", "ours, cached", "ours, not cached"):
+        for who in ("diffusers", "ours, cached", "diffusers, cached", "ours, not cached"):
             what = {"batch": given.batch, "precision": given.precision, "who": who}
             report.measure(40, fill, what="training steps", **what)
 
