@@ -18,7 +18,9 @@ NAMES = {"integer": "whole number", "number": "number", "string": "text", "boole
 def as_yaml(kind: type[Settings], title: str) -> str:
     """Every setting of `kind` in their order, the file's first line being `title`; it loads as no settings at all."""
     head = "Take the # away before a key to set it, and give the file with --config FILE; or give key=value."
-    return "\n".join([f"# {title}", f"# {head}", *(line for row in rows(kind) for line in _lines(row))]) + "\n"
+    more = f"When to change one of them: latentdiff settings {kind.command()} NAME"
+    lines = (line for row in rows(kind) for line in _lines(row))
+    return "\n".join([f"# {title}", f"# {head}", f"# {more}", *lines]) + "\n"
 
 
 def in_full(kind: type[Settings], names: Sequence[str]) -> str:
