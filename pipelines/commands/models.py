@@ -26,7 +26,7 @@ class Found:
 
 
 def models(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for models besides.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look for models besides.")] = Path("."),
 ) -> None:
     """List the models that are here, packaged, in the hub's cache, in folders and files, and how to draw with each.
 

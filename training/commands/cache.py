@@ -17,7 +17,7 @@ UNKNOWN = "(not known)"
 
 def cache(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A dataset or a model: only what was made of it.")
+        str | None, typer.Argument(metavar="NAME", help="A dataset or a model: only what was made of it.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Delete it; what running programs use stays.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,

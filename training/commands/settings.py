@@ -35,7 +35,7 @@ def settings(
         Kind | None, typer.Argument(metavar="COMMAND", help=f"One of {', '.join(Kind)}.", show_default=False)
     ] = None,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Of these, also when to change them.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Of these, also when to change them.")
     ] = None,
 ) -> None:
     """Show all settings of a command as a YAML file: what each means, its type and default.

@@ -34,7 +34,7 @@ DryRun = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's; 'latentdiff settings' shows them."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings, over the file's; 'latentdiff settings' shows them."),
 ]
 
 
