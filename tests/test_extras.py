@@ -1,7 +1,12 @@
 """Advice to install names packages that there are, and not this one, which no index has."""
 
 import re
+import sys
 from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from program import run_program
 
 from latentdiff.extras import how_to_install
 
@@ -11,3 +16,36 @@ def test_how_to_install() -> None:
     assert how_to_install("heif") == "pip install 'pi-heif>=1.0'"
     assert how_to_install("magic") == "pip install -e '.[magic]' in the folder of this package"
     assert any("extra" in one for one in requires("latentdiff") or ())
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "said"),
+    [
+        ("generate car --runtime onnx", "onnxruntime", "the runtime onnx needs onnxruntime"),
+        ("generate car --runtime openvino", "openvino", "the runtime openvino needs openvino"),
+        ("generate car --runtime openvino --precision int8", "nncf", "the runtime openvino needs nncf"),
+        ("convert emoji made --runtime openvino", "openvino", "the runtime openvino needs openvino"),
+        ("convert emoji made --to onnx", "onnxscript", "ONNX export needs onnxscript"),
+        ("serve --port 0", "fastapi", "latentdiff serve needs fastapi"),
+        ("app --port 0", "fastapi", "latentdiff app needs fastapi"),
+    ],
+)
+def test_without_an_extra(
+    command: str,
+    missing: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What cannot be found is named, and the command that installs it; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTDIFF_DEBUG", "0")
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run_program(monkeypatch, *command.split()) == 2
+    error = capsys.readouterr().err
+    if "openvino" in said and missing == "nncf" and "needs openvino" in error:
+        pytest.skip("openvino is not installed")  # asked for first
+    assert said in error
+    assert "; install with: pip install " in error
+    assert list(tmp_path.iterdir()) == []

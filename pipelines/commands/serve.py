@@ -140,7 +140,7 @@ def check_serving(serving: ServingOptions, key: str | None, extra: str) -> None:
     """Raises ImportError or ValueError before anything is loaded."""
     missing = [name for name in ("fastapi", "uvicorn", "multipart", "prometheus_client") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} is not installed; install with: {how_to_install('serve')}")
+        raise ImportError(f"latentdiff {extra} needs {', '.join(missing)}; install with: {how_to_install('serve')}")
     if serving.host not in LOOPBACK and not key:
         raise ValueError(
             f"--host {serving.host}: others could draw here; set a key that they must send, in the variable "
