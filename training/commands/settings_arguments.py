@@ -48,7 +48,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
-            raise ValueError(f"{argument!r}: settings are written key=value")
+            of_file = f", and their file is --config {argument}" if argument.endswith((".yaml", ".yml")) else ""
+            raise ValueError(f"{argument!r}: settings are written key=value{of_file}")
         if key in values:
             raise ValueError(f"setting {key!r} is given twice")
         values[key] = value

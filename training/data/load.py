@@ -93,7 +93,10 @@ def read_source(source: str, wanted: Wanted) -> Source:
     """
     found = _read(source, wanted)
     if not found.count and not found.refused:
-        raise NoPicturesError(f"{source}: no captioned pictures found (split {wanted.split!r})")
+        raise NoPicturesError(
+            f"{source}: no captioned pictures found (split {wanted.split!r}); captions are in "
+            "NAME.txt beside NAME.png, or in metadata.jsonl, .csv or .parquet"
+        )
     logger.info("%s: %d pictures", source, found.count)
     return found
 
