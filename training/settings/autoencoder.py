@@ -173,9 +173,7 @@ class AutoencoderSettings(RunSettings):
         1.0,
         gt=0,
         description="at the beginning (gumbel)",
-        json_schema_extra=when(
-            "1 is DALL-E's and needs no change; lower if nothing is learned for the first thousands of steps."
-        ),
+        json_schema_extra=when("1 is DALL-E's and needs no change."),
     )
     gumbel_temperature_end: float = Field(
         1 / 16,

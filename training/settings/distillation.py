@@ -51,7 +51,7 @@ class DistillationSettings(AdaptedSettings):
         "trajectory none are needed",
         json_schema_extra=when(
             "When there are no pictures: a file with as many and as different prompts as will be asked for, "
-            "hundreds at least. trajectory needs no pictures in any case, and is quickest so."
+            "hundreds at least. With trajectory no pictures are drawn of them, for it needs none."
         ),
     )
     prompt_pictures: int = Field(

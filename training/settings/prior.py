@@ -45,8 +45,8 @@ class PriorSettings(DiffusionSettings):
         "masked",
         description="masked: hidden codes from all others, drawn in a few steps; raster: one after the other",
         json_schema_extra=when(
-            "raster learns fastest, has a likelihood to compare by, and with its cache is the faster one to draw "
-            "with up to some hundred codes. masked draws many codes in a few steps, can inpaint seeing both sides, "
+            "raster learns fastest, has a likelihood to compare by, and draws few codes quickest (64 of them in "
+            "0.09 s here, masked 0.26 s). masked draws many codes in a few steps, can inpaint seeing both sides, "
             "and wants a longer training."
         ),
     )
@@ -104,8 +104,8 @@ class PriorSettings(DiffusionSettings):
         ge=1,
         description="steps of samples, and of the finished model by default; raster: one for each code",
         json_schema_extra=when(
-            "8 to 18 in the masked order (MaskGIT: 8 to 12); more did not help here. Raster order has as many steps "
-            "as codes, and takes none."
+            "8 to 18 in the masked order (MaskGIT: 8 to 12): fewer are quicker, and show codes that do not fit each "
+            "other. Raster order has as many steps as codes, and takes none."
         ),
     )
     sample_guidance_scale: float = Field(
