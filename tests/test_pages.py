@@ -4,15 +4,11 @@ import importlib.util
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from pages import ROOT, blocks, commands, pages, spoken
-from typer.main import get_command
+from pages import ROOT, Command, Snippet, pages, typed
+from parsed import MENTIONS, of_latentdiff, parse
 
-from latentdiff import cli
-from latentdiff.training import cli as training
 from latentdiff.training.commands.settings import Kind, settings_of
 from latentdiff.training.commands.settings_arguments import load_settings
 
@@ -20,41 +16,16 @@ SETTINGS = {"autoencoder", "data", "model", "output", "prompts"}
 """Options that are settings too."""
 
 
-def of_latentdiff(words: list[str]) -> tuple[typer.Typer, list[str]] | None:
-    """The program that a command calls, and with which arguments; None: another program."""
-    if words[0].startswith("OMP_NUM_THREADS="):
-        words = words[1:]
-    if words[0] == "latentdiff":
-        return cli.application(), words[1:]
-    if "-m" in words and words[0] in ("accelerate", "torchrun", "python"):
-        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
-        programs = {"latentdiff": cli.application(), "latentdiff.training": training.launched}
-        return (programs[module], arguments) if module in programs else None
-    return None
-
-
-def parse(program: typer.Typer, words: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command's name and its parameters, as it would get them; what it does is not begun."""
-    command: Any = get_command(program)
-    context = command.make_context("latentdiff", [*words])
-    while hasattr(command, "commands") and (rest := [*context._protected_args, *context.args]):
-        name, command, rest = command.resolve_command(context, rest)
-        context = command.make_context(name, rest, parent=context)
-    return context.info_name, context.params
-
-
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in pages()])
 def test_commands_have_these_options_and_settings(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for block in (*blocks(page, "sh"), *blocks(page, "bash")):
-        for words in commands(block.text):
-            check(words)
-    for words in spoken(page):
-        try:
-            check(words)
-        except Exception as error:
-            if type(error).__name__ not in ("MissingParameter", "NoArgsIsHelpError", "BadOptionUsage"):
-                raise  # a sentence need not give all
+    for command in typed(page):
+        if isinstance(command, Command):
+            try:
+                check(command.words)
+            except Exception as error:
+                if not command.spoken or type(error).__name__ not in MENTIONS:
+                    raise
 
 
 def check(words: list[str]) -> None:
@@ -90,8 +61,9 @@ def check_other(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in pages()])
 def test_snippets_are_python(page: Path) -> None:
-    for block in blocks(page, "python"):
-        compile(block.text, page.name, "exec")
+    for snippet in typed(page):
+        if isinstance(snippet, Snippet):
+            compile(snippet.text, page.name, "exec")
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()])

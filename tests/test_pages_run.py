@@ -1,53 +1,38 @@
-"""The README's and the first pages' commands and snippets do what they say, with fewer steps of training."""
+"""What the README and the pages of docs/ tell readers to type does what they say, typed in their order."""
 
-from collections.abc import Callable
+import re
 from pathlib import Path
 
 import pytest
-from discs import save_discs
-from pages import ROOT, blocks, commands
-from program import run_program
+from pages import ROOT, Snippet, pages, typed
+from reader import NOT_HERE, Reader
 
-pytestmark = pytest.mark.slow
+from latentdiff.diffusion import process
+from latentdiff.pipelines import registry
 
-PAGES = ("README.md", "docs/gallery.md")  # the others have commands like these
-SNIPPETS = ("README.md", "docs/index.md", "docs/drawing.md", "docs/reference/training.md")
-FEWER = {"max_steps": "1", "batch_size": "1", "resolution": "32", "warmup_steps": "0"}
-SERVING = ("app", "serve")
+PAGES = [page for page in pages() if next(typed(page), None)]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
-    """Runs the program in a folder that has pictures, and a picture that was drawn."""
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.chdir(tmp_path)
-    save_discs(tmp_path / "pictures")
-
-    return lambda words: run_program(monkeypatch, *words[1:])
-
-
-def shortened(words: list[str]) -> list[str]:
-    """A training with the settings of `FEWER`; other commands as they are."""
-    if words[1] != "finetune":
-        return words
-    kept = [word for word in words if word.partition("=")[0] not in FEWER]
-    return kept + [f"{key}={value}" for key, value in FEWER.items()]
+    monkeypatch.setattr(registry, "KINDS", [*registry.KINDS])
+    monkeypatch.setattr(process, "PROCESSES", [*process.PROCESSES])
+    return Reader(monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_run(page: str, run: Callable[[list[str]], int]) -> None:
-    typed = [words for block in blocks(ROOT / page, "sh") if not block.not_run for words in commands(block.text)]
-    ours = [words for words in typed if words[0] == "latentdiff" and words[1] not in SERVING]
-    assert len(ours) >= 1
-    for words in ours:
-        assert run(shortened(words)) == 0, words
-        if "-o" in words and "--separate" not in words:
-            assert Path(words[words.index("-o") + 1]).is_file()
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
+def test_all_that_a_page_says_can_be_typed(page: Path, reader: Reader) -> None:
+    with reader:
+        for what in typed(page):
+            reader.type(what)
+    assert reader.failed == []
+    if reader.missing:
+        pytest.skip(f"all else was run, but for what needs {', '.join(sorted(reader.missing))}")
 
 
-@pytest.mark.parametrize("page", SNIPPETS)
-def test_snippets_run(page: str, run: Callable[[list[str]], int]) -> None:
-    names: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks(ROOT / page, "python"):
-        if not block.not_run:
-            exec(compile(block.text, page, "exec"), names)
-    assert len(names) > 2
+@pytest.mark.parametrize("pattern", NOT_HERE)
+def test_what_is_not_run_is_still_said(pattern: str) -> None:
+    said = [what for page in PAGES for what in typed(page)]
+    assert any(re.search(pattern, what.text if isinstance(what, Snippet) else " ".join(what.words)) for what in said)

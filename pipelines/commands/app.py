@@ -41,7 +41,7 @@ def app(
 
     latentdiff app
 
-    latentdiff app runs/birds --open
+    latentdiff app runs/mine --open
 
     latentdiff app --folder runs --folder pictures
 

@@ -79,9 +79,9 @@ def serve(loading: ServedLoading, serving: ServingOptions, api_key: ApiKey = Non
 
     latentdiff serve
 
-    latentdiff serve runs/birds --port 9000
+    latentdiff serve runs/mine --port 9000
 
-    latentdiff serve --model emoji --model runs/birds
+    latentdiff serve --model emoji --model runs/mine
 
     Pictures: POST /v1/images/generations and /v1/images/edits; also GET /v1/models, /health and /metrics. Requests for
     pictures of one size and the same steps are drawn together. Ctrl-C finishes what was taken, and stops.

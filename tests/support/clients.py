@@ -36,10 +36,17 @@ class Got:
 @contextmanager
 def serve(model: object, *options: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A server of a model, until the context ends: its address, and its process."""
-    command = [sys.executable, "-m", "latentdiff", "serve", str(model), "--port", "0", *options]
+    with listening("serve", str(model), *options) as served:
+        yield served
+
+
+@contextmanager
+def listening(*arguments: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """``latentdiff serve`` or ``app`` on a free port, until the context ends: its address, and its process."""
+    command = [sys.executable, "-m", "latentdiff", *arguments, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said = re.search(r"http://\S+(?=/v1)", process.stdout.readline())
+        said = re.search(r"http://[\w.:]+", process.stdout.readline())
         assert said is not None
         yield said[0], process
         process.send_signal(signal.SIGINT)

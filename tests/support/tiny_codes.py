@@ -18,6 +18,11 @@ def save_codes(folder: Path) -> None:
     )
     vae = VQModel(**VAE, num_vq_embeddings=16)
     TokenPipeline(vae, **bert_parts(), transformer=transformer).save_pretrained(folder / "words")
+    torch.save(dalle_module(), folder / "dalle.pkl")
+
+
+def dalle_module() -> nn.Module:
+    """DALL-E's autoencoder as released, ``encoder`` and ``decoder``."""
     top = nn.Sequential()
     model = DalleAutoencoder(
         block_out_channels=(4, 8), latent_channels=8, num_vq_embeddings=4, code_dim=4, layers_per_block=1
@@ -28,7 +33,7 @@ def save_codes(folder: Path) -> None:
             put(top, "decoder.blocks.input.b", torch.zeros(4))
         else:
             put(top, f"{'decoder' if key.startswith('decoder.') else 'encoder'}.{place(key)}", weight)
-    torch.save(top, folder / "dalle.pkl")
+    return top
 
 
 def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

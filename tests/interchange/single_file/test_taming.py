@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import released_taming
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -69,20 +70,7 @@ FIRST_TOKEN = [
 
 
 def weights(changes: dict[str, Tensor | None] | None = None) -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (TOKENS, WIDTH), "pos_emb": (1, PLACES, WIDTH)}
-    for block in ("blocks.0", "blocks.1"):
-        for name in ("ln1", "ln2"):
-            shapes |= {f"{block}.{name}.weight": (WIDTH,), f"{block}.{name}.bias": (WIDTH,)}
-        linear = {f"attn.{name}": (WIDTH, WIDTH) for name in ("key", "query", "value", "proj")}
-        for name, shape in (linear | {"mlp.0": (4 * WIDTH, WIDTH), "mlp.2": (WIDTH, 4 * WIDTH)}).items():
-            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-        shapes[f"{block}.attn.mask"] = (1, 1, PLACES, PLACES)
-    shapes |= {"ln_f.weight": (WIDTH,), "ln_f.bias": (WIDTH,), "head.weight": (TOKENS, WIDTH)}
-    found: dict[str, Tensor] = {}
-    for i, (name, shape) in enumerate(sorted(shapes.items())):
-        values = torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 0.7 + 1.3 * i).float()
-        is_mask = name.endswith("mask")
-        found[f"transformer.{name}"] = torch.ones(shape).tril() if is_mask else values.reshape(shape)
+    found = released_taming.weights(TOKENS, WIDTH, PLACES)
     return {name: tensor for name, tensor in {**found, **(changes or {})}.items() if tensor is not None}
 
 
