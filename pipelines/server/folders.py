@@ -35,7 +35,7 @@ class Folders:
             raise RequestError(f"{field}: {typed} is not within {self.shown}; write it without ..", field)
         places = [self._inside(place) for place in self._places(typed.strip())]
         for place in places:
-            if place is not None and place.exists():
+            if place is not None and is_there(place):
                 return place
         if (there and not any(places)) or places[0] is None:
             raise RequestError(f"{field}: {typed} is not within {self.shown}", field)
@@ -75,6 +75,14 @@ class Folders:
         except (OSError, ValueError):
             return None
         return real if any(real == root or root in real.parents for root in self.roots.values()) else None
+
+
+def is_there(place: Path) -> bool:
+    """False for names that no disk takes, too."""
+    try:
+        return place.exists()
+    except OSError:
+        return False
 
 
 def label_of(root: Path) -> str:

@@ -121,7 +121,10 @@ class Service:
         for name, scale in request.loras:
             if self.find_lora is None:
                 raise RequestError("lora: this server draws as it was started; leave it out", "lora")
-            file = find_adapter(self.find_lora(name), LORA_NAMES)
+            try:
+                file = find_adapter(self.find_lora(name), LORA_NAMES)
+            except OSError:  # which names folders of this disk
+                raise RequestError(f"lora: there is no LoRA in {name}; name its .safetensors file", "lora") from None
             found.append(Lora(file=name, sha256=file_digest(file), scale=scale))
             model.files[found[-1].sha256] = file
         return found

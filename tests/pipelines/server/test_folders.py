@@ -53,3 +53,9 @@ def test_what_says_nothing(folders: Folders) -> None:
             folders.find(typed, "data")
     with pytest.raises(RequestError, match="start the page with --folder DIR"):
         Folders([]).find("runs", "data")
+
+
+def test_names_that_no_disk_takes(folders: Folders) -> None:
+    for typed in ("a" * 5000, "\ud800"):
+        with pytest.raises(RequestError, match=r"data: .* within runs or pictures"):
+            folders.find(typed, "data")

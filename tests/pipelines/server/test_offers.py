@@ -94,6 +94,12 @@ def test_a_lora_of_a_request(runs: Path, drawer: Any) -> None:
         assert "draws as it was started" in ask(served.url + DRAW, {"prompt": "a", "lora": name})[1]
 
 
+def test_a_folder_without_a_lora(runs: Path, drawer: Any) -> None:
+    with serving(made(drawer), folders=[runs]) as served:
+        found = ask(served.url + DRAW, {"prompt": "a cup", "lora": "runs/pictures"})
+    assert found[:2] == (400, "lora: there is no LoRA in runs/pictures; name its .safetensors file")
+
+
 def test_a_lora_that_fits_in_part(runs: Path, drawer: Any) -> None:
     """Said of each picture, not at its loading only."""
     file = runs / "pytorch_lora_weights.safetensors"
