@@ -18,7 +18,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 @contextmanager
 def failures_named(target: Path) -> Iterator[None]:
     """Let a failure of writing within the context be an OSError that names `target`; the system does not name the
-    file of a full disk, and safetensors has errors of a type of its own. A null byte in its name is a ValueError.
+    file of a full disk, or names the partial one, and safetensors has errors of a type of its own. A null byte in its
+    name is a ValueError.
     """
     if "\0" in str(target):
         raise ValueError(f"{str(target)!r} has a null byte, which no name of a file or folder may have")
@@ -27,7 +28,8 @@ def failures_named(target: Path) -> Iterator[None]:
     except Exception as error:
         said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors'
         number = error.errno if isinstance(error, OSError) else said and int(said[1])
-        if number in FULL:
+        partial = Path(str(getattr(error, "filename", ""))).name.startswith((".partial-", ".saving-"))
+        if number in FULL or (number and partial):
             raise OSError(number, os.strerror(number), str(target)) from error
         raise
 

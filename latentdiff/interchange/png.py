@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,11 +107,15 @@ def check_output(file: Path, overwrite: bool = False) -> None:
     Raises:
         ValueError: `file` is not named ``.png``.
         FileExistsError: it is there, was not written by this program, and `overwrite` is False; or it is a folder.
+        PermissionError: nothing may be written into its folder.
     """
     if file.suffix.lower() != ".png":
         raise ValueError(f"{file}: pictures are written as PNG, which keeps the settings; name it {file.stem}.png")
     if file.is_dir():
         raise FileExistsError(f"{file} is a folder")
+    folder = next((one for one in file.absolute().parents if one.exists()), None)
+    if folder is not None and not os.access(folder, os.W_OK):
+        raise PermissionError(f"{file}: you may not write into {folder}; choose another folder")
     if file.exists() and not overwrite and read_settings(file) is None:
         raise FileExistsError(
             f"{file} exists and was not drawn by latentdiff; choose another name, or replace it with --overwrite"

@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -6,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lives import start, wait
 from PIL import Image
 from safetensors.torch import save_file
 
 from latentdiff.interchange.adapter_files import save_whole
 from latentdiff.interchange.atomic import atomic_file, atomic_folder, write_text_whole
-from latentdiff.interchange.png import save_picture
+from latentdiff.interchange.png import check_output, save_picture
 from latentdiff.models import AutoencoderTiny
 
 
@@ -127,3 +129,24 @@ def test_a_null_byte_in_a_name_is_named(tmp_path: Path) -> None:
     for write in (lambda name: write_text_whole(name, ""), lambda name: atomic_folder(name).__enter__()):
         with pytest.raises(ValueError, match=r"a\\x00b' has a null byte, which no name of a file"):
             write(tmp_path / "a\0b")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_where_nothing_can_be_written_the_file_is_named_and_not_the_partial_one() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'/proc/car\.json'$"):
+        write_text_whole(Path("/proc/car.json"), "{}")
+    with pytest.raises(FileNotFoundError, match=r"'/proc/model'$"), atomic_folder(Path("/proc/model")):
+        raise AssertionError
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_of_others_is_refused_beforehand(tmp_path: Path) -> None:
+    def ask() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(PermissionError, match=r"^/usr/new/car\.png: you may not write into /usr; choose another"):
+            check_output(Path("/usr/new/car.png"))
+
+    log = tmp_path / "log.txt"
+    assert wait(start(ask, log)) == [0], log.read_text()
