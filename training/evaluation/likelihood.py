@@ -215,11 +215,9 @@ def evaluate_likelihood(
     if settings.split == "train":
         logger.warning("these are pictures that a model of split=train was trained on: others will be less likely")
     if figures["bits_per_dimension"] >= guessing:
-        logger.warning(
-            "this is worse than guessing at random, which needs %.4g: train for longer; and without learned variances "
-            "(loss=hybrid) few --steps say little of a model",
-            guessing,
-        )
+        fixed = "; and without learned variances (loss=hybrid) few --steps say little of a model"
+        more = fixed if variance in ("fixed_small", "fixed_large") else ""  # neither learned nor, as of a flow, none
+        logger.warning("this is worse than guessing at random, which needs %.4g: train for longer%s", guessing, more)
     return report
 
 

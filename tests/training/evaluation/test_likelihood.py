@@ -63,7 +63,14 @@ def test_the_report(pictures: Path, tmp_path: Path) -> None:
 def test_worse_than_guessing(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = likelihood(unconditional(), pictures, tmp_path / "pixels", steps="4")  # random weights
     assert found["bits_per_dimension"] > found["guessing"] == 8
+    hint = "and without learned variances (loss=hybrid)"
     assert "worse than guessing at random, which needs 8:" in caplog.text
+    assert hint in caplog.text
+    caplog.clear()
+    flow = UnconditionalPipeline(unet(), RectifiedFlow().scheduler())
+    likelihood(flow, pictures, tmp_path / "flow", steps="2")
+    assert "guessing at random, which needs 8: train for longer\n" in caplog.text
+    assert hint not in caplog.text
     types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     blocks = {**types, "num_vq_embeddings": 16}
     vqvae = VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, **blocks).eval()
