@@ -191,10 +191,10 @@ def example(file: Path) -> None:
 
 READY: dict[str, Callable[[Path], None]] = {
     **dict.fromkeys(
-        ("pictures", "stickers", "drawings", "data", "DIR", "D", "FOLDER", "runs/emoji/data", "runs/emoji/scenes"),
+        ("pictures", "drawings", "data", "DIR", "D", "FOLDER", "runs/emoji/data", "runs/emoji/scenes"),
         captioned,
     ),
-    **dict.fromkeys(("my-dog", "my-cat", "my-cup"), bare),
+    **dict.fromkeys(("my-dog", "my-cup"), bare),
     "cups": masked,
     "shards": shards,
     **dict.fromkeys(("prompts.csv", "prompts.txt"), prompts),
