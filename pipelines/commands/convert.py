@@ -236,8 +236,9 @@ def read_model(
     if kind in ("folder", "packed"):
         place = Path(source).expanduser()
         found = folder_pipeline(source, dtype, variant) if kind == "folder" else packed_pipeline(place, dtype)
-        if component in (Component.unet, Component.transformer) and component.value not in found.components:
-            raise ValueError(f"{source} has no {component.value}; it has {', '.join(found.components)}")
+        if component is not None and getattr(found, component.value, None) is None:
+            held = [name for name, part in found.components.items() if part is not None]
+            raise ValueError(f"{source} has no {component.value}; it has {', '.join(held)}")
         return found
     if component is Component.transformer:
         if reading.vae is not None:
@@ -257,7 +258,10 @@ def read_model(
     if component is Component.vae:
         return one_part(vae=read_autoencoder(weights, AUTOENCODERS, dtype, scale, original_config=yaml))
     parts = CheckpointParts(weights, dtype, OriginalSettings(**stated), yaml)
-    return one_part(**{component.value: getattr(parts, component.value)()})
+    part = getattr(parts, component.value)()
+    if part is None:
+        raise ValueError(f"{source} is SDXL's refiner, which has no first text encoder; the second is in its folder")
+    return one_part(**{component.value: part})
 
 
 def write_model(

@@ -69,6 +69,8 @@ def kind_of_source(source: str, allow_pickle: bool = False) -> str:
         address = ON_THE_HUB.fullmatch(source)
         if address and address[3].endswith((".safetensors", *PICKLED)) and not place.parent.exists():
             return "checkpoint"
+        if place.suffix in (".safetensors", *PICKLED):
+            raise FileNotFoundError(f"{source}: no such file, and no owner/name/file on the Hugging Face hub")
         find_model(source)  # raises if it is nothing
         return "folder"
     if place.suffix == ".safetensors":

@@ -315,6 +315,8 @@ def test_what_cannot_be_meant_is_refused(model: Callable[[str], Any], bert: dict
             run(*arguments)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         run("nowhere", tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/lora\.safetensors: no such file"):
+        run("nowhere/lora.safetensors", tmp_path / "x", "--to", "kohya")
     with pytest.raises(FileNotFoundError, match=r"is neither a pipeline folder, with a model_index.json, nor a LoRA's"):
         run(tmp_path / "tokenizer", tmp_path / "x")
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -1,5 +1,6 @@
 """Stability's single files of SDXL: what is written is read again, here and by diffusers, and strictly."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def test_partial_files_are_refused(file: Path, tmp_path: Path, lost: str, why: s
         TextToImagePipeline.from_single_file(tmp_path / "model.safetensors")
 
 
-def test_the_refiners_file_is_the_same_model_here_and_in_diffusers(sdxl: Path, tmp_path: Path) -> None:
+def test_the_refiners_file_is_the_same_model_here_and_in_diffusers(
+    sdxl: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, file = tmp_path / "refiner", tmp_path / "refiner.safetensors"
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl)
     tiny_refiner(base).save_pretrained(folder)
@@ -96,6 +99,12 @@ def test_the_refiners_file_is_the_same_model_here_and_in_diffusers(sdxl: Path, t
     assert largest_difference(found, quiet(theirs), **call) < 1e-4
     assert kind_in(file, ["image"]).name == "SDXLImageToImagePipeline"
     assert type(checkpoint_pipeline(str(file), False, False)) is type(found)  # as "latentdiff convert" reads it
+    for source, why in (
+        (file, "is SDXL's refiner, which has no first text encoder"),
+        (folder, "has no text_encoder; it"),
+    ):
+        assert run("convert", source, tmp_path / "words", "--component", "text_encoder") == 2
+        assert why in capsys.readouterr().err
 
 
 def strangers_refiner(tokenizer: Any) -> Any:
