@@ -305,7 +305,7 @@ def test_what_cannot_be_meant_is_refused(model: Callable[[str], Any], bert: dict
         ((folder, file, "--to", "kohya"), "--to kohya: a model can be converted to folder, file, onnx"),
         ((folder, file, "--variant", "fp16"), "--variant does nothing for a single file"),
         ((folder, file, "--ema"), "--ema does nothing for a folder"),
-        ((folder, file, "--scaling-factor", "nan"), r"option scaling_factor: .* finite number \(got nan\)"),
+        ((folder, file, "--scaling-factor", "nan"), r"option scaling_factor: a finite number is expected \(got nan\)"),
         ((folder, file, "--scaling-factor", "0"), "option scaling_factor: .* greater than 0"),
         ((folder, tmp_path / "x", "--prediction-type", "epsilon"), "--prediction-type does nothing for a folder"),
         ((folder, tmp_path / "x", "--to", "onnx", "--component", "vae"), "--component does nothing for ONNX"),
