@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lcm-lora": {"method": "lcm", "lora_rank": 2, "target_decay": 0.5},
     "trajectory": {"method": "trajectory", "few_steps": 2, "own_states_after": 0.3},
     "consistency": {"method": "consistency"},
-    "progressive": {"method": "progressive", "few_steps": 2, "start_steps": 4, "stage_steps": 1},
+    "progressive": {"method": "progressive", "few_steps": 2, "start_steps": 2, "stage_steps": 1},
     "adversarial": {"method": "adversarial", "discriminator_channels": 4, "r1_weight": 0.1},
     "dmd": {"method": "dmd"},
 }
