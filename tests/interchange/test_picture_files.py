@@ -45,7 +45,7 @@ def test_a_bomb_of_text(tmp_path: Path) -> None:
     text = zlib.compress(b"[" * (2**20 * 80), 9)
     file.write_bytes(png(1, 1, (b"iTXt", KEY.encode() + b"\0\1\0\0\0" + text)))
     assert file.stat().st_size < 2**18
-    with pytest.raises(ValueError, match=r"bomb\.png is damaged or was made to do harm: .*too large"):
+    with pytest.raises(ValueError, match=r"bomb\.png is damaged or was made to do harm: .*[Tt]oo [Ll]arge"):
         read_picture(file)
     assert read_settings(file) is None
 

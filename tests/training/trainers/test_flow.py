@@ -7,8 +7,8 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tiny import DENOISER, draw, tiny_pipeline
+from trained import same, unet
 
 from latentdiff import ClassConditionalPipeline, InpaintPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.diffusion import RectifiedFlow, process_of
@@ -23,14 +23,6 @@ FLOW = {"objective": "flow", "process_options": {"shift": 2.0}}
 
 def train(values: dict[str, Any], output: Path, **changes: object) -> Path:
     return train_denoiser(DenoiserSettings.load(None, {**values, **FLOW, "output": str(output), **changes}))
-
-
-def unet(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_from_a_folder_to_a_picture_that_diffusers_draws_too(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:

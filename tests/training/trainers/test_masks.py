@@ -10,6 +10,7 @@ from discs import add_masks
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import DENOISER, tiny_pipeline
+from trained import same
 
 from latentdiff.training.settings import DenoiserSettings, FinetuneSettings
 from latentdiff.training.trainers.denoiser import train_denoiser
@@ -27,10 +28,6 @@ def pixels(data: Path, output: Path, **changes: object) -> dict[str, torch.Tenso
     values |= {"buckets": True, "max_steps": 4, "random_flip": True, "log_every": 1}
     train_denoiser(DenoiserSettings.load(None, {**values, **changes}))
     return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def val_loss(output: Path) -> float:

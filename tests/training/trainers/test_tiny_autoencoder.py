@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import VAE, autoencoder_settings
+from trained import weights
 
 from latentdiff.codec import Codec
 from latentdiff.models import AutoencoderKL, AutoencoderTiny
@@ -32,10 +32,6 @@ def teacher(tmp_path: Path) -> Path:
     torch.manual_seed(3)
     AutoencoderKL(**VAE).save_pretrained(tmp_path / "teacher" / "vae")
     return tmp_path / "teacher"  # as a pipeline's folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_it_learns_the_latents_and_diffusers_loads_it(pictures: Path, teacher: Path, tmp_path: Path) -> None:

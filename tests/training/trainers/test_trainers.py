@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from straight_line import Line
 from straight_line import settings as line_settings
 from tiny import autoencoder_settings
+from trained import same, weights
 
 from latentdiff import TextToImagePipeline, VQModel
 from latentdiff.training.data import CaptionedPicture
@@ -26,14 +27,6 @@ from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 from latentdiff.training.trainers.denoiser import train_denoiser
 from latentdiff.training.trainers.samples import chosen_captions, sample_captions
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
