@@ -18,11 +18,11 @@ from latentdiff.diffusion.process import (
 
 TIMES = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-OWN = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+OWN = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 """diffusers' schedulers of flows alone; its ``StableDiffusionPipeline`` cannot draw with them."""
 IN_SIGMAS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 """Those of noise levels that sample from a flow by ``use_flow_sigmas``; every pipeline of diffusers draws with them."""
-SAME = {"EulerDiscreteScheduler": OWN[0], "HeunDiscreteScheduler": OWN[1]}
+SAME = {"EulerDiscreteScheduler": OWN[0], "HeunDiscreteScheduler": OWN[1], "LCMScheduler": OWN[2]}
 """By the scheduler of noise levels, the same solver for a flow."""
 
 
@@ -120,6 +120,13 @@ class RectifiedFlow(Process):
         scheduler.register_to_config(solver_order=1)
         return scheduler
 
+    def renoising_scheduler(self, steps: int, among: int) -> Any:
+        """With the last of `steps` where an even plan has it; diffusers' own would waste it on nearly no noise."""
+        scheduler = self.scheduler(OWN[2])
+        if steps > 1:
+            scheduler.register_to_config(shift_terminal=self.shift / (steps + self.shift - 1))
+        return scheduler
+
     def coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         self._check(times)
         sigma = times.to(like.device).view(-1, *[1] * (like.ndim - 1)) / self.num_timesteps
@@ -172,7 +179,7 @@ class RectifiedFlow(Process):
         if name not in OWN + IN_SIGMAS:
             raise ValueError(
                 f"the {name} cannot sample from the flow process, for it steps between noise levels; euler, heun, "
-                f"dpm++ and unipc can"
+                f"dpm++, unipc and lcm can"
             )
         scheduler_class = getattr(diffusers, name)
         known = scheduler_class._get_init_keys(scheduler_class)

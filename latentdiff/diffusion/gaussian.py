@@ -15,6 +15,8 @@ from latentdiff.diffusion.timesteps import space_timesteps
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LOSS_TYPES = ("simple", "l1", "hybrid", "bound")
+SIGMA_DATA, TIME_SCALING = 0.5, 10.0
+"""Of a consistency function, those of diffusers' LCMScheduler."""
 
 
 @register_process
@@ -156,6 +158,21 @@ class GaussianDiffusion(GaussianProcess):
 
     def first_order_scheduler(self) -> Any:
         return self.scheduler("DDIMScheduler")
+
+    def renoising_scheduler(self, steps: int, among: int) -> Any:
+        scheduler = self.scheduler("LCMScheduler")
+        scheduler.register_to_config(original_inference_steps=among, timestep_scaling=TIME_SCALING)
+        return scheduler
+
+    def consistency_times(self, steps: int) -> Tensor:
+        """As diffusers' LCM counts them, for its scheduler's steps are chosen among these."""
+        return (torch.arange(steps + 1) * (self.num_timesteps // steps) - 1).clamp(min=0)
+
+    def consistency_scales(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """LCM (Luo et al. 2023), Eq. 9, for at time 0 there is some noise."""
+        scaled = self.model_time(times).float() * TIME_SCALING
+        c_skip = SIGMA_DATA**2 / (scaled.square() + SIGMA_DATA**2)
+        return c_skip, scaled / (scaled.square() + SIGMA_DATA**2).sqrt()
 
     def times(self, uniform: Tensor) -> Tensor:
         """(B,) in [0, 1) -> (B,) long, all timesteps alike."""

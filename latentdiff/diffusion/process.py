@@ -219,6 +219,29 @@ class Process(Clock):
         """
         raise ValueError(f"the {self.name} process has no first_order_scheduler, so it cannot be distilled")
 
+    def renoising_scheduler(self, steps: int, among: int) -> Any:
+        """The diffusers scheduler that puts new noise into the x_0 of each prediction, as consistency models draw.
+
+        Args:
+            steps: that are mostly asked of it.
+            among: how many even ones they are chosen from, where times are whole numbers.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(f"the {self.name} process has no renoising_scheduler; take method=trajectory or progressive")
+
+    def consistency_times(self, steps: int) -> Tensor:
+        """The times between which a path is cut for consistency, (steps + 1,), from the least."""
+        return self.even_times(steps)
+
+    def consistency_scales(self, times: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """c_skip and c_out, with which c_skip x_t + c_out x_0 is x_t itself at the least of `consistency_times`.
+
+        (B,) or numbers. Without noise at that time x_0 is enough.
+        """
+        return 0.0, 1.0
+
     # What follows from it; a subclass may replace it
 
     def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def remark_on_size(pipeline: LatentPipeline, height: int, width: int) -> str | N
 def remark_on_steps(pipeline: LatentPipeline, steps: int) -> str | None:
     """Of other steps than a distilled model was made for. With an LCM scheduler it was made for any few."""
     made = pipeline.made_for_steps
-    few = type(pipeline.scheduler).__name__ == "LCMScheduler" and steps <= FEW_STEPS
+    few = type(pipeline.scheduler).__name__.endswith("LCMScheduler") and steps <= FEW_STEPS
     if made is None or steps == made or few:
         return None
     return (

@@ -97,6 +97,10 @@ class Sampler:
 
     def _set_steps(self, count: int, device: torch.device) -> None:
         """Raises ValueError for a number of steps that the scheduler has no plan of, as PNDM of fewer than four."""
+        if count == 1 and self.scheduler.config.get("shift_terminal"):
+            self.scheduler.register_to_config(
+                shift_terminal=None
+            )  # where a plan of several ends; of one diffusers has nan
         try:
             self.scheduler.set_timesteps(count, device=device)
         except (ValueError, IndexError) as error:

@@ -28,7 +28,11 @@ SHORT_NAMES = {
 }
 """The schedulers that sample from a discrete process of betas and need no further package, by names easy to type."""
 
-OF_FLOWS = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun": "FlowMatchHeunDiscreteScheduler"}
+OF_FLOWS = {
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "flow-lcm": "FlowMatchLCMScheduler",
+}
 """Those of flows, which the short names of the same solvers mean too where the model is one."""
 
 OF_THE_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -72,6 +76,8 @@ def change_scheduler(scheduler: Any, name: str) -> Any:
     process = process_of(scheduler)
     if not isinstance(process, GaussianDiffusion):
         found = process.scheduler(find_scheduler(name))
+        if type(found) is type(scheduler):
+            return scheduler  # its settings are the model's, as of one that was distilled
         if type(process_of(found)) is not type(process):
             raise ValueError(f"the {type(found).__name__} cannot sample from the {process.name} process")
         return found

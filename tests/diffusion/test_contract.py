@@ -149,3 +149,9 @@ def test_a_scheduler_gives_its_own_tables() -> None:
     process = process_of(scheduler)
     assert isinstance(process, GaussianDiffusion)
     assert torch.equal(process.alphas_cumprod.float(), scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("what", ["first_order_scheduler", "renoising_scheduler"])
+def test_a_process_that_says_nothing_of_it_is_not_distilled(what: str) -> None:
+    with pytest.raises(ValueError, match=f"the straight process has no {what}"):
+        getattr(Straight(), what)(*([4, 1000] if what.startswith("re") else []))

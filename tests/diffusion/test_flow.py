@@ -157,7 +157,7 @@ def test_samplers_follow_the_true_flow(name: str, shift: float) -> None:
     assert (progress.latents - (0.7 + 0.5 * start)).abs().max() < (0.06 if name == "euler" else 0.02)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm", "lcm", "deis", "euler-ancestral"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm", "tcd", "deis", "euler-ancestral"])
 def test_schedulers_of_noise_levels_are_refused(name: str) -> None:
     with pytest.raises(
         ValueError, match="cannot sample from the flow process, for it steps between noise levels; euler"
@@ -165,11 +165,30 @@ def test_schedulers_of_noise_levels_are_refused(name: str) -> None:
         change_scheduler(RectifiedFlow().scheduler(), name)
 
 
-@pytest.mark.parametrize("name", ["flow-euler", "FlowMatchHeunDiscreteScheduler"])
+@pytest.mark.parametrize("name", ["flow-euler", "FlowMatchHeunDiscreteScheduler", "flow-lcm"])
 def test_schedulers_of_flows_are_refused_to_models_of_noise_levels(name: str) -> None:
     with pytest.raises(ValueError, match="samples from flows, and this model is of the gaussian process"):
         change_scheduler(diffusers.DDIMScheduler(), name)
     assert type(change_scheduler(RectifiedFlow().scheduler(), name)).__name__.startswith("FlowMatch")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_new_noise_is_put_in_where_an_even_plan_has_it(shift: float) -> None:
+    process, noise = RectifiedFlow(shift), torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler.of(process.renoising_scheduler(4, 1000))
+    assert process_of(sampler.scheduler).scheduler_config() == process.scheduler_config()
+    times = sampler.plan(4, torch.device("cpu"))
+    assert float(times[0]) == 1000
+    assert float(times[-1]) == pytest.approx(1000 * shift / (shift + 3))
+    generators = [torch.Generator().manual_seed(one) for one in (1, 2)]
+    steps = denoise(OfGaussian(0.7, 0.0), sampler, noise, times, **sampler.step_options(generators, 0.0))
+    sigmas = [*(times / 1000).tolist()[1:], 0.0]
+    for sigma, progress in zip(sigmas, steps, strict=True):  # every answer is the one picture
+        assert (progress.clean - 0.7).abs().max() < 1e-4
+        assert float(progress.latents.mean()) == pytest.approx(0.7 * (1 - sigma), abs=0.05)
+        assert float(progress.latents.std()) == pytest.approx(sigma, abs=0.05)
+    assert sampler.plan(1, torch.device("cpu")).tolist() == [1000]
+    assert change_scheduler(sampler.scheduler, "lcm") is sampler.scheduler
 
 
 def test_a_scheduler_names_its_flow() -> None:

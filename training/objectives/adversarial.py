@@ -37,6 +37,10 @@ class JudgedObjective(DistillationObjective):
     ) -> None:
         super().__init__(student, teacher, process, guidance, empty)
         self.settings = settings
+        scheduler = process.renoising_scheduler(settings.few_steps, process.num_timesteps)
+        scheduler.set_timesteps(settings.few_steps)
+        self.asked: Tensor
+        self.register_buffer("asked", scheduler.timesteps, persistent=False)
 
     def held_out_loss(self, batch: DiffusionBatch) -> Result:
         """``val_loss``: `distances`."""
@@ -50,7 +54,7 @@ class JudgedObjective(DistillationObjective):
     def answer(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
         """The student's clean latents (B, C, h, w) at one of its steps, and the guidance scales (B,)."""
         index, uniform = self.places(batch.draws, self.settings.few_steps)
-        times = self.process.num_timesteps - 1 - index * self.process.num_timesteps // self.settings.few_steps
+        times = self.asked[index]
         scales = self.scales(uniform)
         noisy = self.process.mix(batch.latents, batch.noise, times)
         told = self.told(self.student, given_condition(batch), scales)

@@ -12,8 +12,6 @@ from latentdiff.training.objectives.distillation import DistillationObjective, f
 from latentdiff.training.objectives.objective import Result
 from latentdiff.training.settings import DistillationSettings
 
-SIGMA_DATA, TIME_SCALING = 0.5, 10.0  # those of diffusers' LCMScheduler
-
 
 class ConsistencyObjective(DistillationObjective):
     """The distance of the student's answers at two neighbouring points of a path, the nearer one held fixed.
@@ -67,10 +65,9 @@ class ConsistencyObjective(DistillationObjective):
     def _answers(self, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
         """The student's answer at a point, and what it should be: (B, C, h, w) each."""
         count = self.settings.solver_steps
-        skip = self.process.num_timesteps // count  # k in the paper
         index, uniform = self.places(batch.draws, count)
-        start = (index + 1) * skip - 1
-        end = (start - skip).clamp(min=0)
+        times = self.process.consistency_times(count).to(index.device)
+        start, end = times[index + 1], times[index]
         scales, condition = self.scales(uniform), given_condition(batch)
         noisy = self.process.mix(batch.latents, batch.noise, start)
         told = self.told(self.student, condition, scales)
@@ -85,8 +82,8 @@ class ConsistencyObjective(DistillationObjective):
         return answer, wanted
 
     def consistent(self, network: Any, noisy: Tensor, times: Tensor, condition: Conditioning) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0, which is x itself at t = 0. LCM, Eq. 9."""
-        scaled = self.process.model_time(times).float().view(-1, 1, 1, 1) * TIME_SCALING
-        c_skip = SIGMA_DATA**2 / (scaled.square() + SIGMA_DATA**2)
-        c_out = scaled / (scaled.square() + SIGMA_DATA**2).sqrt()
+        """f(x, t) = c_skip x + c_out x_0, which is x itself at the least time. LCM, Eq. 9."""
+        c_skip, c_out = (
+            one.view(-1, 1, 1, 1) if isinstance(one, Tensor) else one for one in self.process.consistency_scales(times)
+        )
         return c_skip * noisy + c_out * self.guess(network, noisy, times, condition).clean

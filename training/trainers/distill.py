@@ -11,9 +11,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.diffusion.gaussian import GaussianDiffusion
 from latentdiff.diffusion.process import Process
 from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.interchange.user_files import faults_named
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.models.discriminator import FeatureDiscriminator
 from latentdiff.pipelines import DiTPipeline, TextToImagePipeline
@@ -29,7 +29,7 @@ from latentdiff.training.objectives.adversarial import (
     FeatureDiscriminatorObjective,
     feature_widths,
 )
-from latentdiff.training.objectives.consistency import TIME_SCALING, ConsistencyObjective
+from latentdiff.training.objectives.consistency import ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective
 from latentdiff.training.objectives.distribution_matching import DistributionMatchingObjective, FollowerObjective
 from latentdiff.training.objectives.objective import Objective, RealAndFake
@@ -129,19 +129,14 @@ def scheduler_of(settings: DistillationSettings, process: Process) -> Any:
     Raises:
         ValueError: there is none for the teacher's process.
     """
-    if settings.method in ("progressive", "trajectory"):
-        scheduler = process.first_order_scheduler()
-    elif not isinstance(process, GaussianDiffusion):
-        raise ValueError(
-            f"{settings.model} is of the {process.name} process, and method={settings.method} makes students that put "
-            f"new noise into each answer, which is known of models of noise levels alone; take method=trajectory or "
-            f"progressive, or make it one by 'latentdiff finetune' with process=gaussian"
-        )
-    else:
-        scheduler = process.scheduler("LCMScheduler")  # which puts new noise into each answer, as is taught
-        among = process.num_timesteps if settings.method in ("adversarial", "dmd") else settings.solver_steps
-        scheduler.register_to_config(original_inference_steps=among, timestep_scaling=TIME_SCALING)
-    scheduler.register_to_config(steps_offset=1)  # changes nothing here, but diffusers' pipelines warn of any other
+    with faults_named(settings.model):
+        if settings.method in ("progressive", "trajectory"):
+            scheduler = process.first_order_scheduler()
+        else:
+            among = process.num_timesteps if settings.method in ("adversarial", "dmd") else settings.solver_steps
+            scheduler = process.renoising_scheduler(settings.few_steps, among)
+    if "steps_offset" in scheduler.config:  # where it changes nothing, but diffusers' pipelines warn of any other
+        scheduler.register_to_config(steps_offset=1)
     return scheduler
 
 

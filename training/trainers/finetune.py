@@ -52,7 +52,7 @@ USED_BY = {
 UNDISTILLED = {"num_inference_steps": 25, "guidance_scale": 2.0}
 """How a model draws that was distilled to at most `FEW_STEPS` steps without guidance, once it has been fine-tuned."""
 
-OF_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
+OF_FEW_STEPS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that draw with distilled models alone."""
 
 FAMILIES = (SDXLTextToImagePipeline, PixArtTextToImagePipeline, DiTPipeline)

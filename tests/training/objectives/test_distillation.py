@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -102,6 +103,62 @@ def test_lcm_is_a_step_of_diffusers_ddim_between_two_answers_of_its_lcm_schedule
         huber = (difference.square() + 0.1**2).sqrt() - 0.1
         losses.append(huber.mean() if loss == "huber" else difference.square().mean())
     torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=1e-5)
+
+
+def test_lcm_of_a_flow_is_diffusers_step_along_it_between_two_answers_of_its_lcm_scheduler(
+    batch: DiffusionBatch, empty: Tensor
+) -> None:
+    taught, student, chosen = teacher(), teacher().requires_grad_(True), settings(guidance_scale=3, solver_steps=10)
+    objective = ConsistencyObjective(student, taught, RectifiedFlow(2.0), (3.0, 3.0), empty, chosen)
+    assert objective.target is not None
+    with torch.no_grad():
+        objective.target.conv_out.bias.add_(0.3)
+    plan, losses = plan_of_a_flow(10), []
+    lcm = diffusers.FlowMatchLCMScheduler()
+
+    def answer(network: Any, sample: Tensor, time: float, sigma: float, own: Tensor) -> Tensor:
+        lcm._step_index, lcm.sigmas = 0, torch.tensor([sigma, 0.0])
+        return lcm.step(network(sample, time, own).sample, torch.tensor(time), sample).prev_sample
+
+    for i, draw in enumerate(batch.draws.tolist()):
+        place, own = 9 - min(int(draw * 10), 9), batch.condition.states[i : i + 1]
+        (time, sigma), (less, then) = plan[place : place + 2]
+        noisy = (1 - sigma) * batch.latents[i : i + 1] + sigma * batch.noise[i : i + 1]
+        with torch.no_grad():
+            nearer = euler(taught, noisy, plan[place : place + 2], empty, own)
+            wanted = answer(objective.target, nearer, less, then, own) if then else nearer
+        losses.append(((answer(student, noisy, time, sigma, own) - wanted).square() + 0.001**2).sqrt().mean() - 0.001)
+    torch.testing.assert_close(objective(batch).loss, torch.stack(losses).mean(), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_true_consistency_function_of_a_flow_has_no_loss(shift: float) -> None:
+    """Of N(mean, spread^2) it is mean + spread (x - (1 - t) mean) / sqrt((1 - t)^2 spread^2 + t^2)."""
+    mean, spread = 0.7, 0.4
+
+    class Known(torch.nn.Module):
+        def __init__(self, is_student: bool) -> None:
+            super().__init__()
+            self.is_student, self.config = is_student, SimpleNamespace()
+
+        def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> SimpleNamespace:
+            t = timestep.view(-1, 1, 1, 1) / 1000
+            variance, off = (1 - t) ** 2 * spread**2 + t**2, sample - (1 - t) * mean
+            clean = mean + (spread / variance.sqrt() if self.is_student else (1 - t) * spread**2 / variance) * off
+            return SimpleNamespace(sample=(sample - clean) / t.clamp(min=1e-6))
+
+    def loss(student: Known, steps: int) -> float:
+        chosen = settings(guidance_scale=1, solver_steps=steps, loss="l2", target_decay=0)
+        flow, given = RectifiedFlow(shift), Conditioning(torch.zeros(2000, 1, 1))
+        objective = ConsistencyObjective(student, Known(False), flow, (1.0, 1.0), torch.zeros(1, 1, 1), chosen)
+        generator = torch.Generator().manual_seed(0)
+        clean, noise = torch.randn(2, 2000, 1, 2, 2, generator=generator)
+        draws = torch.rand(2000, generator=generator, dtype=torch.float64)
+        return float(objective(DiffusionBatch(mean + spread * clean, noise, draws, given, torch.ones(2000))).loss)
+
+    coarse, fine = (loss(Known(True), steps) for steps in (50, 200))
+    assert fine < coarse / 100  # of Euler's step alone, whose error is of second order
+    assert coarse < loss(Known(False), 50) / 10
 
 
 def test_without_a_teacher_the_nearer_point_has_less_of_the_same_noise(batch: DiffusionBatch, empty: Tensor) -> None:
@@ -433,6 +490,25 @@ def test_adversarial_is_the_distance_to_the_teacher_and_the_discriminators_word(
     assert early(batch).for_adversary is None
     early.after_update(True)
     assert early(batch).for_adversary is not None
+
+
+@pytest.mark.parametrize("method", ["adversarial", "dmd"])
+def test_a_flow_is_judged_where_it_is_drawn(batch: DiffusionBatch, empty: Tensor, method: str) -> None:
+    taught, student, process = teacher(), teacher().requires_grad_(True), RectifiedFlow(3.0)
+    common = (student, taught, process, (1.0, 1.0), empty)
+    objective: Any
+    if method == "dmd":
+        objective = DistributionMatchingObjective(*common, teacher(), settings(method=method, few_steps=2))
+    else:
+        discriminator = FeatureDiscriminator(feature_widths(taught), 8)
+        objective = AdversarialObjective(*common, discriminator, settings(method=method, few_steps=2))
+    answer, _ = objective.answer(batch)
+    times = torch.tensor([1000.0, 1000, 1000, 1000, 750, 750])  # of draws in two halves; 3 / 2 / (1 + 2 / 2) is 3/4
+    signal, sigma = process.coefficients(times, batch.latents)
+    noisy = signal * batch.latents + sigma * batch.noise
+    torch.testing.assert_close(answer, noisy - sigma * student(noisy, times, batch.condition.states).sample)
+    objective(batch).loss.backward()
+    assert student.conv_in.weight.grad.isfinite().all()
 
 
 def test_the_teachers_features_are_what_its_way_up_starts_from(batch: DiffusionBatch, empty: Tensor) -> None:

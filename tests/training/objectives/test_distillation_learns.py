@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.conditioning import Conditioning
-from latentdiff.diffusion import GaussianDiffusion
+from latentdiff.diffusion import GaussianDiffusion, RectifiedFlow
 from latentdiff.training.batch.batch_types import DiffusionBatch
 from latentdiff.training.objectives.consistency import ConsistencyObjective
 from latentdiff.training.objectives.distillation import DistillationObjective
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 MEAN, SPREAD = 0.7, 0.4
 ZERO_SNR = GaussianDiffusion("scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
+FLOW = RectifiedFlow()
 
 
 class Affine(nn.Module):
@@ -40,6 +42,21 @@ class Affine(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> SimpleNamespace:
         slope, offset = self.rows[:, timestep].view(2, -1, 1, 1, 1)
+        return SimpleNamespace(sample=slope * sample + offset)
+
+
+class AffineFlow(nn.Module):
+    """The same of a flow, for each of 50 times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, t = SimpleNamespace(), FLOW.even_times(50)[1:] / 1000
+        gain = (1 - t) * SPREAD**2 / ((1 - t) ** 2 * SPREAD**2 + t**2)
+        rows = torch.stack([(1 - gain) / t, (gain * (1 - t) - 1) * MEAN / t])  # u = (x_t - x_0) / t
+        self.rows = nn.Parameter(torch.cat([torch.zeros(2, 1), rows], 1))
+
+    def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> SimpleNamespace:
+        slope, offset = self.rows[:, (timestep * 50 / 999).round().long()].view(2, -1, 1, 1, 1)
         return SimpleNamespace(sample=slope * sample + offset)
 
 
@@ -65,9 +82,9 @@ def learn(objective: DistillationObjective, updates: int, adversary: FollowerObj
         objective.after_update(True)
 
 
-def ddim(objective: DistillationObjective, network: Any, noise: Tensor, times: list[int]) -> Tensor:
+def ddim(objective: DistillationObjective, network: Any, noise: Tensor, times: Sequence[int] | Tensor) -> Tensor:
     sample, condition = noise, Conditioning(torch.zeros(len(noise), 1, 1))
-    for now, then in itertools.pairwise(torch.full((len(noise),), time) for time in times):
+    for now, then in itertools.pairwise(torch.as_tensor(times)[:, None].expand(-1, len(noise))):
         sample = objective.moved(objective.guess(network, sample, now, condition), then)
     return sample.detach()
 
@@ -97,6 +114,20 @@ def test_a_student_ends_in_one_step_where_its_teacher_ends_in_many(method: str) 
     found = (ddim(objective, student, noise, [999, -1]) - wanted).abs().mean()
     assert alone > 0.2  # the mean alone, whatever the noise
     assert found < 0.003
+
+
+def test_lcm_of_a_flow_learns_the_consistency_function() -> None:
+    taught, student, none = AffineFlow().requires_grad_(False), AffineFlow(), torch.zeros(1, 1, 1)
+    objective = ConsistencyObjective(
+        student, taught, FLOW, (1.0, 1.0), none, settings(guidance_scale=1, target_decay=0.9)
+    )
+    learn(objective, 1000)
+    noise = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    one, many = torch.tensor([999.0, 0.0]), FLOW.even_times(50).flip(0)
+    wanted, found = (ddim(objective, *one_of) for one_of in ((taught, noise, many), (student, noise, one)))
+    assert (found - wanted).abs().mean() < 0.003
+    assert (found - (MEAN + SPREAD * noise)).abs().mean() < 0.02  # the closed form, from which Euler's steps differ
+    assert (ddim(objective, taught, noise, one) - wanted).abs().mean() > 0.2
 
 
 def test_the_pictures_of_one_step_are_distributed_as_the_teachers() -> None:

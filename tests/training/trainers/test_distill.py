@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
 
 from latentdiff import TextToImagePipeline
-from latentdiff.diffusion import process_of
+from latentdiff.diffusion import RectifiedFlow, process_of
 from latentdiff.interchange.png import read_settings
 from latentdiff.training.settings import DistillationSettings, FinetuneSettings
 from latentdiff.training.trainers.distill import distill
@@ -125,6 +125,25 @@ def test_a_flow_of_few_steps_draws_in_plain_diffusers_as_here(pictures: Path, tm
     assert not torch.equal(unet(out)["conv_in.weight"], unet(tmp_path / "model")["conv_in.weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lcm", "lcm-lora", "consistency", "adversarial", "dmd"])
+def test_a_flow_that_draws_with_new_noise_does_so_in_plain_diffusers_as_here(
+    pictures: Path, tmp_path: Path, method: str
+) -> None:
+    out = run(save_flow(tmp_path / "model"), tmp_path / "out", data=str(pictures), **METHODS[method])
+    ours, theirs = TextToImagePipeline.from_pretrained(out), diffusers.StableDiffusionPipeline.from_pretrained(out)
+    scheduler: Any = theirs.scheduler
+    assert type(scheduler) is diffusers.FlowMatchLCMScheduler
+    assert scheduler.config.shift == 2.0
+    scheduler.init_noise_sigma = 1.0  # which its pipeline asks for, and no scheduler of flows has
+    scale = ours.defaults["guidance_scale"]
+    found, wanted = drawn(ours, guidance_scale=scale), drawn(theirs, guidance_scale=scale)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert drawn(ours, num_inference_steps=1, guidance_scale=scale).isfinite().all()
+    old = unet(tmp_path / "model")
+    assert any(not torch.equal(unet(out)[name], one) for name, one in old.items())
+
+
 def test_a_lora_is_loaded_by_plain_diffusers_with_its_lcm_scheduler(
     pictures: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -194,9 +213,10 @@ def test_resumes_exactly(pictures: Path, model: Path, tmp_path: Path, method: st
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["trajectory", "lcm"])
+def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_path: Path, method: str) -> None:
     save_flow(tmp_path / "model")
-    common = {**METHODS["trajectory"], "data": str(pictures), "max_steps": 6, "checkpoint_every": 1}
+    common = {**METHODS[method], "data": str(pictures), "max_steps": 6, "checkpoint_every": 1}
     log = tmp_path / "log.txt"
     took = seconds_of(lambda: run(tmp_path / "model", tmp_path / "straight", **common), log)
     assert live_and_die(lambda: run(tmp_path / "model", tmp_path / "killed", **common), log, 2, 0.8 * took, seed=0)
@@ -207,7 +227,7 @@ def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("method", [*METHODS, "trajectory of a flow"])
+@pytest.mark.parametrize("method", [*METHODS, "trajectory of a flow", "lcm of a flow", "dmd of a flow"])
 def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
     method, _, of_flow = method.partition(" ")
     if of_flow:
@@ -285,10 +305,23 @@ def test_teachers_that_cannot_be(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its UNet predicts 8 channels for latents with 4"):
         run(varied, tmp_path / "out", data=str(pictures))
     save_flow(tmp_path / "flow")
-    for method in ("lcm", "consistency", "adversarial", "dmd"):
-        with pytest.raises(ValueError, match=rf"flow is of the flow process, and method={method} .*take method=traj"):
-            run(tmp_path / "flow", tmp_path / "out", data=str(pictures), method=method)
+    with pytest.raises(ValueError, match="solver_steps=2000 are more than the teacher's 1000"):
+        run(tmp_path / "flow", tmp_path / "out", data=str(pictures), solver_steps=2000)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_student_of_a_flow_is_fine_tuned_to_many_steps(pictures: Path, tmp_path: Path) -> None:
+    few = tiny_pipeline("clip")
+    few.scheduler = RectifiedFlow(2.0).renoising_scheduler(4, 1000)
+    few.register_defaults(num_inference_steps=4, guidance_scale=1.0)
+    few.save_pretrained(tmp_path / "few")
+    values = {"data": str(pictures), "lora_rank": 2, "max_steps": 1, "batch_size": 2, "output": str(tmp_path / "out")}
+    tuned = TextToImagePipeline.from_pretrained(
+        finetune(FinetuneSettings.load(None, {**values, "model": str(tmp_path / "few")}))
+    )
+    assert (type(tuned.scheduler), tuned.defaults) == (diffusers.DPMSolverMultistepScheduler, UNDISTILLED)
+    assert tuned.scheduler.config.flow_shift == 2.0
 
 
 def test_a_student_is_fine_tuned_to_many_steps_or_not_at_all(pictures: Path, tmp_path: Path) -> None:

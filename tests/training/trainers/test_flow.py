@@ -13,9 +13,8 @@ from trained import same, unet
 from latentdiff import ClassConditionalPipeline, InpaintPipeline, TextToImagePipeline, UnconditionalPipeline
 from latentdiff.diffusion import RectifiedFlow, process_of
 from latentdiff.pipelines.core.scheduler_names import change_scheduler
-from latentdiff.training.settings import DenoiserSettings, DistillationSettings, FinetuneSettings
+from latentdiff.training.settings import DenoiserSettings, FinetuneSettings
 from latentdiff.training.trainers.denoiser import train_denoiser
-from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
 
 FLOW = {"objective": "flow", "process_options": {"shift": 2.0}}
@@ -133,16 +132,7 @@ def test_what_cannot_be_taught(
         tune(pictures, model, tmp_path / "out", **changes)
 
 
-def test_a_flow_is_not_distilled_by_what_draws_with_new_noise(pictures: Path, tmp_path: Path) -> None:
-    pipeline = tiny_pipeline()
-    pipeline.scheduler = RectifiedFlow().scheduler()
-    pipeline.save_pretrained(tmp_path / "model")
-    values = {"data": str(pictures), "model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="is of the flow process, and method=lcm makes students that put new noise"):
-        distill(DistillationSettings.load(None, values))
-
-
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm++"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "lcm"])
 def test_what_is_kept_of_a_picture_stays(name: str) -> None:
     """Inpainting two pictures at once, from noise and from the picture: outside the mask latents are the picture's."""
     pipeline = tiny_pipeline()
