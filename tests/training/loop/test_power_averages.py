@@ -15,7 +15,7 @@ import typer
 from lives import live_and_die, seconds_of, start, wait
 from safetensors.torch import load_file, save_file
 from straight_line import Line, go, settings
-from tiny import DENOISER, SMALL, autoencoder_settings
+from tiny import DENOISER
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,13 +23,9 @@ from latentdiff.training.card.card import called
 from latentdiff.training.commands.average import average as command
 from latentdiff.training.loop.power_averages import LENGTHS, PowerAverages, exponent, mixture, overlap
 from latentdiff.training.loop.run import TrainingRun
-from latentdiff.training.settings import DenoiserSettings, FinetuneSettings, PriorSettings
-from latentdiff.training.trainers.autoencoder import train_autoencoder
+from latentdiff.training.settings import DenoiserSettings
 from latentdiff.training.trainers.average import average, kept_averages
 from latentdiff.training.trainers.denoiser import train_denoiser
-from latentdiff.training.trainers.prior import train_prior
-
-DIT_HAS_NOT = ("block_out_channels", "attention_levels", "attention_head_dim", "norm_num_groups")
 
 
 def test_exponents_are_the_papers() -> None:
@@ -223,37 +219,3 @@ def test_averages_that_are_damaged_or_of_another_model(kind: str, tmp_path: Path
     assert not (tmp_path / "new").exists()
     if kind == "other":
         assert len(kept_averages(tmp_path / "run")) == 1
-
-
-def test_adapters_have_no_snapshots() -> None:
-    values = {"data": "d", "output": "o", "method": "lora", "ema_snapshots": 5}
-    with pytest.raises(ValueError, match="ema_snapshots are for whole networks"):
-        FinetuneSettings.load(None, values)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kl", "vq", "dit", "prior"])
-def test_runs_of_every_trainer_are_averaged(kind: str, labelled: Path, tmp_path: Path) -> None:
-    run, common = tmp_path / "run", {"ema_snapshots": 2, "max_steps": 4, "sample_every": 4}
-    if kind in ("kl", "vq"):
-        more = {"kind": kind, "num_vq_embeddings": 16} if kind == "vq" else {"discriminator_weight": 0.5}
-        train_autoencoder(autoencoder_settings(labelled, run, **common, **more))
-        part = ""
-    elif kind == "prior":
-        more = {"kind": "vq", "num_vq_embeddings": 16, "max_steps": 2}
-        vq = train_autoencoder(autoencoder_settings(labelled, tmp_path / "vq", **more))
-        values = {**SMALL, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "condition": "none"}
-        values |= {"data": str(labelled), "autoencoder": str(vq), "output": str(run), **common}
-        train_prior(PriorSettings.load(None, values))
-        part = "transformer"
-    else:
-        values = {key: value for key, value in DENOISER.items() if key not in DIT_HAS_NOT}
-        values |= {"data": str(labelled), "autoencoder": "pixels", "condition": "class", "caption_column": "colour"}
-        values |= {"network": "dit", "network_options": {"depth": 1, "width": 24, "heads": 2}, **common}
-        train_denoiser(DenoiserSettings.load(None, {**values, "output": str(run)}))
-        part = "transformer"
-    average(run, 0.1, tmp_path / "new")
-    found = load_file(tmp_path / "new" / part / "diffusion_pytorch_model.safetensors")
-    kept = load_file(run / "training" / "averages" / "step-00000004-0.1.safetensors")
-    for name, tensor in kept.items():
-        torch.testing.assert_close(found[name.partition(".")[2]], tensor, atol=1e-5, rtol=1e-4)
