@@ -102,21 +102,24 @@ def kill(children: Sequence[int]) -> None:
             continue
 
 
-def seconds_of(work: Callable[[], object], log: Path) -> float:
-    """How long `work` takes in a process of its own; with it kills are timed alike on slow and on fast machines."""
+def seconds_of(work: Callable[[], object], log: Path, processes: int = 1) -> float:
+    """How long `work` takes in processes of its own; with it kills are timed alike on slow and on fast machines."""
     began = time.monotonic()
-    assert wait(start(work, log)) == [0], log.read_text(encoding="utf-8")[-3000:]
+    assert set(wait(start(work, log, processes))) == {0}, log.read_text(encoding="utf-8")[-3000:]
     return time.monotonic() - began
 
 
 def live_and_die(
-    work: Callable[[], object], log: Path, kills: int, longest: float, seed: int, processes: int = 1
+    work: Callable[[], object], log: Path, kills: int, undisturbed: float, seed: int, processes: int = 1
 ) -> int:
-    """Start `work` again and again, killing it after a random time of up to `longest` seconds; then let it end.
+    """Start `work`, which takes `undisturbed` seconds when it is left in peace, again and again, and kill it after a
+    random time; then let it end. Returns how many lives were really cut short.
 
-    Returns how many lives were really cut short.
+    All lives together take about half of `undisturbed`, so that the work is not done before; on a machine that is much
+    faster meanwhile, it may be, and fewer lives are cut short.
     """
     chance, cut = random.Random(seed), 0
+    longest = undisturbed / kills
     for _ in range(kills * 3):
         children = start(work, log, processes)
         time.sleep(chance.uniform(0, longest))

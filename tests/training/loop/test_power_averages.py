@@ -142,7 +142,7 @@ def test_kills_change_no_average_and_two_processes_keep_the_same(pictures: Path,
 
     log = tmp_path / "log.txt"
     took = seconds_of(work("calm", batch_size=4), log)
-    assert live_and_die(work("killed", batch_size=4), log, kills=3, longest=0.8 * took, seed=1)
+    assert live_and_die(work("killed", batch_size=4), log, kills=3, undisturbed=took, seed=1)
     assert wait(start(work("two", batch_size=2), log, processes=2)) == [0, 0], log.read_text()
     calm, killed, two = (averages_in(tmp_path / name) for name in ("calm", "killed", "two"))
     assert calm.keys() == killed.keys() == two.keys()

@@ -78,7 +78,7 @@ def test_kills_and_several_processes_change_nothing(
 
     took = seconds_of(lambda: work("one"), log)
     assert wait(start(lambda: work("two", 1), log, processes=2)) == [0, 0], log.read_text()
-    assert live_and_die(lambda: work("killed"), log, 2, 0.8 * took, seed=0)
+    assert live_and_die(lambda: work("killed"), log, 2, took, seed=0)
     one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
     assert same(one, killed)
     for name, tensor in one.items():

@@ -204,7 +204,7 @@ def test_kills_change_nothing(pictures: Path, model: Path, tmp_path: Path) -> No
 
     log = tmp_path / "log.txt"
     took = seconds_of(lambda: train("straight"), log)
-    assert live_and_die(lambda: train("killed"), log, 2, 0.8 * took, seed=0)
+    assert live_and_die(lambda: train("killed"), log, 2, took, seed=0)
     assert same(*(unet(tmp_path / name) for name in ("straight", "killed")))
 
 
