@@ -231,6 +231,10 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
             raise ValueError(
                 f"a {own.name} takes {takes} besides the prompt, and {' and '.join(sorted(wanted)) or 'none'} was given"
             )
+        relatives = [kind for kind in KINDS if kind.interchangeable and kind.family == own.family]
+        if not any(set(kind.pictures) == wanted for kind in relatives):
+            takes = " or with ".join(" and ".join(kind.pictures) or "no picture" for kind in relatives)
+            raise ValueError(f"a {own.name} draws with {takes}, and {' and '.join(sorted(wanted))} was given")
     fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
     family = KINDS[0].family if own is None else own.family
     return next((kind for kind in fitting if kind.interchangeable and kind.family == family), fitting[0])

@@ -1,7 +1,8 @@
 """The model behind a server: one set of networks, as all kinds of pipeline that it can be."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -92,6 +93,21 @@ class ServedModel:
         if not named:
             return type(self.pipeline).__name__
         return kind_taking(named, self.pipeline.saved_class_name).name
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """How many steps every picture takes; None: as many as are asked for."""
+        found: int | None = getattr(self.pipeline, "fixed_steps", None)
+        return found
+
+    @property
+    def takes_strength(self) -> bool:
+        """Whether a request that has a picture may say how much of it is drawn anew: not so with codes."""
+        calls = []
+        for pictures in (["image"], ["image", "mask_image"]):
+            with suppress(ValueError):  # no kind draws from these
+                calls.append(kind_taking(pictures, self.pipeline.saved_class_name).load().__call__)
+        return any("strength" in inspect.signature(call).parameters for call in calls)
 
     def pipeline_of(self, kind: str) -> Any:
         """The pipeline of that class; they share the networks."""

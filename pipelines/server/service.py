@@ -104,7 +104,7 @@ class Service:
         if request.scores and self.clip is None:
             raise RequestError("scores: there is no CLIP model here; start the server with --clip", "scores")
         check_size(settings.width, settings.height, model.factor, most, model.own_size)
-        if settings.num_inference_steps > self.limits.steps:
+        if model.fixed_steps is None and settings.num_inference_steps > self.limits.steps:
             message = f"the model takes {settings.num_inference_steps} steps, this server gives {self.limits.steps}"
             raise RequestError(f"steps: {message}; say how many", "steps")
         kind = model.kind_for(inputs)
@@ -193,6 +193,8 @@ class Service:
             "multiple_of": model.factor,
             "steps": model.pipeline.defaults["num_inference_steps"],
             "guidance_scale": model.pipeline.defaults["guidance_scale"],
+            "fixed_steps": model.fixed_steps is not None,
+            "takes_strength": model.takes_strength,
             **({} if model.refined is None else {"refiner": model.refined.name}),
             "limits": {"pixels": pixels, "steps": limits.steps, "count": limits.count, "prompt": limits.prompt},
         }

@@ -62,10 +62,15 @@ class CodesPipeline(LatentPipeline):
     def defaults(self) -> dict[str, Any]:
         """As of every pipeline; in raster order there is a step for each code."""
         found = super().defaults
-        if self.transformer.causal:
-            height, width = self.transformer.grid
-            found["num_inference_steps"] = height * width
+        if self.fixed_steps is not None:
+            found["num_inference_steps"] = self.fixed_steps
         return found
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """In raster order the number of codes; None: any number of steps may be asked for."""
+        height, width = self.transformer.grid
+        return height * width if self.transformer.causal else None
 
     def register_codes(self, transformer: Any, vqvae: Any, **parts: Any) -> None:
         """As `register_parts`. Raises ValueError if the two do not fit together."""

@@ -38,6 +38,9 @@ def test_folders_unets_and_pictures_name_their_kind() -> None:
     assert [kind.name for kind in kinds_of_unet(9, 4)] == ["InpaintPipeline"]
     assert [kind.name for kind in kinds_of_unet(7, 4)] == ["SuperResolutionPipeline"]
     assert kinds_of_unet(5, 4) == []
+    assert kind_taking(("image", "mask_image"), "TokenPipeline").name == "TokenInpaintPipeline"
+    with pytest.raises(ValueError, match="TokenPipeline draws with no picture or with image and mask_image, and image"):
+        kind_taking(["image"], "TokenPipeline")
     with pytest.raises(ValueError, match="there is no pipeline 'Magic'; there are TextToImagePipeline, "):
         find_kind("Magic")
 

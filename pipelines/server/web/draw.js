@@ -70,8 +70,9 @@ async function described(model) {
     const sides = [0.5, 0.75, 1, 1.25, 1.5, 2].map((scale) => Math.max(1, Math.round(own * scale / m)) * m);
     $(side).replaceChildren(...[...new Set(sides)].map((one) => new Option(one + (one === own ? " (the model's)" : ""), one, false, one === own)));
   }
-  $("steps").value = info.steps; $("steps").max = info.limits.steps;
+  $("steps").max = info.fixed_steps ? info.steps : info.limits.steps; $("steps").value = info.steps; $("steps").disabled = info.fixed_steps;
   $("guidance").value = info.guidance_scale; $("count").max = info.limits.count;
+  $("strength").parentElement.hidden = !info.takes_strength;
   guided();
   say("");
   if (picture) await fitted();
@@ -85,11 +86,12 @@ function say(text, error = false) { $("said").textContent = text; $("said").clas
 
 function fields() {
   const asked = { prompt: $("prompt").value, model: info.id, n: +$("count").value, seed: +$("seed").value, stream: true,
-    steps: +$("steps").value, guidance_scale: +$("guidance").value, partial_images: info.limits.steps };
+    guidance_scale: +$("guidance").value, partial_images: info.limits.steps };
   if ($("negative").value.trim() && !$("negative").disabled) asked.negative_prompt = $("negative").value;
   if ($("lora").value) asked.lora = $("lora").value + ":" + (+$("lora-scale").value);
   if ($("scores").checked && offer.scores) asked.scores = true;
-  if (picture) asked.strength = +$("strength").value;
+  if (!info.fixed_steps) asked.steps = +$("steps").value;
+  if (picture && info.takes_strength) asked.strength = +$("strength").value;
   if (sized() !== picture?.size) asked.size = sized(); // else its own rule keeps the picture's pixels
   return asked;
 }

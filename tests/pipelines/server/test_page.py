@@ -18,8 +18,9 @@ from loras import diffusers_lora
 from PIL import ExifTags, Image
 from served import hold, made, serving, until
 from tiny_clip import save_clip
+from tiny_codes import save_codes
 
-from latentdiff import InpaintPipeline
+from latentdiff import InpaintPipeline, TokenPipeline
 from latentdiff.interchange.png import read_settings, settings_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -137,6 +138,17 @@ def test_previews_and_stop(page: Any, paged: Any) -> None:
     drawn(page, 2)
 
 
+def paint_a_column(page: Any) -> None:
+    """Of the mask, on the right of its middle."""
+    page.fill("#brush", "40")
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"], steps=8)
+    page.mouse.up()
+
+
 @pytest.mark.slow
 def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
     """On a picture that its EXIF turns upside down: what is painted is painted on what the page shows."""
@@ -145,13 +157,7 @@ def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
     exif[ExifTags.Base.Orientation] = 3
     drop(page, png(image.rotate(180), exif=exif), "photo.png", "#start")
     page.wait_for_function("document.querySelector('#mask').width === 16")
-    page.fill("#brush", "40")
-    page.locator("#mask").scroll_into_view_if_needed()
-    box = page.locator("#mask").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"])
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"], steps=8)
-    page.mouse.up()
+    paint_a_column(page)
     mask = page.evaluate("maskBlob().then((blob) => blob.arrayBuffer()).then((one) => [...new Uint8Array(one)])")
     painted = Image.open(io.BytesIO(bytes(mask))).convert("L")
     values = np.asarray(painted)
@@ -167,6 +173,24 @@ def test_painting_within_a_mask(page: Any, drawer: Any) -> None:
     call = {"seed": said["seed"], "num_inference_steps": 3, "strength": 1.0}
     wanted = InpaintPipeline.from_pipe(drawer)("a cup", image=image, mask_image=painted, **call).images[0]
     assert (np.asarray(found) == np.asarray(wanted)).all()
+
+
+@pytest.mark.slow
+def test_codes_are_drawn_within_a_mask_and_know_no_strength(tmp_path: Path) -> None:
+    save_codes(tmp_path)
+    service = made(TokenPipeline.from_pretrained(tmp_path / "words"))
+    with serving(service, hosts=("127.0.0.1",), folders=()) as running, opened(running.url) as page:
+        drop(page, png(Image.effect_noise((16, 16), 90).convert("RGB")), "photo.png", "#start")
+        page.wait_for_function("document.querySelector('#mask').width === 16")
+        paint_a_column(page)
+        assert not page.locator("#strength").is_visible()
+        assert page.is_disabled("#steps")
+        page.fill("#prompt", "a cup")
+        drawn(page, 1)
+        said = settings_of(Image.open(download(page))) or {}
+        assert "strength" not in said
+        assert said["num_inference_steps"] == 64  # a step for each code, above the limit
+    service.queue.close(wait=False)
 
 
 @pytest.mark.slow
