@@ -55,6 +55,9 @@ from diffusers import StableDiffusionPipeline
 StableDiffusionPipeline.from_pretrained("THIS_FOLDER")(PROMPT).images[0]
 ```"""
 
+LOADED = 'StableDiffusionPipeline.from_pretrained("THIS_FOLDER")'
+SCALE = "pipeline.scheduler.init_noise_sigma = 1.0  # which it asks for, and schedulers of flows do not have"
+
 TEXTLESS_USAGE = """## How to draw with it
 
 ```python
@@ -121,12 +124,18 @@ def text_to_image_kind(
     lora: bool = False,
     saved_as: str = "StableDiffusionPipeline",
     told: Mapping[str, object] | None = None,
+    scaled: bool = True,
 ) -> ModelKind:
-    """saved_as: diffusers' class for the folder. told: options that this needs."""
+    """saved_as: diffusers' class for the folder. told: options that this needs.
+
+    scaled: whether the scheduler has the scale of the first noise, which that class asks it for.
+    """
     prompts = [*sample_prompts, "a red car"]
     plain = next(prompt for prompt in prompts if is_plain(prompt))
     options = "".join(f", {key}={value!r}" for key, value in (told or {}).items())
     usage = PIPELINE_USAGE.replace('")(PROMPT)', f'")(PROMPT{options})').replace("PROMPT", f'"{plain}"')
+    if not scaled:
+        usage = usage.replace(LOADED, f"pipeline = {LOADED}\n{SCALE}\npipeline")
     usage = usage.replace("StableDiffusionPipeline", saved_as)
     return ModelKind("text-to-image pipeline", "text-to-image", usage, lora)
 

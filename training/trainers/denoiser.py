@@ -142,4 +142,5 @@ def kind_of(model: DiffusionModel, settings: DenoiserSettings, data: Data) -> Mo
         [*settings.sample_prompts, *short_captions(data.pictures)],
         saved_as=pipeline.saved_class_name,
         told=pipeline.diffusers_options,
+        scaled=hasattr(pipeline.scheduler, "init_noise_sigma"),
     )

@@ -265,8 +265,13 @@ def kind_of(settings: AdaptedSettings, pipeline: Any, data: Data, is_lora: bool)
     if isinstance(pipeline, DiTPipeline):
         return replace(class_conditional_kind([data.pictures[0].captions[0]]), lora=is_lora)
     prompts = [*settings.sample_prompts, *short_captions(data.pictures)]
-    told = {"saved_as": pipeline.saved_class_name, "told": pipeline.diffusers_options}
-    return text_to_image_kind(prompts, lora=is_lora, **told)
+    return text_to_image_kind(
+        prompts,
+        lora=is_lora,
+        saved_as=pipeline.saved_class_name,
+        told=pipeline.diffusers_options,
+        scaled=hasattr(pipeline.scheduler, "init_noise_sigma"),
+    )
 
 
 def taught_process(settings: FinetuneSettings, pipeline: TextToImagePipeline) -> Process:

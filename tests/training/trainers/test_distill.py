@@ -128,7 +128,7 @@ def test_a_flow_of_few_steps_draws_in_plain_diffusers_as_here(pictures: Path, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lcm", "lcm-lora", "consistency", "adversarial", "dmd"])
 def test_a_flow_that_draws_with_new_noise_does_so_in_plain_diffusers_as_here(
-    pictures: Path, tmp_path: Path, method: str
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     out = run(save_flow(tmp_path / "model"), tmp_path / "out", data=str(pictures), **METHODS[method])
     ours, theirs = TextToImagePipeline.from_pretrained(out), diffusers.StableDiffusionPipeline.from_pretrained(out)
@@ -140,6 +140,9 @@ def test_a_flow_that_draws_with_new_noise_does_so_in_plain_diffusers_as_here(
     found, wanted = drawn(ours, guidance_scale=scale), drawn(theirs, guidance_scale=scale)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     assert drawn(ours, num_inference_steps=1, guidance_scale=scale).isfinite().all()
+    card = (out / "README.md").read_text(encoding="utf-8").partition("from diffusers import")[2].partition("```")[0]
+    monkeypatch.chdir(out.parent)
+    exec("from diffusers import" + card, {})  # what it says draws
     old = unet(tmp_path / "model")
     assert any(not torch.equal(unet(out)[name], one) for name, one in old.items())
 
