@@ -4,7 +4,7 @@ Everything that chooses a kind, loading, conversion, single files, export, the c
 kind that lives elsewhere is made known by `register`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,9 @@ LONGEST_SIDE = 65536
 
 DEFAULTS_KEY = "_generation_defaults"
 """The model's own, in its model_index.json; diffusers ignores keys that begin with _."""
+
+CALLED: dict[str, str] = {}
+"""How messages call a call's pictures, where they are not called as its arguments."""
 
 Conditions = Literal["text", "picture", "class", "none"]
 
@@ -203,11 +206,12 @@ def kind_of_family(class_name: str, saved_as: object) -> Kind | None:
     return next((kind for kind in alike if kind.pictures == own.pictures), None)
 
 
-def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
+def kind_taking(pictures: Iterable[str], saved_as: str | None = None, shown: Mapping[str, str] = CALLED) -> Kind:
     """The kind with a prompt whose call takes exactly these pictures: that of a folder, or one that reads its folders.
 
     Args:
         saved_as: ``_class_name`` in the folder; None: there is none.
+        shown: how messages call pictures.
 
     Raises:
         ValueError: the folder's kind takes other pictures, and no other kind stands for it; or no kind is called so,
@@ -227,24 +231,33 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None) -> Kind:
         if set(own.pictures) == wanted:
             return own
         if not own.interchangeable:
-            takes = " and ".join(own.pictures) or "no picture"
+            takes = named(own.pictures, shown) or "no picture"
             raise ValueError(
-                f"a {own.name} takes {takes} besides the prompt, and {' and '.join(sorted(wanted)) or 'none'} was given"
+                f"a {own.name} takes {takes} besides the prompt, and {named(wanted, shown) or 'none'} was given"
             )
         relatives = [kind for kind in KINDS if kind.interchangeable and kind.family == own.family]
         if not any(set(kind.pictures) == wanted for kind in relatives):
-            takes = " or with ".join(" and ".join(kind.pictures) or "no picture" for kind in relatives)
-            raise ValueError(f"a {own.name} draws with {takes}, and {' and '.join(sorted(wanted))} was given")
+            takes = " or with ".join(named(kind.pictures, shown) or "no picture" for kind in relatives)
+            missing = next((set(kind.pictures) - wanted for kind in relatives if wanted < set(kind.pictures)), set())
+            more = f"; give {named(missing, shown)} too" if missing else ""
+            raise ValueError(f"a {own.name} draws with {takes}, and {named(wanted, shown)} was given{more}")
     fitting = [kind for kind in KINDS if kind.conditioned_by == "text" and set(kind.pictures) == wanted]
     family = KINDS[0].family if own is None else own.family
     return next((kind for kind in fitting if kind.interchangeable and kind.family == family), fitting[0])
 
 
-def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -> Kind:
+def named(pictures: Iterable[str], shown: Mapping[str, str]) -> str:
+    return " and ".join(shown.get(one, one) for one in sorted(pictures))
+
+
+def kind_in(
+    place: Path, pictures: Iterable[str] = (), textless: bool = False, shown: Mapping[str, str] = CALLED
+) -> Kind:
     """The kind that draws with a prompt and these pictures from a folder, or from a single file.
 
     Args:
         textless: take a folder's kind without a prompt too, if there are no pictures.
+        shown: how messages call pictures.
 
     Raises:
         ValueError: see `kind_taking`; the message names the folder.
@@ -260,7 +273,7 @@ def kind_in(place: Path, pictures: Iterable[str] = (), textless: bool = False) -
     if not index and place.is_file() and holds_sdxl(place):
         saved_as = "StableDiffusionXLPipeline"
     try:
-        return kind_taking(pictures, saved_as if isinstance(saved_as, str) else None)
+        return kind_taking(pictures, saved_as if isinstance(saved_as, str) else None, shown)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.batch.record import Settings
 
 FRAMES = 8  # of a filmstrip
+FLAGS = {"image": "--image", "mask_image": "--mask"}
 
 
 class SourceOptions(Plain):
@@ -359,7 +360,7 @@ def files_of(target: TargetOptions, prompt: str, total: int, candidates: int | N
 def pipeline_kind(place: Path, image: object, mask: object) -> str:
     """The class that draws with the model in `place` from what is given of the two; or without text and pictures."""
     pictures = [name for name, given in (("image", image), ("mask_image", mask)) if given is not None]
-    return kind_in(place, pictures, textless=True).name
+    return kind_in(place, pictures, textless=True, shown=FLAGS).name
 
 
 def files_text(files: list[Path]) -> str:

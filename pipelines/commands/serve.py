@@ -131,7 +131,7 @@ def run_server(
         if ready is not None:
             ready(address)  # what comes before the server reads it waits in the socket
         try:
-            StoppingServer(settings, service.stop, serving.grace).run(sockets=[listening])
+            StoppingServer(settings, service.stop, serving.grace, service.unfinished).run(sockets=[listening])
         except KeyboardInterrupt:  # which uvicorn raises again when all is done
             say("Stopped")
 

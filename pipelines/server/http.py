@@ -188,8 +188,8 @@ def until_gone(http: Request) -> Callable[[], Awaitable[None]]:
 
 def shown_of(request: DrawRequest, job: Job) -> dict[str, Any]:
     size = f"{job.settings.width}x{job.settings.height}"
-    shown = {"size": size, "output_format": request.output_format or "png", "background": "opaque"}
-    return shown | ({"warnings": job.remarks} if job.remarks else {})
+    form = request.output_format or "png"
+    return {"size": size, "output_format": form, "background": "opaque", "warnings": job.remarks}
 
 
 async def stream(

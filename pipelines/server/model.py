@@ -88,11 +88,17 @@ class ServedModel:
         return int(self.pipeline.side_factor)
 
     def kind_for(self, inputs: SourcePictures) -> str:
-        """The class that draws from these pictures."""
+        """The class that draws from these pictures. Raises RequestError if there is none."""
         named = [name for name, one in (("image", inputs.image), ("mask_image", inputs.mask)) if one is not None]
         if not named:
             return type(self.pipeline).__name__
-        return kind_taking(named, self.pipeline.saved_class_name).name
+        try:
+            return kind_taking(named, self.pipeline.saved_class_name, {"mask_image": "mask"}).name
+        except ValueError as error:
+            where = (
+                " (on the page: paint over what is to be drawn anew)" if str(error).endswith("give mask too") else ""
+            )
+            raise RequestError(f"{error}{where}", "mask" if where else "image") from None
 
     @property
     def fixed_steps(self) -> int | None:

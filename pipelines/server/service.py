@@ -69,6 +69,10 @@ class Service:
         self.metrics.batches.observe(len(rows))
         self.shelf.get(rows[0].job.settings.model).draw(rows)
 
+    def unfinished(self) -> int:
+        """Pictures that are drawn or wait."""
+        return self.queue.drawing + len(self.queue)
+
     async def begin(
         self, values: Mapping[str, Any], files: Mapping[str, tuple[str, bytes]]
     ) -> tuple[DrawRequest, Job, "asyncio.Queue[Event]"]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from latentdiff.terminal import say
+
 TICK = 0.5
 """Seconds after which who waits looks whether the server stops."""
 MARGIN = 5
@@ -38,12 +40,13 @@ class StoppingServer(uvicorn.Server):
 
     Args:
         grace: seconds that running requests have.
+        drawings: counts the pictures that are not finished.
     """
 
-    def __init__(self, config: uvicorn.Config, stop: Stop, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, stop: Stop, grace: float, drawings: Callable[[], int]) -> None:
         config.timeout_graceful_shutdown = int(grace) + MARGIN
         super().__init__(config)
-        self.stop, self.grace = stop, grace
+        self.stop, self.grace, self.drawings = stop, grace, drawings
         self._asked = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -56,6 +59,10 @@ class StoppingServer(uvicorn.Server):
             os._exit(128 + sig)
 
     async def shutdown(self, sockets: Any = None) -> None:
+        count = self.drawings()
+        if count and not self.stop.begun:
+            what = "1 drawing has" if count == 1 else f"{count} drawings have"
+            say(f"stopping; {what} {self.grace:g} s; Ctrl-C again ends {'it' if count == 1 else 'them'}")
         self.stop.begin(self.grace)
         await super().shutdown(sockets)
 

@@ -1,11 +1,13 @@
 """The list of kinds of pipeline: every class is in it, and it agrees with the classes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from latentdiff import pipelines
 from latentdiff.pipelines import LatentPipeline, TextToImagePipeline, registry
+from latentdiff.pipelines.commands.generate import pipeline_kind
 from latentdiff.pipelines.registry import KINDS, Kind, find_kind, kind_saved_as, kind_taking, kinds_of_unet
 from latentdiff.pipelines.storage.single_file_pipelines import SingleFilePipeline
 
@@ -22,7 +24,7 @@ def test_the_list_agrees_with_the_classes() -> None:
     assert exported == {kind.name for kind in KINDS}
 
 
-def test_folders_unets_and_pictures_name_their_kind() -> None:
+def test_folders_unets_and_pictures_name_their_kind(tmp_path: Path) -> None:
     assert kind_saved_as("LDMPipeline") is find_kind("UnconditionalPipeline")
     assert kind_saved_as("FluxPipeline") is None
     assert [kind_taking(pictures).name for pictures in ((), ("image",), ("image", "mask_image"))] == [
@@ -41,6 +43,11 @@ def test_folders_unets_and_pictures_name_their_kind() -> None:
     assert kind_taking(("image", "mask_image"), "TokenPipeline").name == "TokenInpaintPipeline"
     with pytest.raises(ValueError, match="TokenPipeline draws with no picture or with image and mask_image, and image"):
         kind_taking(["image"], "TokenPipeline")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "TokenPipeline"}')
+    with pytest.raises(
+        ValueError, match=r"no picture or with --image and --mask, and --image was given; give --mask too$"
+    ):
+        pipeline_kind(tmp_path, "plain.png", None)
     with pytest.raises(ValueError, match="there is no pipeline 'Magic'; there are TextToImagePipeline, "):
         find_kind("Magic")
 

@@ -58,7 +58,7 @@ def serving(
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = create_app(service, **options)
-    server = StoppingServer(uvicorn.Config(app, log_level="warning"), service.stop, grace)
+    server = StoppingServer(uvicorn.Config(app, log_level="warning"), service.stop, grace, service.unfinished)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     until(lambda: server.started)

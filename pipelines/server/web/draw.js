@@ -71,6 +71,7 @@ async function described(model) {
     $(side).replaceChildren(...[...new Set(sides)].map((one) => new Option(one + (one === own ? " (the model's)" : ""), one, false, one === own)));
   }
   $("steps").max = info.fixed_steps ? info.steps : info.limits.steps; $("steps").value = info.steps; $("steps").disabled = info.fixed_steps;
+  leastAnew();
   $("guidance").value = info.guidance_scale; $("count").max = info.limits.count;
   $("strength").parentElement.hidden = !info.takes_strength;
   guided();
@@ -189,6 +190,11 @@ function guided() { // without guidance a negative prompt has no effect
   $("negative").placeholder = $("negative").disabled ? "needs guidance above 1" : "";
 }
 
+function leastAnew() { // one step at least is run
+  if (+$("steps").value >= 1) $("strength").min = Math.ceil(20 / $("steps").value) / 20;
+  share();
+}
+
 function roll() { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]; }
 
 function turn(train) {
@@ -200,7 +206,7 @@ $("form").onsubmit = (event) => { event.preventDefault(); if (!running) draw(); 
 $("prompt").onkeydown = (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); } };
 $("stop").onclick = () => running?.abort();
 $("dice").onclick = () => { roll(); $("fresh").checked = false; };
-$("guidance").oninput = guided;
+$("guidance").oninput = guided; $("steps").oninput = leastAnew;
 $("model").onchange = () => { $("typing").hidden = $("model").value !== OTHER; if ($("typing").hidden) chooseModel($("model").value); else $("typed").focus(); };
 $("typed").onchange = () => $("typed").value && chooseModel($("typed").value);
 $("typed").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); $("typed").blur(); } };

@@ -74,7 +74,7 @@ async function use(said) {
   $("prompt").value = said.prompts[0]; $("negative").value = said.negative_prompt ?? "";
   choose($("width"), said.width); choose($("height"), said.height);
   $("steps").value = said.num_inference_steps; $("guidance").value = said.guidance_scale ?? info.guidance_scale;
-  guided();
+  guided(); leastAnew();
   $("seed").value = said.seed; $("count").value = Math.min(said.count ?? 1, info.limits.count); $("fresh").checked = false;
   if (said.strength != null) { $("strength").value = said.strength; share(); }
   const [worn, ...more] = said.loras ?? [];

@@ -182,10 +182,12 @@ def test_codes_are_drawn_within_a_mask_and_know_no_strength(tmp_path: Path) -> N
     with serving(service, hosts=("127.0.0.1",), folders=()) as running, opened(running.url) as page:
         drop(page, png(Image.effect_noise((16, 16), 90).convert("RGB")), "photo.png", "#start")
         page.wait_for_function("document.querySelector('#mask').width === 16")
+        page.fill("#prompt", "a cup")
+        page.click("#draw")
+        page.wait_for_selector("#said:has-text('paint over what is to be drawn anew')")
         paint_a_column(page)
         assert not page.locator("#strength").is_visible()
         assert page.is_disabled("#steps")
-        page.fill("#prompt", "a cup")
         drawn(page, 1)
         said = settings_of(Image.open(download(page))) or {}
         assert "strength" not in said
@@ -200,6 +202,9 @@ def test_a_picture_brings_its_size_and_a_drawing_its_warnings(page: Any) -> None
     assert page.input_value("#height") == "12"
     assert "It has 40×20 pixels and is drawn at 22×12." in page.inner_text("#fitting")
     page.fill("#prompt", "a red cup")
+    page.fill("#steps", "7")
+    page.fill("#strength", "0.15")  # the least that leaves a step
+    assert (page.get_attribute("#strength", "min"), page.inner_text("#share")) == ("0.15", "15 %")
     drawn(page, 1)
     assert page.locator("#gallery .warning").count() == 0
     page.select_option("#width", "32")

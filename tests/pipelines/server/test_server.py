@@ -184,7 +184,11 @@ def test_a_stopping_server_finishes_what_it_took(service: Service) -> None:
 
 @pytest.mark.parametrize(("grace", "asked_again"), [(0.2, 0), (120.0, 1)])
 def test_a_stopping_server_tells_what_it_cannot_finish(
-    service: Service, grace: float, asked_again: int, caplog: pytest.LogCaptureFixture
+    service: Service,
+    grace: float,
+    asked_again: int,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with serving(service, grace=grace) as served:
         held = hold(service, num_inference_steps=50)
@@ -207,6 +211,8 @@ def test_a_stopping_server_tells_what_it_cannot_finish(
         assert (answer.status, words in answer.read().decode()) == (503, True)
         held.let_go.set()
     assert caplog.text == ""
+    if not asked_again:
+        assert capsys.readouterr().out == "stopping; 3 drawings have 0.2 s; Ctrl-C again ends them\n"
 
 
 def test_who_may_ask(service: Service) -> None:
