@@ -25,8 +25,9 @@ from latentdiff.pipelines.storage.places import local_place
 from latentdiff.training.card.card import last_part, update_evaluation
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.caption_checks import labels_of
+from latentdiff.training.data.source import TRAIN, same_split
 from latentdiff.training.drawings import Drawing, draw, missing
-from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, was_trained_on, write_report
 from latentdiff.training.loop.figures import comparison_sheet
 from latentdiff.training.settings import Condition, EvaluationSettings
 
@@ -108,13 +109,14 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
-    seen = settings.split == "train"
-    save_picture(comparison(measured, "trained on" if seen else "held out"), folder / SHEET, MADE_BY)
-    kind = "pictures of training" if seen else "held-out pictures"
+    seen = was_trained_on(settings)
+    real = "real" if same_split(settings.split) == TRAIN else "held out"
+    save_picture(comparison(measured, "trained on" if seen else real), folder / SHEET, MADE_BY)
+    kind = "pictures of training" if seen else f"{real.replace(' ', '-')} pictures"
     logger.info("%s, and what was drawn of their captions: %s", kind, folder / SHEET)
     if seen:
         logger.warning(
-            "these are pictures that a model of split=train was trained on, and the figures say how well it remembers; "
+            "these are pictures that the model was trained on, and the figures say how well it remembers; "
             "--split validation asks for those that were held out"
         )
     note_in_card(settings, report)

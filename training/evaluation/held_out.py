@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,13 +111,29 @@ def trained_without(model: str) -> float:
 
     A model without settings of ours, such as a packaged one, was trained on others: the share is the usual one.
     """
+    found = trained_with(model)
+    if found is None:
+        return HELD_OUT_SHARE
+    share = found.get("held_out_share", 0.0)  # 0.0: from before there was one
+    return float(share) if isinstance(share, int | float) else 0.0
+
+
+def was_trained_on(settings: HeldOutSettings) -> bool:
+    """Whether the pictures are those of the model's training, as its own settings say."""
+    data = (trained_with(settings.model) or {}).get("data")
+    if same_split(settings.split) != TRAIN or not isinstance(data, str):
+        return False
+    return os.path.realpath(os.path.expanduser(data)) == os.path.realpath(os.path.expanduser(settings.data))
+
+
+def trained_with(model: str) -> dict[str, Any] | None:
+    """The settings that a model's training left; None if there are none."""
     place = local_place(model)
     file = None if place is None else place / "training" / "settings.yaml"
     if file is None or not file.is_file():
-        return HELD_OUT_SHARE
+        return None
     found = read_yaml(file)
-    share = found.get("held_out_share", 0.0) if isinstance(found, dict) else 0.0  # 0.0: from before there was one
-    return float(share) if isinstance(share, int | float) else 0.0
+    return found if isinstance(found, dict) else {}
 
 
 def load_textless(model: str, dtype: torch.dtype = torch.float32) -> ClassConditionalPipeline | UnconditionalPipeline:

@@ -18,7 +18,7 @@ from latentdiff.diffusion.probability_flow import log_likelihood, random_signs
 from latentdiff.pipelines import ClassConditionalPipeline, UnconditionalPipeline
 from latentdiff.training.data import CaptionedPicture, read_pixels
 from latentdiff.training.data.caption_checks import labels_of
-from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, write_report
+from latentdiff.training.evaluation.held_out import check_report, held_out_pictures, was_trained_on, write_report
 from latentdiff.training.settings import LikelihoodSettings
 
 logger = logging.getLogger(__name__)
@@ -212,8 +212,8 @@ def evaluate_likelihood(
     shown = ("bits_per_dimension", "guessing", "standard_error", "prior", "between", "decoder")
     for name in (one for one in shown if one in report):
         logger.info("  %-18s  %10.4f", name.replace("_", " "), report[name])
-    if settings.split == "train":
-        logger.warning("these are pictures that a model of split=train was trained on: others will be less likely")
+    if was_trained_on(settings):
+        logger.warning("these are pictures that the model was trained on: others will be less likely")
     if figures["bits_per_dimension"] >= guessing:
         fixed = "; and without learned variances (loss=hybrid) few --steps say little of a model"
         more = fixed if variance in ("fixed_small", "fixed_large") else ""  # neither learned nor, as of a flow, none

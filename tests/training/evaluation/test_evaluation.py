@@ -53,6 +53,8 @@ def drawn_at(folder: Path) -> dict[str, int]:
 
 def test_the_report(model: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "latentdiff")
+    (model / "training").mkdir()
+    (model / "training" / "settings.yaml").write_text(f"data: {pictures}\n", encoding="utf-8")
     report = evaluate(model, pictures)
     assert "how well it remembers" in caplog.text
     assert "pictures of training, and what was drawn" in caplog.text
@@ -128,10 +130,13 @@ def test_pictures_are_drawn_for_captions_and_kept(model: Path, pictures: Path, t
     assert not set(drawn_at(samples).values()) & set(after.values())
 
 
-def test_other_weights_are_drawn_anew(pictures: Path, tmp_path: Path) -> None:
+def test_other_weights_are_drawn_anew(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "latentdiff")
     pipeline = tiny_pipeline()
     options = {"model": "emoji", "data": str(pictures), "split": "train", "count": 2, "output": str(tmp_path / "out")}
     evaluate_pipeline(pipeline, EvaluationSettings(**options))
+    assert "real pictures, and what was drawn" in caplog.text
+    assert "trained on" not in caplog.text  # the model never saw them
     before = drawn_at(tmp_path / "out" / "samples")
     with torch.no_grad():
         pipeline.unet.conv_out.bias += 0.1
