@@ -158,10 +158,10 @@ class Sampler:
         if end is not None:
             chosen = chosen[chosen >= round(most - end * most)]
         if not len(chosen):
-            raise ValueError(
-                f"none of the {len(timesteps)} steps lies between denoising_start={start} and denoising_end={end}; "
-                f"give more steps, or other shares"
-            )
+            shares = {"denoising_start": start, "denoising_end": end}
+            given = " and ".join(f"{name}={share}" for name, share in shares.items() if share is not None)
+            verb = "lies between" if None not in shares.values() else "is left by"
+            raise ValueError(f"none of the {len(timesteps)} steps {verb} {given}; give more steps, or other shares")
         return chosen
 
     def from_noise(self, noise: Tensor) -> Tensor:

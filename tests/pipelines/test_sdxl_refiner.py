@@ -104,7 +104,7 @@ def test_a_saved_refiner_is_diffusers(folders: Folders, tmp_path: Path) -> None:
     ("place", "call", "why"),
     [
         (0, {"denoising_start": 0.4, "denoising_end": 0.4}, "cannot be larger than or equal to `denoising_end`: 0.4"),
-        (0, {"denoising_start": 1.0}, "none of the 5 steps lies between denoising_start=1.0"),
+        (0, {"denoising_start": 1.0}, "none of the 5 steps is left by denoising_start=1.0; give more"),
         (0, {"denoising_end": 0.0}, "denoising_end must lie above 0 and up to 1, not 0.0"),
         (0, {"aesthetic_score": 6.0}, "takes no aesthetic_score, which is for SDXL's refiner"),
         (1, {"aesthetic_score": float("nan")}, "aesthetic_score must be a finite number"),

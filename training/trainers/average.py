@@ -98,6 +98,8 @@ def kept_averages(run: Path) -> list[Kept]:
     """
     folder = run / "training" / AVERAGES
     files = sorted(folder.glob("step-*.safetensors"))
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: there is no such folder; name the --output of a training")
     if not files:
         raise FileNotFoundError(
             f"{folder}: no averages there; a training with ema_snapshots=100 keeps some every 100 steps"

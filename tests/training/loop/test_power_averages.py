@@ -195,6 +195,8 @@ def test_a_model_of_another_length(finished: Path, tmp_path: Path) -> None:
         average(finished, 0.1, tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="no averages there; a training with ema_snapshots=100"):
         average(tmp_path / "new", 0.1, tmp_path / "no")
+    with pytest.raises(FileNotFoundError, match="there is no such folder; name the --output of a training"):
+        average(tmp_path / "none", 0.1, tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
