@@ -1,6 +1,6 @@
 const $ = (id) => document.getElementById(id);
 const OTHER = "\0other"; // of a list: what is typed
-let info = null, offer = null, running = null, picture = null, painted = false;
+let info = null, offer = null, running = null, choosing = null, loads = 0, picture = null, painted = false;
 
 // The server
 
@@ -45,21 +45,37 @@ async function offered() { // what can be chosen now
 function list(select, names, other) {
   const chosen = select.value;
   select.replaceChildren(...names.map((one) => new Option(one, one)), ...(other ? [new Option(other, OTHER)] : []));
-  if (names.includes(chosen)) select.value = chosen;
+  if (names.includes(chosen) || (other && chosen === OTHER)) select.value = chosen;
 }
 
-async function chooseModel(name) {
+function chooseModel(name) {
+  const mine = choosing = loaded(name, ++loads, $("model").value === OTHER).finally(() => { if (choosing === mine) choosing = null; });
+  return mine;
+}
+
+async function loaded(name, number, typed) { // whether it may be drawn with; of several the last is
   say("Loading " + name + " ...");
-  $("draw").disabled = true;
   try {
     const found = await post("/page/model", { model: name });
     if (!offer.models.some((one) => one.id === found.id)) await offered();
-    await described(found);
+    if (number === loads) await described(found);
+    return true;
   } catch (error) {
+    if (number !== loads) return true;
     say(inWords(error), true);
-    if (info) $("model").value = info.id;
+    if (info && !typed) $("model").value = info.id; // what was typed stays, to be mended
+    return false;
   }
-  $("draw").disabled = false;
+}
+
+async function chosen() { // whether there is a model to draw with, when it is loaded
+  while (choosing) if (!await choosing) return false;
+  if ($("model").value !== OTHER) return info !== null;
+  const name = $("typed").value.trim();
+  if (name) return chooseModel(name);
+  say("Name a model: its folder or file, within the folders named at start.", true);
+  $("typed").focus();
+  return false;
 }
 
 async function described(model) {
@@ -133,10 +149,11 @@ function waiting(controller) { // says how long the queue is, until something is
 }
 
 async function draw() {
-  if (!info) { await start(); if (!info) return; }
-  if ($("fresh").checked) roll();
+  if (!info && !choosing) { await start(); if (!info) return; }
   const controller = running = new AbortController();
-  $("draw").disabled = true; $("stop").disabled = false; $("bar").hidden = false; $("bar").removeAttribute("value");
+  busy(true);
+  if (!await chosen()) return busy(false);
+  if ($("fresh").checked) roll();
   const began = waiting(controller);
   const count = +$("count").value, shown = Array.from({ length: count }, () => ({ ...tile(), frames: [] }));
   $("now").replaceChildren(...shown.map((one) => one.figure));
@@ -164,8 +181,12 @@ async function draw() {
     $("now").replaceChildren();
   }
   began();
-  running = null;
-  $("draw").disabled = false; $("stop").disabled = true; $("bar").hidden = true;
+  busy(false);
+}
+
+function busy(now) {
+  if (!now) running = null;
+  $("draw").disabled = now; $("stop").disabled = $("bar").hidden = !now; $("bar").removeAttribute("value");
 }
 
 function noteOf(event) {
@@ -200,6 +221,7 @@ function roll() { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0
 function turn(train) {
   $("drawing").hidden = train; $("training").hidden = !train;
   $("to-draw").className = train ? "" : "on"; $("to-train").className = train ? "on" : "";
+  if (train && trained?.curves) plot(trained.curves); // whose width is known only now
 }
 
 $("form").onsubmit = (event) => { event.preventDefault(); if (!running) draw(); };

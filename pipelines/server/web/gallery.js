@@ -29,7 +29,7 @@ function keep(url, note, frames, warnings = []) {
   one.image.src = url; one.image.alt = said.prompts[0]; one.image.style.aspectRatio = said.width + "/" + said.height;
   const title = document.createElement("b"), more = document.createElement("div"), row = document.createElement("div"), link = document.createElement("a");
   title.textContent = title.title = said.prompts[0];
-  more.textContent = ["seed " + said.seed, said.num_inference_steps + " steps", "guidance " + said.guidance_scale, said.width + "×" + said.height,
+  more.textContent = [said.model, "seed " + said.seed, said.num_inference_steps + " steps", "guidance " + said.guidance_scale, said.width + "×" + said.height,
     said.negative_prompt && "not: " + said.negative_prompt, said.image && "from " + said.image.file,
     ...(said.loras ?? []).map((one) => one.file + " at " + (one.scale ?? 1)), note].filter(Boolean).join(", ");
   link.href = url; link.download = name; link.textContent = "download"; row.className = "row";
@@ -70,6 +70,7 @@ async function use(said) {
     await chooseModel(said.model);
     if (said.model !== info.id) notes.push("It was drawn with the model " + said.model + ", which is not here, not with " + info.id + ".");
   }
+  $("model").value = info.id; $("typing").hidden = true;
   if (!said.image) remove();
   $("prompt").value = said.prompts[0]; $("negative").value = said.negative_prompt ?? "";
   choose($("width"), said.width); choose($("height"), said.height);

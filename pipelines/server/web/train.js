@@ -84,9 +84,10 @@ function drawn(name, attributes, text) {
 }
 
 function plot(curves) {
-  const [width, left, bottom, top] = [760, 64, 250, 26], svg = $("plot");
+  const svg = $("plot"), [width, left, bottom, top] = [Math.min(760, svg.parentElement.clientWidth - 32), 64, 250, 26];
+  svg.setAttribute("viewBox", "0 0 " + width + " 280"); // a unit is a pixel: letters keep their size
   svg.replaceChildren(); svg.style.display = Object.keys(curves).length ? "block" : "none";
-  if (!Object.keys(curves).length) return;
+  if (!Object.keys(curves).length || width <= 0) return; // nothing to show, or not seen yet
   const points = Object.values(curves).flat(), steps = points.map((one) => one[0]), values = points.map((one) => one[1]);
   const [first, last] = [Math.min(...steps), Math.max(...steps)], [low, high] = [Math.min(...values), Math.max(...values)];
   const x = (step) => left + (width - left - 12) * (last > first ? (step - first) / (last - first) : 0.5);
@@ -106,6 +107,8 @@ function plot(curves) {
     at += 140;
   }
 }
+
+onresize = () => trained?.curves && plot(trained.curves);
 
 $("train").onsubmit = (event) => {
   event.preventDefault();

@@ -271,10 +271,32 @@ def test_steps_models_and_loras(drawer: Any, tmp_path: Path, monkeypatch: pytest
         page.wait_for_function("document.querySelector('#said').textContent === 'Settings taken over.'")
         assert page.input_value("#model") == "runs/birds"
         assert (page.input_value("#lora"), page.input_value("#lora-scale")) == (best["loras"][0]["file"], "0.5")
-        page.select_option("#model", label="another, within the folders ...")
-        page.fill("#typed", "/etc")
-        page.press("#typed", "Enter")
-        page.wait_for_function("document.querySelector('#said').textContent.includes('/etc is not within runs')")
+        page.select_option("#model", "tiny")
+        page.wait_for_function("info.id === 'tiny'")
+        draw_with_another(page)
+
+
+def draw_with_another(page: Any) -> None:
+    """A model whose place is typed: nothing else draws instead of it, and a drawing waits until it is loaded."""
+    page.fill("#count", "1")
+    page.uncheck("#scores")
+    page.select_option("#model", label="another, within the folders ...")
+    page.click("#draw")
+    page.wait_for_selector("#said:has-text('Name a model')")
+    page.fill("#typed", "/etc")
+    page.press("#typed", "Enter")
+    page.wait_for_function("document.querySelector('#said').textContent.includes('/etc is not within runs')")
+    assert page.locator("#typed").is_visible()
+    held: list[Any] = []
+    page.route("**/page/model", lambda route: held.append(route))
+    page.fill("#typed", "runs/birds")
+    page.click("#draw")
+    page.wait_for_function("running !== null")
+    assert page.inner_text("#said") == "Loading runs/birds ..."
+    held[0].continue_()
+    page.wait_for_function("document.querySelectorAll('#gallery figure').length === 4 && running === null")
+    assert "runs/birds, seed" in page.locator("#gallery figure").first.inner_text()
+    assert (read_settings(download(page)) or {})["model"] == "runs/birds"
 
 
 @pytest.mark.slow
@@ -306,6 +328,9 @@ def test_fine_tuning(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert page.locator("#plot path[data-curve=loss]").get_attribute("d").startswith("M")
             assert page.locator("#plot path[data-curve=val_loss]").count() == 1
             shot(page, "trained")
+            page.set_viewport_size({"width": 400, "height": 900})
+            page.wait_for_function("document.querySelector('#plot text').getBoundingClientRect().height > 10")
+            shot(page, "narrow")
             page.click("#try")
             page.wait_for_function("info.id === 'runs/new'")
             page.fill("#prompt", "a red thing")
