@@ -236,7 +236,7 @@ def read_model(
     if kind in ("folder", "packed"):
         place = Path(source).expanduser()
         found = folder_pipeline(source, dtype, variant) if kind == "folder" else packed_pipeline(place, dtype)
-        if component is not None and getattr(found, component.value, None) is None:
+        if component is not None and found.components.get(component.value) is None:
             held = [name for name, part in found.components.items() if part is not None]
             raise ValueError(f"{source} has no {component.value}; it has {', '.join(held)}")
         return found

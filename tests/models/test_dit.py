@@ -208,9 +208,10 @@ def test_a_config_that_makes_no_sense_is_refused(change: dict[str, Any], message
 
 
 def test_numbers_without_effect_are_kept_and_change_nothing(pair: Callable) -> None:
-    ours, theirs = pair(PixArtTransformer2DModel, **PIXART, num_embeds_ada_norm=8, norm_num_groups=7)
+    ours, theirs = pair("PixArtTransformer2DModel", **PIXART, num_embeds_ada_norm=8, norm_num_groups=7)
     assert (ours.config.num_embeds_ada_norm, ours.config.norm_num_groups) == (8, 7)
-    torch.testing.assert_close(ours(**inputs("pixart")).sample, theirs(**inputs("pixart")).sample, atol=1e-5, rtol=1e-5)
+    given = inputs("pixart")
+    torch.testing.assert_close(ours(**given).sample, theirs(**given).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_pixart_refuses_what_does_not_go_together() -> None:

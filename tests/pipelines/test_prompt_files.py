@@ -47,7 +47,11 @@ def test_csv(tmp_path: Path) -> None:
         ("a.csv", "prompt,seed\na,1,2\n", "line 2: it has more cells"),
         ("a.csv", 'prompt\n"a" b\n', "line 2"),
         ("a.csv", "text\na\n", "unknown column 'text'"),
-        ("a.csv", "prompt,guidance_scale\na,nan\n", r"line 2: guidance_scale: .*finite number \(got 'nan'\)"),
+        (
+            "a.csv",
+            "prompt,guidance_scale\na,nan\n",
+            r"line 2: guidance_scale: a finite number is expected \(got 'nan'\)",
+        ),
         ("a.jsonl", '{"prompt": "a", "guidance_scale": Infinity}\n', "line 1: guidance_scale: .*finite number"),
     ],
 )

@@ -1,7 +1,7 @@
 """The kinds of diffusion model in training: their networks, what they are conditioned on, and how they draw."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class DiffusionModel(ABC):
         teacher_digest: of the network that a student in distillation learns from.
 
     Attributes:
-        sizes_warned_of: by the pipelines of these networks, of which there is one for each grid of samples.
+        warned_of: by the pipelines of these networks, of which there is one for each grid of samples.
     """
 
     codec: Codec
@@ -59,7 +59,7 @@ class DiffusionModel(ABC):
     scheduler: Any
     process: Any
     teacher_digest: str = field(default="", kw_only=True)
-    sizes_warned_of: set[tuple[int, int]] = field(default_factory=set, init=False)
+    warned_of: set[Hashable] = field(default_factory=set, init=False)
 
     @property
     def saved_autoencoder(self) -> Any:
@@ -97,7 +97,7 @@ class DiffusionModel(ABC):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and not spread_modules(part):  # those, `to` would spread again
                 part.to(device)
-        pipeline.sizes_warned_of = self.sizes_warned_of
+        pipeline.warned_of = self.warned_of
         quiet = None if processes().is_main_process else True  # None: where nobody looks on
         pipeline.set_progress_bar_config(disable=quiet, desc="drawing samples", leave=False, dynamic_ncols=True)
         size = {"height": settings.resolution, "width": settings.resolution}
