@@ -181,7 +181,7 @@ def test_many_evaluate_and_finetune_use_the_class_that_a_folder_names(
     capsys.readouterr()
     Image.new("RGB", (16, 16)).save("start.png")
     assert run("generate", "a cup", "--model", "model", "--image", "start.png", "-o", "cup.png") == 2
-    assert "model: a PostcardPipeline takes no picture besides the prompt, and image was given" in (
+    assert "model: a PostcardPipeline takes no picture besides the prompt, and --image was given" in (
         capsys.readouterr().err
     )
     registry.KINDS.pop()  # as where the extension is not loaded

@@ -120,7 +120,10 @@ def trained_without(model: str) -> float:
 
 def was_trained_on(settings: HeldOutSettings) -> bool:
     """Whether the pictures are those of the model's training, as its own settings say."""
-    data = (trained_with(settings.model) or {}).get("data")
+    try:
+        data = (trained_with(settings.model) or {}).get("data")
+    except FileNotFoundError:  # the pipeline was given itself
+        return False
     if same_split(settings.split) != TRAIN or not isinstance(data, str):
         return False
     return os.path.realpath(os.path.expanduser(data)) == os.path.realpath(os.path.expanduser(settings.data))
