@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from gpu_networks import SDXL as RELEASED
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
@@ -94,15 +95,11 @@ def networks(model: str, batch: int) -> dict[str, tuple[Work, Work]]:
 
 
 SDXL: dict[str, Any] = {
+    **RELEASED,
     "sample_size": 32,
     "block_out_channels": (64, 128, 256),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (1, 2, 4),
     "cross_attention_dim": 512,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
     "addition_time_embed_dim": 64,
     "projection_class_embeddings_input_dim": 320 + 6 * 64,
 }

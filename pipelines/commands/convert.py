@@ -236,7 +236,8 @@ def read_model(
     if kind in ("folder", "packed"):
         place = Path(source).expanduser()
         found = folder_pipeline(source, dtype, variant) if kind == "folder" else packed_pipeline(place, dtype)
-        if component is not None and found.components.get(component.value) is None:
+        denoiser = component in (Component.unet, Component.transformer)  # a pipeline has its own by both names
+        if component and (found.components.get(component) if denoiser else getattr(found, component, None)) is None:
             held = [name for name, part in found.components.items() if part is not None]
             raise ValueError(f"{source} has no {component.value}; it has {', '.join(held)}")
         return found

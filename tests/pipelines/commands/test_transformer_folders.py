@@ -14,9 +14,10 @@ from discs import save_discs
 from PIL import Image
 from released_dit import inputs, weights
 from safetensors.torch import load_file, save_file
+from tiny_codes import save_codes
 from tiny_transformers import dit_folder, pixart_folder
 
-from latentdiff import ClassConditionalPipeline
+from latentdiff import ClassConditionalPipeline, VQModel
 from latentdiff.models import DiTTransformer2DModel
 from latentdiff.pipelines.commands.models import model_shape
 
@@ -52,6 +53,13 @@ def test_a_network_alone_is_taken_out(models: Path, run: Run, capsys: pytest.Cap
     assert run("convert", "alone", "alone.safetensors") == 2
     assert "a transformer alone is written as a folder" in capsys.readouterr().err
     assert not Path("none").exists()
+
+
+def test_the_autoencoder_of_codes_is_taken_out(tmp_path: Path, run: Run) -> None:
+    save_codes(tmp_path)
+    assert run("convert", str(tmp_path / "words"), "alone", "--component", "vae") == 0
+    before, after = VQModel.from_pretrained(tmp_path / "words" / "vqvae"), VQModel.from_pretrained("alone")
+    assert all(torch.equal(one, after.state_dict()[name]) for name, one in before.state_dict().items())
 
 
 def test_a_released_checkpoint_becomes_a_network_or_a_pipeline(
