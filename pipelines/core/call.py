@@ -166,7 +166,7 @@ class Call:
             scales = torch.tensor(scale if isinstance(scale, tuple) else (float(scale),) * self.count)
             embedding = guidance_embedding(scales, unet.config.time_cond_proj_dim)
             conditioning = conditioning.replace(guidance=embedding.to(self.device, unet.dtype))
-        return GuidedDenoiser(unet, conditioning, self.guidance, **options)
+        return GuidedDenoiser(unet, conditioning, self.guidance, runner=self.pipeline.step_runner, **options)
 
     # Running
 

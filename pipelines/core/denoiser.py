@@ -12,6 +12,7 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models.loras import lora_lock, lora_scaled
 from latentdiff.models.time_embedding import timestep_features
+from latentdiff.pipelines.core.step_runner import StepRunner
 
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 """(prediction, what the network saw, timestep) -> another prediction."""
@@ -32,6 +33,7 @@ class GuidedDenoiser:
         guidance: may be replaced between steps.
         change: what becomes of the guided prediction, such as a classifier's guidance.
         lora_scale: how strongly the network's LoRAs act; None: as they are set.
+        runner: runs the steps of a network that works in parts; None: they run as they are.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class GuidedDenoiser:
         guidance: ClassifierFreeGuidance,
         change: ChangePrediction | None = None,
         lora_scale: float | None = None,
+        runner: StepRunner | None = None,
     ) -> None:
         self.network, self.guidance, self.change, self.lora_scale = network, guidance, change, lora_scale
         self.in_parts = getattr(network, "works_in_parts", False) and not is_compiled_module(network)
+        self.runner = runner if self.in_parts else None
         self.conditioning = conditioning
 
     @property
@@ -65,6 +69,7 @@ class GuidedDenoiser:
         if self.in_parts:
             with loras_at(self.lora_scale, self.network):
                 prepared = self.network.prepare(joint)
+        self._renew_runner()
         self._both = joint, prepared
         self._prepared_from = self._depends_on()
         count = self._conditioning.positive.batch_size
@@ -83,6 +88,13 @@ class GuidedDenoiser:
         """Compute anew what was computed once, if conditions, weights or LoRAs were changed between steps."""
         if self._depends_on() != self._prepared_from:
             self._prepare()
+        else:
+            self._renew_runner()
+
+    def _renew_runner(self) -> None:
+        if self.runner is not None:
+            with loras_at(self.lora_scale, self.network):
+                self.runner.renew(self.network)
 
     def __call__(self, latents: Tensor, timestep: Any, guided: bool = True) -> Tensor:
         """(B, C, h, w) -> the guided prediction, (B, C, h, w).
@@ -122,6 +134,8 @@ class GuidedDenoiser:
                     timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(len(latents))
                 return self.network(latents, timestep=timestep, return_dict=False, **given.arguments())[0]
             time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
+            if self.runner is not None:
+                return self.runner(self.network, latents, time, prepared)
             return self.network.denoise(latents, time, prepared)
 
 

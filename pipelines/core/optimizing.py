@@ -1,4 +1,4 @@
-"""What makes a pipeline draw faster on this processor: found by trying, and remembered for each user."""
+"""What makes a pipeline draw faster on this machine: found by trying, and remembered for each user."""
 
 import copy
 import hashlib
@@ -21,13 +21,15 @@ from torch import Tensor
 from latentdiff.interchange.atomic import json_text, write_text_whole
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
+from latentdiff.memory import is_lack_of_memory
+from latentdiff.pipelines.core.step_runner import StepRunner
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.core.pipeline import LatentPipeline
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is remembered, to be raised when it means something else
+VERSION = 3  # of what is remembered, to be raised when it means something else
 GAIN = 0.95  # a way that changes results, or takes memory, must take at most this share of the time
 FEW = 8  # steps of a call that is measured, at most
 
@@ -40,10 +42,21 @@ class Way:
     channels_last: bool = False
     compiled: bool = False
     threads: int = 1
+    """0 on a GPU."""
+    graphs: bool = False
+
+    def apply(self, pipeline: "LatentPipeline") -> None:
+        """Let the pipeline draw so; its UNet stays the very one if nothing of it changes, else it becomes a copy."""
+        network = self.applied(pipeline.unet)
+        if network is not pipeline.unet:
+            pipeline.unet = network
+        if not self.threads and (self.compiled or self.graphs):
+            pipeline.step_runner = StepRunner(compiled=self.compiled, graphs=self.graphs)
 
     def applied(self, network: Any) -> Any:
         """A network that runs so: the very one if nothing of it changes, else a copy."""
-        torch.set_num_threads(self.threads)
+        if self.threads:
+            torch.set_num_threads(self.threads)
         dtype = getattr(torch, self.dtype)
         if dtype != network.dtype or self.channels_last:
             network = copy.deepcopy(network)
@@ -52,12 +65,14 @@ class Way:
             )  # diffusers' own warns of modules to keep in float32, of which it has none
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        return torch.compile(network, options={"freezing": True}) if self.compiled else network
+        packed = self.compiled and self.threads
+        return torch.compile(network, options={"freezing": True}) if packed else network
 
     def __str__(self) -> str:
-        parts = [self.dtype, f"{self.threads} thread{'s' if self.threads > 1 else ''}"]
-        parts += ["channels-last"] * self.channels_last + ["compiled, with its weights packed"] * self.compiled
-        return ", ".join(parts)
+        parts = [self.dtype, *[f"{self.threads} thread{'s' if self.threads > 1 else ''}"] * bool(self.threads)]
+        parts += ["channels-last"] * self.channels_last
+        parts += [f"compiled{', with its weights packed' * bool(self.threads)}"] * self.compiled
+        return ", ".join([*parts, *["as CUDA graphs"] * self.graphs])
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,7 @@ def optimize(
     if found is None:
         found = tried(pipeline, call, max_error, compiled)
         write_text_whole(file, json_text(asdict(found)))
-    network = found.way.applied(pipeline.unet)
-    if network is not pipeline.unet:
-        pipeline.unet = network
+    found.way.apply(pipeline)
     logger.info("the pipeline %s", found)
     return found
 
@@ -116,10 +129,16 @@ def check(pipeline: "LatentPipeline", max_error: float) -> None:
         raise ValueError(
             "optimize() is for networks that torch runs; a pipeline with another runtime is optimized already"
         )
-    if pipeline.unet.device.type != "cpu" or pipeline._execution_device.type != "cpu":
+    place, unet = pipeline._execution_device, pipeline.unet.device
+    if (
+        place.type not in ("cpu", "cuda")
+        or unet.type != place.type
+        or not getattr(pipeline.unet, "works_in_parts", True)
+    ):
         raise ValueError(
-            f"optimize() is for a processor, and the pipeline is on {pipeline._execution_device}; on a GPU load it "
-            f"with dtype=torch.float16 or torch.bfloat16"
+            f"optimize() is for a processor or a CUDA GPU that holds the UNet; the pipeline draws on {place}, and "
+            f"its UNet is on {unet}; undo offloading, or load it with dtype=torch.float16 or torch.bfloat16 and draw "
+            f"without optimize()"
         )
     if hasattr(pipeline.unet, "_orig_mod"):
         raise ValueError("optimize() takes a pipeline whose UNet is not compiled; give compiled=True instead")
@@ -147,9 +166,13 @@ def processor() -> str:
 
 
 def memory(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Path:
-    """The file that remembers what was found for these weights, this call, processor, its free cores and torch."""
+    """The file that remembers what was found for these weights, this call, machine, its free cores and torch."""
     told = {key: value for key, value in call.items() if isinstance(value, int | float | str | bool)}
-    facts = (VERSION, processor(), cores(), free_cores(), torch.__version__, max_error, compiled, sorted(told.items()))
+    count = next((len(value) for key, value in call.items() if key == "prompt" and isinstance(value, list)), 1)
+    machine = (processor(), cores(), free_cores())
+    if pipeline.unet.device.type == "cuda":
+        machine = (str(torch.cuda.get_device_properties(pipeline.unet.device)), count, 0)
+    facts = (VERSION, machine, torch.__version__, max_error, compiled, sorted(told.items()))
     start = (str(pipeline.unet.dtype), torch.get_num_threads(), weights_digest(pipeline.unet.state_dict()))
     key = hashlib.sha256(repr((facts, start)).encode()).hexdigest()[:40]
     return shared_folder() / "optimized" / f"{key}.json"
@@ -168,17 +191,23 @@ def recall(file: Path) -> Optimization | None:
 
 def tried(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Optimization:
     """Try ways in turn, each a change of the best so far, and keep those that pay."""
-    before = threads = torch.get_num_threads()
-    best = Way(dtype=str(pipeline.unet.dtype).removeprefix("torch."), threads=threads)
-    network = pipeline.unet
+    before = torch.get_num_threads()
+    on_gpu = pipeline.unet.device.type == "cuda"
+    best = Way(dtype=str(pipeline.unet.dtype).removeprefix("torch."), threads=0 if on_gpu else before)
     try:
-        step, exact = measured(pipeline, network, call)
+        step, exact = measured(pipeline, best, call)
         seconds, error = {str(best): step}, 0.0
-        for change, gain in changes(best, compiled):
+        for change, gain in changes_on_gpu(best, compiled) if on_gpu else changes(best, compiled):
             way = replace(best, **change)
             if str(way) in seconds:
                 continue
-            step, prediction = measured(pipeline, way.applied(network), call, seconds[str(best)])
+            try:
+                step, prediction = measured(pipeline, way, call, seconds[str(best)])
+            except RuntimeError as lack:
+                if not is_lack_of_memory(lack):
+                    raise
+                logger.info("there is not enough memory to draw in %s", way)
+                continue
             seconds[str(way)] = step
             off = relative(prediction, exact)
             if step <= gain * seconds[str(best)] and off <= max_error:
@@ -200,6 +229,17 @@ def changes(start: Way, compiled: bool) -> Iterator[tuple[dict[str, Any], float]
         yield {"compiled": True}, GAIN
 
 
+def changes_on_gpu(start: Way, compiled: bool) -> Iterator[tuple[dict[str, Any], float]]:
+    """As `changes`, on a GPU."""
+    if start.dtype == "float32":
+        yield {"dtype": "float16"}, GAIN
+        yield {"dtype": "bfloat16"}, GAIN
+    yield {"channels_last": True}, GAIN
+    yield {"graphs": True}, GAIN
+    if compiled:
+        yield {"channels_last": True, "compiled": True, "graphs": True}, GAIN
+
+
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16; others only imitate it, slowly."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
@@ -208,7 +248,7 @@ def has_bfloat16() -> bool:
 
 
 def measured(
-    pipeline: "LatentPipeline", network: Any, call: dict[str, Any], best: float = math.inf
+    pipeline: "LatentPipeline", way: Way, call: dict[str, Any], best: float = math.inf
 ) -> tuple[float, Tensor]:
     """Seconds of a few steps after the first, their median, and the first prediction (B, C, h, w).
 
@@ -217,13 +257,15 @@ def measured(
     """
     trial = copy.copy(pipeline)
     trial._progress_bar_config = {"disable": True}
-    if network is not pipeline.unet:
-        trial.unet = network
+    way.apply(trial)
+    on_gpu = not way.threads
     usual = trial.defaults["num_inference_steps"]
-    steps = max(2, usual if usual <= FEW else 3)
+    steps = max(2, usual if usual <= FEW else FEW if on_gpu else 3)
     times: list[float] = []
     first = None
     for progress in trial.stream(**{"seed": 0, **call, "num_inference_steps": steps, "output_type": "latent"}):
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
         if first is None:
             first = progress.prediction.detach().float().clone()

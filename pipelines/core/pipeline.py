@@ -25,6 +25,7 @@ from latentdiff.pipelines.storage.folder import FolderPipeline
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.core.optimizing import Optimization
+    from latentdiff.pipelines.core.step_runner import StepRunner
 
 AnyAutoencoder: TypeAlias = (
     AutoencoderKL
@@ -62,6 +63,9 @@ class LatentPipeline(FolderPipeline):
 
     preview_autoencoder: Any = None
     """A small stand-in for ``vae``, of the same latents (`AutoencoderTiny`), that draws previews at their full size."""
+
+    step_runner: "StepRunner | None" = None
+    """Runs the UNet's steps; None: they run as they are."""
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -200,31 +204,32 @@ class LatentPipeline(FolderPipeline):
     def optimize(
         self, *, max_error: float = 0.02, compiled: bool = False, again: bool = False, **call: Any
     ) -> "Optimization":
-        """Draw as fast as this processor can, from now on: tries a few ways for some seconds and keeps what pays.
+        """Draw as fast as this machine can, from now on: tries a few ways for some seconds and keeps what pays.
 
         ::
 
             print(pipeline.optimize(prompt="a red car"))
 
-        Tried are numbers of threads (torch's, for the whole process), channels-last, and, where the processor has it,
-        bfloat16. What was found is remembered in the user's cache for these weights, this call, processor, torch and
-        as many free cores (all, half, fewer), and taken without trying next time. ``unet`` may become a copy in another
-        precision, as which it is then saved.
+        Tried are, on a processor, numbers of threads (torch's, for the whole process), channels-last, and, where it has
+        it, bfloat16; on a GPU float16, channels-last, and steps as CUDA graphs, one for each shape. What was found is
+        remembered in the user's cache for these weights, this call, machine, torch and as many free cores (all, half,
+        fewer), and taken without trying next time. ``unet`` may become a copy in another precision, as which it is
+        then saved.
 
         Args:
             max_error: how far predictions may be from what they were, as a share of their size. 0: only what changes
                 nothing.
-            compiled: try ``torch.compile`` with packed weights too, which takes a minute or so; sizes other than the
-                call's are compiled anew.
+            compiled: try ``torch.compile`` too, on a processor with packed weights, which takes a minute or so; sizes
+                other than the call's are compiled anew.
             again: try, whatever is remembered.
-            call: a call such as will be made: prompt, size, guidance.
+            call: a call such as will be made: prompt, size, guidance, pictures at once.
 
         Returns:
             What was tried and chosen, in words as a text.
 
         Raises:
-            ValueError: the pipeline is not on a processor, or its UNet is compiled or run by another runtime; or
-                `max_error` is no share.
+            ValueError: the UNet is on neither a processor nor a CUDA GPU, or offloaded from it; it is compiled or run
+                by another runtime; or `max_error` is no share.
         """
         from latentdiff.pipelines.core.optimizing import optimize
 

@@ -3,13 +3,16 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
+from recorded import Recorder
 from tiny import UNET, VAE, bert_parts, clip_parts, tiny_pipeline
 from tiny_sdxl import tiny_refiner, tiny_sdxl
 from tiny_transformers import dit_folder, pixart_folder
@@ -31,6 +34,7 @@ from latentdiff import (
 )
 from latentdiff.diffusion import GaussianDiffusion, RectifiedFlow
 from latentdiff.models import NoisyClassifier, TokenTransformer, UNet2DModel
+from latentdiff.pipelines.core.step_runner import StepRunner
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 MASK = Image.new("L", (16, 16), 0)
@@ -266,6 +270,83 @@ def test_compiled_networks_draw_the_same(mode: str, device: torch.device) -> Non
         pipeline.unet = torch.compile(pipeline.unet, mode=mode)
         pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, mode=mode)
     for _ in range(3):
+        close(drawn(pipeline, call), expected, FAR[torch.float16])
+
+
+def recorded(device: torch.device) -> StepRunner:
+    return StepRunner(compiled=False, graphs=True, record=None if device.type == "cuda" else Recorder())
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "masked text", "image", "paint, 9 channels", "flow", "sdxl", "dit", "pixart", "class"]
+)
+def test_recorded_steps_draw_the_same(kind: str, device: torch.device) -> None:
+    pipeline, call = made(kind)
+    pipeline.to(device, torch.float16)
+    expected = drawn(pipeline, call)
+    pipeline.step_runner = recorded(device)
+    for _ in range(2):
+        close(drawn(pipeline, call), expected, FAR[torch.float16])
+
+
+def test_recorded_steps_follow_the_weights(device: torch.device) -> None:
+    pipeline, call, _ = text_on(device)
+    call["guidance_scale"] = 3.0
+    runner = pipeline.step_runner = recorded(device)
+
+    def check() -> None:
+        found, pipeline.step_runner = drawn(pipeline, call), None
+        close(found, drawn(pipeline, call), FAR[torch.float32])
+        pipeline.step_runner = runner
+
+    check()
+    pipeline.to("cpu")
+    check()
+    pipeline.to(device)
+    check()
+    call["prompt"] = ["cup", "a red thing"]
+    check()
+    call["prompt"] = "cup"
+    check()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "style")
+    check()
+    call["cross_attention_kwargs"] = {"scale": 0.3}
+    check()
+
+
+def test_threads_may_share_a_recorded_pipeline(device: torch.device) -> None:
+    pipeline, call, _ = text_on(device, torch.float16)
+    calls = [{**call, "guidance_scale": 3.0, "prompt": ["cup"] * count} for count in (1, 2, 3, 1, 2, 3)]
+    expected = [drawn(pipeline, one) for one in calls]
+    pipeline.step_runner = recorded(device)
+    with ThreadPoolExecutor(3) as pool:
+        for found, wanted in zip(pool.map(lambda one: drawn(pipeline, one), calls), expected, strict=True):
+            close(found, wanted, FAR[torch.float16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_optimized_pipelines_draw_the_same(
+    dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path))
+    pipeline, call, expected = text_on(device, dtype if device.type == "cuda" else torch.float32)
+    given = {name: call[name] for name in ("prompt", "guidance_scale")}
+    found = pipeline.optimize(**given, max_error=0.02)
+    assert found.speedup >= 1
+    if device.type == "cuda":
+        assert "float16" in str(found)
+        assert found.way.graphs
+        assert pipeline.step_runner is not None
+    close(drawn(pipeline, call), expected, FAR[torch.bfloat16])
+    assert pipeline.optimize(**given, max_error=0.02).remembered or dtype == torch.float32
+
+
+def test_a_compiled_and_recorded_step_draws_the_same(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("is recorded on a GPU only")
+    pipeline, call, expected = text_on(device, torch.float16)
+    pipeline.step_runner = StepRunner(compiled=True, graphs=True)
+    for _ in range(2):
         close(drawn(pipeline, call), expected, FAR[torch.float16])
 
 

@@ -103,7 +103,7 @@ def test_other_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lucky_step_does_not_tell_how_fast_a_way_is(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 5.0, 6.0, 11.0, 16.0])  # three steps are counted
     monkeypatch.setattr(optimizing.time, "perf_counter", lambda: next(ticks))
-    assert optimizing.measured(own, own.unet, CALL)[0] == 3.0
+    assert optimizing.measured(own, Way(threads=torch.get_num_threads()), CALL)[0] == 3.0
 
 
 def test_differences_are_shares_of_the_size() -> None:

@@ -1,0 +1,146 @@
+"""The denoiser's step on a GPU as one CUDA graph, its network compiled before: what `optimize` may choose there.
+
+At Stable Diffusion's size a step is some thousand short kernels, and one or two pictures at once take as long as the
+processor needs to start them. A graph starts all of them at once.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MOST_GRAPHS = 8  # each has its inputs and result; what is in between they share
+WARM_UPS = 2
+USUAL = {*vars(nn.Module())} - {"training"}  # attributes of every module
+PLAIN = (bool, int, float, str, type(None))
+
+Run = Callable[[], Tensor]
+
+
+class StepRunner:
+    """Runs the steps of a denoiser that works in parts (`network.Denoiser`), each shape recorded when it first comes.
+
+    Where gradients are asked for, and on a processor, steps run as they are. Threads may share one.
+
+    Args:
+        compiled: by ``torch.compile``, for each shape anew.
+        graphs: as CUDA graphs.
+        record: makes a graph of a function without arguments; returns what runs it, and its result.
+    """
+
+    def __init__(
+        self,
+        *,
+        compiled: bool,
+        graphs: bool,
+        record: "Callable[[Run, Any], tuple[Callable[[], Any], Tensor]] | None" = None,
+    ) -> None:
+        self.compiled, self.graphs, self._record = compiled, graphs, record or on_gpu
+        self._denoise: Any = None
+        self._kind: type | None = None
+        self._recorded: OrderedDict[Any, Recorded] = OrderedDict()
+        self._state: Any = None
+        self._pool: Any = None
+        self._lock = threading.Lock()
+
+    def renew(self, network: Any) -> None:
+        """Forget what was recorded if the network is no longer as it was: moved, with LoRAs, or set otherwise."""
+        state = network_state(network)
+        with self._lock:
+            if state != self._state:
+                self._recorded.clear()
+                self._state, self._pool = state, None
+
+    def __call__(self, network: Any, latents: Tensor, time: Tensor, prepared: Any) -> Tensor:
+        """``network.denoise(latents, time, prepared)``."""
+        if torch.is_grad_enabled() or (latents.device.type != "cuda" and self._record is on_gpu):
+            return network.denoise(latents, time, prepared)
+        if not self.graphs:
+            return self._compute(network, latents, time, prepared)
+        parts, structure = tree_flatten((latents, time, prepared))
+        given = [part for part in parts if isinstance(part, Tensor)]
+        key = (
+            structure,
+            torch.is_autocast_enabled(latents.device.type),
+            *(
+                (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor) else part
+                for part in parts
+            ),
+        )
+        with self._lock:
+            recorded = self._recorded.get(key)
+            with torch.inference_mode():
+                if recorded is None:
+                    recorded = self._made(network, parts, structure)
+                    self._recorded[key] = recorded
+                    if len(self._recorded) > MOST_GRAPHS:
+                        self._recorded.popitem(last=False)
+                self._recorded.move_to_end(key)
+                torch._foreach_copy_(recorded.inputs, given)
+                recorded.replay()
+            return recorded.result.clone()
+
+    def _compute(self, network: Any, *args: Any) -> Tensor:
+        if not self.compiled:
+            return network.denoise(*args)
+        if self._kind is not type(network):
+            self._kind, self._denoise = type(network), torch.compile(type(network).denoise, dynamic=False)
+        return self._denoise(network, *args)
+
+    def _made(self, network: Any, parts: list[Any], structure: Any) -> "Recorded":
+        own = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+        if self._pool is None and self._record is on_gpu:
+            self._pool = torch.cuda.graph_pool_handle()
+        replay, result = self._record(lambda: self._compute(network, *tree_unflatten(own, structure)), self._pool)
+        return Recorded([part for part in own if isinstance(part, Tensor)], replay, result)
+
+
+class Recorded:
+    """A step that was recorded: what it reads, what runs it, and where its result then is."""
+
+    def __init__(self, inputs: list[Tensor], replay: Callable[[], Any], result: Tensor) -> None:
+        self.inputs, self.replay, self.result = inputs, replay, result
+
+
+def on_gpu(run: Run, pool: Any) -> tuple[Callable[[], Any], Tensor]:
+    """`run` as a CUDA graph, whose convolutions are the fastest of those that there are for its shapes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            result = run()
+    return graph.replay, result
+
+
+def network_state(network: nn.Module) -> list[Any]:
+    """What a recorded step depends on besides its inputs: where the weights are, and what the modules are set to."""
+    state: list[Any] = []
+    for module in network.modules():
+        state.append((type(module), len(module._forward_hooks), len(module._forward_pre_hooks)))
+        for name, value in vars(module).items():
+            if name not in USUAL:
+                state.append((name, setting(value)))
+        for weight in (*module._parameters.values(), *module._buffers.values()):
+            if weight is not None:
+                state.append((weight.data_ptr(), weight.dtype, weight.shape, weight.stride()))
+    return state
+
+
+def setting(value: Any) -> Any:
+    """A value of a module as it can be compared later: a plain one, or what holds such, by value; others by place."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(setting, value))
+    if isinstance(value, dict):
+        return tuple((name, setting(one)) for name, one in value.items())
+    return id(value)
