@@ -77,7 +77,7 @@ class GaussianBottleneck(nn.Module):
 
     Loss ``kl``: summed over C, h, w, mean over the batch, as in Latent Diffusion (Rombach et al. 2022, Appendix G). It
     therefore grows with the size of the latents. The paper's weight, about 1e-6, is relative to a reconstruction loss
-    summed over pixels; relative to a mean over pixels it is stronger by the number of pixel values.
+    summed over pixel values; who takes their mean divides this by their number.
     Statistics: ``latent_mean``, ``latent_std``, and ``posterior_std``, the mean width of the posterior.
     """
 

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 STATE, SUMS, AVERAGED = "state.json", "SHA256SUMS", "averaged-0.safetensors"
 
-FORMAT = 3  # of what a checkpoint holds; to be raised when names of weights or of the state change
+FORMAT = 4  # of what a checkpoint holds; to be raised when names of weights or of the state, or their meanings, change
+OLDER = 3  # is read too: there `kl_weight` stood beside a mean over pixel values
 
 
 class Checkpoints:
@@ -156,7 +157,7 @@ def step_reached(output: Path) -> int:
 
 
 def read_state(whole: Sequence[Path]) -> dict[str, Any]:
-    """What the newest checkpoint says of itself.
+    """What the newest checkpoint says of itself, settings with the meanings that they have now.
 
     whole: all of them, oldest first.
 
@@ -167,12 +168,15 @@ def read_state(whole: Sequence[Path]) -> dict[str, Any]:
         state = json.loads((whole[-1] / STATE).read_bytes())
     except (OSError, ValueError) as error:
         raise damaged(whole, STATE, str(error).partition("\n")[0]) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (OLDER, FORMAT):
         raise ValueError(
             f"{whole[-1]} is of another version of latentdiff, whose unfinished runs this one cannot go on with: "
             f"finish the run with that version, or start again with another --output. Finished models still load"
         )
     check_files(whole, (STATE,))
+    settings = state["settings"]
+    if state["format"] == OLDER and settings.get("kind") == "kl":
+        settings["kl_weight"] = float(f"{settings['kl_weight'] * 3 * settings['resolution'] ** 2:.9g}")
     return state
 
 

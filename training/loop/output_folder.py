@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 from latentdiff.pipelines.distributed import processes
-from latentdiff.training.loop.checkpoints import read_state, whole_checkpoints
+from latentdiff.training.loop.checkpoints import FORMAT, read_state, whole_checkpoints
 from latentdiff.training.loop.distributed import check_surroundings
 from latentdiff.training.settings import RunSettings
 from latentdiff.training.settings.run import PATHS
@@ -131,6 +131,14 @@ def check_resumable(
         raise ValueError(
             f"{whole[-1]}: the run there was begun otherwise ({'; '.join(wrong)}), and does not go on with that; "
             f"repeat it as it was, or begin a new one in another --output"
+        )
+    weights = [(old, new) for key, old, new in changes(before, settings) if key == "kl_weight"]
+    if weights and state["format"] < FORMAT:
+        old, new = weights[0]
+        raise ValueError(
+            f"{whole[-1]}: the run there was begun when kl_weight stood beside a mean over pixels. Now it stands "
+            f"beside a sum, as Latent Diffusion's, so kl_weight={old} goes on with the run as it was, and "
+            f"kl_weight={new} would be another training; give the first, or begin a new run in another --output"
         )
     if "max_steps" not in unsettled and int(state["step"]) > settings.max_steps:
         raise ValueError(

@@ -22,7 +22,9 @@ class AutoencoderObjective(Objective[PixelBatch]):
     """The loss of an autoencoder: reconstruction (L1, L2, likelihood, perceptual), bottleneck, and discriminator.
 
     The bottleneck's losses carry their own names; ``kl``, ``commitment`` and ``uniform_kl`` have weights in the
-    settings, and a ``codebook`` that learns by moving averages needs no loss.
+    settings, and a ``codebook`` that learns by moving averages needs no loss. The likeness is a mean over pixel values;
+    ``kl``, a sum over latents, is divided by their number, so that its weight is the one beside a sum over them: Latent
+    Diffusion's (Rombach et al. 2022, Appendix G).
 
     Figures: every part of the loss before its weight, what the bottleneck says, and with a discriminator
     ``adversarial_loss`` and ``adaptive_weight``, the balance found for it.
@@ -39,7 +41,6 @@ class AutoencoderObjective(Objective[PixelBatch]):
         self.settings = settings
         self._discriminator = [discriminator]  # in a list, so that it is no part of this module
         self.weights = {
-            "kl": settings.kl_weight,
             "commitment": settings.commitment_weight,
             "codebook": float(settings.codebook == "learned"),
             "uniform_kl": settings.gumbel_kl_weight,
@@ -68,8 +69,9 @@ class AutoencoderObjective(Objective[PixelBatch]):
             self.learner.observe(output.encoded, output.bottleneck.indices)
         likeness, figures = self._likeness(output, batch.pixels)
         loss = likeness
+        weights = {**self.weights, "kl": self.settings.kl_weight / batch.pixels[0].numel()}
         for name, value in output.bottleneck.losses.items():
-            loss = loss + self.weights[name] * value.float()
+            loss = loss + weights[name] * value.float()
             figures[name] = value.detach()
         figures |= output.bottleneck.statistics
         discriminator = self._discriminator[0]

@@ -74,12 +74,11 @@ class AutoencoderSettings(RunSettings):
     kl_weight: float = Field(
         1e-6,
         ge=0,
-        description="weight of the KL term, summed over a picture's latents (kl)",
+        description="weight of the KL term, where both it and the likeness are sums over a picture (kl)",
         json_schema_extra=when(
-            "1e-4 is the packaged model's. Latent Diffusion's 1e-6 stands beside a sum over pixels, here a mean, so "
-            "the same number holds latents more firmly here. Raise it if the denoiser learns badly on latents "
-            "whose val_latent_std is far from 1 or that jump between near pictures; lower it if pictures are "
-            "blurred."
+            "1e-6 is Latent Diffusion's, which leaves latents as wide as they like (scaling_factor makes up for it), "
+            "2.4e-3 the packaged model's. Raise it tenfold if the denoiser learns badly on latents that jump between "
+            "near pictures; lower it if pictures are blurred."
         ),
     )
 
@@ -157,8 +156,9 @@ class AutoencoderSettings(RunSettings):
         ge=0,
         description="how strongly vectors are drawn to their codes (vq)",
         json_schema_extra=when(
-            "0.25 is the papers' (VQ-VAE, VQGAN) and the recipes' here. Raise it if the commitment loss grows "
-            "during the run, lower it if psnr stands still early while it is tiny."
+            "The papers' 0.25 (VQ-VAE, VQGAN) is the small recipes'; in the code of VQGAN and Latent Diffusion it came "
+            "to stand before the other term, and 1 before this. Raise it if the commitment loss grows during the run, "
+            "lower it if psnr stands still early while it is tiny."
         ),
     )
     fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(
@@ -250,7 +250,7 @@ class AutoencoderSettings(RunSettings):
         ge=0,
         description="0: no discriminator",
         json_schema_extra=when(
-            "0.5 is Latent Diffusion's, 0.8 VQGAN's, both with adaptive_weight. Leave it at 0 for drawings and "
+            "0.5 to 0.75 is Latent Diffusion's, 0.8 VQGAN's, all with adaptive_weight. Leave it at 0 for drawings and "
             "short runs. Lower it if psnr falls by more than 2 dB after its start, of which the run warns; raise it "
             "if pictures stay soft."
         ),
@@ -317,8 +317,8 @@ class AutoencoderSettings(RunSettings):
         gt=0,
         description="the most that balance may multiply by",
         json_schema_extra=when(
-            "Lower it, to 10, if the figure adaptive_weight reaches the limit and psnr falls. VQGAN has 10,000, "
-            "which never limits."
+            "Lower it, to 10, if the figure adaptive_weight reaches the limit and psnr falls. VQGAN's 10,000 never "
+            "limits; Latent Diffusion's with kl is beside a sum over pixels, 0.0509 here, and limits nearly always."
         ),
     )
     r1_weight: float = Field(

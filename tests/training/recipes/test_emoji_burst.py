@@ -17,14 +17,16 @@ from diffusers.training_utils import EMAModel
 
 from latentdiff.conditioning import Conditioning
 from latentdiff.interchange.folders import packaged_model
+from latentdiff.models import AutoencoderKL
 from latentdiff.pipelines import TextToImagePipeline
 from latentdiff.training.objectives.trajectory import TrajectoryObjective
 from latentdiff.training.recipes.emoji import burst, synonym_pairs
-from latentdiff.training.recipes.emoji.burst import clock, denoiser, distil, pool, sampling, text
+from latentdiff.training.recipes.emoji.burst import autoencoder, clock, denoiser, distil, pool, sampling, text
 from latentdiff.training.recipes.emoji.burst.settings import BurstSettings
 from latentdiff.training.recipes.emoji.captions import read_concepts
 from latentdiff.training.recipes.emoji.drawings import Job, write_bundle
 from latentdiff.training.recipes.emoji.icons import Icon
+from latentdiff.training.settings import AutoencoderSettings
 
 CPU = torch.device("cpu")
 WORDS = ["a red car", "two blue dogs"]
@@ -41,6 +43,16 @@ def test_unknown_settings_are_named() -> None:
     assert BurstSettings.read({"pool": 5, "unet_channels": [8, 16]}).unet_channels == (8, 16)
     with pytest.raises(ValueError, match="unknown setting 'poool'"):
         BurstSettings.read({"poool": 5})
+
+
+def test_the_trainers_settings_have_the_kl_weight_of_the_short_run() -> None:
+    recipe = Path(burst.__file__).parents[1]
+    short, chosen = BurstSettings(), AutoencoderSettings.load(recipe / "autoencoder.yaml", {"data": "d", "output": "o"})
+    torch.manual_seed(0)
+    model, pixels = AutoencoderKL(**short.autoencoder_config()), torch.rand(1, 3, short.size, short.size)
+    _, parts = autoencoder.objective(model, pixels, short, None, halve=False)
+    summed = model.bottleneck(model.encode_moments(pixels)).losses["kl"]
+    torch.testing.assert_close(short.kl_weight * parts["kl"], chosen.kl_weight * summed / pixels.numel())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 25])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import autoencoder_settings
 
 from latentdiff.training.batch import latents
+from latentdiff.training.loop.checkpoints import digest_of
 from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 VQ: dict[str, Any] = {"kind": "vq", "num_vq_embeddings": 16}
@@ -78,6 +79,30 @@ def test_another_bottleneck_than_the_run_began_with(pictures: Path, tmp_path: Pa
     for other in (VQ, {"kind": "fsq"}):
         with pytest.raises(ValueError, match=r"step-00000002: the run there was begun otherwise .*kind was"):
             train_autoencoder(autoencoder_settings(pictures, tmp_path / "out", max_steps=4, **other))
+
+
+def test_a_run_begun_with_the_kl_weight_beside_a_mean_goes_on_with_what_it_is_now(
+    pictures: Path, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"resolution": 16, "learning_rate": 1e-2}
+    straight = train_autoencoder(
+        autoencoder_settings(pictures, tmp_path / "a", max_steps=4, kl_weight=0.0768, **common)
+    )
+    older = autoencoder_settings(pictures, tmp_path / "b", max_steps=2, kl_weight=0.0768, **common)
+    latest = train_autoencoder(older) / "training/checkpoints/step-00000002"
+    state = json.loads((latest / "state.json").read_text())
+    state["format"], state["settings"]["kl_weight"] = 3, 1e-4
+    before = digest_of(latest / "state.json")
+    (latest / "state.json").write_text(json.dumps(state))
+    sums = (latest / "SHA256SUMS").read_text().replace(before, digest_of(latest / "state.json"))
+    (latest / "SHA256SUMS").write_text(sums)
+    same = older.model_copy(update={"max_steps": 4, "kl_weight": 1e-4})
+    with pytest.raises(ValueError, match=r"so kl_weight=0\.0768 goes on with the run as it was, and kl_weight=0\.0001"):
+        train_autoencoder(same)
+    train_autoencoder(same.model_copy(update={"kl_weight": 0.0768}))
+    last = "training/checkpoints/step-00000004/trained.safetensors"
+    one, other = load_file(straight / last), load_file(tmp_path / "b" / last)
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "averaged-0.safetensors", "optimizer.bin", "state.json"])
