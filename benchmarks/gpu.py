@@ -8,13 +8,16 @@ which is cut short leaves what it has. What does not fit into the time or the me
 named.
 
 Pictures are of 512x512 pixels in 20 steps of DDIM with guidance, from prompt to pixels; a step is one call of the UNet
-with both sides of guidance, as each pipeline makes it within its loop; so are those of SDXL, its refiner, DiT and
+with both sides of guidance, as each pipeline makes it within its loop. "Optimized" is what ``pipeline.optimize()``
+chooses on a GPU, a step as one CUDA graph. Steps are so also those of SDXL, its refiner, DiT and
 PixArt, of the released sizes. Codes are drawn beside a GPT-2 of transformers. Peak memory is torch's, weights included.
 Training steps are those of ``latentdiff finetune --method full`` and of diffusers' script (see
 training_side_by_side.py), each in a process of its own.
 """
 
 import argparse
+import copy
+import functools
 import gc
 import tempfile
 import time
@@ -31,6 +34,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
+from latentdiff.pipelines.core.step_runner import StepRunner
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -52,17 +56,11 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {  # UNet, layers of the text enc
     "Stable Diffusion 2.1": (SD21, 23),
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-WAYS: dict[str, tuple[str, float]] = {  # what is done to a UNet, and seconds that it takes beforehand, of both
-    "eager": ("", 0),
-    "channels-last, repeated blocks compiled": ("blocks", 40),
-    "CUDA graphs": ("cudagraphs", 40),
-    "channels-last, compiled": ("inductor", 150),
-    "channels-last, compiled, CUDA graphs": ("reduce-overhead", 150),
-}
+COMPILING = 120  # seconds that it takes to compile a UNet, about
 
 
 class Pair:
-    """Our pipeline and diffusers', which share their weights.
+    """Our pipeline, as it is and as `optimize` makes it, and diffusers', all of which share their weights.
 
     Args:
         size: a name in SIZES.
@@ -101,8 +99,10 @@ class Pair:
         self.ours = TextToImagePipeline(vae=networks[1], unet=networks[0], **parts)
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         self.theirs = diffusers.StableDiffusionPipeline(vae=theirs[1], unet=theirs[0], **parts, **none)
+        self.optimized = copy.copy(self.ours)  # as `optimize` does on a GPU
+        self.optimized.step_runner = StepRunner(compiled=False, graphs=True)
         self.device, self.dtype = device, dtype
-        for pipeline in (self.ours, self.theirs):
+        for pipeline in (self.ours, self.optimized, self.theirs):
             pipeline.set_progress_bar_config(disable=True)
 
     def pictures(self, batch: int, steps: int) -> dict[str, Work]:
@@ -115,7 +115,8 @@ class Pair:
                 height=self.pixels, width=self.pixels, guidance_scale=7.5,
             ).images  # fmt: skip
 
-        return {"diffusers": lambda: draw(self.theirs), "ours": lambda: draw(self.ours)}
+        pipelines = {"diffusers": self.theirs, "ours": self.ours, "ours, optimized": self.optimized}
+        return {who: functools.partial(draw, pipeline) for who, pipeline in pipelines.items()}
 
     def steps(self, batch: int) -> dict[str, Work]:
         """One call of each UNet as its pipeline makes it in the loop."""
@@ -126,42 +127,40 @@ class Pair:
         timestep = torch.tensor(500, device=self.device)
         with torch.inference_mode():
             context = unet.encode_text(states)
+        runner = self.optimized.step_runner
+        runner.renew(unet)
         return {
             "diffusers": lambda: other(latents, timestep, encoder_hidden_states=states, return_dict=False)[0],
             "ours": lambda: unet.denoise(latents, unet.embed_time(timestep), context),
+            "ours, optimized": lambda: runner(unet, latents, unet.embed_time(timestep), context),
         }
 
-    def change(self, way: str) -> None:
-        """Make both UNets as `way` says; of the result only pictures can be drawn."""
+    def compile(self) -> None:
+        """Make both channels-last and compile their UNets, ours as ``optimize(compiled=True)`` does."""
         for pipeline in (self.ours, self.theirs):
-            unet: nn.Module = pipeline.unet
-            if way != "cudagraphs":
-                unet.to(memory_format=torch.channels_last)
-                pipeline.vae.to(memory_format=torch.channels_last)
-            if way == "blocks":
-                unet.compile_repeated_blocks()
-            elif way == "inductor":
-                pipeline.unet = torch.compile(unet)
-            elif way == "reduce-overhead":
-                pipeline.unet = torch.compile(unet, mode=way)
-            else:
-                pipeline.unet = torch.compile(unet, backend=way)
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.vae.to(memory_format=torch.channels_last)
+        self.theirs.unet = torch.compile(self.theirs.unet)
+        self.optimized.step_runner = StepRunner(compiled=True, graphs=True)
 
 
-def draw(report: Report, size: str, precision: str, batches: tuple[int, ...], way: str, options: Any) -> None:
+def draw(
+    report: Report, size: str, precision: str, batches: tuple[int, ...], options: Any, compiled: bool = False
+) -> None:
     """Rows of pictures, and where nothing is compiled of steps, for each batch size."""
-    timer, (change, seconds) = Timer(report.device), WAYS[way]
-    on_gpu = report.device.type == "cuda"
-    if report.left < seconds + 5 or (not on_gpu and change not in ("", "blocks")):
-        report.add(what="pictures", model=size, precision=precision, way=way, note="no time left")
+    timer, seconds = Timer(report.device), 2 * COMPILING if compiled else 0
+    if report.left < seconds + 5 or (compiled and report.device.type != "cuda"):
+        report.add(what="pictures", model=size, precision=precision, compiled=compiled, note="no time left")
         return
     pair = Pair(size, report.device, DTYPES[precision], options.tiny)
-    if change and on_gpu:
-        pair.change(change)
+    if compiled:
+        pair.compile()
 
     def pictures(row: dict[str, Any]) -> None:
         before = time.monotonic()
         works = pair.pictures(row["batch"], options.steps)
+        if compiled:  # ours is what is not optimized
+            works["ours"] = works.pop("ours, optimized")
         peaks = {name: timer.peak(work) for name, work in works.items()}
         row["first calls, s"] = time.monotonic() - before
         beside(row, timer.in_turn(works, options.repeats), peaks)
@@ -170,9 +169,9 @@ def draw(report: Report, size: str, precision: str, batches: tuple[int, ...], wa
         beside(row, timer.in_turn(pair.steps(row["batch"]), 4 * options.repeats))
 
     for batch in batches:
-        what = {"model": size, "precision": precision, "batch": batch, "way": way}
+        what = {"model": size, "precision": precision, "batch": batch, "compiled": compiled}
         report.measure(seconds + 2 + batch, pictures, what="pictures", **what)
-        if not change:
+        if not compiled:
             report.measure(2, steps, what="steps of the UNet", **what)
 
 
@@ -221,6 +220,7 @@ def code(report: Report, precision: str, batch: int, options: Any) -> None:
         timer, pair = Timer(report.device), {"diffusers": works["transformers"], "ours": works["latentdiff"]}
         beside(row, timer.in_turn(pair, options.repeats))
         row["transformers, ms"] = row.pop("diffusers, ms")
+        row["ours, times transformers"] = row.pop("ours, times diffusers")
 
     report.measure(60, fill, what="drawing codes", model="350M parameters", precision=precision, batch=batch)
 
@@ -281,19 +281,16 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(options.results, options.seconds, torch.device(options.device))
     first, second = SIZES
-    draw(report, first, "float16", (1, 4, 8), "eager", options)
+    draw(report, first, "float16", (1, 4, 8), options)
     train(report, options)
     decode(report, "float16", options)
-    draw(report, first, "float16", (1,), "CUDA graphs", options)
-    draw(report, first, "float16", (1, 4), "channels-last, repeated blocks compiled", options)
     for name in NETWORKS:
         step(report, name, "float16", (1, 4), options)
-    draw(report, second, "float16", (1, 4, 8), "eager", options)
-    draw(report, first, "bfloat16", (1, 4, 8), "eager", options)
+    draw(report, second, "float16", (1, 4, 8), options)
+    draw(report, first, "bfloat16", (1, 4, 8), options)
     code(report, "bfloat16", 8, options)
-    draw(report, first, "float16", (1, 4), "channels-last, compiled", options)
-    draw(report, second, "bfloat16", (1, 4, 8), "eager", options)
-    draw(report, first, "float16", (1,), "channels-last, compiled, CUDA graphs", options)
+    draw(report, first, "float16", (8, 1), options, compiled=True)
+    draw(report, second, "bfloat16", (1, 4, 8), options)
 
 
 if __name__ == "__main__":

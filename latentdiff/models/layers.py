@@ -293,5 +293,7 @@ class GridAttention(Attention):
         height, width = x.shape[-2:]
         tokens = to_tokens(x if self.group_norm is None else self.group_norm(x))  # (B, HW, C)
         attended = self.attend(tokens, tokens)
-        # The first summand decides the memory format: channels-last from here on, which is faster in the decoder.
-        return to_grid(attended, height, width) + x
+        grid = to_grid(attended, height, width)
+        # The first summand decides the memory format: channels-last from here on, which is faster in the decoder on a
+        # processor. On a GPU every group norm would copy it back.
+        return x + grid if x.is_cuda else grid + x
