@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lives import start, wait
+from lives import forks, live
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -139,8 +139,7 @@ def test_where_nothing_can_be_written_the_file_is_named_and_not_the_partial_one(
         raise AssertionError
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_a_folder_of_others_is_refused_beforehand(tmp_path: Path) -> None:
     def ask() -> None:
         if os.geteuid() == 0:
@@ -149,4 +148,4 @@ def test_a_folder_of_others_is_refused_beforehand(tmp_path: Path) -> None:
             check_output(Path("/usr/new/car.png"))
 
     log = tmp_path / "log.txt"
-    assert wait(start(ask, log)) == [0], log.read_text()
+    live(ask, log)

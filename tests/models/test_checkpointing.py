@@ -1,6 +1,5 @@
 """Gradient checkpointing: the same gradients for less memory, also on several processes and beside adapters."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from lives import start, wait
+from lives import forks, live
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -80,8 +79,7 @@ def test_adapters_on_a_frozen_network_get_their_gradients(same_gradients: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("unused", [False, True])
 def test_two_processes_get_the_gradients_of_one(unused: bool, tmp_path: Path) -> None:
     def work() -> None:
@@ -98,4 +96,4 @@ def test_two_processes_get_the_gradients_of_one(unused: bool, tmp_path: Path) ->
         torch.testing.assert_close([p.grad for p in model.parameters()], alone, atol=1e-6, rtol=1e-4)
 
     log = tmp_path / "log.txt"
-    assert wait(start(work, log, processes=2)) == [0, 0], log.read_text()
+    live(work, log, processes=2)

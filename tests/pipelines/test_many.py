@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lives import kill, start, wait
+from lives import forks, kill, live, start, wait
 from PIL import Image
 from tiny import tiny_pipeline
 
@@ -263,8 +263,7 @@ def test_the_folder_is_data(pipeline: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_two_processes_and_a_kill(pipeline: Any, tmp_path: Path) -> None:
     """The same folder, bit for bit, whatever the number of processes, and after kills."""
     prompts = [f"a cup {'abcdefghijklmnopqrstuvwxyz'[i % 26]}" for i in range(40)]
@@ -273,8 +272,8 @@ def test_two_processes_and_a_kill(pipeline: Any, tmp_path: Path) -> None:
     def work(name: str) -> None:
         draw_many(pipeline, prompts, tmp_path / name, seed=3, num_inference_steps=10, batch_size=4)
 
-    assert wait(start(lambda: work("one"), log)) == [0], log.read_text()
-    assert wait(start(lambda: work("two"), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: work("one"), log)
+    live(lambda: work("two"), log, processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     children = start(lambda: work("killed"), log, processes=2)
     while len(list((tmp_path / "killed").glob("0*.png"))) < 9:
@@ -283,7 +282,7 @@ def test_two_processes_and_a_kill(pipeline: Any, tmp_path: Path) -> None:
     wait(children)
     some = contents(tmp_path / "killed")
     assert 0 < len([name for name in some if name.startswith("0")]) < 40
-    assert wait(start(lambda: work("killed"), log)) == [0], log.read_text()
+    live(lambda: work("killed"), log)
     finished = {name: data for name, data in contents(tmp_path / "killed").items() if not name.startswith(".")}
     assert finished == contents(tmp_path / "one")
     assert read_settings(tmp_path / "two" / "000011.png")["seed"] == 13  # type: ignore[index]

@@ -13,12 +13,19 @@ from latentdiff.models import DalleAutoencoder, TokenTransformer
 
 def save_codes(folder: Path) -> None:
     """Write a pipeline of codes, ``words``, and DALL-E's autoencoder as a module pickled whole, ``dalle.pkl``."""
-    transformer = TokenTransformer(
-        16, 8, num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16
+    transformer = randomized(
+        TokenTransformer(16, 8, num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
     )
     vae = VQModel(**VAE, num_vq_embeddings=16)
     TokenPipeline(vae, **bert_parts(), transformer=transformer).save_pretrained(folder / "words")
     torch.save(dalle_module(), folder / "dalle.pkl")
+
+
+def randomized(transformer: TokenTransformer) -> TokenTransformer:
+    """With weights by which words and guidance change what is drawn."""
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return transformer
 
 
 def dalle_module() -> nn.Module:

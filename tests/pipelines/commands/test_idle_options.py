@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import VAE, bert_parts, tiny_pipeline
+from tiny import VAE, tiny_pipeline
+from tiny_codes import randomized, save_codes
 from tiny_sdxl import tiny_refiner, tiny_sdxl
 from tiny_transformers import dit_folder, pixart_folder
 
 from latentdiff import ClassConditionalPipeline, UnconditionalPipeline, VQModel
 from latentdiff.models import TokenTransformer, UNet2DModel
-from latentdiff.pipelines import ClassTokenPipeline, TokenPipeline, UnconditionalTokenPipeline
+from latentdiff.pipelines import ClassTokenPipeline, UnconditionalTokenPipeline
 
 Run = Callable[..., int]
 PIXELS = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
@@ -36,22 +37,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         UNet2DModel(**PIXELS, num_class_embeds=4), scheduler, id2label={0: "a", 1: "b", 2: "c"}
     ).save_pretrained(folder / "classes")
     UnconditionalPipeline(UNet2DModel(**PIXELS), scheduler).save_pretrained(folder / "any")
-    codes = randomized(TokenTransformer(16, 8, cross_attention_dim=16, **TOKENS))
-    TokenPipeline(VQModel(**VAE, num_vq_embeddings=16), **bert_parts(), transformer=codes).save_pretrained(
-        folder / "codes"
-    )
+    save_codes(folder)
     picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(picture).save(folder / "in.png")
     return folder
 
 
 TOKENS: dict[str, Any] = {"order": "masked", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
-
-
-def randomized(transformer: TokenTransformer) -> TokenTransformer:
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return transformer
 
 
 UNGUIDED = "it acts by guidance, of which there is none at a scale of 1, but above 1; leave it out"
@@ -72,10 +64,10 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--class a --model classes --guidance 1", "--guidance-rescale 0.5", f"--guidance-rescale: {UNGUIDED}"),
     ("--model any", "--guidance 3", "--guidance: the model {} draws from nothing that could guide it; leave it out"),
     ("--model any", "--guidance-rescale 0.5", "--guidance-rescale: the model {} draws from nothing that"),
-    ("a --model codes", "--guidance-rescale 0.5", "--guidance-rescale: the model {} draws code by code and not by"),
-    ("a --model codes", "--variation-seed 3", "--variation-seed: the model {} draws code by code and not by diffusion"),
-    ("a --model codes --image in.png --mask in.png", "--strength 0.5", "--strength: the model {} draws code by code"),
-    ("a --model codes --guidance 1", "--negative-prompt b", f"--negative-prompt: {UNGUIDED}"),
+    ("a --model words", "--guidance-rescale 0.5", "--guidance-rescale: the model {} draws code by code and not by"),
+    ("a --model words", "--variation-seed 3", "--variation-seed: the model {} draws code by code and not by diffusion"),
+    ("a --model words --image in.png --mask in.png", "--strength 0.5", "--strength: the model {} draws code by code"),
+    ("a --model words --guidance 1", "--negative-prompt b", f"--negative-prompt: {UNGUIDED}"),
 ]
 
 
@@ -135,7 +127,7 @@ DRAWINGS = {
     "classes": "--class a",
     "dit": "--class 3",
     "any": "",
-    "codes": "cup",
+    "words": "cup",
     "any codes": "",
     "two codes": "--class 0",
 }

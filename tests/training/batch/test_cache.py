@@ -5,12 +5,11 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lives import kill, start, wait
+from lives import forks, kill, live, start, wait
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,12 +18,6 @@ from latentdiff.training.batch import cache as cache_module
 from latentdiff.training.batch.cache import ABANDONED, TensorStore, digest
 
 KEYS = [digest(i) for i in range(400)]
-
-
-def forks(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that starts processes by fork."""
-    test = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")(test)
-    return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(test)
 
 
 def made(key: str) -> Tensor:
@@ -248,7 +241,7 @@ def test_a_full_disk_leaves_the_store_whole(tmp_path: Path) -> None:
         put(store, KEYS[10:20])
 
     log = tmp_path / "log.txt"
-    assert wait(start(write_on_a_full_disk, log)) == [0], log.read_text()
+    live(write_on_a_full_disk, log)
     assert len(list((tmp_path / "store").iterdir())) == 2
     store = TensorStore(tmp_path / "store")
     assert store.missing(KEYS[:300]) == KEYS[20:300]

@@ -1,12 +1,10 @@
 """Cached latents are the autoencoder's own, under a key that changes with whatever they depend on."""
 
-import os
 import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from lives import kill, start, wait
+from lives import forks, kill, live, start, wait
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,12 +36,6 @@ LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
 }
-
-
-def forks(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that starts processes by fork."""
-    test = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")(test)
-    return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(test)
 
 
 def own_accelerator() -> Accelerator:
@@ -306,7 +298,7 @@ def test_a_full_disk_stops_it_and_room_lets_it_go_on(
             filled(tmp_path / "cache", wanted, autoencoder, accelerator)
 
     log = tmp_path / "log.txt"
-    assert wait(start(fill_on_a_full_disk, log)) == [0], log.read_text()
+    live(fill_on_a_full_disk, log)
     cache = LatentCache(tmp_path / "cache", autoencoder)
     assert len(cache.store) == 2
     calm = filled(tmp_path / "calm", wanted, autoencoder, accelerator)
@@ -326,7 +318,7 @@ def test_two_processes_encode_their_part_each(
         assert all(cache[key].isfinite().all() for key in wanted), "each sees what the other made"
 
     log = tmp_path / "log.txt"
-    assert wait(start(work, log, processes=2)) == [0, 0], log.read_text()
+    live(work, log, processes=2)
     (folder,) = (tmp_path / "cache").iterdir()
     sizes = []
     for file in folder.iterdir():
@@ -372,7 +364,7 @@ def test_killed_again_and_again_it_ends_as_if_left_in_peace(
         assert there <= len(present) < len(many), "nothing that was there is lost"
         there = len(present)
     assert there > 0
-    assert wait(start(work, log)) == [0], log.read_text()
+    live(work, log)
     cache = LatentCache(tmp_path / "cache", autoencoder)
     assert all(torch.equal(cache[key], calm[key]) for key in many)
     assert not caplog.records, "no half-written shard was taken for one"

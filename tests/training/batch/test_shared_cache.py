@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from lives import start, wait
+from lives import forks, start, wait
 from typer.testing import CliRunner
 
 from latentdiff.interchange.cache_folder import shared_folder
@@ -140,8 +140,7 @@ def test_writing_keeps_to_the_limit_and_using_counts(monkeypatch: pytest.MonkeyP
     assert len(again[digest("wanted")]) == SIZE // 4
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_what_another_process_uses_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

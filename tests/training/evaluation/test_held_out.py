@@ -1,7 +1,6 @@
 """Held-out pictures, and the loss on them."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import hostile
 import pytest
 import torch
 from accelerate import Accelerator
-from lives import start, wait
+from lives import forks, live
 from tiny import UNET
 from torch import nn
 
@@ -109,8 +108,7 @@ class Buffered(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("count", [4, 3, 1])
 def test_two_processes_measure_what_one_does(count: int, tmp_path: Path) -> None:
     def measure(name: str) -> None:
@@ -121,8 +119,8 @@ def test_two_processes_measure_what_one_does(count: int, tmp_path: Path) -> None
         accelerator.end_training()
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: measure("one"), log)) == [0], log.read_text()
-    assert wait(start(lambda: measure("two"), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: measure("one"), log)
+    live(lambda: measure("two"), log, processes=2)
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one-0", "two-0", "two-1"))
     assert first == second
     assert first == pytest.approx(one, rel=1e-6)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from discs import add_masks
-from lives import free_port, kill, start, wait
+from lives import FORKED, free_port, kill, live, start, wait
 from safetensors.torch import load_file
 from tiny import autoencoder_settings
 
@@ -25,8 +25,7 @@ from latentdiff.training.trainers.prior import train_prior
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    *FORKED,
 ]
 
 
@@ -61,9 +60,9 @@ def assert_alike(a: Path, b: Path) -> None:
 def assert_divided_alike(train: Callable[..., object], tmp_path: Path) -> None:
     """`train(name, batch size, accumulation)` gives the same in one pass, in two, and in two processes."""
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("accumulated", 2, 2), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 4), log)
+    live(lambda: train("accumulated", 2, 2), log)
+    live(lambda: train("two", 2), log, processes=2)
     assert_alike(tmp_path / "one", tmp_path / "accumulated")
     assert_alike(tmp_path / "one", tmp_path / "two")
 
@@ -116,9 +115,9 @@ def test_autoencoder_goes_on_with_another_number_of_processes(
         train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1}))
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("a", 4, 6), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("b", 2, 3), log, processes=2)) == [0, 0], log.read_text()
-    assert wait(start(lambda: train("b", 4, 6), log)) == [0], log.read_text()
+    live(lambda: train("a", 4, 6), log)
+    live(lambda: train("b", 2, 3), log, processes=2)
+    live(lambda: train("b", 4, 6), log)
     assert_alike(tmp_path / "a", tmp_path / "b")
 
 
@@ -141,7 +140,7 @@ def test_two_processes_against_a_discriminator_hold_the_same_codes(pictures: Pat
         torch.save(codes, tmp_path / f"codes-{os.environ['RANK']}.pt")
 
     log = tmp_path / "log.txt"
-    assert wait(start(train, log, processes=2)) == [0, 0], log.read_text()
+    live(train, log, processes=2)
     first, second = (torch.load(tmp_path / f"codes-{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first) == 8
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -161,11 +160,11 @@ def test_weights_spread_by_fsdp(pictures: Path, tmp_path: Path) -> None:
         train_autoencoder(AutoencoderSettings.load(None, {**values, "log_every": 1, "sample_every": 3}))
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("a", 6, 6), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("b", 3, 3, spread=True), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("a", 6, 6), log)
+    live(lambda: train("b", 3, 3, spread=True), log, processes=2)
     assert wait(start(lambda: train("b", 6, 6), tmp_path / "without.txt")) != [0]
     assert "step-00000003 was written under FSDP or DeepSpeed; go on" in (tmp_path / "without.txt").read_text()
-    assert wait(start(lambda: train("b", 2, 6, spread=True), log, processes=3)) == [0, 0, 0], log.read_text()
+    live(lambda: train("b", 2, 6, spread=True), log, processes=3)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
     figures = [json.loads((tmp_path / name / "evaluation.json").read_text())["psnr"] for name in "ab"]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4), "measured with the averaged weights"
@@ -188,7 +187,7 @@ def launch(configuration: str, values: dict[str, Any], output: Path, log: Path) 
 
 def train_alone(values: dict[str, Any], output: Path, log: Path) -> None:
     settings = DenoiserSettings.load(None, {**values, "batch_size": 4, "output": str(output)})
-    assert wait(start(lambda: train_denoiser(settings), log)) == [0], log.read_text()
+    live(lambda: train_denoiser(settings), log)
 
 
 def test_fsdp_by_a_configuration_of_accelerate(denoiser_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lives import kill, start, wait
+from lives import FORKED, kill, live
 from safetensors.torch import load_file
 
 from latentdiff.training.settings import DenoiserSettings
@@ -19,8 +19,7 @@ from latentdiff.training.trainers.denoiser import train_denoiser
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    *FORKED,
 ]
 
 PORT = "29511"  # each namespace has ports of its own
@@ -107,7 +106,7 @@ def test_two_hosts_of_which_one_dies_train_what_one_process_does(
         train_denoiser(DenoiserSettings.load(None, {**values, "batch_size": 4, "output": str(tmp_path / "one")}))
 
     log = tmp_path / "log.txt"
-    assert wait(start(alone, log)) == [0], log.read_text()
+    live(alone, log)
 
     output, values["batch_size"] = tmp_path / "two", 2
     options = [f"--{name}={values.pop(name)}" for name in ("data", "autoencoder")] + [f"--output={output}"]
@@ -148,8 +147,8 @@ def test_fewer_pictures_than_processes_need(count: int, denoiser_settings: dict[
         train_denoiser(DenoiserSettings.load(None, {**values, "batch_size": size, "output": str(tmp_path / name)}))
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 4), log)
+    live(lambda: train("two", 2), log, processes=2)
     one, other = trained(tmp_path / "one"), trained(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hostile import encode, noise
-from lives import kill, start, wait
+from lives import FORKED, kill, live, start, wait
 from safetensors.torch import load_file
 from shard_server import Server, serving
 from tars import write
@@ -23,8 +23,7 @@ from latentdiff.training.trainers.autoencoder import train_autoencoder
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    *FORKED,
 ]
 
 
@@ -92,7 +91,7 @@ def until_it_trains(child: int, output: Path, log: Path) -> None:
 
 def test_killed_it_goes_on_exactly(address: str, shards: Path, tmp_path: Path) -> None:
     log, calm, killed = tmp_path / "log.txt", tmp_path / "calm", tmp_path / "killed"
-    assert wait(start(lambda: train(str(shards), calm, max_steps=24), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(str(shards), calm, max_steps=24), log)
     for life in range(3):
         (child,) = start(lambda: train(address, killed, max_steps=24), log)
         if life == 0:
@@ -101,7 +100,7 @@ def test_killed_it_goes_on_exactly(address: str, shards: Path, tmp_path: Path) -
             until_it_trains(child, killed, log)
         kill([child])
         assert wait([child]) == [-signal.SIGKILL]
-    assert wait(start(lambda: train(address, killed, max_steps=24), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(address, killed, max_steps=24), log)
     assert_same_end(calm, killed)
     copies = list((killed / "training/stream/shards").iterdir())
     assert sum(copy.stat().st_size for copy in copies) <= float(os.environ["LATENTDIFF_SHARDS_GB"]) * 1e9
@@ -112,7 +111,7 @@ def test_killed_it_goes_on_exactly(address: str, shards: Path, tmp_path: Path) -
 def test_a_server_that_fails_is_waited_for_and_named(address: str, shards: Path, workers: int, tmp_path: Path) -> None:
     log, calm, output = tmp_path / "log.txt", tmp_path / "calm", tmp_path / "out"
     changes = {"max_steps": 30, "num_workers": workers}
-    assert wait(start(lambda: train(str(shards), calm, **changes), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(str(shards), calm, **changes), log)
     (child,) = start(lambda: train(address, output, **changes), log)
     until_it_trains(child, output, log)
     Server.failures = remote.MORE_TRIES - 2
@@ -128,7 +127,7 @@ def test_a_server_that_fails_is_waited_for_and_named(address: str, shards: Path,
     assert "DataLoader worker" not in said, "no traceback of a worker's"
     assert newest(output).name >= reached, "a failure that passes ends nothing"
     Server.failures = 1
-    assert wait(start(lambda: train(address, output, **changes), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(address, output, **changes), log)
     assert "not those that this run had" not in log.read_text()
     assert_same_end(calm, output)
 
@@ -143,5 +142,5 @@ def test_a_shard_that_changes_is_named_and_the_run_goes_on_with_it(address: str,
     assert said.startswith(f"{address.rpartition('/')[0]}/2.tar/")
     assert "has changed since the pictures were examined; repeat the command" in said
     steps = int(newest(output).name.rpartition("-")[2]) + 2
-    assert wait(start(lambda: train(address, output, max_steps=steps), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(address, output, max_steps=steps), log)
     assert "the pictures are not those that this run had so far" in log.read_text()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from discs import add_masks
-from lives import live_and_die, seconds_of, start, wait
+from lives import FORKED, calm_and_killed, live, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
 from tiny import autoencoder_settings, tiny_pipeline
@@ -25,8 +25,7 @@ from latentdiff.training.trainers.prior import train_prior
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    *FORKED,
 ]
 
 KILLS = int(os.environ.get("LATENTDIFF_KILLS", "8"))  # of each training
@@ -58,13 +57,10 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 
 def compare(train: Any, tmp_path: Path, *, kills: int, processes: int = 1) -> None:
-    log = tmp_path / "log.txt"
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    took = seconds_of(lambda: train(calm), log, processes)
-    cut = live_and_die(lambda: train(killed), log, kills, took, seed=len(tmp_path.name), processes=processes)
-    assert cut >= kills // 2, f"only {cut} lives were cut short"
-    assert_same_end(calm, killed)
-    assert not list(killed.rglob(".partial-step*"))
+    log, seed = tmp_path / "log.txt", len(tmp_path.name)
+    calm_and_killed(lambda name: train(tmp_path / name), log, kills, seed, processes)
+    assert_same_end(tmp_path / "calm", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob(".partial-step*"))
 
 
 AGAINST = {"discriminator_weight": 0.5, "discriminator_start": 50, "discriminator_channels": 4, "r1_weight": 0.1}
@@ -175,7 +171,7 @@ def test_a_full_disk_costs_checkpoints_and_no_more(pictures: Path, tmp_path: Pat
         train(tmp_path / "full")
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train(tmp_path / "calm"), log)) == [0], log.read_text()[-3000:]
+    live(lambda: train(tmp_path / "calm"), log)
     assert wait(start(train_on_a_full_disk, log)) != [0]  # what it was told to write at the end, it could not
     said = log.read_text(encoding="utf-8")
     assert "could not be written" in said

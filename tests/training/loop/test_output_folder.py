@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lives import kill, start, wait
+from lives import forks, kill, start, wait
 from safetensors.torch import load_file
 from straight_line import Line, go, settings
 
@@ -39,9 +39,6 @@ from latentdiff.training.trainers.classifier import train_classifier
 from latentdiff.training.trainers.denoiser import train_denoiser
 from latentdiff.training.trainers.distill import distill
 from latentdiff.training.trainers.finetune import finetune
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def state(folder: Path) -> dict[str, bytes]:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from safetensors.torch import load_file, save_file
 from straight_line import Line, go, settings
 from tiny import DENOISER
@@ -134,16 +132,15 @@ def averages_in(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_kills_change_no_average_and_two_processes_keep_the_same(pictures: Path, tmp_path: Path) -> None:
-    def work(name: str, **changes: Any) -> Callable[[], object]:
-        return lambda: train(pictures, tmp_path / name, max_steps=20, checkpoint_every=3, learning_rate=1e-3, **changes)
+    def work(name: str, size: int = 4) -> None:
+        changes = {"max_steps": 20, "checkpoint_every": 3, "learning_rate": 1e-3, "batch_size": size}
+        train(pictures, tmp_path / name, **changes)
 
     log = tmp_path / "log.txt"
-    took = seconds_of(work("calm", batch_size=4), log)
-    assert live_and_die(work("killed", batch_size=4), log, kills=3, undisturbed=took, seed=1)
-    assert wait(start(work("two", batch_size=2), log, processes=2)) == [0, 0], log.read_text()
+    calm_and_killed(work, log, kills=3, seed=1)
+    live(lambda: work("two", 2), log, processes=2)
     calm, killed, two = (averages_in(tmp_path / name) for name in ("calm", "killed", "two"))
     assert calm.keys() == killed.keys() == two.keys()
     for file, tensors in calm.items():

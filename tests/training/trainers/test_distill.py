@@ -1,7 +1,6 @@
 """Distillation end to end at tiny sizes: what comes out draws in diffusers too, and a stopped run goes on exactly."""
 
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
 
@@ -214,22 +212,18 @@ def test_resumes_exactly(pictures: Path, model: Path, tmp_path: Path, method: st
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("method", ["trajectory", "lcm"])
 def test_kills_change_nothing_of_a_flow_that_is_distilled(pictures: Path, tmp_path: Path, method: str) -> None:
     save_flow(tmp_path / "model")
     common = {**METHODS[method], "data": str(pictures), "max_steps": 6, "checkpoint_every": 1}
-    log = tmp_path / "log.txt"
-    took = seconds_of(lambda: run(tmp_path / "model", tmp_path / "straight", **common), log)
-    assert live_and_die(lambda: run(tmp_path / "model", tmp_path / "killed", **common), log, 2, took, seed=0)
-    straight, killed = (unet(tmp_path / name) for name in ("straight", "killed"))
-    assert all(torch.equal(killed[name], one) for name, one in straight.items())
+    calm_and_killed(lambda name: run(tmp_path / "model", tmp_path / name, **common), tmp_path / "log.txt")
+    calm, killed = (unet(tmp_path / name) for name in ("calm", "killed"))
+    assert all(torch.equal(killed[name], one) for name, one in calm.items())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("method", [*METHODS, "trajectory of a flow", "lcm of a flow", "dmd of a flow"])
 def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: Path, method: str) -> None:
     method, _, of_flow = method.partition(" ")
@@ -237,14 +231,13 @@ def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: P
         save_flow(model)
 
     def train(name: str, size: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         common = {**METHODS[method], "data": str(pictures), "batch_size": size}
         # not Adam, which makes as much of a gradient that is nearly nothing as of any
         run(model, tmp_path / name, **common, **{"optimizer": "sgd", "learning_rate": 0.1})
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 4), log)
+    live(lambda: train("two", 2), log, processes=2)
     one, two = unet(tmp_path / "one"), unet(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -1,6 +1,5 @@
 """Distillation of PixArt's and DiT's folders: what comes out draws in diffusers as here, and goes on exactly."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from safetensors.torch import load_file
 from tiny_transformers import dit_folder, pixart_folder
 
@@ -41,7 +39,6 @@ ALL = [
 LAYER = "transformer_blocks.0.attn1.to_q.weight"
 STEPS = {diffusers.DDIMScheduler: 2, diffusers.LCMScheduler: 1}
 """In which both are compared: in one LCM's puts no noise in, and diffusers' DiTPipeline gives it no generator."""
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.fixture(scope="module")
@@ -196,32 +193,27 @@ def test_a_scale_cannot_be_chosen_when_drawing(folders: dict[str, Path], tmp_pat
 
 
 @pytest.mark.slow
-@needs_fork
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize(("kind", "method"), [("pixart", "trajectory"), ("dit", "dmd")])
 def test_kills_change_nothing(numbered: Path, folders: dict[str, Path], tmp_path: Path, kind: str, method: str) -> None:
     common = {**METHODS[method], "data": str(numbered), "max_steps": 6, "checkpoint_every": 1}
-    log = tmp_path / "log.txt"
-    took = seconds_of(lambda: run(folders[kind], tmp_path / "straight", **common), log)
-    assert live_and_die(lambda: run(folders[kind], tmp_path / "killed", **common), log, 2, took, seed=0)
-    assert same(tmp_path / "straight", tmp_path / "killed")
+    calm_and_killed(lambda name: run(folders[kind], tmp_path / name, **common), tmp_path / "log.txt")
+    assert same(tmp_path / "calm", tmp_path / "killed")
 
 
 @pytest.mark.slow
-@needs_fork
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize(("kind", "method"), [("pixart", "adversarial"), ("dit", "lcm-lora")])
 def test_two_processes_do_what_one_does(
     numbered: Path, folders: dict[str, Path], tmp_path: Path, kind: str, method: str
 ) -> None:
     def train(name: str, size: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         common = {**METHODS[method], "data": str(numbered), "batch_size": size}
         run(folders[kind], tmp_path / name, **common, **{"optimizer": "sgd", "learning_rate": 0.01})
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 4), log)
+    live(lambda: train("two", 2), log, processes=2)
     one, two = transformer(tmp_path / "one"), transformer(tmp_path / "two")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)

@@ -1,15 +1,13 @@
 """Transformer denoisers from a folder of pictures to a picture that diffusers draws too: text, classes and neither."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from compare import largest_difference
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from safetensors.torch import load_file
 
 from latentdiff import ClassConditionalPipeline, TextToImagePipeline
@@ -62,8 +60,7 @@ def test_text_resumes_exactly_and_diffusers_draws_the_same(denoiser_settings: di
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("condition", ["text", "class"])
 def test_kills_and_several_processes_change_nothing(
     labelled: Path, denoiser_settings: dict[str, Any], tmp_path: Path, condition: str
@@ -73,15 +70,13 @@ def test_kills_and_several_processes_change_nothing(
     log = tmp_path / "log.txt"
 
     def work(name: str, size: int = 2) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         train(values, tmp_path / name, batch_size=size)
 
-    took = seconds_of(lambda: work("one"), log)
-    assert wait(start(lambda: work("two", 1), log, processes=2)) == [0, 0], log.read_text()
-    assert live_and_die(lambda: work("killed"), log, 2, took, seed=0)
-    one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
-    assert same(one, killed)
-    for name, tensor in one.items():
+    calm_and_killed(work, log)
+    live(lambda: work("two", 1), log, processes=2)
+    calm, two, killed = (transformer(tmp_path / name) for name in ("calm", "two", "killed"))
+    assert same(calm, killed)
+    for name, tensor in calm.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
 
 

@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
-from lives import start, wait
+from lives import forks, live
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import draw, tiny_pipeline
@@ -177,20 +175,18 @@ def test_resumes_exactly(pictures: Path, uncaptioned: Path, model: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_do_what_one_does(uncaptioned: Path, model: Path, tmp_path: Path, method: str) -> None:
     caption = {} if method in ("dreambooth", "textual-inversion") else {"caption": "a cup"}
 
     def train(name: str, size: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         changes = {**options(method, batch_size=size, log_every=1, learning_rate=1e-3), **caption}
         run(uncaptioned, model, tmp_path / name, **changes)
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 4), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 2), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 4), log)
+    live(lambda: train("two", 2), log, processes=2)
     for part in WEIGHTS:
         one, two = weights(tmp_path / "one", part), weights(tmp_path / "two", part)
         assert one.keys() == two.keys()

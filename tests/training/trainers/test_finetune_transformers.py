@@ -1,15 +1,13 @@
 """Fine-tuning of PixArt's and DiT's folders, as they come from diffusers: from pictures to what diffusers draws."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from compare import largest_difference
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_transformers import dit_folder, pixart_folder
@@ -179,28 +177,21 @@ def test_encoded_beforehand_nothing_is_left_to_encode(
     assert {file for file in cache.rglob("*.safetensors")} == before
 
 
-FORKED = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
-]
-
-
-@pytest.mark.parametrize("kind", [pytest.param("pixart", marks=FORKED), pytest.param("dit", marks=FORKED)])
+@pytest.mark.slow
+@forks
+@pytest.mark.parametrize("kind", ["pixart", "dit"])
 def test_kills_and_several_processes_change_nothing(
     numbered: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
     model, log = request.getfixturevalue(kind), tmp_path / "log.txt"
 
     def train(name: str, size: int = 2) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         changes = {"method": "lora", "lora_rank": 2, "checkpoint_every": 1, "batch_size": size, "learning_rate": 1e-3}
         run(numbered, model, tmp_path / name, **changes)
 
-    took = seconds_of(lambda: train("one"), log)
-    assert wait(start(lambda: train("two", 1), log, processes=2)) == [0, 0], log.read_text()
-    assert live_and_die(lambda: train("killed"), log, 2, took, seed=0)
-    one, two, killed = (transformer(tmp_path / name) for name in ("one", "two", "killed"))
-    assert same(one, killed)
-    for name, tensor in one.items():
+    calm_and_killed(train, log)
+    live(lambda: train("two", 1), log, processes=2)
+    calm, two, killed = (transformer(tmp_path / name) for name in ("calm", "two", "killed"))
+    assert same(calm, killed)
+    for name, tensor in calm.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)

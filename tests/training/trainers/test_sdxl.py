@@ -1,6 +1,5 @@
 """Fine-tuning of SDXL: what it learns from, resuming, and what diffusers makes of it."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from lives import live_and_die, seconds_of, start, wait
+from lives import calm_and_killed, forks, live
 from safetensors.torch import load_file
 from tiny import draw
 from tiny_sdxl import tiny_sdxl
@@ -195,30 +193,25 @@ def test_a_new_word_for_both_encoders(pictures: Path, model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_kills_change_nothing(pictures: Path, model: Path, tmp_path: Path) -> None:
     def train(name: str) -> Path:
         values = {"max_steps": 6, "checkpoint_every": 1, "sample_every": 100, "buckets": True}
         return run(pictures, model, tmp_path / name, "lora of all", **values)
 
-    log = tmp_path / "log.txt"
-    took = seconds_of(lambda: train("straight"), log)
-    assert live_and_die(lambda: train("killed"), log, 2, took, seed=0)
-    assert same(*(unet(tmp_path / name) for name in ("straight", "killed")))
+    calm_and_killed(train, tmp_path / "log.txt")
+    assert same(*(unet(tmp_path / name) for name in ("calm", "killed")))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_two_processes_do_what_one_does(pictures: Path, model: Path, tmp_path: Path) -> None:
     def train(name: str, size: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this test's own process, which was forked
         run(pictures, model, tmp_path / name, "lora of all", batch_size=size, learning_rate=1e-3)
 
     log = tmp_path / "log.txt"
-    assert wait(start(lambda: train("one", 2), log)) == [0], log.read_text()
-    assert wait(start(lambda: train("two", 1), log, processes=2)) == [0, 0], log.read_text()
+    live(lambda: train("one", 2), log)
+    live(lambda: train("two", 1), log, processes=2)
     one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-3)

@@ -1,13 +1,12 @@
 """Distillation of SDXL: the student draws in diffusers as here, and is told sizes and pooled embeddings."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from lives import live_and_die, seconds_of
+from lives import calm_and_killed, forks
 from safetensors.torch import load_file
 from tiny import draw
 from tiny_sdxl import tiny_refiner, tiny_sdxl
@@ -99,15 +98,12 @@ def test_the_teacher_is_guided_as_diffusers_guides_it(zeros: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_kills_change_nothing(pictures: Path, model: Path, tmp_path: Path) -> None:
     common: dict[str, object] = {"max_steps": 6, "sample_every": 100}
-    log = tmp_path / "log.txt"
-    took = seconds_of(lambda: run(pictures, model, tmp_path / "straight", "lcm", **common), log)
-    assert live_and_die(lambda: run(pictures, model, tmp_path / "killed", "lcm", **common), log, 2, took, seed=0)
-    straight, killed = (unet(tmp_path / name) for name in ("straight", "killed"))
-    assert all(torch.equal(killed[name], one) for name, one in straight.items())
+    calm_and_killed(lambda name: run(pictures, model, tmp_path / name, "lcm", **common), tmp_path / "log.txt")
+    calm, killed = (unet(tmp_path / name) for name in ("calm", "killed"))
+    assert all(torch.equal(killed[name], one) for name, one in calm.items())
 
 
 def test_a_refiner_is_not_distilled(pictures: Path, tmp_path: Path) -> None:
