@@ -22,9 +22,6 @@ LONGEST_SIDE = 65536
 DEFAULTS_KEY = "_generation_defaults"
 """The model's own, in its model_index.json; diffusers ignores keys that begin with _."""
 
-CALLED: dict[str, str] = {}
-"""How messages call a call's pictures, where they are not called as its arguments."""
-
 Conditions = Literal["text", "picture", "class", "none"]
 
 
@@ -206,12 +203,12 @@ def kind_of_family(class_name: str, saved_as: object) -> Kind | None:
     return next((kind for kind in alike if kind.pictures == own.pictures), None)
 
 
-def kind_taking(pictures: Iterable[str], saved_as: str | None = None, shown: Mapping[str, str] = CALLED) -> Kind:
+def kind_taking(pictures: Iterable[str], saved_as: str | None = None, shown: Mapping[str, str] | None = None) -> Kind:
     """The kind with a prompt whose call takes exactly these pictures: that of a folder, or one that reads its folders.
 
     Args:
         saved_as: ``_class_name`` in the folder; None: there is none.
-        shown: how messages call pictures.
+        shown: how messages call pictures that they do not call as a call's arguments.
 
     Raises:
         ValueError: the folder's kind takes other pictures, and no other kind stands for it; or no kind is called so,
@@ -246,18 +243,18 @@ def kind_taking(pictures: Iterable[str], saved_as: str | None = None, shown: Map
     return next((kind for kind in fitting if kind.interchangeable and kind.family == family), fitting[0])
 
 
-def named(pictures: Iterable[str], shown: Mapping[str, str]) -> str:
-    return " and ".join(shown.get(one, one) for one in sorted(pictures))
+def named(pictures: Iterable[str], shown: Mapping[str, str] | None) -> str:
+    return " and ".join((shown or {}).get(one, one) for one in sorted(pictures))
 
 
 def kind_in(
-    place: Path, pictures: Iterable[str] = (), textless: bool = False, shown: Mapping[str, str] = CALLED
+    place: Path, pictures: Iterable[str] = (), textless: bool = False, shown: Mapping[str, str] | None = None
 ) -> Kind:
     """The kind that draws with a prompt and these pictures from a folder, or from a single file.
 
     Args:
         textless: take a folder's kind without a prompt too, if there are no pictures.
-        shown: how messages call pictures.
+        shown: how messages call pictures that they do not call as a call's arguments.
 
     Raises:
         ValueError: see `kind_taking`; the message names the folder.
