@@ -109,16 +109,7 @@ def evaluate_pipeline(pipeline: Any, settings: EvaluationSettings) -> dict[str, 
     logger.info("%d pictures drawn now, %d kept from an earlier run", drawn_now, count - drawn_now)
     for line in short_table(report):
         logger.info("%s", line)
-    seen = was_trained_on(settings)
-    real = "real" if same_split(settings.split) == TRAIN else "held out"
-    save_picture(comparison(measured, "trained on" if seen else real), folder / SHEET, MADE_BY)
-    kind = "pictures of training" if seen else f"{real.replace(' ', '-')} pictures"
-    logger.info("%s, and what was drawn of their captions: %s", kind, folder / SHEET)
-    if seen:
-        logger.warning(
-            "these are pictures that the model was trained on, and the figures say how well it remembers; "
-            "--split validation asks for those that were held out"
-        )
+    save_sheet(measured, settings, folder / SHEET)
     note_in_card(settings, report)
     return report
 
@@ -232,6 +223,20 @@ def check_sheet(file: Path) -> None:
     """Raises FileExistsError if `file` is there and was not written by latentdiff."""
     if file.exists() and (read_settings(file) or {}).get("made_by") != MADE_BY["made_by"]:
         raise FileExistsError(f"{file} exists and was not written by latentdiff evaluate; choose another --output")
+
+
+def save_sheet(measured: Measured, settings: EvaluationSettings, file: Path) -> None:
+    """Write the `comparison`, and say of which pictures it is."""
+    seen = was_trained_on(settings)
+    real = "real" if same_split(settings.split) == TRAIN else "held out"
+    save_picture(comparison(measured, "trained on" if seen else real), file, MADE_BY)
+    kind = "pictures of training" if seen else f"{real.replace(' ', '-')} pictures"
+    logger.info("%s, and what was drawn of their captions: %s", kind, file)
+    if seen:
+        logger.warning(
+            "these are pictures that the model was trained on, and the figures say how well it remembers; "
+            "--split validation asks for those that were held out"
+        )
 
 
 def comparison(measured: Measured, kind: str) -> Image.Image:

@@ -1,5 +1,6 @@
 """Training a denoiser, conditioned on text, a class or nothing, on the latents of an autoencoder or on pixels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from latentdiff.training.starting_networks import (
     load_autoencoder,
     made_by,
 )
-from latentdiff.training.trainers.diffusion import Data, load_data, train_diffusion
+from latentdiff.training.trainers.diffusion import Data, load_data, save_new, train_diffusion
 from latentdiff.training.trainers.diffusion_models import (
     ONE_CLASS,
     ClassModel,
@@ -62,14 +63,6 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
     if settings.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
 
-    def save() -> None:
-        pipeline = model.pipeline()
-        defaults: dict[str, float] = {"num_inference_steps": settings.sample_steps}
-        if settings.condition != "none":
-            defaults["guidance_scale"] = settings.sample_guidance_scale
-        pipeline.register_defaults(**defaults)
-        pipeline.save_pretrained(settings.output)
-
     by_loss = settings.timestep_sampler == "loss_second_moment"
     objective = DenoiserObjective(
         model.network,
@@ -78,6 +71,7 @@ def train_denoiser(settings: DenoiserSettings) -> Path:
         p2_gamma=settings.p2_gamma,
         timestep_sampler=LossSecondMoment(process.num_timesteps) if by_loss else None,
     )
+    save = partial(save_new, model, settings)
     return train_diffusion(settings, model, data, objective, save, kind_of(model, settings, data))
 
 

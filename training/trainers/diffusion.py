@@ -28,7 +28,7 @@ from latentdiff.training.loop.distributed import spread_modules
 from latentdiff.training.loop.estimate import FEW, duration, module_bytes
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.objectives.objective import Objective, RealAndFake
-from latentdiff.training.settings import Condition, DiffusionSettings, MaskSettings
+from latentdiff.training.settings import Condition, DenoiserSettings, DiffusionSettings, MaskSettings, PriorSettings
 from latentdiff.training.trainers.diffusion_models import DiffusionModel
 from latentdiff.training.trainers.latent_scale import spread
 from latentdiff.training.trainers.samples import Samples
@@ -58,6 +58,16 @@ def load_data(settings: DiffusionSettings, condition: Condition = "text") -> Dat
         logger.warning("nothing is measured on held-out pictures, for there are none; give some the split 'validation'")
     say_mirrored(settings, data.pictures)
     return data
+
+
+def save_new(model: DiffusionModel, settings: DenoiserSettings | PriorSettings, in_steps: bool = True) -> None:
+    """Write the pipeline of a new model, which draws as its samples were drawn. in_steps: by a number of steps."""
+    pipeline = model.pipeline()
+    defaults: dict[str, float] = {"num_inference_steps": settings.sample_steps} if in_steps else {}
+    if settings.condition != "none":
+        defaults["guidance_scale"] = settings.sample_guidance_scale
+    pipeline.register_defaults(**defaults)
+    pipeline.save_pretrained(settings.output)
 
 
 def say_mirrored(settings: DiffusionSettings, pictures: Sequence[CaptionedPicture]) -> None:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) and its relatives, by PEFT, in a UNet and a text encoder: added, trained, saved, merged."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,17 @@ def short(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() and len(parts) > 1 else parts[-1]
 
 
+def adapters(pipeline: LatentPipeline) -> Iterator[tuple[str, Any, Any, dict[str, Tensor]]]:
+    """The networks that have an adapter: name, network, and PEFT's config and tensors."""
+    from peft.utils import get_peft_model_state_dict
+
+    for name in pipeline._lora_loadable_modules:
+        network = getattr(pipeline, name)
+        config = getattr(network, "peft_config", {}).get("default")
+        if config is not None:
+            yield name, network, config, get_peft_model_state_dict(network)
+
+
 def save_lora(pipeline: LatentPipeline, folder: Path) -> Path:
     """Write the LoRA of the pipeline's networks as ``pytorch_lora_weights.safetensors``, which diffusers loads too.
 
@@ -110,15 +121,8 @@ def save_lora(pipeline: LatentPipeline, folder: Path) -> Path:
     Returns:
         the file.
     """
-    from peft.utils import get_peft_model_state_dict
-
     saved: dict[str, Any] = {}
-    for name in pipeline._lora_loadable_modules:
-        network = getattr(pipeline, name)
-        config = getattr(network, "peft_config", {}).get("default")
-        if config is None:
-            continue
-        layers = get_peft_model_state_dict(network)
+    for name, network, config, layers in adapters(pipeline):
         if type(network).__name__.startswith("CLIPText") and not hasattr(network, "text_model"):
             # transformers 5 has dropped this part of the name; files of LoRA keep it, and loaders take it off
             layers = {f"text_model.{key}": tensor for key, tensor in layers.items()}
@@ -140,18 +144,12 @@ def save_adapter(pipeline: TextToImagePipeline, folder: Path, kind: Adapter) -> 
 
     All but LoRA and DoRA are in PEFT's format too, in ``adapter/NETWORK``.
     """
-    from peft.utils import get_peft_model_state_dict
-
     if kind in ("lora", "dora"):
         save_lora(pipeline, folder)
         return
     flat, two = dict[str, Tensor](), pipeline.for_sdxl
-    for name in pipeline._lora_loadable_modules:
-        network = getattr(pipeline, name)
-        config = getattr(network, "peft_config", {}).get("default")
-        if config is None:
-            continue
-        state, place = get_peft_model_state_dict(network), folder / "adapter" / name
+    for name, _, config, state in adapters(pipeline):
+        place = folder / "adapter" / name
         save_whole({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, place / LORA_NAMES[1])
         said = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": None}
         said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}

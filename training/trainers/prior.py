@@ -1,6 +1,7 @@
 """Training a prior: a transformer over the codes of an autoencoder, conditioned on text, a class or nothing."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from latentdiff.training.loop.output_folder import open_output
 from latentdiff.training.objectives.tokens import TokenObjective
 from latentdiff.training.settings import DiffusionSettings, PriorSettings
 from latentdiff.training.starting_networks import Conditions, freeze, load_autoencoder
-from latentdiff.training.trainers.diffusion import load_data, train_diffusion
+from latentdiff.training.trainers.diffusion import load_data, save_new, train_diffusion
 from latentdiff.training.trainers.diffusion_models import ClassModel, DiffusionModel, TextModel, UnconditionalModel
 
 
@@ -81,19 +82,12 @@ def train_prior(settings: PriorSettings) -> Path:
     else:
         model = TokenClassModel(*parts, classes=classes) if classes else TokenUnconditionalModel(*parts)
 
-    def save() -> None:
-        pipeline = model.pipeline()
-        defaults: dict[str, float] = {} if network.causal else {"num_inference_steps": settings.sample_steps}
-        if settings.condition != "none":
-            defaults["guidance_scale"] = settings.sample_guidance_scale
-        pipeline.register_defaults(**defaults)
-        pipeline.save_pretrained(settings.output)
-
     objective = TokenObjective(network, order, settings.label_smoothing, values=3 * codec.factor**2)
     shown = (
         [*filter(is_plain, settings.sample_prompts), *short_captions(data.pictures)] if text is not None else classes
     )
     kind = codes_kind(settings.condition, next(iter(shown), None))
+    save = partial(save_new, model, settings, in_steps=not network.causal)
     return train_diffusion(settings, model, data, objective, save, kind)
 
 
