@@ -126,12 +126,13 @@ def read_file(
 
 
 def find_joint_embeddings(
-    source: Any, token: str | None, weight_name: str | None, hub: Mapping[str, Any]
+    source: Any, token: str | None, weight_name: str | None, hub: Mapping[str, Any], *, second_alone: bool = False
 ) -> tuple[str, list[Tensor]]:
     """A word and its vectors (n, D1) and (n, D2), for SDXL's two text encoders.
 
     Args:
         source: a safetensors file, a folder, an ``owner/name`` on the hub, or {"clip_l": ..., "clip_g": ...}.
+        second_alone: the vectors (n, D2) alone, which SDXL's refiner takes; the others may be missing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -144,14 +145,16 @@ def find_joint_embeddings(
         with safe_open(file, "pt") as stream:
             header = stream.metadata() or {}
     where = "these embeddings" if file is None else str(file)
-    if set(source) != set(OF_TWO):
+    needed = OF_TWO[1:] if second_alone else OF_TWO
+    if not set(needed) <= set(source) <= set(OF_TWO):
         raise ValueError(
-            f"{where}: it holds {', '.join(sorted(source)[:5])}; SDXL's two text encoders need clip_l and clip_g, and "
-            f"nothing else"
+            f"{where}: it holds {', '.join(sorted(source)[:5])}; "
+            + ("the one text encoder of SDXL's refiner needs" if second_alone else "SDXL's two text encoders need")
+            + f" {' and '.join(needed)}, and nothing else"
         )
     word = check_word(token or header.get(WORD_KEY) or (file.stem if file else None), where)
-    vectors = [check_vectors(word, source[name], where) for name in OF_TWO]
-    if len(vectors[0]) != len(vectors[1]):
+    vectors = [check_vectors(word, source[name], where) for name in needed]
+    if len(vectors[0]) != len(vectors[-1]):
         raise ValueError(
             f"{where}: clip_l has {len(vectors[0])} vectors and clip_g {len(vectors[1])}; one word has as many"
         )

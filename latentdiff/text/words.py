@@ -34,6 +34,14 @@ def long_words(tokenizer: Any) -> dict[str, list[str]]:
     return {word: tokens_of(word, count) for word, count in counts.items()}
 
 
+def taught_words(tokenizer: Any) -> dict[str, list[str]]:
+    """The words that were added to a tokenizer, with all of their tokens."""
+    long = long_words(tokenizer)
+    later = {token for tokens in long.values() for token in tokens[1:]}
+    ordinary = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    return {word: long.get(word, [word]) for word in ordinary if word not in later}
+
+
 def later_tokens(tokenizer: Any) -> set[int]:
     """The ids of all tokens that stand in a word of several vectors, but for its first."""
     added = getattr(tokenizer, "added_tokens_encoder", {})

@@ -208,6 +208,11 @@ def refiner_of(pipeline: Any, settings: Settings) -> Any:
         raise ValueError(
             f"the pipeline has no refiner, and {settings.refiner} should draw the last steps; set .refiner"
         )
+    if unknown := refiner.unknown_words(pipeline):
+        raise ValueError(
+            f"the pipeline was taught {', '.join(unknown)}, and its refiner was not; refiner.learn_words(pipeline) "
+            f"teaches it"
+        )
     return refiner
 
 

@@ -98,11 +98,11 @@ def many(
             where = (loading.device, loading.precision, loading.scheduler, kind.name, own, variant, loading.runtime)
             pipeline = load_pipeline(place, *where)
             pipeline.set_progress_bar_config(disable=True)
-            if refiner is not None:
-                refiner.join(pipeline, loading.device, loading.precision, loading.scheduler, own)
             if kind.conditioned_by == "class":
                 pipeline.label_numbers([row.prompt for row in rows])  # none may be unknown
             load_adapters(pipeline, adapters["loras"], adapters["embeddings"])
+            if refiner is not None:
+                refiner.join(pipeline, loading.device, loading.precision, loading.scheduler, own)
         report = draw_many(pipeline, rows, output, batch_size=batch_size, progress=watch, **options)
     if state is not None:
         state.destroy_process_group()

@@ -38,14 +38,14 @@ class Refiner:
     def join(
         self, pipeline: Any, device: Device, precision: Precision, scheduler: str | None = None, own: str | None = None
     ) -> None:
-        """Load it, and let it draw the last steps of `pipeline`, with the same sampler.
+        """Load it, and let it draw the last steps of `pipeline`, with the same sampler and the same new words.
 
         Args:
             device, precision, scheduler: as of `pipeline`.
             own: device with its number, if `device` is not enough.
 
         Raises:
-            ValueError: their latents differ.
+            ValueError: their latents differ, or it cannot learn the words.
         """
         loaded_as = (device, precision, scheduler, IMAGE_TO_IMAGE, own, self.variant)
         refiner: Any = load_pipeline(self.place, *loaded_as)
@@ -57,6 +57,10 @@ class Refiner:
                     f"--refiner: the latents of {self.name} have a {name} of {theirs}, and the model's {ours}; the "
                     f"refiner cannot go on with them"
                 )
+        try:
+            refiner.learn_words(pipeline)
+        except ValueError as error:
+            raise ValueError(f"--refiner: {self.name} cannot learn the new words of the model: {error}") from None
         sampler = type(pipeline.scheduler)
         if type(refiner.scheduler) is not sampler:
             refiner.scheduler = sampler.from_config(refiner.scheduler.config)

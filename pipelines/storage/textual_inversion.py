@@ -10,7 +10,7 @@ from latentdiff.interchange.embeddings import find_embeddings
 from latentdiff.interchange.user_files import faults_named
 from latentdiff.models.loras import whole_network
 from latentdiff.text.tokenizing import tokenizing
-from latentdiff.text.words import add_words, long_words
+from latentdiff.text.words import add_words, long_words, taught_words
 
 
 class WholeWords:
@@ -101,6 +101,13 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(wanted, tokenizer, text_encoder)
         text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
+
+
+def vectors_of(word: str, tokenizer: Any, text_encoder: Any) -> Tensor:
+    """The vectors (n, D) of a word that was taught."""
+    ids = tokenizer.convert_tokens_to_ids(taught_words(tokenizer)[word])
+    table: Tensor = whole_network(text_encoder).get_input_embeddings().weight
+    return table[ids].detach().clone()
 
 
 def check_new_word(source: str, word: str, vectors: Tensor, tokenizer: Any, text_encoder: Any) -> None:

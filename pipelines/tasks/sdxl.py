@@ -9,18 +9,19 @@ from torch import Tensor
 
 from latentdiff.conditioning import GuidedConditioning
 from latentdiff.interchange.adapter_files import name_of
-from latentdiff.interchange.embeddings import find_joint_embeddings
+from latentdiff.interchange.embeddings import OF_TWO, find_joint_embeddings
 from latentdiff.models import UNet2DConditionModel
 from latentdiff.models.loras import whole_network
 from latentdiff.pipelines.core.call_options import TextOptions, positive_whole, refuse
 from latentdiff.pipelines.core.denoiser import loras_at
 from latentdiff.pipelines.core.pipeline import AnyAutoencoder
-from latentdiff.pipelines.storage.textual_inversion import check_new_word
+from latentdiff.pipelines.storage.textual_inversion import check_new_word, vectors_of
 from latentdiff.pipelines.tasks.image_to_image import ImageToImagePipeline
 from latentdiff.pipelines.tasks.inpaint import Canvas, InpaintPipeline, MaskOptions, PaintingCall
 from latentdiff.pipelines.tasks.text_to_image import TextCall, TextPipeline, TextToImagePipeline
 from latentdiff.text.encode import Prompts, TextConditioner
 from latentdiff.text.two_encoders import JointTextConditioner
+from latentdiff.text.words import taught_words
 
 EXPLAINED = {
     5: "it is a refiner's, which takes an aesthetic score instead of the target size: load it with "
@@ -112,7 +113,7 @@ class SDXLPipeline(TextPipeline):
     def load_textual_inversion(  # type: ignore[override]
         self, source: Any, token: str | None = None, *, weight_name: str | None = None, **hub: Any
     ) -> None:
-        """Teach both text encoders a new word.
+        """Teach both text encoders a new word; a refiner's, which is the second, by the vectors of the second.
 
         Args:
             source: a safetensors file with ``clip_l`` and ``clip_g``, such as `latentdiff finetune` makes, its folder,
@@ -122,35 +123,51 @@ class SDXLPipeline(TextPipeline):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is of another kind, is damaged or of another width; the word is known already; or there is
-                no first text encoder. Nothing is changed then.
+            ValueError: it is of another kind, is damaged or of another width; or the word is known already. Nothing is
+                changed then.
         """
-        parts = self._text_parts("given new words")
+        parts = self._text_parts
         hub = {key: value for key, value in hub.items() if key != "use_safetensors"}
-        word, vectors = find_joint_embeddings(source, token, weight_name, hub)
+        word, vectors = find_joint_embeddings(source, token, weight_name, hub, second_alone=len(parts) == 1)
         for own, (tokenizer, text_encoder) in zip(vectors, parts, strict=True):
             check_new_word(name_of(source), word, own, tokenizer, whole_network(text_encoder))
         for own, part in zip(vectors, parts, strict=True):
             super().load_textual_inversion({word: own}, word, *part)
 
     def unload_textual_inversion(self, tokens: Any = None) -> None:  # type: ignore[override]
-        """Forget words that were loaded, all by default, in both text encoders.
+        """Forget words that were loaded, all by default, in all text encoders.
 
         Raises:
             ValueError: a word was not loaded.
         """
-        for part in self._text_parts("made to forget words"):
+        for part in self._text_parts:
             super().unload_textual_inversion(tokens, *part)
+
+    def unknown_words(self, other: "SDXLPipeline") -> list[str]:
+        """The words that `other` was taught, and this pipeline was not."""
+        known = taught_words(self.tokenizer_2)
+        return [word for word in taught_words(other.tokenizer_2) if word not in known]
+
+    def learn_words(self, other: "SDXLPipeline") -> None:
+        """Learn the words that `other` was taught; so a refiner understands what its base model does.
+
+        Raises:
+            ValueError: the text encoders are of other widths.
+        """
+        for word in self.unknown_words(other):
+            vectors = [vectors_of(word, *part) for part in other._text_parts]
+            self.load_textual_inversion(dict(zip(OF_TWO[-len(vectors) :], vectors, strict=True)), word)
 
     @property
     def takes_scores(self) -> bool:
         """Whether the UNet is told an aesthetic score instead of the target size."""
         return bool(self.config.get("requires_aesthetics_score", False))
 
-    def _text_parts(self, what: str) -> list[tuple[Any, Any]]:
-        if self.text_encoder is None:
-            raise ValueError(f"a model with the second text encoder alone, as SDXL's refiner, cannot be {what}")
-        return [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+    @property
+    def _text_parts(self) -> list[tuple[Any, Any]]:
+        """Tokenizer and text encoder of each; a refiner has the second alone."""
+        first = [] if self.text_encoder is None else [(self.tokenizer, self.text_encoder)]
+        return [*first, (self.tokenizer_2, self.text_encoder_2)]
 
     @torch.no_grad()
     def encode_prompt(  # type: ignore[override]

@@ -100,6 +100,37 @@ def test_a_saved_refiner_is_diffusers(folders: Folders, tmp_path: Path) -> None:
     assert largest_difference(packed, ours, **CALL, image=pictures()["image"], strength=0.5) == 0
 
 
+def test_a_refiner_learns_a_word_by_the_vectors_of_the_second_encoder(folders: Folders) -> None:
+    torch.manual_seed(0)
+    word, call = {"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}, {**CALL, "prompt": "a <x>"}
+    ours, theirs = (
+        quiet(kind.from_pretrained(folders[1]))
+        for kind in (ImageToImagePipeline, diffusers.StableDiffusionXLImg2ImgPipeline)
+    )
+    call |= {"image": pictures()["image"], "strength": 0.9}
+    plain = ours(**call, seed=1, output_type="pt").images
+    ours.load_textual_inversion(word, "<x>")
+    theirs.load_textual_inversion(
+        word["clip_g"], token="<x>", text_encoder=theirs.text_encoder_2, tokenizer=theirs.tokenizer_2
+    )
+    assert largest_difference(ours, theirs, **call) < 1e-4
+    taught = ours(**call, seed=1, output_type="pt").images
+    assert (taught - plain).abs().max() > 1e-3
+    ours.unload_textual_inversion("<x>")
+    assert torch.equal(ours(**call, seed=1, output_type="pt").images, plain)
+    base = quiet(TextToImagePipeline.from_pretrained(folders[0]))
+    base.load_textual_inversion(word, "<x>")
+    assert ours.unknown_words(base) == ["<x>"]
+    ours.learn_words(base)
+    assert ours.unknown_words(base) == []
+    assert torch.equal(ours(**call, seed=1, output_type="pt").images, taught)
+    ours.load_textual_inversion({"clip_g": torch.randn(1, 24)}, "<y>")
+    with pytest.raises(ValueError, match="holds clip_l; the one text encoder of SDXL's refiner needs clip_g"):
+        ours.load_textual_inversion({"clip_l": torch.randn(1, 16)}, "<z>")
+    with pytest.raises(ValueError, match="holds clip_g; SDXL's two text encoders need clip_l and clip_g"):
+        base.learn_words(ours)
+
+
 @pytest.mark.parametrize(
     ("place", "call", "why"),
     [

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_sdxl import tiny_refiner, tiny_sdxl
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from latentdiff import ImageToImagePipeline, TextToImagePipeline
 from latentdiff.interchange.png import read_settings
@@ -113,6 +116,51 @@ def test_many_refines_as_generate_does(sdxl: str, run: Run, capsys: pytest.Captu
     assert "2 drawn" in capsys.readouterr().out
     assert run("many", "prompts.txt", *asked, "--denoising-end", "0.5", "-o", "other") != 0
     assert not Path("other").exists()
+
+
+def test_a_refiner_is_taught_the_words_of_its_base_model(
+    sdxl: str, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}, "x.safetensors")
+    refiner = Path(sdxl).with_name("refiner")
+    base, second = TextToImagePipeline.from_pretrained(sdxl), ImageToImagePipeline.from_pretrained(refiner)
+    for one in (base, second):
+        one.load_textual_inversion("x.safetensors", "<x>")
+    call = {"prompt": "a <x>", "num_inference_steps": 4, "seed": 1}
+    latents = base(**call, denoising_end=0.5, output_type="latent").images
+    wanted = second(**call, image=latents, denoising_start=0.5).images[0]
+
+    def is_drawn(file: str) -> bool:
+        with Image.open(file) as drawn:
+            return bool((np.asarray(drawn) == np.asarray(wanted)).all())
+
+    Path("prompts.txt").write_text("a <x>\n")
+    base.save_pretrained("taught")
+    options = ["--refiner", refiner, "--steps", 4, "--seed", 1, "--denoising-end", 0.5]
+    for model in (["--model", sdxl, "--embedding", "x.safetensors:<x>"], ["--model", "taught"]):
+        assert run("generate", "a <x>", *model, *options, "-o", "car.png") == 0
+        assert is_drawn("car.png")
+        assert run("replay", "car.png") == 0
+        assert run("many", "prompts.txt", *model, *options, "-o", f"many-{Path(model[1]).name}") == 0
+        assert is_drawn(f"many-{Path(model[1]).name}/000001.png")
+
+    base.refiner = ImageToImagePipeline.from_pretrained(refiner)
+    asked = {"num_inference_steps": 4, "refiner": "mine", "denoising_end": 0.5, "seed": 1}
+    with pytest.raises(ValueError, match=r"was taught <x>, and its refiner was not; refiner\.learn_words\(pipeline\)"):
+        draw_many(base, ["a <x>"], tmp_path / "pictures", **asked)
+    base.refiner.learn_words(base)
+    draw_many(base, ["a <x>"], tmp_path / "pictures", **asked)
+    assert is_drawn(str(tmp_path / "pictures/000001.png"))
+
+    second.unload_textual_inversion()
+    wide = CLIPTextConfig(**{**second.text_encoder_2.config.to_dict(), "hidden_size": 32})
+    second.register_modules(text_encoder_2=CLIPTextModelWithProjection(wide))
+    second.save_pretrained("wide")
+    assert run("generate", "a <x>", "--model", "taught", "--refiner", "wide", "-o", "no.png") != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--refiner: wide cannot learn the new words of the model: these tensors: the embedding '<x>'" in said
+    assert not Path("no.png").exists()
 
 
 def test_draw_many_with_a_pipelines_refiner(sdxl: str, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from served import DRAW, LIMITS, answered, ask, serving
 from tiny_sdxl import tiny_refiner, tiny_sdxl
 
@@ -63,6 +65,21 @@ def test_a_server_refines_as_generate_does(models: Path, refined: Any, run: Run)
     more = ["--image", "in.png", "--strength", 0.9, "--denoising-end", 0.6]
     assert run("generate", *asked, *here, *more, "-o", "here.png") == 0
     assert run("generate", *asked, *more, "--server", refined.url, "-o", "there.png") == 0
+    with Image.open("here.png") as one, Image.open("there.png") as other:
+        assert same(one, other)
+
+
+def test_a_servers_refiner_is_taught_the_words_of_its_base_model(models: Path, run: Run) -> None:
+    torch.manual_seed(0)
+    save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}, "x.safetensors")
+    loading = {"refiner": str(models / "refiner"), "embedding": ["x.safetensors:<x>"]}
+    asked = ["a <x>", "--steps", 4, "--seed", 1]
+    here = ["--model", models / "base", "--refiner", loading["refiner"], "--embedding", "x.safetensors:<x>"]
+    assert run("generate", *asked, *here, "-o", "here.png") == 0
+    service = service_of(models, **loading)
+    with serving(service, hosts=("127.0.0.1",)) as running:
+        assert run("generate", *asked, "--server", running.url, "-o", "there.png") == 0
+    service.queue.close(wait=False)
     with Image.open("here.png") as one, Image.open("there.png") as other:
         assert same(one, other)
 
