@@ -16,10 +16,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
         asked: method, path and range of what it was asked.
         gives_parts: whether it gives parts of files.
         failures: how many requests more it answers with 503.
+        kind_without_size: the type of its answers, of which it does not say the size.
     """
 
     asked: list[tuple[str, str, str]] = []  # noqa: RUF012
-    gives_parts, failures = True, 0
+    gives_parts, failures, kind_without_size = True, 0, ""
 
     def send_head(self) -> Any:
         asked = self.headers.get("Range", "")
@@ -29,6 +30,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
             type(self).failures -= 1
             self.send_error(503)
             return None
+        if self.kind_without_size:
+            self.send_response(200)
+            self.send_header("Content-Type", self.kind_without_size)
+            self.end_headers()
+            return file.open("rb")
         if not asked or not self.gives_parts or not file.is_file():
             return super().send_head()
         first, last = map(int, asked.removeprefix("bytes=").split("-"))

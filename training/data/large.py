@@ -140,6 +140,7 @@ class LargeSurvey:
         if any(picture.mask is not None for picture in source.pictures):
             raise ValueError(f"{self.about['data']}: {TOO_MANY}")
         source.drained += len(source.pictures)
+        source.drained_refused += len(source.refused)
         pictures, findings = without(source, self.unwanted)
         source.pictures, source.refused = [], []
         kept = 0

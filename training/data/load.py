@@ -92,7 +92,7 @@ def read_source(source: str, wanted: Wanted) -> Source:
         NoPicturesError: there is nothing, neither usable nor unusable.
     """
     found = _read(source, wanted)
-    if not found.count and not found.refused:
+    if found.is_empty:
         raise NoPicturesError(
             f"{source}: no captioned pictures found (split {wanted.split!r}); captions are in "
             "NAME.txt beside NAME.png, or in metadata.jsonl, .csv or .parquet"
@@ -116,6 +116,11 @@ def _read(source: str, wanted: Wanted) -> Source:
     try:
         return read_dataset(source, wanted)
     except FileNotFoundError as error:
+        if "://" in source and not isinstance(error, NoPicturesError):
+            raise FileNotFoundError(
+                f"{source}: behind an address shards are read, and their names end in .tar; load anything else into a "
+                f"folder first. (Nor could a dataset of that name be loaded.)"
+            ) from error
         near = None if isinstance(error, NoPicturesError) else folder_like(folder)
         if near is None:
             raise

@@ -19,7 +19,7 @@ from latentdiff.extras import how_to_install
 from latentdiff.interchange.atomic import atomic_file
 from latentdiff.interchange.cache_folder import gigabytes, shared_folder
 from latentdiff.training.data.captioned_picture import MOST_BYTES, PartReader
-from latentdiff.training.data.shards import expand, of_split, read_shard
+from latentdiff.training.data.shards import expand, of_split, read_shard, what_else
 from latentdiff.training.data.source import Source, Wanted
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,13 @@ TRIES, PAUSE = 4, 1.0  # of one question; seconds before the second, then twice 
 MORE_TRIES = 8  # of a picture or shard: some two minutes, in which a server may have started anew
 LEFT = 3600.0  # seconds after which a copy that nobody goes on writing was left by a process that was killed
 AT_ONCE = 16  # shards that are asked for their size
+PAGES = {
+    "text/html": "a web page",
+    **dict.fromkeys(("text/xml", "application/xml"), "XML"),
+    "application/json": "JSON",
+    "text/plain": "text",
+}
+"""What servers call answers that are no shard."""
 VERSION = (
     "ETag",
     "etag",
@@ -169,6 +176,11 @@ def _look_at(url: str) -> RemoteShard:
     with reaching(url) as (files, path):
         found = tried(files.info, path)
     if found.get("size") is None:
+        kind = str(found.get("mimetype") or "").partition(";")[0].strip()
+        if kind in PAGES:
+            raise OSError(
+                f"{url}: the server answers with {PAGES[kind]} ({kind}), not with a tar file; look at it there"
+            )
         raise OSError(f"{url}: its size is not said; download it first")
     version = " ".join(f"{name}={found[name]}" for name in VERSION if found.get(name) is not None)
     return RemoteShard(url, version, int(found["size"]))
@@ -241,7 +253,8 @@ class Room:
             with reaching(shard.url) as (files, path), atomic_file(copy) as partial:
                 tried(files.get_file, path, str(partial), tries=MORE_TRIES)
                 if partial.stat().st_size != shard.size:
-                    raise OSError(f"{shard.url}: {partial.stat().st_size:,} bytes came of {shard.size:,}")
+                    what = f"; what came {said}" if (said := what_else(partial)) else ""
+                    raise OSError(f"{shard.url}: {partial.stat().st_size:,} bytes came of {shard.size:,}{what}")
         try:
             yield copy
         finally:

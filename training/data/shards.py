@@ -18,6 +18,17 @@ from latentdiff.training.data.tables import json_object, metadata_of
 
 LONGEST_NAME = 1_000  # characters of an entry's name with its folders
 MOST_JSON = 2**22  # bytes of a sample's .json
+UNPACK = "compressed; compressed shards must be unpacked first"
+NO_TAR = {
+    b"\x1f\x8b": f"gzip-{UNPACK}",
+    b"BZh": f"bzip2-{UNPACK}",
+    b"\xfd7zXZ\x00": f"xz-{UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"zstd-{UNPACK}",
+    b"PK\x03\x04": "a zip file, no tar file; unpack it into a folder",
+    b"PAR1": "a Parquet file, no tar file; lay it into a folder with a name ending in .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, no tar file; fetch the file itself: git lfs pull",
+}
+"""What other files begin with."""
 Parts = dict[str, tarfile.TarInfo]
 Place = TypeVar("Place")
 
@@ -139,7 +150,29 @@ def read_shard(shard: Path, wanted: Wanted, source: Source) -> None:
                 except (ValueError, OSError, tarfile.TarError) as error:
                     source.refuse(f"{shard}/{key}", error)
     except (tarfile.TarError, OSError, EOFError) as error:
-        source.refuse(str(shard), f"cannot be read as a tar file ({error}); compressed shards must be unpacked first")
+        source.refuse(str(shard), what_else(shard) or f"cannot be read as a tar file ({error})")
+
+
+def what_else(file: Path) -> str | None:
+    """What a file is that is no tar file; None: that cannot be told."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(4096)
+    except OSError:
+        return None
+    if not head:
+        return "is empty (0 bytes), no tar file"
+    for begin, what in NO_TAR.items():
+        if head.startswith(begin):
+            return f"is {what}"
+    text = head.decode("utf-8-sig", "replace").rstrip("\ufffd").strip()  # a character may be cut at the end
+    page = re.match(r"<!doctype html|<html", text, re.IGNORECASE)
+    if not page and not re.fullmatch(r"[^\x00-\x08\x0e-\x1f\ufffd]+", text):
+        return None
+    title = re.search(r"<title[^>]*>\s*([^<]+?)\s*</title", text, re.IGNORECASE)
+    said = shorten(title[1] if page and title else text, 200)
+    kind = "a web page" if page else "XML" if text[0] == "<" else "JSON" if text[0] in "{[" else "text"
+    return f"is {kind}, no tar file ({said}); the address of the file itself is needed, and perhaps leave to read it"
 
 
 def _samples(archive: tarfile.TarFile, shard: Path, source: Source) -> dict[str, Parts]:

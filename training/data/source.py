@@ -128,6 +128,7 @@ class Source:
         tables: those that the pictures are listed in.
         splits: other splits than the one that is wanted, where there are any.
         drained: how many pictures were taken out.
+        drained_refused: how many entries that cannot be used were taken out.
     """
 
     prefix: str
@@ -137,6 +138,7 @@ class Source:
     tables: list[Path] = field(default_factory=list)
     splits: set[str] = field(default_factory=set)
     drained: int = 0
+    drained_refused: int = 0
 
     def key(self, name: str) -> str:
         """The name of an entry within the source."""
@@ -162,6 +164,11 @@ class Source:
     @property
     def count(self) -> int:
         return self.drained + len(self.pictures)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was found, neither usable nor unusable."""
+        return not (self.count or self.refused or self.drained_refused)
 
     def is_full(self, wanted: Wanted) -> bool:
         return wanted.max_pictures is not None and self.count >= wanted.max_pictures

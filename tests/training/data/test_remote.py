@@ -1,6 +1,8 @@
 """Shards behind an address give what they give on the disk, without a whole copy."""
 
+import gzip
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from latentdiff.training.data import (
     CaptionedPicture,
     NoPicturesError,
     Wanted,
+    load_pictures,
     prepare_pictures,
     read_pixels,
     read_source,
@@ -143,6 +146,54 @@ def test_other_addresses(shards: Path, tmp_path: Path) -> None:
         read_source(f"file://{shards}/*.tar", Wanted(split="test", cache_dir=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><head><title>Log \xc3\xa4n</title>" + b" " * 5000,
+            r"is a web page, no tar file \(Log än\)",
+        ),
+        (b"<html><h1>\xe4</h1>", "is a web page, no tar file"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is XML, no tar file .*AccessDenied"),
+        (b'{"error": "no such file"}', r'is JSON, no tar file \({"error": "no such file"}\); the address of the file'),
+        (b"404: Not Found", r"is text, no tar file \(404: Not Found\)"),
+        (b"", "is empty"),
+        (gzip.compress(bytes(2000)), "is gzip-compressed; compressed shards must be unpacked first"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "is a pointer of Git LFS"),
+        (b"PAR1" + bytes(2000), "is a Parquet file, no tar file"),
+        (b"PK\x03\x04" + bytes(2000), "is a zip file"),
+        (b"\xff\x00\x01" * 700, r"cannot be read as a tar file \(bad checksum\)"),
+    ],
+)
+def test_answers_that_are_no_shards_are_told_as_what_they_are(
+    content: bytes, why: str, shards: Path, address: str, tmp_path: Path
+) -> None:
+    (shards / "no.tar").write_bytes(content)
+    for place in (f"{address}/no.tar", str(shards / "no.tar")):
+        with pytest.raises(
+            NoPicturesError, match=f"^{place}: not one usable picture; the first fault: .*/no.tar: {why}"
+        ):
+            load_pictures(place, cache_dir=tmp_path)
+        with pytest.raises(ValueError, match=f"1 of 1 pictures cannot be used.*\n  .*/no.tar: {why}"):
+            prepared(place, tmp_path / "run")
+    found = read_source(f"{address}/{{no,data-0}}.tar", Wanted(cache_dir=tmp_path))
+    assert (found.count, [re.search(why, one.reason) is not None for one in found.refused]) == (5, [True])
+
+
+def test_a_page_without_a_size_is_told_as_a_page(
+    shards: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shards / "no.tar").write_bytes(b"<html>")
+    monkeypatch.setattr(Server, "kind_without_size", "text/html; charset=utf-8")
+    with pytest.raises(
+        OSError, match=r"/no\.tar: the server answers with a web page \(text/html\), not with a tar file"
+    ):
+        read_source(f"{address}/no.tar", Wanted(cache_dir=tmp_path))
+    monkeypatch.setattr(Server, "kind_without_size", "application/x-tar")
+    with pytest.raises(OSError, match=r"/no\.tar: its size is not said; download it first"):
+        read_source(f"{address}/no.tar", Wanted(cache_dir=tmp_path))
+
+
 def test_what_cannot_be_reached(shards: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Wanted(cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"/data-9\.tar: no such shard"):
@@ -151,6 +202,10 @@ def test_what_cannot_be_reached(shards: Path, address: str, tmp_path: Path, monk
         read_source(f"file://{shards}/none-*.tar", wanted)
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/a.tar: cannot be reached \(.*127\.0\.0\.1"):
         read_source("http://127.0.0.1:9/a.tar", wanted)
+    with pytest.raises(
+        FileNotFoundError, match=r"train\.parquet: behind an address shards are read, and their names end"
+    ):
+        read_source(f"{address}/train.parquet", wanted)
     with pytest.raises(ValueError, match=r"nonsense://a/b.tar: .*nonsense"):
         read_source("nonsense://a/b.tar", wanted)
     monkeypatch.setenv("LATENTDIFF_SHARDS_GB", "many")
