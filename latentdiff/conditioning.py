@@ -4,12 +4,15 @@ Text states, a pooled embedding, class labels, further input channels: all have 
 repeating and joining batches is written once, here, and callers pass it on without knowing its content.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+LISTED = 20  # classes in a message
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,19 @@ class NoConditioner:
         return Conditioning()
 
 
+def other_classes(wanted: str, names: Collection[str]) -> str:
+    """What to say of the classes there are where `wanted` is none: the nearest, and all if they are few.
+
+    names: a class may have several, with commas between them.
+    """
+    single = {name.strip().lower(): name.strip() for own in names for name in own.split(",")}
+    near = difflib.get_close_matches(wanted.lower()[:100], single, n=1 if len(names) <= LISTED else 3)
+    hint = f"did you mean {' or '.join(repr(single[name]) for name in near)}? There are" if near else "there are"
+    if len(names) <= LISTED:
+        return f"{hint} {', '.join(sorted(names))}"
+    return f"{hint} {len(names):,} classes" + ("" if near else f", such as {', '.join(sorted(names)[:3])}")
+
+
 @dataclass(frozen=True)
 class ClassConditioner:
     """Class names as labels. The empty name is no class.
@@ -171,6 +187,6 @@ class ClassConditioner:
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         for prompt in prompts:
             if prompt and prompt not in self.numbers:
-                raise ValueError(f"there is no class {prompt!r}; the classes are {', '.join(list(self.numbers)[:20])}")
+                raise ValueError(f"there is no class {prompt!r}; {other_classes(prompt, self.numbers)}")
         none = len(self.numbers) if self.none is None else self.none
         return Conditioning(labels=torch.tensor([self.numbers.get(one, none) for one in prompts]))

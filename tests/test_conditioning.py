@@ -111,6 +111,6 @@ def test_long_prompts_in_chunks() -> None:
 def test_classes_and_nothing() -> None:
     conditioner = ClassConditioner({"cat": 0, "dog": 1})
     assert conditioner(["dog", "", "cat"]).labels.tolist() == [1, 2, 0]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="there is no class 'cow'; the classes are cat, dog"):
+    with pytest.raises(ValueError, match="there is no class 'cow'; there are cat, dog"):
         conditioner(["cow"])
     assert NoConditioner()(["cow"]) == Conditioning()

@@ -1,6 +1,5 @@
 """Pictures of a class: under classifier guidance, classifier-free guidance, or both."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Unpack
@@ -9,7 +8,7 @@ import diffusers
 import torch
 from torch import Generator, Tensor
 
-from latentdiff.conditioning import Conditioning, GuidedConditioning
+from latentdiff.conditioning import Conditioning, GuidedConditioning, other_classes
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models import NoisyClassifier, UNet2DModel
 from latentdiff.pipelines.core.call import Call
@@ -28,7 +27,7 @@ from latentdiff.pipelines.core.sampling import Progress, Sampler, Steps, whole
 from latentdiff.pipelines.tasks.unconditional import TextlessPipeline
 
 Label = int | str
-SHOWN = 20  # names in a message
+SHOWN = 5  # classes of one name in a message
 MEANS = ("DDPMScheduler", "DDPMParallelScheduler")
 """Schedulers that draw each step from a Gaussian, whose mean is shifted."""
 
@@ -254,11 +253,9 @@ def class_number(label: Any, names: Mapping[int, str], count: int) -> int:
             return found[0]
     if wanted.isascii() and wanted.isdecimal():
         return class_number(int(wanted), names, count)
-    known = ", ".join(sorted(names.values())[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    single = {name.strip().lower(): name.strip() for own in names.values() for name in own.split(",")}
-    near = difflib.get_close_matches(wanted.lower()[:100], single, n=1)
-    hint = f"did you mean {single[near[0]]!r}? There are" if near else "there are"
-    raise ValueError(f"there is no class {label!r}; {f'{hint} {known}' if names else 'give a number'}")
+    raise ValueError(
+        f"there is no class {label!r}; {other_classes(wanted, names.values()) if names else 'give a number'}"
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from latentdiff.codec import Codec
+from latentdiff.conditioning import other_classes
 from latentdiff.diffusion.process import process_from_config
 from latentdiff.pipelines import ClassConditionalPipeline
 from latentdiff.training.card.kinds import class_conditional_kind
@@ -43,7 +44,7 @@ def train_classifier(settings: ClassifierSettings) -> Path:
     if known is not None:
         new = sorted(set(classes) - set(known.values()))
         if new:
-            raise ValueError(f"{settings.model} knows no class {new[0]!r}; its classes: {', '.join(known.values())}")
+            raise ValueError(f"{settings.model} knows no class {new[0]!r}; {other_classes(new[0], known.values())}")
         classes = [known[i] for i in range(len(known))]
     set_seed(settings.seed)
     classifier = build_classifier(settings, codec, len(classes))
