@@ -47,17 +47,27 @@ def open_output(settings: RunSettings, given: Mapping[str, str] | None = None, u
         unsettled: settings that a model will change, so that they say nothing yet.
 
     Raises:
-        ValueError: another process trains into the folder, its run cannot go on with these settings, or this machine
-            lacks what they need.
+        ValueError: the folder holds a model that no training made, another process trains into it, its run cannot go on
+            with these settings, or this machine lacks what they need.
     """
     check_surroundings(settings)
     folder = Path(settings.output) / "training"
+    check_empty(Path(settings.output))
     is_main = processes().is_main_process and not settings.is_dry_run
     if is_main and folder.is_dir():
         hold(folder)
     check_resumable(folder, settings, given or {}, unsettled)
     if is_main:
         remove_leftovers(Path(settings.output))
+
+
+def check_empty(output: Path) -> None:
+    """Raises ValueError if a folder holds a model that no training made, which one would replace."""
+    if (output / "training" / "settings.yaml").exists():
+        return
+    for file, what in (("model_index.json", "a pipeline"), ("config.json", "a model")):
+        if (output / file).exists():
+            raise ValueError(f"{output} holds {what} that was not made by training; choose another --output")
 
 
 def hold(folder: Path) -> None:
@@ -126,7 +136,11 @@ def check_resumable(
     wrong = [f"{key} was {old!r}, now {new!r}" for key, old, new in changes(before, settings) if key in fixed]
     wrong += [f"another {name} than before" for name, digest in given.items() if state["given"].get(name) != digest]
     if before["trainer"] != type(settings).__name__:
-        wrong = [f"it was trained by {before['trainer']}, not {type(settings).__name__}"]
+        theirs, ours = typed_as(before["trainer"]), typed_as(type(settings).__name__)
+        raise ValueError(
+            f"{settings.output} holds a run of {theirs}, which {ours} does not go on with; choose another --output. "
+            f"Nothing was changed"
+        )
     if wrong:
         raise ValueError(
             f"{whole[-1]}: the run there was begun otherwise ({'; '.join(wrong)}), and does not go on with that; "
@@ -145,6 +159,14 @@ def check_resumable(
             f"{settings.output}: the run is at step {state['step']} already, so with max_steps={settings.max_steps} "
             f"there is nothing to do; a larger max_steps trains on. Nothing was changed"
         )
+
+
+def typed_as(trainer: str) -> str:
+    """The command of a trainer, by the name of its settings; that name where it is no command of ours."""
+    from latentdiff.training.commands.settings import Kind, full_name, settings_of
+
+    commands = {settings_of(kind).__name__: f"'latentdiff {full_name(kind)}'" for kind in Kind}
+    return commands.get(trainer, trainer)
 
 
 def log_changes(state: Mapping[str, Any], settings: RunSettings) -> list[dict[str, Any]]:

@@ -128,12 +128,10 @@ def check_method(settings: FinetuneSettings) -> None:
 
 
 def check_output(settings: AdaptedSettings) -> None:
-    """Raises ValueError if the output folder holds a model that is not of this command."""
+    """Raises ValueError if the output folder is the model to start from."""
     output, model = Path(settings.output), local_place(settings.model)
     if model is not None and output.exists() and output.resolve() == model.resolve():
         raise ValueError(f"{output} is the model to start from, which is not changed; choose another --output")
-    if (output / "model_index.json").exists() and not (output / "training" / "settings.yaml").exists():
-        raise ValueError(f"{output} holds a pipeline that was not made by training; choose another --output")
 
 
 def check_family(settings: FinetuneSettings, pipeline: Any) -> None:

@@ -24,7 +24,7 @@ from latentdiff.training.card.card import describe
 from latentdiff.training.card.kinds import autoencoder_kind
 from latentdiff.training.commands.settings_arguments import load_settings
 from latentdiff.training.loop.checkpoints import whole_checkpoints
-from latentdiff.training.loop.output_folder import changes, hold, open_output, state_of
+from latentdiff.training.loop.output_folder import changes, hold, open_output, state_of, typed_as
 from latentdiff.training.loop.run import TrainingRun
 from latentdiff.training.settings import (
     AutoencoderSettings,
@@ -153,8 +153,19 @@ def test_settings_that_an_older_version_did_not_know_are_no_changes(tmp_path: Pa
 def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     go(TrainingRun(settings(tmp_path), Line()))
     other = AutoencoderSettings(data="-", output=str(tmp_path))
-    with pytest.raises(ValueError, match="it was trained by RunSettings, not AutoencoderSettings"):
+    own = "RunSettings, which 'latentdiff train autoencoder' does not go on with; choose another --output"
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds a run of {own}"):
         open_output(other)
+    assert typed_as("DenoiserSettings") == "'latentdiff train denoiser'"
+    assert typed_as("DistillationSettings") == "'latentdiff distill'"
+
+
+@pytest.mark.parametrize(("file", "what"), [("model_index.json", "a pipeline"), ("config.json", "a model")])
+def test_a_model_that_no_training_made_is_not_replaced(file: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds {what} that was not made by training; choose another"):
+        open_output(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +182,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_models_are_loaded(
     train: Any, kind: Any, missing: dict[str, Any], tmp_path: Path
 ) -> None:
     go(TrainingRun(settings(tmp_path), Line()))
-    with pytest.raises(ValueError, match=f"it was trained by RunSettings, not {kind.__name__}"):
+    with pytest.raises(ValueError, match=f"holds a run of RunSettings, which {typed_as(kind.__name__)} does not go on"):
         train(kind.load(None, {"data": "-", "output": str(tmp_path), **missing}))
 
 
