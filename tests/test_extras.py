@@ -1,6 +1,7 @@
 """Advice to install names packages that there are, and not this one, which no index has."""
 
 import re
+import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
@@ -53,3 +54,32 @@ def test_without_an_extra(
     assert re.search(said, error)
     assert "; install with: pip install " in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("convert emoji made --to onnx", "onnxscript"),
+        ("convert emoji made --runtime onnx", "onnxruntime"),
+        ("convert emoji made --runtime openvino --dtype int8", "nncf"),
+        ("generate car --runtime openvino", "openvino"),
+        ("generate car --runtime onnx --precision int8", "onnxruntime"),
+        ("many prompts.txt -o made --runtime openvino", "openvino"),
+        ("serve --runtime openvino", "openvino"),
+    ],
+)
+def test_an_extra_is_asked_for_before_torch_is_loaded(command: str, missing: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a car\n")
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+sys.argv = ["latentdiff", *{command.split()!r}]
+from latentdiff.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "install with: pip install" in ended.stderr
+    assert ended.stdout.splitlines()[-1] == "2 []"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import Field
 
+from latentdiff.extras import check_onnx_export
 from latentdiff.pipelines.batch.drawing_options import Plain
 from latentdiff.pipelines.commands.model_options import Precision, RuntimeName, be_quiet, grouped
 from latentdiff.terminal import say
@@ -120,6 +121,7 @@ def convert(
     target, place = target.expanduser(), Path(source).expanduser()
     if place.exists() and target.exists() and target.samefile(place):
         raise ValueError(f"{target} is the source itself; choose another name")
+    engine = installed(to, runtime, dtype)
     be_quiet()
     from latentdiff.interchange.single_file import check_target
     from latentdiff.pipelines.storage.converting import is_free, kind_of_source
@@ -143,14 +145,27 @@ def convert(
     (check_target if form is Form.file else is_free)(target, overwrite)  # what cannot be written is refused first
     import torch
 
-    from latentdiff.pipelines.runtime.choice import Runtime
-
-    precision = None if dtype is None else getattr(torch, dtype.value)
-    engine = None if runtime is None else Runtime.of(runtime.value, precision)
-    pipeline = read_model(source, kind, component, None if engine else precision, from_variant, reading)
+    precision = None if engine or dtype is None else getattr(torch, dtype.value)
+    pipeline = read_model(source, kind, component, precision, from_variant, reading)
     component = None if reading.vae is not None else component
     write_model(pipeline, form, target, variant, component, overwrite, engine)
     say(f"{target}: {type(pipeline).__name__ if component is None else component.value}")
+
+
+def installed(to: Form | None, runtime: RuntimeName | None, dtype: Precision | None) -> "Runtime | None":
+    """The runtime that is asked for, if any; before torch is loaded.
+
+    Raises:
+        ImportError: what is needed for that, or for ONNX, is not installed.
+        ValueError: the runtime does not compute in this precision here.
+    """
+    if to is Form.onnx:
+        check_onnx_export()
+    if runtime is None:
+        return None
+    from latentdiff.pipelines.runtime.choice import Runtime
+
+    return Runtime(runtime.value, (dtype or Precision.float32).value)
 
 
 def check_form(to: Form | None, kind: str, source: Path) -> None:

@@ -17,6 +17,7 @@ from latentdiff.pipelines.commands.model_options import (
     Device,
     LoadingOptions,
     be_quiet,
+    check_runtime,
     grouped,
     load_pipeline,
     pick_device,
@@ -71,6 +72,7 @@ def many(
     rows = None if prompts is None else read_prompts(prompts)
     model, variant = loading.model, loading.variant
     place = find_place(model, variant)
+    check_runtime(loading.runtime, place, loading.device, loading.precision)
     kind = kind_in(place, textless=True)
     rows = several_of_each(check_rows(kind, rows, classes, loading, drawing), count)
     name_files(rows)

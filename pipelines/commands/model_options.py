@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -17,7 +16,6 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
-from latentdiff.extras import how_to_install
 from latentdiff.imports import collector_paused
 from latentdiff.pipelines.batch.drawing_options import Option, Plain, first_problem
 from latentdiff.pipelines.registry import find_kind
@@ -141,8 +139,8 @@ def load_pipeline(
     local_place(str(model))  # errors that need no torch come before it is loaded
     if scheduler is not None:
         find_scheduler(scheduler)
+    check_runtime(runtime, model, device, precision)
     if runtime is not None:
-        check_runtime(runtime, model, device)
         device, place = Device.cpu, None
     elif precision is Precision.int8:
         raise ValueError("--precision int8: torch does not draw in int8; say --runtime openvino or onnx too")
@@ -159,22 +157,24 @@ def load_pipeline(
     return pipeline.to(place)
 
 
-def check_runtime(runtime: str, model: str | Path, device: Device) -> None:
-    """Raises ValueError for what a runtime does not draw from, and for where it does not compute."""
+def check_runtime(runtime: str | None, model: str | Path, device: Device, precision: Precision) -> None:
+    """See that a runtime, if there is one, can draw, before torch is loaded.
+
+    Raises:
+        ValueError: it does not draw from this, or compute there or in this precision.
+        ImportError: it is not installed.
+    """
+    if runtime is None:
+        return
+    from latentdiff.pipelines.runtime.choice import Runtime
+
     if Path(model).is_file():
         raise ValueError(
             f"--runtime {runtime}: {model} is a single file; make a folder of it: latentdiff convert {model} FOLDER"
         )
     if device not in (Device.auto, Device.cpu):
         raise ValueError(f"--runtime {runtime} computes on the processor; leave --device {device.value} out")
-    check_installed(runtime)
-
-
-def check_installed(runtime: str) -> None:
-    """Raises ImportError if a runtime is not installed: before torch is loaded, which `Runtime` needs to say it."""
-    module = {"onnx": "onnxruntime"}.get(runtime, runtime)
-    if find_spec(module) is None:
-        raise ImportError(f"the runtime {runtime} needs {module}; install with: {how_to_install(runtime)}")
+    Runtime(runtime, precision.value)
 
 
 def be_quiet() -> None:

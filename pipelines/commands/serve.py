@@ -4,16 +4,15 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
-from latentdiff.extras import how_to_install
+from latentdiff.extras import check_installed
 from latentdiff.pipelines.batch.drawing_options import BATCH, Plain, RefinerOptions
-from latentdiff.pipelines.commands.model_options import LoadingOptions, grouped, load_pipeline
+from latentdiff.pipelines.commands.model_options import LoadingOptions, check_runtime, grouped, load_pipeline
 from latentdiff.pipelines.commands.refiner import DENOISING_END, find_refiner
 from latentdiff.pipelines.registry import find_kind, kind_in
 from latentdiff.pipelines.storage.places import find_place
@@ -138,9 +137,7 @@ def run_server(
 
 def check_serving(serving: ServingOptions, key: str | None, extra: str) -> None:
     """Raises ImportError or ValueError before anything is loaded."""
-    missing = [name for name in ("fastapi", "uvicorn", "multipart", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"latentdiff {extra} needs {', '.join(missing)}; install with: {how_to_install('serve')}")
+    check_installed(f"latentdiff {extra}", ("fastapi", "uvicorn", "multipart", "prometheus_client"), "serve")
     if serving.host not in LOOPBACK and not key:
         raise ValueError(
             f"--host {serving.host}: others could draw here; set a key that they must send, in the variable "
@@ -169,6 +166,7 @@ def offers_of(loading: ServedLoading, serving: ServingOptions) -> dict[str, "tup
     offers: dict[str, tuple[Path, Loader]] = {}
     for model in [*filter(None, [loading.model]), *(serving.models or [])] or [PACKAGED]:
         place = find_place(model, loading.variant)
+        check_runtime(loading.runtime, place, loading.device, loading.precision)
         name = shown_name(model, place)
         if name in offers:
             raise ValueError(f"two models are called {name}; rename the folder of one, or serve it by itself")

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from latentdiff.extras import how_to_install
+from latentdiff.extras import check_installed
 from latentdiff.pipelines.runtime.engines import Engine, onnx_engine, openvino_engine, openvino_has
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -70,11 +69,7 @@ class Runtime:
                 f"{', '.join(self.kind.precisions)}, or the runtime openvino"
             )
         needed = self.kind.needs + ((self.kind.to_quantize.split(".")[0],) if self.precision == "int8" else ())
-        missing = [name for name in needed if find_spec(name) is None]
-        if missing:
-            raise ImportError(
-                f"the runtime {self.name} needs {' and '.join(missing)}; install with: {how_to_install(self.name)}"
-            )
+        check_installed(f"the runtime {self.name}", needed, self.name)
         if self.precision == "bfloat16" and not openvino_has("BF16"):
             raise ValueError(
                 "this processor does not compute in bfloat16 (it lacks avx512_bf16 and amx_bf16); choose float32, "

@@ -8,7 +8,6 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from latentdiff.codec import Codec
 from latentdiff.diffusion.schedulers import takes_variance
-from latentdiff.extras import how_to_install
+from latentdiff.extras import check_onnx_export
 from latentdiff.interchange.atomic import atomic_folder, json_text
 from latentdiff.models.loras import refuse_loras
 from latentdiff.models.network import downscale_factor
@@ -146,9 +145,7 @@ def export_onnx(pipeline: Any, folder: str | Path, opset: int = OPSET) -> Path:
         FileExistsError: there is something in the folder.
         ValueError: the pipeline cannot be exported, and why.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"ONNX export needs {' and '.join(missing)}; install with: {how_to_install('onnx')}")
+    check_onnx_export()
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
