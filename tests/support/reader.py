@@ -5,7 +5,7 @@ What a page says is kept, but for these rules:
 - What it names and does not make lies ready, small (`lying_ready`).
 - A training makes two updates of small networks on small pictures (`smaller`).
 - Commands that draw or measure many pictures take two (`FEW`).
-- What is launched in many processes or jobs is run in one.
+- What is launched in many processes or jobs is run in one; variables set before a command are set.
 - A server gets a free port, and later commands its address; it runs until another takes its port, or the page ends.
 - `STANDS_FOR` has words for others; float32 stands for bfloat16 where OpenVINO does not have it.
 - What `NOT_HERE` has is not run.
@@ -136,6 +136,8 @@ class Reader:
 
     def run(self, command: Command) -> None:
         words = [self.replaced(word) for word in command.words]
+        while re.match(r"[A-Z_]+=", words[0]):
+            self.monkeypatch.setenv(*words.pop(0).split("=", 1))
         if words[0] in LAUNCHERS:
             words = launched(words)
         outputs = [words[i + 1] for i, word in enumerate(words) if word in ("-o", "--output")]
