@@ -318,7 +318,8 @@ class AutoencoderSettings(RunSettings):
         description="the most that balance may multiply by",
         json_schema_extra=when(
             "Lower it, to 10, if the figure adaptive_weight reaches the limit and psnr falls. VQGAN's 10,000 never "
-            "limits; Latent Diffusion's with kl is beside a sum over pixels, 0.0509 here, and limits nearly always."
+            "limits; Latent Diffusion's with kl is beside a sum over pixels, here 10,000 / (3 * resolution^2), 0.0509 "
+            "at 256, which limits nearly always."
         ),
     )
     r1_weight: float = Field(
