@@ -109,7 +109,8 @@ def merged(old: KeyIndex | None, more: Mapping[str, int]) -> Iterator[NDArray[An
     content = np.frombuffer(bytes.fromhex("".join(more)), np.uint8).reshape(-1, KEY)
     head = np.ascontiguousarray(content[:, :8]).view(">u8").ravel().astype("u8")
     order = np.argsort(head, kind="stable")
-    new = (head[order], content[order, 8:], np.fromiter(more.values(), np.int64, len(more))[order])
+    places = np.fromiter(more.values(), np.int64, len(more))
+    new: tuple[NDArray[Any], ...] = (head[order], content[order, 8:], places[order])
     if old is None:
         yield from new
         return
