@@ -34,7 +34,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import AutoencoderKL, TextToImagePipeline, UNet2DConditionModel
-from latentdiff.pipelines.core.step_runner import StepRunner
+from latentdiff.pipelines.core.step_runner import StepRunner, network_state
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -127,12 +127,11 @@ class Pair:
         timestep = torch.tensor(500, device=self.device)
         with torch.inference_mode():
             context = unet.encode_text(states)
-        runner = self.optimized.step_runner
-        runner.renew(unet)
+        runner, state = self.optimized.step_runner, network_state(unet)
         return {
             "diffusers": lambda: other(latents, timestep, encoder_hidden_states=states, return_dict=False)[0],
             "ours": lambda: unet.denoise(latents, unet.embed_time(timestep), context),
-            "ours, optimized": lambda: runner(unet, latents, unet.embed_time(timestep), context),
+            "ours, optimized": lambda: runner(unet, state, latents, unet.embed_time(timestep), context),
         }
 
     def compile(self) -> None:

@@ -12,7 +12,7 @@ from latentdiff.conditioning import Conditioning, GuidedConditioning
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
 from latentdiff.models.loras import lora_lock, lora_scaled
 from latentdiff.models.time_embedding import timestep_features
-from latentdiff.pipelines.core.step_runner import StepRunner
+from latentdiff.pipelines.core.step_runner import StepRunner, network_state
 
 ChangePrediction = Callable[[Tensor, Tensor, Any], Tensor]
 """(prediction, what the network saw, timestep) -> another prediction."""
@@ -69,7 +69,7 @@ class GuidedDenoiser:
         if self.in_parts:
             with loras_at(self.lora_scale, self.network):
                 prepared = self.network.prepare(joint)
-        self._renew_runner()
+        self._look_at_network()
         self._both = joint, prepared
         self._prepared_from = self._depends_on()
         count = self._conditioning.positive.batch_size
@@ -89,12 +89,13 @@ class GuidedDenoiser:
         if self._depends_on() != self._prepared_from:
             self._prepare()
         else:
-            self._renew_runner()
+            self._look_at_network()
 
-    def _renew_runner(self) -> None:
+    def _look_at_network(self) -> None:
+        """Know what a recorded step depends on."""
         if self.runner is not None:
             with loras_at(self.lora_scale, self.network):
-                self.runner.renew(self.network)
+                self._state = network_state(self.network)
 
     def __call__(self, latents: Tensor, timestep: Any, guided: bool = True) -> Tensor:
         """(B, C, h, w) -> the guided prediction, (B, C, h, w).
@@ -135,7 +136,7 @@ class GuidedDenoiser:
                 return self.network(latents, timestep=timestep, return_dict=False, **given.arguments())[0]
             time = self.network.embed_time(timestep, class_labels=given.labels, timestep_cond=given.guidance)
             if self.runner is not None:
-                return self.runner(self.network, latents, time, prepared)
+                return self.runner(self.network, self._state, latents, time, prepared)
             return self.network.denoise(latents, time, prepared)
 
 

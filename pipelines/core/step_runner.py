@@ -4,10 +4,11 @@ At Stable Diffusion's size a step is some thousand short kernels, and one or two
 processor needs to start them. A graph starts all of them at once.
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,15 @@ USUAL = {*vars(nn.Module())} - {"training"}  # attributes of every module
 PLAIN = (bool, int, float, str, type(None))
 
 Run = Callable[[], Tensor]
+Record = Callable[[Run, Any], tuple[Callable[[], Any], Tensor]]
+
+
+class Recorded(NamedTuple):
+    """A step that was recorded: what it reads, what runs it, and where its result then is."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], Any]
+    result: Tensor
 
 
 class StepRunner:
@@ -32,54 +42,34 @@ class StepRunner:
         record: makes a graph of a function without arguments; returns what runs it, and its result.
     """
 
-    def __init__(
-        self,
-        *,
-        compiled: bool,
-        graphs: bool,
-        record: "Callable[[Run, Any], tuple[Callable[[], Any], Tensor]] | None" = None,
-    ) -> None:
+    def __init__(self, *, compiled: bool, graphs: bool, record: Record | None = None) -> None:
         self.compiled, self.graphs, self._record = compiled, graphs, record or on_gpu
-        self._denoise: Any = None
-        self._kind: type | None = None
+        self._compiled_of: dict[type, Any] = {}
         self._recorded: OrderedDict[Any, Recorded] = OrderedDict()
-        self._state: Any = None
         self._pool: Any = None
         self._lock = threading.Lock()
 
-    def renew(self, network: Any) -> None:
-        """Forget what was recorded if the network is no longer as it was: moved, with LoRAs, or set otherwise."""
-        state = network_state(network)
-        with self._lock:
-            if state != self._state:
-                self._recorded.clear()
-                self._state, self._pool = state, None
+    def __call__(self, network: Any, state: str, latents: Tensor, time: Tensor, prepared: Any) -> Tensor:
+        """``network.denoise(latents, time, prepared)``.
 
-    def __call__(self, network: Any, latents: Tensor, time: Tensor, prepared: Any) -> Tensor:
-        """``network.denoise(latents, time, prepared)``."""
+        state: `network_state` of the network.
+        """
         if torch.is_grad_enabled() or (latents.device.type != "cuda" and self._record is on_gpu):
             return network.denoise(latents, time, prepared)
         if not self.graphs:
             return self._compute(network, latents, time, prepared)
         parts, structure = tree_flatten((latents, time, prepared))
         given = [part for part in parts if isinstance(part, Tensor)]
-        key = (
-            structure,
-            torch.is_autocast_enabled(latents.device.type),
-            *(
-                (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor) else part
-                for part in parts
-            ),
-        )
+        kinds = [(part.shape, part.stride(), part.dtype, part.device) for part in given]
+        key = (state, structure, torch.is_autocast_enabled(latents.device.type), *kinds)
         with self._lock:
-            recorded = self._recorded.get(key)
             with torch.inference_mode():
-                if recorded is None:
-                    recorded = self._made(network, parts, structure)
-                    self._recorded[key] = recorded
+                if key not in self._recorded:
+                    self._recorded[key] = self._made(network, parts, structure)
                     if len(self._recorded) > MOST_GRAPHS:
                         self._recorded.popitem(last=False)
                 self._recorded.move_to_end(key)
+                recorded = self._recorded[key]
                 torch._foreach_copy_(recorded.inputs, given)
                 recorded.replay()
             return recorded.result.clone()
@@ -87,23 +77,17 @@ class StepRunner:
     def _compute(self, network: Any, *args: Any) -> Tensor:
         if not self.compiled:
             return network.denoise(*args)
-        if self._kind is not type(network):
-            self._kind, self._denoise = type(network), torch.compile(type(network).denoise, dynamic=False)
-        return self._denoise(network, *args)
+        kind = type(network)
+        if kind not in self._compiled_of:
+            self._compiled_of[kind] = torch.compile(kind.denoise, dynamic=False)
+        return self._compiled_of[kind](network, *args)
 
-    def _made(self, network: Any, parts: list[Any], structure: Any) -> "Recorded":
+    def _made(self, network: Any, parts: list[Any], structure: Any) -> Recorded:
         own = [part.clone() if isinstance(part, Tensor) else part for part in parts]
         if self._pool is None and self._record is on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
         replay, result = self._record(lambda: self._compute(network, *tree_unflatten(own, structure)), self._pool)
         return Recorded([part for part in own if isinstance(part, Tensor)], replay, result)
-
-
-class Recorded:
-    """A step that was recorded: what it reads, what runs it, and where its result then is."""
-
-    def __init__(self, inputs: list[Tensor], replay: Callable[[], Any], result: Tensor) -> None:
-        self.inputs, self.replay, self.result = inputs, replay, result
 
 
 def on_gpu(run: Run, pool: Any) -> tuple[Callable[[], Any], Tensor]:
@@ -120,18 +104,16 @@ def on_gpu(run: Run, pool: Any) -> tuple[Callable[[], Any], Tensor]:
     return graph.replay, result
 
 
-def network_state(network: nn.Module) -> list[Any]:
-    """What a recorded step depends on besides its inputs: where the weights are, and what the modules are set to."""
+def network_state(network: nn.Module) -> str:
+    """A digest of what a recorded step depends on besides its inputs: where the weights are, and all that is set."""
     state: list[Any] = []
     for module in network.modules():
         state.append((type(module), len(module._forward_hooks), len(module._forward_pre_hooks)))
-        for name, value in vars(module).items():
-            if name not in USUAL:
-                state.append((name, setting(value)))
+        state += [(name, setting(value)) for name, value in vars(module).items() if name not in USUAL]
         for weight in (*module._parameters.values(), *module._buffers.values()):
             if weight is not None:
                 state.append((weight.data_ptr(), weight.dtype, weight.shape, weight.stride()))
-    return state
+    return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 def setting(value: Any) -> Any:

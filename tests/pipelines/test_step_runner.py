@@ -1,16 +1,18 @@
 """A recorded step gives what the step itself gives, and is recorded anew when something else would come of it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from recorded import Recorder
 from tiny import tiny_pipeline
 from tiny_sdxl import tiny_sdxl
 from tiny_transformers import dit_folder, pixart_folder
 
 from latentdiff import ClassConditionalPipeline, TextToImagePipeline
-from latentdiff.pipelines.core.step_runner import MOST_GRAPHS, StepRunner
+from latentdiff.pipelines.core.step_runner import MOST_GRAPHS, StepRunner, network_state
 
 CALL: dict[str, Any] = {"num_inference_steps": 3, "seed": 1, "output_type": "latent"}
 
@@ -100,8 +102,6 @@ def test_what_a_network_is_set_to_is_noticed(runner: StepRunner, recorder: Recor
 
 
 def test_loras_and_their_strength_are_noticed(runner: StepRunner, recorder: Recorder) -> None:
-    from peft import LoraConfig
-
     pipeline = own()
     assert torch.equal(*both(pipeline, runner, prompt="a cup"))
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "style")
@@ -114,6 +114,17 @@ def test_loras_and_their_strength_are_noticed(runner: StepRunner, recorder: Reco
     plain, _ = found = both(pipeline, runner, prompt="a cup")
     assert torch.equal(*found)
     assert not torch.allclose(strong, plain)
+
+
+def test_threads_with_loras_of_different_strength(runner: StepRunner) -> None:
+    pipeline = own()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "style")
+    calls = [{**CALL, "prompt": "a cup", "cross_attention_kwargs": {"scale": scale}} for scale in (1.0, 0.2) * 3]
+    expected = [pipeline(**call).images for call in calls[:2]] * 3
+    pipeline.step_runner = runner
+    with ThreadPoolExecutor(2) as pool:
+        drawn = list(pool.map(lambda call: pipeline(**call).images, calls))
+    assert all(map(torch.equal, drawn, expected))
 
 
 def test_a_callback_that_changes_the_network_or_guidance(runner: StepRunner) -> None:
@@ -132,8 +143,7 @@ def test_a_callback_that_changes_the_network_or_guidance(runner: StepRunner) -> 
 def test_gradients_are_those_of_the_steps(runner: StepRunner, recorder: Recorder) -> None:
     unet = own().unet
     latents, states = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 5, 16)
-    runner.renew(unet)
-    runner(unet, latents, unet.embed_time(5), unet.encode_text(states)).square().mean().backward()
+    runner(unet, network_state(unet), latents, unet.embed_time(5), unet.encode_text(states)).square().mean().backward()
     assert latents.grad is not None
     assert recorder.count == 0
 
