@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from latentdiff import extras
 from latentdiff.codec import Codec
 from latentdiff.pipelines.storage import onnx as onnx_export
 from latentdiff.pipelines.storage.onnx import LATENTS_SCALE, PARTS, DecoderGraph, EncoderGraph, export_onnx
@@ -156,7 +157,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"the unet has LoRAs loaded, so it cannot be exported; .*fuse_lora"):
         export_onnx(pipeline, tmp_path / "model")
-    monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'onnx>=.*' 'onnxruntime>=.*' 'onnxscript>="):
         export_onnx(tiny_pipeline("bert"), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

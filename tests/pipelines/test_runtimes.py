@@ -14,7 +14,7 @@ import torch
 from tiny import tiny_pipeline
 from torch import nn
 
-from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
+from latentdiff import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, extras
 from latentdiff.models.layers import Upsample2D
 from latentdiff.pipelines.runtime import choice, quantize
 from latentdiff.pipelines.runtime.choice import Runtime
@@ -234,18 +234,18 @@ def test_unknown_choices_are_refused(models: Path) -> None:
 
 
 def test_missing_extra_and_processor_without_bfloat16(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
     monkeypatch.setattr(choice, "openvino_has", lambda capability: False)
     with pytest.raises(ValueError, match="this processor does not compute in bfloat16"):
         TextToImagePipeline.from_pretrained(models, runtime="openvino", dtype=torch.bfloat16)
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for name in NEEDS:
         with pytest.raises(ImportError, match=rf"the runtime {name} needs {name}.*pip install ('onnx>|'openvino>|-e)"):
             TextToImagePipeline.from_pretrained(models, runtime=name)
 
 
 def test_precision_of_each_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
     monkeypatch.setattr(choice, "openvino_has", lambda capability: True)
     parts = ("unet", "vae_decoder", "vae_encoder")
     int8, half = Runtime("openvino", "int8"), Runtime("openvino", "bfloat16")
