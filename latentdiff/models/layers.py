@@ -172,12 +172,14 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
     """(B, HW, C) -> (B, C, H, W), a channels-last view."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    batch, _, channels = tokens.shape
+    return tokens.transpose(1, 2).view(batch, channels, height, width)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, D) -> (B, N, L, D/N), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, _ = x.shape
+    return x.view(batch, length, heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
