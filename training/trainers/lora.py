@@ -124,7 +124,7 @@ def save_lora(pipeline: LatentPipeline, folder: Path) -> Path:
     saved: dict[str, Any] = {}
     for name, network, config, layers in adapters(pipeline):
         if type(network).__name__.startswith("CLIPText") and not hasattr(network, "text_model"):
-            # transformers 5 has dropped this part of the name; files of LoRA keep it, and loaders take it off
+            # transformers 5.6 has dropped this part of the name; files of LoRA keep it, and loaders take it off
             layers = {f"text_model.{key}": tensor for key, tensor in layers.items()}
         saved[f"{name}_lora_layers"] = layers
         meaning = {key: value for key, value in config.to_dict().items() if key in CONFIG_KEYS}

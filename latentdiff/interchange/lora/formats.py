@@ -193,7 +193,7 @@ def diffusers_files(layers: Layers, kept: dict[str, str]) -> dict[str, Content]:
 
 
 def with_text_model(layers: Layers) -> Layers:
-    """With CLIP's names as before transformers 5, which every version of diffusers reads."""
+    """With CLIP's names as before transformers 5.6, which every diffusers that we take reads."""
     for network in (TEXT, TEXT_2):
         start, old = f"{network}.encoder.layers.", f"{network}.text_model.encoder.layers."
         layers = {name.replace(start, old, 1): layer for name, layer in layers.items()}

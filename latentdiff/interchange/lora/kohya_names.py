@@ -82,7 +82,7 @@ def flat_names(names: list[str]) -> dict[str, str]:
 
 
 def short(name: str) -> str:
-    """A name without the ``text_model`` that CLIP's had before transformers 5."""
+    """A name without the ``text_model`` that CLIP's had before transformers 5.6."""
     return OLD_CLIP.sub(r"\1.", name)
 
 
