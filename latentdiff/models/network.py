@@ -176,9 +176,7 @@ class Network(ModelMixin, StrictConfig):
         They may not after ``compile()``, which compiles ``forward`` only, nor under diffusers' group offloading, which
         loads weights in the course of a plain call only.
         """
-        registry = getattr(self, "_diffusers_hook", None)
-        in_groups = registry is not None and registry.get_hook("group_offloading") is not None
-        return not in_groups and self._compiled_call_impl is None
+        return not offloaded_in_groups(self) and self._compiled_call_impl is None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
@@ -293,6 +291,12 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     # A sum is several times faster than looking at every value, and not finite if a value is not.
     doubtful = [name for name, w in numbers.items() if not w.sum(dtype=torch.float32).isfinite()]
     return [name for name in doubtful if not numbers[name].isfinite().all()]
+
+
+def offloaded_in_groups(network: nn.Module) -> bool:
+    """Whether diffusers' group offloading loads this network's weights as they are needed."""
+    registry: Any = getattr(network, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
 
 
 class Prepared(Protocol):

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import Tensor, nn
 
 from latentdiff.interchange.atomic import json_text, write_text_whole
 from latentdiff.interchange.cache_folder import shared_folder
 from latentdiff.interchange.fingerprint import weights_digest
 from latentdiff.memory import is_lack_of_memory
+from latentdiff.models.network import offloaded_in_groups
 from latentdiff.pipelines.core.step_runner import StepRunner
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is remembered, to be raised when it means something else
+VERSION = 4  # of what is remembered, to be raised when it means something else
 GAIN = 0.95  # a way that changes results, or takes memory, must take at most this share of the time
 FEW = 8  # steps of a call that is measured, at most
 
@@ -45,12 +47,26 @@ class Way:
     """0 on a GPU."""
     graphs: bool = False
 
+    @classmethod
+    def of(cls, pipeline: "LatentPipeline") -> "Way":
+        """As a pipeline draws now."""
+        unet, runner = pipeline.unet, pipeline.step_runner
+        way = cls(str(unet.dtype).removeprefix("torch."), is_channels_last(unet), threads=torch.get_num_threads())
+        if unet.device.type != "cuda":
+            return way
+        return replace(
+            way, threads=0, compiled=runner is not None and runner.compiled, graphs=runner is not None and runner.graphs
+        )
+
     def apply(self, pipeline: "LatentPipeline") -> None:
         """Let the pipeline draw so; its UNet stays the very one if nothing of it changes, else it becomes a copy."""
         network = self.applied(pipeline.unet)
         if network is not pipeline.unet:
             pipeline.unet = network
-        if not self.threads and (self.compiled or self.graphs):
+        runner, wanted = pipeline.step_runner, not self.threads and (self.compiled or self.graphs)
+        if not wanted:
+            pipeline.step_runner = None
+        elif runner is None or (runner.compiled, runner.graphs) != (self.compiled, self.graphs):
             pipeline.step_runner = StepRunner(compiled=self.compiled, graphs=self.graphs)
 
     def applied(self, network: Any) -> Any:
@@ -58,12 +74,13 @@ class Way:
         if self.threads:
             torch.set_num_threads(self.threads)
         dtype = getattr(torch, self.dtype)
-        if dtype != network.dtype or self.channels_last:
+        reorder = self.channels_last and not is_channels_last(network)
+        if dtype != network.dtype or reorder:
             network = copy.deepcopy(network)
             torch.nn.Module.to(
                 network, dtype
             )  # diffusers' own warns of modules to keep in float32, of which it has none
-        if self.channels_last:
+        if reorder:
             network = network.to(memory_format=torch.channels_last)
         packed = self.compiled and self.threads
         return torch.compile(network, options={"freezing": True}) if packed else network
@@ -73,6 +90,13 @@ class Way:
         parts += ["channels-last"] * self.channels_last
         parts += [f"compiled{', with its weights packed' * bool(self.threads)}"] * self.compiled
         return ", ".join([*parts, *["as CUDA graphs"] * self.graphs])
+
+
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether the kernels of all convolutions are so in memory."""
+    kernels = [weight for weight in network.parameters() if weight.dim() == 4]
+    last = all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    return last and not all(kernel.is_contiguous() for kernel in kernels)  # some kernels are both
 
 
 @dataclass(frozen=True)
@@ -117,7 +141,7 @@ def optimize(
     found = None if again else recall(file)
     if found is None:
         found = tried(pipeline, call, max_error, compiled)
-        write_text_whole(file, json_text(asdict(found)))
+        remember(file, found)
     found.way.apply(pipeline)
     logger.info("the pipeline %s", found)
     return found
@@ -130,20 +154,19 @@ def check(pipeline: "LatentPipeline", max_error: float) -> None:
             "optimize() is for networks that torch runs; a pipeline with another runtime is optimized already"
         )
     place, unet = pipeline._execution_device, pipeline.unet.device
-    if (
-        place.type not in ("cpu", "cuda")
-        or unet.type != place.type
-        or not getattr(pipeline.unet, "works_in_parts", True)
-    ):
+    if place.type not in ("cpu", "cuda") or unet.type != place.type or offloaded_in_groups(pipeline.unet):
         raise ValueError(
             f"optimize() is for a processor or a CUDA GPU that holds the UNet; the pipeline draws on {place}, and "
             f"its UNet is on {unet}; undo offloading, or load it with dtype=torch.float16 or torch.bfloat16 and draw "
             f"without optimize()"
         )
-    if hasattr(pipeline.unet, "_orig_mod"):
-        raise ValueError("optimize() takes a pipeline whose UNet is not compiled; give compiled=True instead")
-    if not 0 <= max_error < 1:
-        raise ValueError(f"max_error must lie in [0, 1), not {max_error}")
+    if is_compiled_module(pipeline.unet) or getattr(pipeline.unet, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "optimize() takes a pipeline whose UNet is not compiled; give compiled=True instead (what an optimize() "
+            "compiled stays so)"
+        )
+    if not isinstance(max_error, int | float) or not 0 <= max_error < 1:
+        raise ValueError(f"max_error must lie in [0, 1), not {max_error!r}")
 
 
 def cores() -> int:
@@ -173,27 +196,38 @@ def memory(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, c
     if pipeline.unet.device.type == "cuda":
         machine = (str(torch.cuda.get_device_properties(pipeline.unet.device)), count, 0)
     facts = (VERSION, machine, torch.__version__, max_error, compiled, sorted(told.items()))
-    start = (str(pipeline.unet.dtype), torch.get_num_threads(), weights_digest(pipeline.unet.state_dict()))
+    start = (str(Way.of(pipeline)), weights_digest(pipeline.unet.state_dict()))
     key = hashlib.sha256(repr((facts, start)).encode()).hexdigest()[:40]
     return shared_folder() / "optimized" / f"{key}.json"
 
 
+def remember(file: Path, found: Optimization) -> None:
+    """Write for `recall` what was found; where that cannot be, a warning says so."""
+    content = {**asdict(found), "seconds": [*found.seconds.items()]}  # pairs, since their order tells the first
+    try:
+        write_text_whole(file, json_text(content))
+    except OSError as error:
+        logger.warning("what was found cannot be remembered, and will be tried again next time: %s", error)
+
+
 def recall(file: Path) -> Optimization | None:
-    """What was found earlier; None if nothing, or nothing that can be read."""
+    """What was found earlier; None if nothing, or nothing that can be read and done here."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = Optimization(Way(**content["way"]), dict(content["seconds"]), float(content["error"]), remembered=True)
-        _ = found.speedup
-    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
+        dtype, threads = getattr(torch, found.way.dtype), found.way.threads
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point and isinstance(threads, int)
+        possible = known and 0 <= threads <= max(cores(), torch.get_num_threads())
+        return found if possible and math.isfinite(found.speedup) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
         return None
-    return found
 
 
 def tried(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Optimization:
     """Try ways in turn, each a change of the best so far, and keep those that pay."""
     before = torch.get_num_threads()
     on_gpu = pipeline.unet.device.type == "cuda"
-    best = Way(dtype=str(pipeline.unet.dtype).removeprefix("torch."), threads=0 if on_gpu else before)
+    best = Way.of(pipeline)
     try:
         step, exact = measured(pipeline, best, call)
         seconds, error = {str(best): step}, 0.0
@@ -263,7 +297,9 @@ def measured(
     steps = max(2, usual if usual <= FEW else FEW if on_gpu else 3)
     times: list[float] = []
     first = None
-    for progress in trial.stream(**{"seed": 0, **call, "num_inference_steps": steps, "output_type": "latent"}):
+    seed = call.get("seed") or 0  # for all the same noise, which a generator would not give twice
+    call = {**call, "seed": seed, "generator": None, "num_inference_steps": steps, "output_type": "latent"}
+    for progress in trial.stream(**call):
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter())

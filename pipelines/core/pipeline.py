@@ -214,7 +214,8 @@ class LatentPipeline(FolderPipeline):
         it, bfloat16; on a GPU float16, channels-last, and steps as CUDA graphs, one for each shape. What was found is
         remembered in the user's cache for these weights, this call, machine, torch and as many free cores (all, half,
         fewer), and taken without trying next time. ``unet`` may become a copy in another precision, as which it is
-        then saved.
+        then saved. Pipelines made of this one by ``from_pipe`` share it, and have graphs after an `optimize` of their
+        own.
 
         Args:
             max_error: how far predictions may be from what they were, as a share of their size. 0: only what changes

@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,8 @@ class Recorded(NamedTuple):
 class StepRunner:
     """Runs the steps of a denoiser that works in parts (`network.Denoiser`), each shape recorded when it first comes.
 
-    Where gradients are asked for, and on a processor, steps run as they are. Threads may share one.
+    Where gradients are asked for, under autocast, which casts weights into memory that is soon another's, and on a
+    processor steps run as they are. Threads may share one; a copy records anew.
 
     Args:
         compiled: by ``torch.compile``, for each shape anew.
@@ -54,14 +56,16 @@ class StepRunner:
 
         state: `network_state` of the network.
         """
-        if torch.is_grad_enabled() or (latents.device.type != "cuda" and self._record is on_gpu):
+        place = latents.device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(place) or (place != "cuda" and self._record is on_gpu):
             return network.denoise(latents, time, prepared)
         if not self.graphs:
             return self._compute(network, latents, time, prepared)
         parts, structure = tree_flatten((latents, time, prepared))
         given = [part for part in parts if isinstance(part, Tensor)]
         kinds = [(part.shape, part.stride(), part.dtype, part.device) for part in given]
-        key = (state, structure, torch.is_autocast_enabled(latents.device.type), *kinds)
+        others = tuple(setting(part) for part in parts if not isinstance(part, Tensor))
+        key = (state, structure, others, *kinds)
         with self._lock:
             with torch.inference_mode():
                 if key not in self._recorded:
@@ -73,6 +77,9 @@ class StepRunner:
                 torch._foreach_copy_(recorded.inputs, given)
                 recorded.replay()
             return recorded.result.clone()
+
+    def __deepcopy__(self, memo: Any) -> "StepRunner":
+        return StepRunner(compiled=self.compiled, graphs=self.graphs, record=self._record)
 
     def _compute(self, network: Any, *args: Any) -> Tensor:
         if not self.compiled:
@@ -86,7 +93,8 @@ class StepRunner:
         own = [part.clone() if isinstance(part, Tensor) else part for part in parts]
         if self._pool is None and self._record is on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
-        replay, result = self._record(lambda: self._compute(network, *tree_unflatten(own, structure)), self._pool)
+        with nullcontext() if self._record is not on_gpu else torch.cuda.device(parts[0].device):
+            replay, result = self._record(lambda: self._compute(network, *tree_unflatten(own, structure)), self._pool)
         return Recorded([part for part in own if isinstance(part, Tensor)], replay, result)
 
 

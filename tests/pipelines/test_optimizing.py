@@ -11,6 +11,7 @@ import torch
 
 from latentdiff.pipelines.core import optimizing
 from latentdiff.pipelines.core.optimizing import Optimization, Way, changes, free_cores, recall, relative
+from latentdiff.pipelines.core.step_runner import StepRunner
 
 CALL: dict[str, Any] = {"prompt": "a red car", "guidance_scale": 2.0}
 
@@ -53,11 +54,60 @@ def test_what_is_found_is_used_and_remembered(own: Any, tmp_path: Path) -> None:
     again = own.optimize(**CALL, max_error=0.05)
     assert again.remembered
     assert again == found
+    assert again.speedup == found.speedup
     file.write_text("{}")
     torch.set_num_threads(int(first.split()[1]))
     own.unet = unet
     assert not own.optimize(**CALL, max_error=0.05).remembered
     assert json.loads(file.read_text())["way"]["threads"] >= 1
+
+
+def test_a_pipeline_that_is_optimized_already_is_known_as_it_is(own: Any) -> None:
+    own.unet = own.unet.to(memory_format=torch.channels_last)
+    own.step_runner = StepRunner(compiled=False, graphs=True)
+    assert not Way.of(own).graphs  # on a processor
+    unet, found = own.unet, own.optimize(**CALL, max_error=0.0)
+    assert "channels-last" in next(iter(found.seconds))
+    assert found.way.channels_last
+    assert own.unet is unet
+    assert own.step_runner is None
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        ({"dtype": "float99"}, "float99, 1 thread"),
+        ({"dtype": "functional"}, "functional, 1 thread"),
+        ({"dtype": "int8"}, "int8, 1 thread"),
+        ({"threads": -3}, "float32, -3 thread"),
+        ({"threads": 10**6}, "float32, 1000000 threads"),
+        ({"wings": 2}, "float32, 1 thread"),
+        (None, "["),
+        (None, "[" * 100_000),
+    ],
+)
+def test_what_was_remembered_and_cannot_be_done_is_tried_anew(way: Any, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps({"way": way, "seconds": [[name, 0.1]], "error": 0.0}) if way else name)
+    assert recall(file) is None
+    file.write_text(json.dumps({"way": {}, "seconds": [["float32, 1 thread", 0.1]], "error": 0.0}))
+    assert recall(file) is not None
+
+
+def test_where_nothing_can_be_remembered_a_warning_says_so(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "file" / "cache"))
+    assert own.optimize(**CALL, max_error=0.0).seconds
+    assert "cannot be remembered" in caplog.text
+
+
+def test_a_call_with_a_generator_is_tried_with_one_noise(own: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    assert own.optimize(**CALL, generator=generator, max_error=0.05).error <= 0.05
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_nothing_that_changes_predictions_is_kept_where_no_error_is_allowed(own: Any) -> None:
@@ -112,9 +162,15 @@ def test_differences_are_shares_of_the_size() -> None:
 
 
 def test_what_cannot_be_optimized_is_refused(own: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"max_error must lie in \[0, 1\), not 2"):
-        own.optimize(**CALL, max_error=2)
-    own.unet = torch.compile(own.unet)
+    for share, said in ((2, "2"), ("0.1", "'0.1'")):
+        with pytest.raises(ValueError, match=rf"max_error must lie in \[0, 1\), not {said}"):
+            own.optimize(**CALL, max_error=share)
+    unet = own.unet
+    own.unet = torch.compile(unet)
+    with pytest.raises(ValueError, match=r"whose UNet is not compiled; give compiled=True"):
+        own.optimize(**CALL)
+    own.unet = unet
+    unet.compile()
     with pytest.raises(ValueError, match=r"whose UNet is not compiled; give compiled=True"):
         own.optimize(**CALL)
     assert not (tmp_path / "cache").exists()

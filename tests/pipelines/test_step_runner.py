@@ -1,5 +1,6 @@
 """A recorded step gives what the step itself gives, and is recorded anew when something else would come of it."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -146,6 +147,21 @@ def test_gradients_are_those_of_the_steps(runner: StepRunner, recorder: Recorder
     runner(unet, network_state(unet), latents, unet.embed_time(5), unet.encode_text(states)).square().mean().backward()
     assert latents.grad is not None
     assert recorder.count == 0
+
+
+def test_under_autocast_steps_run_as_they_are(runner: StepRunner, recorder: Recorder) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(*both(own(), runner, prompt="a cup"))
+    assert recorder.count == 0
+
+
+def test_a_copy_of_a_pipeline_records_its_own(runner: StepRunner, recorder: Recorder) -> None:
+    pipeline = own()
+    expected, _ = both(pipeline, runner, prompt="a cup")
+    copied = copy.deepcopy(pipeline)
+    assert copied.step_runner is not runner
+    assert torch.equal(copied("a cup", **CALL).images, expected)
+    assert recorder.count == 2
 
 
 def test_without_a_gpu_steps_run_as_they_are() -> None:
