@@ -32,7 +32,8 @@ def read_folder(folder: Path, wanted: Wanted) -> Source:
 
     Where a folder has a metadata file, the pictures in it and below it are those that the file lists, and those that
     metadata files further below list. Elsewhere each has its caption in a ``.txt`` or ``.caption`` file beside it;
-    without one, its class is the name of the folder that it is in, as in the `datasets` library's ImageFolder.
+    without one, its class is the name of the folder that it is in, as in the `datasets` library's ImageFolder; and the
+    output of a training is passed over.
 
     Raises:
         ValueError: a metadata file cannot be read as a whole, or no row of it has a file name, or a caption where one
@@ -53,8 +54,8 @@ def split_folders(root: Path, wanted: Wanted) -> Splits:
     place, others = root, False
     while True:
         entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
-        folders = [entry.name for entry in entries if _is_folder(entry)]
-        files = {entry.name for entry in entries}.difference(folders)
+        folders = [entry.name for entry in entries if _is_folder(entry) and not is_run(Path(entry.path))]
+        files = {entry.name for entry in entries if not _is_folder(entry)}
         others = others or not files.isdisjoint(METADATA)
         found = {place / name: same_split(name) for name in folders}
         if found and all(name.lower() in SPLITS for name in folders):
@@ -72,6 +73,11 @@ def split_folders(root: Path, wanted: Wanted) -> Splits:
 def split_in_name(name: str) -> str:
     """The split that a file's name speaks of, as in ``val-0001.tar``."""
     return next((SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), TRAIN)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training writes there: curves and samples, no pictures to train on."""
+    return os.path.isfile(folder / "training" / "settings.yaml")
 
 
 class _FolderReader:
@@ -119,6 +125,8 @@ class _FolderReader:
                 self._add(Path(entry.path), alike[_stem(entry.name)], mask)
 
     def _descend(self, folder: Path, is_link: bool, listed: bool) -> None:
+        if not listed and is_run(folder):
+            return self.source.warn(str(folder), "is the output of a training, and is not looked into")
         if is_link:
             target = folder.resolve()
             allowed = any(target.is_relative_to(one) for one in self.listing.allowed[1:])

@@ -47,11 +47,12 @@ def open_output(settings: RunSettings, given: Mapping[str, str] | None = None, u
         unsettled: settings that a model will change, so that they say nothing yet.
 
     Raises:
-        ValueError: the folder holds a model that no training made, another process trains into it, its run cannot go on
-            with these settings, or this machine lacks what they need.
+        ValueError: the folder is none, or that of the pictures, or holds a model that no training made; another process
+            trains into it, its run cannot go on with these settings, or this machine lacks what they need.
     """
     check_surroundings(settings)
     folder = Path(settings.output) / "training"
+    check_place(Path(settings.output), getattr(settings, "data", ""))
     check_empty(Path(settings.output))
     is_main = processes().is_main_process and not settings.is_dry_run
     if is_main and folder.is_dir():
@@ -59,6 +60,18 @@ def open_output(settings: RunSettings, given: Mapping[str, str] | None = None, u
     check_resumable(folder, settings, given or {}, unsettled)
     if is_main:
         remove_leftovers(Path(settings.output))
+
+
+def check_place(output: Path, data: str) -> None:
+    """Raises ValueError for a file in place of a folder, and for the folder of the pictures: the run's own, curves and
+    samples, would be among them."""
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, and no folder to train into; choose another --output")
+    if there == output and os.path.isdir(data) and output.samefile(data):
+        raise ValueError(
+            f"{output} is the folder of the pictures (--data); choose another --output, such as {output / 'model'}"
+        )
 
 
 def check_empty(output: Path) -> None:

@@ -172,6 +172,17 @@ def test_held_out_pictures_below_the_training_pictures(tmp_path: Path) -> None:
     assert [p.name for p in found["validation"].pictures] == [str(tmp_path / "validation" / "b.png")]
 
 
+def test_the_output_of_a_training_is_passed_over(tmp_path: Path) -> None:
+    fill(tmp_path, "train/a.png", "test/b.png", "cup/samples.png", "cup/training/curves.png")
+    (tmp_path / "cup" / "training" / "settings.yaml").touch()
+    found = read(tmp_path, caption="a photo")
+    assert [p.name for p in found.pictures] == [str(tmp_path / "train" / "a.png")]
+    fill(tmp_path, "c.png")
+    found = read(tmp_path, caption="a photo")
+    assert not any("cup" in p.name for p in found.pictures)
+    assert [finding.reason for finding in found.warnings] == ["is the output of a training, and is not looked into"]
+
+
 def test_messages_are_few_and_printable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(tmp_path, *[f"{i}\x1b[31m.png" for i in range(30)], "fine.png")
     (tmp_path / "fine.txt").write_text("fine", encoding="utf-8")

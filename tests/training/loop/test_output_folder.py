@@ -160,6 +160,19 @@ def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     assert typed_as("DistillationSettings") == "'latentdiff distill'"
 
 
+def test_a_file_and_the_folder_of_the_pictures_are_no_output(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for output in (file, file / "below"):
+        with pytest.raises(
+            ValueError, match=f"^{file} is a file, and no folder to train into; choose another --output"
+        ):
+            open_output(settings(output))
+    with pytest.raises(ValueError, match=f"^{tmp_path} is the folder of the pictures"):
+        open_output(AutoencoderSettings(data=f"{tmp_path}/", output=str(tmp_path)))
+    open_output(AutoencoderSettings(data=str(tmp_path), output=str(tmp_path / "model")))
+
+
 @pytest.mark.parametrize(("file", "what"), [("model_index.json", "a pipeline"), ("config.json", "a model")])
 def test_a_model_that_no_training_made_is_not_replaced(file: str, what: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("{}")
