@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from latentdiff.pipelines.core import optimizing
-from latentdiff.pipelines.core.optimizing import Optimization, Way, changes, free_cores, recall, relative
+from latentdiff.pipelines.core.optimizing import (
+    Optimization,
+    Way,
+    changes,
+    changes_on_gpu,
+    free_cores,
+    recall,
+    relative,
+)
 from latentdiff.pipelines.core.step_runner import StepRunner
 
 CALL: dict[str, Any] = {"prompt": "a red car", "guidance_scale": 2.0}
@@ -181,3 +189,27 @@ def test_what_was_remembered_in_words() -> None:
     told = str(Optimization(Way("bfloat16", threads=2), seconds, 0.01, remembered=True))
     assert told.startswith("draws in bfloat16, 2 threads: 3.00 times as fast as before, predictions differ by 1.00%")
     assert recall(Path("nowhere")) is None
+
+
+def test_what_is_tried_on_a_gpu(own: Any) -> None:
+    start = Way(threads=0)
+    tried = [change for change, _ in changes_on_gpu(start, compiled=True)]
+    assert tried[0] == {"dtype": "float16"}
+    assert {"graphs": True} in tried
+    assert not any("threads" in change for change in tried)
+    assert not any("compiled" in change for change, _ in changes_on_gpu(start, compiled=False))
+    assert not any("dtype" in change for change, _ in changes_on_gpu(Way("float16", threads=0), compiled=False))
+    way = Way("bfloat16", channels_last=True, threads=0, graphs=True)
+    assert str(way) == "bfloat16, channels-last, as CUDA graphs"
+    threads, unet = torch.get_num_threads(), own.unet
+    way.apply(own)
+    assert torch.get_num_threads() == threads
+    assert own.unet is not unet
+    assert own.step_runner.graphs
+    assert not own.step_runner.compiled
+
+
+def test_a_pipeline_on_another_device_is_refused(own: Any) -> None:
+    own.unet.to("meta")
+    with pytest.raises(ValueError, match=r"a CUDA GPU that holds the UNet; .* its UNet is on meta"):
+        own.optimize(**CALL)
