@@ -1,5 +1,8 @@
 """Textual inversion in pipelines: diffusers' mix-in, with checks before anything is changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -69,7 +72,7 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
         for word, vectors in words:
             check_new_word(source, word, vectors, tokenizer, text_encoder)
         sources = [{word: vectors} for word, vectors in words]
-        with faults_named(source):
+        with faults_named(source), resized_plainly(text_encoder):
             whole: Any = WholeWords(tokenizer)
             super().load_textual_inversion(sources, [word for word, _ in words], whole, text_encoder)
 
@@ -101,6 +104,16 @@ class TextualInversionPipeline(TextualInversionLoaderMixin):
             raise ValueError(f"a {type(tokenizer).__name__} can only forget all new words at once: {ordinary}")
         super().unload_textual_inversion(wanted, tokenizer, text_encoder)
         text_encoder.config.vocab_size = len(text_encoder.get_input_embeddings().weight)  # else it cannot be loaded
+
+
+@contextmanager
+def resized_plainly(text_encoder: Any) -> Iterator[None]:
+    """Within, new rows of the table are not drawn like the old ones: that takes seconds, and they are written over."""
+    text_encoder.resize_token_embeddings = partial(text_encoder.resize_token_embeddings, mean_resizing=False)
+    try:
+        yield
+    finally:
+        del text_encoder.resize_token_embeddings
 
 
 def vectors_of(word: str, tokenizer: Any, text_encoder: Any) -> Tensor:

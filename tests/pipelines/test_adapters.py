@@ -346,6 +346,15 @@ def test_all_tokens_of_a_new_word_are_seen(fresh: Any) -> None:
     assert not torch.equal(encode_prompts(["<cup>"], ours.tokenizer, ours.text_encoder), before)
 
 
+def test_rows_of_new_words_are_not_drawn_like_the_old_ones(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes seconds at SDXL's size."""
+    ours, _ = fresh("clip")
+    kind = type(ours.text_encoder)
+    monkeypatch.setattr(kind, "_init_added_embeddings_weights_with_mean", lambda *_: pytest.fail("drawn"))
+    ours.load_textual_inversion({"<cup>": torch.randn(2, 16)})
+    assert "resize_token_embeddings" not in vars(ours.text_encoder)
+
+
 def test_bad_embeddings_are_refused(fresh: Any, tmp_path: Path) -> None:
     ours, _ = fresh("bert")
     with pytest.raises(ValueError, match=r"'<cup>' has the shape \(2, 8\); this text encoder's are 16 wide"):
