@@ -35,8 +35,8 @@ class Recorded(NamedTuple):
 class StepRunner:
     """Runs the steps of a denoiser that works in parts (`network.Denoiser`), each shape recorded when it first comes.
 
-    Where gradients are asked for, under autocast, which casts weights into memory that is soon another's, and on a
-    processor steps run as they are. Threads may share one; a copy records anew.
+    Where gradients are asked for, under autocast, which casts weights into memory that is soon another's, where weights
+    are loaded as they are needed, and on a processor steps run as they are. Threads may share one; a copy records anew.
 
     Args:
         compiled: by ``torch.compile``, for each shape anew.
@@ -57,7 +57,9 @@ class StepRunner:
         state: `network_state` of the network.
         """
         place = latents.device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(place) or (place != "cuda" and self._record is on_gpu):
+        offloaded = next(network.parameters()).device != latents.device
+        not_here = offloaded or (place != "cuda" and self._record is on_gpu)
+        if not_here or torch.is_grad_enabled() or torch.is_autocast_enabled(place):
             return network.denoise(latents, time, prepared)
         if not self.graphs:
             return self._compute(network, latents, time, prepared)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 from recorded import Recorder
 from tiny import tiny_pipeline
@@ -152,6 +153,14 @@ def test_gradients_are_those_of_the_steps(runner: StepRunner, recorder: Recorder
 def test_under_autocast_steps_run_as_they_are(runner: StepRunner, recorder: Recorder) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(*both(own(), runner, prompt="a cup"))
+    assert recorder.count == 0
+
+
+def test_weights_that_are_loaded_as_they_are_needed_are_not_recorded(runner: StepRunner, recorder: Recorder) -> None:
+    pipeline = own()
+    cpu_offload(pipeline.unet, torch.device("cpu"))  # as enable_sequential_cpu_offload
+    assert next(pipeline.unet.parameters()).device.type == "meta"
+    assert torch.equal(*both(pipeline, runner, prompt="a cup"))
     assert recorder.count == 0
 
 
