@@ -190,11 +190,12 @@ def processor() -> str:
 
 def memory(pipeline: "LatentPipeline", call: dict[str, Any], max_error: float, compiled: bool) -> Path:
     """The file that remembers what was found for these weights, this call, machine, its free cores and torch."""
-    told = {key: value for key, value in call.items() if isinstance(value, int | float | str | bool)}
-    count = next((len(value) for key, value in call.items() if key == "prompt" and isinstance(value, list)), 1)
-    machine = (processor(), cores(), free_cores())
+    told = {key: one for key, one in call.items() if isinstance(one, int | float | bool) and key != "seed"}
+    drawn = (call[key] for key in ("prompt", "class_labels") if isinstance(call.get(key), list | tuple))
+    told["items"] = max(map(len, drawn), default=1)
+    machine: tuple[Any, ...] = (processor(), cores(), free_cores())
     if pipeline.unet.device.type == "cuda":
-        machine = (str(torch.cuda.get_device_properties(pipeline.unet.device)), count, 0)
+        machine = (str(torch.cuda.get_device_properties(pipeline.unet.device)),)
     facts = (VERSION, machine, torch.__version__, max_error, compiled, sorted(told.items()))
     start = (str(Way.of(pipeline)), weights_digest(pipeline.unet.state_dict()))
     key = hashlib.sha256(repr((facts, start)).encode()).hexdigest()[:40]

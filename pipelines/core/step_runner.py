@@ -57,9 +57,12 @@ class StepRunner:
         state: `network_state` of the network.
         """
         place = latents.device.type
+        if place != "cuda" and self._record is on_gpu:
+            self._recorded.clear()  # the pipeline has left the GPU, and so does what they take
+            self._pool = None
+            return network.denoise(latents, time, prepared)
         offloaded = next(network.parameters()).device != latents.device
-        not_here = offloaded or (place != "cuda" and self._record is on_gpu)
-        if not_here or torch.is_grad_enabled() or torch.is_autocast_enabled(place):
+        if offloaded or torch.is_grad_enabled() or torch.is_autocast_enabled(place):
             return network.denoise(latents, time, prepared)
         if not self.graphs:
             return self._compute(network, latents, time, prepared)

@@ -118,6 +118,14 @@ def test_a_call_with_a_generator_is_tried_with_one_noise(own: Any) -> None:
     assert torch.equal(generator.get_state(), before)
 
 
+def test_what_is_drawn_does_not_matter_but_how_much_of_it(own: Any) -> None:
+    files = [
+        optimizing.memory(own, {"guidance_scale": 2.0, "prompt": prompt}, 0.02, False)
+        for prompt in ("a red car", "a cup", ["a cup"], ["a cup"] * 2)
+    ]
+    assert files[0] == files[1] == files[2] != files[3]
+
+
 def test_nothing_that_changes_predictions_is_kept_where_no_error_is_allowed(own: Any) -> None:
     found = own.optimize(**CALL, max_error=0.0)
     assert found.error == 0
