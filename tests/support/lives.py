@@ -121,18 +121,25 @@ def live(work: Callable[[], object], log: Path, processes: int = 1) -> None:
     assert set(wait(start(work, log, processes))) == {0}, log.read_text(encoding="utf-8")[-3000:]
 
 
+def computed_by_children() -> float:
+    """Processor seconds of all processes that were started here and have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def calm_and_killed(
     work: Callable[[str], object], log: Path, kills: int = 2, seed: int = 0, processes: int = 1
 ) -> None:
     """Let `work("calm")` live in peace; start `work("killed")` again and again, kill it after random times, then let it
     end.
 
-    All lives that are cut short together take about half as long as the calm one, so that kills are timed alike on slow
-    and on fast machines; half of the kills at least must have met a process that was alive.
+    All lives that are cut short together take about half as long as the calm one computes, so that kills are timed
+    alike on slow and on fast machines, and early rather than late where others compute too; half of the kills must
+    have met a process that was alive at least.
     """
-    began = time.monotonic()
+    before = computed_by_children()
     live(lambda: work("calm"), log, processes)
-    longest = (time.monotonic() - began) / kills
+    longest = (computed_by_children() - before) / processes / kills
     chance, cut = random.Random(seed), 0
     for _ in range(kills * 3):
         children = start(lambda: work("killed"), log, processes)

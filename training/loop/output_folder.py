@@ -15,6 +15,7 @@ from latentdiff.interchange.locks import NO_LOCKS, TAKEN, lock
 from latentdiff.pipelines.distributed import processes
 from latentdiff.training.loop.checkpoints import FORMAT, read_state, whole_checkpoints
 from latentdiff.training.loop.distributed import check_surroundings
+from latentdiff.training.loop.power_averages import AVERAGES
 from latentdiff.training.settings import RunSettings
 from latentdiff.training.settings.run import PATHS
 
@@ -255,7 +256,8 @@ def is_usual(kind: type[RunSettings], key: str, value: object) -> bool:
 
 def remove_leftovers(output: Path) -> None:
     """Remove what processes that were killed left half-written in a run's folders."""
-    for folder in (output, output / "training", output / "training" / "samples"):
+    own = output / "training"
+    for folder in (output, own, own / "samples", own / AVERAGES):
         for path in folder.glob(".*"):
             if not LEFTOVER.fullmatch(path.name):
                 continue

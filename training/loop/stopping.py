@@ -105,6 +105,7 @@ class Stopping:
         previous = {number: signal.signal(number, self._remember) for number in numbers}
         child = getattr(signal, "SIGCHLD", None)  # nor this
         watch = signal.getsignal(child) if child is not None else None
+        watch = getattr(watch, "watched", watch)  # of a run that was stopped before
         if (
             in_main_thread and child is not None and callable(watch)
         ):  # torch's, which raises when a loader's worker dies
@@ -113,12 +114,15 @@ class Stopping:
                 if not self.requested:  # a signal to the whole group ends the workers too
                     watch(number, frame)
 
-            previous[child] = signal.signal(child, unless_stopping)
+            unless_stopping.watched = watch  # type: ignore[attr-defined]
+            signal.signal(child, unless_stopping)
+            previous[child] = watch
         try:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                if number != child or not self.requested:  # workers may end later than the run
+                    signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: Any) -> None:
         again = self.signal == number == signal.SIGINT and time.monotonic() - self._asked > SAME

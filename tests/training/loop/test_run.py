@@ -238,6 +238,26 @@ def test_a_stop_that_no_run_speaks_of_is_said() -> None:
     assert said == ["SIGTERM", "Ctrl-C"]
 
 
+def test_workers_that_a_stop_ends_late_raise_nothing() -> None:
+    """A signal to the whole group ends a loader's workers too, of which torch then tells by an error."""
+    deaths = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: deaths.append(len(deaths)))
+    try:
+        stopped, next_one = (Stopping(accelerator_of(settings(Path("none"))), None) for _ in range(2))
+        with stopped.signals():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.requested
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert deaths == [0]
+        with next_one.signals():  # another run in this process is told again
+            os.kill(os.getpid(), signal.SIGCHLD)
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert deaths == [0, 1, 2]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time() -> None:
     class TwoProcesses:
         num_processes, is_main_process, device = 2, True, torch.device("cpu")
