@@ -121,7 +121,6 @@ def convert(
     target, place = target.expanduser(), Path(source).expanduser()
     if place.exists() and target.exists() and target.samefile(place):
         raise ValueError(f"{target} is the source itself; choose another name")
-    engine = installed(to, runtime, dtype)
     be_quiet()
     from latentdiff.interchange.single_file import check_target
     from latentdiff.pipelines.storage.converting import is_free, kind_of_source
@@ -143,6 +142,7 @@ def convert(
     component = component_of(source, kind, component, form, reading.ckpt)
     check_options(kind, form, component, given)
     (check_target if form is Form.file else is_free)(target, overwrite)  # what cannot be written is refused first
+    engine = installed(to, runtime, dtype)
     import torch
 
     precision = None if engine or dtype is None else getattr(torch, dtype.value)
@@ -153,7 +153,7 @@ def convert(
 
 
 def installed(to: Form | None, runtime: RuntimeName | None, dtype: Precision | None) -> "Runtime | None":
-    """The runtime that is asked for, if any; before torch is loaded.
+    """The runtime that is asked for, if any; before a model is loaded.
 
     Raises:
         ImportError: what is needed for that, or for ONNX, is not installed.
