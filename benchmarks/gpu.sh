@@ -20,7 +20,7 @@ more=() workers=()
 [ ! -f "$carried/train_text_to_image.py" ] || more+=(--script "$carried/train_text_to_image.py")
 [ "$device" = cuda ] || more+=(--device "$device" --tiny --steps 2 --repeats 1 --train-steps 5 --train-batch 2)
 python3 -c 'import xdist' 2>/dev/null && [ "$(nproc)" -ge 8 ] && workers=(-n 4)
-timeout --signal=INT --kill-after=10 $(($(left) * 45 / 100)) python3 -m pytest tests/gpu "${workers[@]}" -p no:cacheprovider \
+timeout --signal=INT --kill-after=10 $(($(left) * 45 / 100)) python3 -m pytest tests/gpu "${workers[@]}" -p no:cacheprovider -v \
     --durations=15 --tb=short -rs >"$output/tests.log" 2>&1
 tested=$?
 tail -n 25 "$output/tests.log"
