@@ -58,8 +58,9 @@ class StepRunner:
         """
         place = latents.device.type
         if place != "cuda" and self._record is on_gpu:
-            self._recorded.clear()  # the pipeline has left the GPU, and so does what they take
-            self._pool = None
+            with self._lock:
+                self._recorded.clear()  # the pipeline has left the GPU, and so does what they take
+                self._pool = None
             return network.denoise(latents, time, prepared)
         offloaded = next(network.parameters()).device != latents.device
         if offloaded or torch.is_grad_enabled() or torch.is_autocast_enabled(place):
